@@ -1,0 +1,12 @@
+"""permask_core: sparse training and weight symmetry, as pure functions over flat dicts of tensors.
+
+The rooms, ground floor first (a module imports only from floors below its own):
+
+0. ``files``, ``vision``, ``progress``
+1. ``masks``, ``statistics``, ``store``
+2. ``models``, ``data``, ``pruning``, ``matching``, ``landscape``
+3. ``training``
+4. ``lottery``, ``display``
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,222 @@
+"""One call for a figure that the reader can steer, with a kernel or without one.
+
+Without a kernel (the rendered book, nbviewer, a notebook run by papermill) every combination of the choices is drawn
+beforehand; plain HTML controls and a few lines of script switch between the frames, with no network and from
+``file://`` too. In a live notebook the same ``draw`` is called anew whenever an ipywidgets control moves. Frames are
+SVG images as data addresses: each keeps its own ids and its own alternative text.
+"""
+
+import html
+import io
+import itertools
+import json
+import math
+import os
+import re
+import urllib.parse
+from numbers import Number
+
+from IPython.display import HTML
+
+LARGEST = 2_500_000  # bytes of HTML in one control; a page of the book stays below 3 MB
+_serial = itertools.count(1)
+
+_STYLE = """<style>
+.permask-figure{margin:1rem 0;max-width:100%}
+.permask-figure img{display:block;width:100%;height:auto;margin:0 auto;background:#fff;border-radius:6px;
+filter:none!important}
+.permask-figure img[hidden]{display:none}
+.permask-figure figcaption{max-width:46rem;margin:.4rem auto 0;font-size:.9em;font-weight:400;
+color:inherit;text-align:left}
+.permask-controls{display:flex;flex-wrap:wrap;gap:.5rem 1.6rem;max-width:46rem;margin:.6rem auto 0;align-items:center}
+.permask-controls fieldset,.permask-controls label.permask-range{border:0;margin:0;padding:0;display:flex;
+flex-wrap:wrap;gap:.2rem .7rem;align-items:center;font-size:.92em}
+.permask-controls legend{float:left;padding:0;margin:0;width:auto;font-size:1em;font-weight:600}
+.permask-controls .permask-name{font-weight:600}
+.permask-controls input{accent-color:#0072B2;margin:0 .25rem 0 0}
+.permask-controls input[type=range]{width:12rem;max-width:60vw}
+.permask-controls output{min-width:3.5em;font-variant-numeric:tabular-nums}
+</style>"""
+
+_SCRIPT = """<script>(function(){
+var box=document.getElementById(%(id)s);if(!box)return;
+var sizes=%(sizes)s,labels=%(labels)s,frames=box.querySelectorAll("img"),rows=box.querySelectorAll("[data-choice]");
+function update(){var at=0;rows.forEach(function(row){
+var i=+row.dataset.choice,input=row.querySelector("input[type=range]")||row.querySelector("input:checked");
+at=at*sizes[i]+ +input.value;var out=row.querySelector("output");if(out)out.textContent=labels[i][+input.value]});
+frames.forEach(function(frame,i){frame.hidden=i!==at})}
+box.addEventListener("input",update);update()})()</script>"""
+
+
+def is_live():
+    """Whether a reader with a kernel is looking: the environment variable ``PERMASK_DISPLAY`` (``live`` or ``static``)
+    decides, and without it the marks that Jupyter's server, VS Code and Colab leave on their kernels."""
+    forced = os.environ.get("PERMASK_DISPLAY", "")
+    if forced not in ("", "live", "static"):
+        raise ValueError(f"PERMASK_DISPLAY={forced!r}: expected live or static")
+    marks = ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG")
+    return forced == "live" or (not forced and any(mark in os.environ for mark in marks))
+
+
+def explore(draw, *, alt, caption="", start=None, **choices):
+    """A figure with one control per choice: a slider for numbers, buttons for anything else.
+
+    Parameters
+    ----------
+    draw : callable
+        ``draw(**values)`` returns a Matplotlib figure; it is called with one value per choice and must depend on
+        nothing else, since without a kernel every combination is drawn beforehand.
+    alt : str or callable
+        Alternative text of a frame: a format string over the choices (``"accuracy at {sparsity:.0%}"``), or
+        ``alt(**values)``.
+    caption : str
+        What to see in it; plain text below the figure.
+    start : dict, optional
+        The value each choice begins with; the first one where it is not given.
+    **choices : sequence
+        The values of each choice, in the order in which the reader meets them. A dict gives values by label.
+
+    Returns
+    -------
+    IPython.display.HTML or ipywidgets.VBox
+        Shown by being the last expression of a cell.
+
+    Raises
+    ------
+    ValueError
+        If a choice has no values, ``start`` names an unknown choice or value, or the drawn frames exceed 2.5 MB.
+    """
+    choices = {name: _labelled(name, values) for name, values in choices.items()}
+    at = {name: 0 for name in choices}
+    for name, value in (start or {}).items():
+        if name not in choices:
+            raise ValueError(f"start names {name!r}: expected one of {', '.join(choices) or 'no choices'}")
+        values = list(choices[name].values())
+        if value not in values:
+            raise ValueError(f"start[{name!r}] is {value!r}: expected one of {values}")
+        at[name] = values.index(value)
+
+    def frame(values):
+        return _image(draw(**values), alt(**values) if callable(alt) else alt.format(**values))
+
+    make = _widget if choices and is_live() else _page
+    return make(frame, choices, at, caption)
+
+
+def show(figure, *, alt, caption=""):
+    """A Matplotlib figure as an SVG with alternative text and a caption, as the book shows it.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+    alt : str
+        What the picture shows, for a reader who cannot see it.
+    caption : str
+        What to see in it; plain text.
+
+    Returns
+    -------
+    IPython.display.HTML
+    """
+    return explore(lambda: figure, alt=lambda: alt, caption=caption)
+
+
+def _labelled(name, values):
+    if not isinstance(values, dict):
+        labels = [_label(value) for value in values]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"choice {name!r} has values that read alike, {', '.join(labels)}: give a dict by label")
+        values = dict(zip(labels, values))
+    if not values:
+        raise ValueError(f"choice {name!r} has no values")
+    return values
+
+
+def _label(value):
+    return f"{value:g}" if isinstance(value, Number) and not isinstance(value, bool) else str(value)
+
+
+def _is_slider(values):
+    return all(isinstance(value, Number) and not isinstance(value, bool) for value in values)
+
+
+def svg(figure):
+    """A Matplotlib figure as the text of an SVG without a date: the same text for the same figure."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg"):]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    # Two decimals are a hundredth of a point; the rest of the digits would be half of the page.
+    text = re.sub(r'(?<= )(?:d|x|y)="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
+    return re.sub(r"\s*\n\s*", "\n", text)
+
+
+def _image(figure, alt):
+    # Every %xx is three letters for one: with single quotes inside, only the rarest characters need it.
+    text = svg(figure).replace("'", "&#39;").replace('"', "'").replace("\n", " ")
+    source = "data:image/svg+xml," + urllib.parse.quote(text, safe="<> =:/;,()!*?@$+'[]|^`{}~-._")
+    # Seven inches fill the column, so that letters are as large in a narrow figure as in a wide one.
+    width = min(46, figure.get_figwidth() / 7 * 46)
+    return f'<img src="{source}" alt="{html.escape(alt)}" style="max-width:{width:.1f}rem"'
+
+
+def _figure(images, caption):
+    text = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f'<figure class="permask-figure">{images}{text}</figure>'
+
+
+def _page(frame, choices, at, caption):
+    """Every combination drawn, the last choice running fastest, as in the script's mixed-radix index."""
+    shown = 0
+    for name, values in choices.items():
+        shown = shown * len(values) + at[name]
+    images, size = [], 0
+    count = math.prod(map(len, choices.values()))
+    for i, values in enumerate(itertools.product(*(values.values() for values in choices.values()))):
+        images.append(frame(dict(zip(choices, values))) + (">" if i == shown else " hidden>"))
+        size += len(images[-1])
+        if size > LARGEST:
+            raise ValueError(f"{i + 1} of {count} frames take {size:,} bytes, the limit is {LARGEST:,}: "
+                             "offer fewer values, or draw less in each")
+    if not choices:
+        return HTML(_STYLE + _figure(images[0], caption))
+    name = f"permask-explore-{next(_serial)}"
+    rows = "".join(_control(name, i, *choice, at[choice[0]]) for i, choice in enumerate(choices.items()))
+    script = _SCRIPT % {"id": json.dumps(name), "sizes": json.dumps([len(v) for v in choices.values()]),
+                        "labels": json.dumps([list(v) for v in choices.values()]).replace("<", "\\u003c")}
+    return HTML(f'{_STYLE}<div class="permask-explore" id="{name}" role="group" aria-label="Figure with controls">'
+                f'{_figure("".join(images), caption)}<div class="permask-controls">{rows}</div></div>{script}')
+
+
+def _control(box, i, name, values, at):
+    title, labels = html.escape(name.replace("_", " ")), list(values)
+    if len(labels) > 1 and _is_slider(values.values()):
+        return (f'<label class="permask-range" data-choice="{i}"><span class="permask-name">{title}</span>'
+                f'<input type="range" min="0" max="{len(labels) - 1}" step="1" value="{at}" autocomplete="off">'
+                f"<output>{html.escape(labels[at])}</output></label>")
+    buttons = "".join(
+        f'<label><input type="radio" name="{box}-{i}" value="{j}" autocomplete="off"{" checked" if j == at else ""}>'
+        f"{html.escape(label)}</label>" for j, label in enumerate(labels))
+    return f'<fieldset data-choice="{i}"><legend>{title}</legend>{buttons}</fieldset>'
+
+
+def _widget(frame, choices, at, caption):
+    import ipywidgets  # only a live kernel has a use for it
+
+    def control(name, values):
+        kind = ipywidgets.SelectionSlider if _is_slider(values.values()) else ipywidgets.ToggleButtons
+        return kind(options=list(values.items()), value=list(values.values())[at[name]],
+                    description=name.replace("_", " "), style={"description_width": "initial"})
+
+    controls = {name: control(name, values) for name, values in choices.items()}
+    picture = ipywidgets.HTML()
+
+    def update(_=None):
+        values = {name: control.value for name, control in controls.items()}
+        picture.value = _STYLE + _figure(frame(values) + ">", caption)
+
+    for one in controls.values():
+        one.observe(update, "value")
+    update()
+    return ipywidgets.VBox([picture, ipywidgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})])

@@ -1,0 +1,245 @@
+"""Figures of the permuted-mask experiment, drawn from the rows that ``permask_core.lottery.run`` returns."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from permask_core.display.control import svg
+from permask_core.display.style import look, new_figure
+from permask_core.files import written_whole
+from permask_core.statistics import mean_interval
+from permask_core.store import versions
+
+LINES = {"weights": "-", "activations": (0, (2, 1.5)), "": "-"}
+
+
+def accuracies(rows, **where):
+    """Test accuracies in percent of the rows that match, ordered by seed.
+
+    Parameters
+    ----------
+    rows : list of dict
+    **where
+        Columns and the value they must have: ``method="naive", sparsity=0.97``.
+
+    Returns
+    -------
+    numpy.ndarray, shape [seeds]
+
+    Raises
+    ------
+    ValueError
+        If no row matches.
+    """
+    found = sorted((row["seed"], row["accuracy"]) for row in rows
+                   if all(row[key] == value for key, value in where.items()))
+    if not found:
+        raise ValueError(f"no result with {', '.join(f'{key} {value!r}' for key, value in where.items())}")
+    return 100 * np.array([accuracy for _, accuracy in found])
+
+
+def series(rows):
+    """The (method, matching) pairs that occur in rows, in the order of first occurrence, dense left out."""
+    return list(dict.fromkeys((row["method"], row["matching"]) for row in rows if row["method"] != "dense"))
+
+
+def accuracy_by_sparsity(rows):
+    """Test accuracy against sparsity, one line per method, with 95 % intervals over seeds: whole, and its top enlarged.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Of one experiment, as :func:`permask_core.lottery.run` returns them; at least two seeds.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, (whole, top) = new_figure(1, 2, width=7.6, height=4.0)
+    sparsities = sorted({row["sparsity"] for row in rows} - {0.0})
+    place = {value: -math.log(1 - value) for value in sparsities}
+    labels, floor = [], math.inf
+    for method, matching in series(rows):
+        color, marker, label = look(method)
+        points = [mean_interval(accuracies(rows, method=method, matching=matching, sparsity=s)) for s in sparsities]
+        for axes in (whole, top):
+            _line(axes, [place[s] for s in sparsities], points, color, marker, LINES[matching], clip_on=axes is top)
+        labels.append((points[-1].mean, f"{label}, by {matching}" if matching else label, color))
+        if method in ("lth", "permuted"):
+            floor = min(floor, *(point.low for point in points))
+    dense = [row for row in rows if row["method"] == "dense"]
+    if dense:
+        mean = accuracies(dense).mean()
+        for axes in (whole, top):
+            axes.axhline(mean, color=look("dense").color, linewidth=1.2, linestyle=(0, (1, 1.5)))
+        labels.append((mean, look("dense").label, look("dense").color))
+    for axes in (whole, top):
+        axes.set_xticks(list(place.values()), [f"{100 * s:g}" for s in sparsities])
+        axes.minorticks_off()
+    whole.set_ylabel("test accuracy (%)")
+    if math.isfinite(floor):
+        ceiling = max(point for point, _, _ in labels)
+        top.set_ylim(floor - 0.4, ceiling + 0.15 * (ceiling - floor))
+    whole.set_title("all of it", fontweight="normal")
+    top.set_title("the top, enlarged", fontweight="normal")
+    figure.supxlabel("sparsity (% of the prunable weights; spaced by what is left)", fontsize=10)
+    _label_ends(top, max(place.values()), [label for label in labels if label[0] >= top.get_ylim()[0]])
+    _label_ends(whole, max(place.values()), [label for label in labels if label[0] < top.get_ylim()[0]])
+    return figure
+
+
+def accuracy_by(rows, field, *, label, ticks=None, axes=None):
+    """Test accuracy against a setting, one line per method, with 95 % intervals over seeds.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Rows of one sparsity; dense rows are drawn as a line of their own where ``field`` sets them apart.
+    field : str
+        The column on the horizontal axis.
+    label : str
+        Its name and unit.
+    ticks : dict, optional
+        Tick labels by value.
+    axes : matplotlib Axes, optional
+        To draw into.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, axes = (axes.figure, axes) if axes is not None else new_figure(height=3.6)
+    values = sorted({row[field] for row in rows})
+    labels = []
+    for method, matching in dict.fromkeys((row["method"], row["matching"]) for row in rows):
+        color, marker, name = look(method)
+        run = [row for row in rows if (row["method"], row["matching"]) == (method, matching)]
+        own = sorted({row[field] for row in run})
+        points = [mean_interval(accuracies(run, **{field: v})) for v in own]
+        _line(axes, [values.index(v) for v in own], points, color, marker, LINES[matching])
+        labels.append((points[-1].mean, name, color))
+    axes.set_xticks(range(len(values)), [ticks[v] if ticks else f"{v:g}" for v in values])
+    axes.set(xlabel=label, ylabel="test accuracy (%)")
+    axes.margins(x=0.05)
+    _label_ends(axes, len(values) - 1, labels)
+    return figure
+
+
+def _line(axes, x, points, color, marker, line, clip_on=False):
+    axes.plot(x, [p.mean for p in points], color=color, marker=marker, linestyle=line, markeredgecolor="white",
+              markeredgewidth=0.6, clip_on=clip_on, zorder=3)
+    axes.fill_between(x, [p.low for p in points], [p.high for p in points], color=color, alpha=0.15, linewidth=0)
+
+
+def _label_ends(axes, x, labels):
+    """Names beside the ends of the lines, as near as they can be without covering one another."""
+    low, high = axes.get_ylim()
+    step = (high - low) * 0.07
+    labels = sorted(labels)
+    # Places with a gap of at least a step, nearest in the least-squares sense, are an isotonic regression.
+    ladder = step * np.arange(len(labels))
+    spread = isotonic_regression([y for y, _, _ in labels] - ladder).x + ladder
+    for y, (_, text, color) in zip(spread, labels):
+        axes.annotate(text, (x, y), xytext=(10, 0), textcoords="offset points", color=color, va="center",
+                      fontweight="bold", fontsize=9, annotation_clip=False)
+    axes.set_ylim(low, high)
+
+
+def matched_units(source, target, mask, permutation, *, shape, count=8):
+    """Incoming weights of a layer's units as images: of target units, and of the source units beside them and matched
+    to them.
+
+    Parameters
+    ----------
+    source, target : torch.Tensor, shape [units, inputs]
+        The layer's weights in the dense source and target.
+    mask : torch.Tensor, shape [units, inputs]
+        The source's mask: what it drops is drawn blank.
+    permutation : torch.Tensor, shape [units]
+        The source unit that goes to each place.
+    shape : (int, int)
+        Height and width of the input image.
+    count : int
+        How many units: those of the target with the largest norm.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    units = target.norm(dim=1).argsort(descending=True)[:count]
+    rows = [("B's unit", target, None, units), ("A's, same place\n(naive)", source, mask, units),
+            ("A's, matched\n(permuted)", source, mask, permutation[units])]
+    figure, axes = new_figure(3, count, width=7.2, height=2.9)
+    figure.get_layout_engine().set(h_pad=0.02, hspace=0)
+    for line, (title, weights, kept, indices) in zip(axes, rows):
+        for axis, unit in zip(line, indices.tolist()):
+            image = weights[unit].clone()
+            if kept is not None:
+                image[~kept[unit]] = float("nan")
+            limit = weights[unit].abs().max().item()
+            axis.imshow(image.view(shape).numpy(), cmap="PuOr", vmin=-limit, vmax=limit, interpolation="none")
+            axis.set_title(str(unit), fontsize=8, loc="center", fontweight="normal", pad=2)
+            axis.set(xticks=[], yticks=[], facecolor="white")
+            axis.grid(False)
+            axis.spines[:].set(visible=True, color="#BBBBBB")
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", labelpad=8, fontsize=9)
+    return figure
+
+
+def mask_pictures(masks, *, xlabel="input unit", ylabel="output unit"):
+    """Masks of one layer side by side: kept weights dark, dropped ones light.
+
+    Parameters
+    ----------
+    masks : dict of str to torch.Tensor
+        By title, each [outputs, inputs].
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, axes = new_figure(1, len(masks), width=7.2, height=3.1, sharey=True, squeeze=False)
+    for axis, (title, mask) in zip(axes[0], masks.items()):
+        axis.imshow(mask.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="none", aspect="auto")
+        axis.set(title=title, xlabel=xlabel)
+        axis.grid(False)
+        axis.spines[:].set_visible(True)
+    axes[0, 0].set_ylabel(ylabel)
+    return figure
+
+
+def publish(name, figure, rows, caption, **record):
+    """Leave a result for other pages of the book: ``name.svg``, ``name.md`` (the table) and ``name.json`` (everything).
+
+    Parameters
+    ----------
+    name : str
+    figure : matplotlib.figure.Figure
+    rows : list of dict
+        The table, as :func:`permask_core.display.table` takes it.
+    caption : str
+        What the table shows.
+    **record
+        What else belongs to the result (settings, seeds, single runs): anything that JSON holds.
+
+    Returns
+    -------
+    pathlib.Path or None
+        The folder, which the environment variable ``PERMASK_FIGURES`` names; None, and nothing written, where it is
+        not set.
+    """
+    if not os.environ.get("PERMASK_FIGURES"):
+        return None
+    folder = Path(os.environ["PERMASK_FIGURES"])
+    body = [[str(value).replace("|", "\\|") for value in row.values()] for row in rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in [list(rows[0]), ["---:"] * len(rows[0]), *body]]
+    record = {"caption": caption, "table": rows, "versions": versions(), **record}
+    for ending, text in (("md", "\n".join([*lines, "", caption, ""])), ("json", json.dumps(record, indent=1) + "\n"),
+                         ("svg", svg(figure))):
+        with written_whole(folder / f"{name}.{ending}") as path:
+            path.write_text(text)
+    return folder

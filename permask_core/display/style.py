@@ -1,0 +1,90 @@
+"""One look for every figure: a colour and a marker per method, kept through the whole book.
+
+The colours are Okabe and Ito's palette for colour-blind readers ("Color Universal Design", 2008). Figures keep a white
+ground of their own, so that they read the same on the light and on the dark page. Importing this module sets
+Matplotlib's defaults, since Matplotlib reads most of them when something is drawn, not when the figure is made.
+"""
+
+from typing import NamedTuple
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+
+class Look(NamedTuple):
+    """How a method is drawn: ``color`` (hex), ``marker`` (Matplotlib's code) and ``label`` (for the reader)."""
+
+    color: str
+    marker: str
+    label: str
+
+
+METHODS = {
+    "dense": Look("#000000", "s", "dense"),
+    "lth": Look("#0072B2", "o", "LTH"),
+    "permuted": Look("#009E73", "D", "permuted"),
+    "naive": Look("#D55E00", "v", "naive"),
+    "random": Look("#8F5D90", "X", "random"),
+}
+
+RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "image.cmap": "cividis",
+    "svg.hashsalt": "permask",
+}
+mpl.rcParams.update(RC)
+
+
+def look(method):
+    """Colour, marker and label of a method.
+
+    Parameters
+    ----------
+    method : str
+        One of ``METHODS``.
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def new_figure(rows=1, columns=1, *, width=7.0, height=4.0, **subplots):
+    """A figure in the book's style, outside pyplot's global state, and its axes.
+
+    Parameters
+    ----------
+    rows, columns : int
+        The grid of axes.
+    width, height : float
+        Size in inches; the book shows 7 inches as the full width of the text.
+    **subplots
+        Passed on to :meth:`matplotlib.figure.Figure.subplots` (``sharey=True``, for instance).
+
+    Returns
+    -------
+    (matplotlib.figure.Figure, Axes or array of Axes)
+    """
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, **subplots)

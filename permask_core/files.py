@@ -1,0 +1,85 @@
+"""Tensors on disk: safetensors with a JSON record beside the data, written whole or not at all, never unpickled."""
+
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+FORMAT = "permask 1"
+
+
+@contextmanager
+def written_whole(path):
+    """A temporary path beside ``path``, renamed to ``path`` when the block ends well and removed when it does not.
+
+    A reader, another process or a rerun after a kill sees either no file or a whole one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide results from a group
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_tensors(path, tensors, record):
+    """Write tensors and a record of what they are.
+
+    Parameters
+    ----------
+    path : path-like
+        Written under a temporary name, then renamed.
+    tensors : dict of str to torch.Tensor
+    record : dict
+        Anything that JSON holds: parameters, versions, results.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": FORMAT, "record": json.dumps(record)})
+
+
+def load_tensors(path):
+    """Read what :func:`save_tensors` wrote.
+
+    Returns
+    -------
+    (dict of str to torch.Tensor, dict)
+        The tensors, on the CPU, and the record.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is damaged, or was not written by :func:`save_tensors`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} is a safetensors file, but its format is {metadata.get('format')!r}: "
+                                 f"expected {FORMAT!r}")
+            record = json.loads(metadata["record"])
+            if not isinstance(record, dict):
+                raise KeyError("its record is no dict")
+            return {name: file.get_tensor(name) for name in file.keys()}, record
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}): delete it to have it made "
+                         "again") from error

@@ -1,0 +1,326 @@
+"""The permuted-mask experiment, in stages that are stored and found again.
+
+Adnan, Jain, Sharma, Krishnan and Ioannou, "Sparse Training from Random Initialization: Aligning Lottery Ticket Masks
+using Weight Symmetry", ICML 2025. Per seed: train two dense networks A and B; prune A iteratively; match A to B; train
+from a checkpoint of B under A's mask, permuted or not. Each function is one stage and asks the store for those before
+it, so that any order of calls, a kill, or another worker leads to the same files.
+"""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import torch
+
+from permask_core.data import DATASETS, load_dataset
+from permask_core.masks import layer_sparsity, sparsity
+from permask_core.matching import match_activations, match_weights, permutation_groups, permute
+from permask_core.models import MODELS, build_model
+from permask_core.models.feedforward import scaled
+from permask_core.progress import progress
+from permask_core.pruning import (
+    FLAVOURS,
+    Ticket,
+    check_sparsity,
+    iterative_magnitude_pruning,
+    prunable_weights,
+    random_masks,
+)
+from permask_core.store import Store
+from permask_core.training import Recipe, evaluate, fit
+
+METHODS = ("dense", "lth", "permuted", "naive", "random")
+MATCHINGS = ("weights", "activations")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The settings of one experiment; everything that its results depend on but the seed, the sparsity and the
+    method."""
+
+    dataset: str = "digits"
+    model: str = "mlp"
+    width: float = 1.0  # factor on the hidden widths
+    epochs: int = 20  # of the dense runs
+    lr: float = 0.1  # peak learning rate of the dense runs
+    sparse_lr: float = 0.1  # of the sparse runs, which have a cosine of their own over epochs - rewind
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 128
+    checkpoints: tuple[int, ...] = (0, 1, 2, 5, 10, 20)  # epochs whose dense states are kept; 0: untrained
+    rewind: int = 2  # epoch of the dense run from which the sparse runs start
+    matched_at: int = 20  # epoch of the dense runs at which A is matched to B
+    imp: str = "rewind"  # iterative magnitude pruning: "rewind", or "finetune" as in the paper's code
+    imp_rewind: int = 2  # epoch to which a round returns, for "rewind"
+    imp_epochs: int = 18  # of training in each round
+    imp_lr: float = 0.1
+    imp_rate: float = 0.2  # fraction of the remaining weights that a round removes
+
+    def __post_init__(self):
+        for name, known in (("dataset", DATASETS), ("model", MODELS), ("imp", FLAVOURS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
+        for epoch in self.checkpoints:
+            if not isinstance(epoch, int) or not 0 <= epoch <= self.epochs:
+                raise ValueError(f"checkpoints holds {epoch!r}: expected epochs from 0 to {self.epochs}")
+        for name in ("rewind", "matched_at", "imp_rewind"):
+            if getattr(self, name) not in self.checkpoints:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of the checkpoints "
+                                 f"{', '.join(map(str, self.checkpoints))}")
+        if self.rewind == self.epochs:
+            raise ValueError(f"rewind is {self.rewind}: nothing is left to train of {self.epochs} epochs")
+        if not 0 < self.imp_rate < 1:
+            raise ValueError(f"imp_rate is {self.imp_rate!r}: expected a number in (0, 1)")
+        scaled(self.width)
+        self.recipe(self.epochs, self.lr), self.recipe(self.imp_epochs, self.imp_lr), self.recipe(1, self.sparse_lr)
+
+    def recipe(self, epochs, lr):
+        """A recipe with this experiment's momentum, weight decay and batch size."""
+        return Recipe(epochs, lr, self.momentum, self.weight_decay, self.batch_size)
+
+    def only(self, *names):
+        """Some of the settings as a dict: what a stage depends on."""
+        return {name: getattr(self, name) for name in names}
+
+
+_DENSE = ("dataset", "model", "width", "epochs", "lr", "momentum", "weight_decay", "batch_size", "checkpoints")
+_IMP = (*_DENSE, "imp", "imp_rewind", "imp_epochs", "imp_lr", "imp_rate")
+
+
+@lru_cache(maxsize=4)
+def _data(name):
+    return load_dataset(name)
+
+
+def network(experiment, state=None, *, seed=0):
+    """The experiment's network, freshly initialised from ``seed`` or with the weights of ``state``."""
+    data = _data(experiment.dataset)
+    model = build_model(experiment.model, data.input_shape, data.classes, width=experiment.width, seed=seed)
+    if state is not None:
+        model.load_state_dict(state)
+    return model
+
+
+def groups(experiment):
+    """The permutation groups of the experiment's network."""
+    return permutation_groups(network(experiment), _data(experiment.dataset).train.x[:2])
+
+
+def dense(experiment, store, seed, which):
+    """Train dense network ``"a"`` or ``"b"`` of a seed.
+
+    Returns
+    -------
+    (dict of int to state, dict)
+        States by epoch, the true initialisation (0) among them, and the record with the test ``accuracy`` and ``loss``.
+    """
+    if which not in ("a", "b"):
+        raise ValueError(f"which is {which!r}: expected 'a' or 'b'")
+    own = 2 * seed + (which == "b")
+
+    def compute():
+        data, model = _data(experiment.dataset), network(experiment, seed=own)
+        names = {epoch: f"epoch {epoch}" for epoch in experiment.checkpoints}
+        run = fit(model, data.train, experiment.recipe(experiment.epochs, experiment.lr), seed=own,
+                  checkpoints=tuple(names.values()))
+        states = {f"{epoch}/{key}": tensor for epoch, name in names.items()
+                  for key, tensor in run.checkpoints[name].items()}
+        return states, evaluate(model, data.test)._asdict()
+
+    tensors, record = store.stage("dense", compute, seed=own, **experiment.only(*_DENSE))
+    states = {epoch: {} for epoch in experiment.checkpoints}
+    for name, tensor in tensors.items():
+        epoch, key = name.split("/", 1)
+        states[int(epoch)][key] = tensor
+    return states, record
+
+
+def ticket(experiment, store, seed, target):
+    """The mask of network A at a sparsity, by iterative magnitude pruning; each round's training is a stage of its own.
+
+    Returns
+    -------
+    Ticket
+    """
+    check_sparsity(target)
+
+    def compute():
+        states, _ = dense(experiment, store, seed, "a")
+        recipe, rounds = experiment.recipe(experiment.imp_epochs, experiment.imp_lr), 0
+
+        def train(state, masks):
+            nonlocal rounds
+            rounds += 1
+
+            def train_round():
+                data = _data(experiment.dataset)
+                run = fit(network(experiment, state), data.train, recipe, seed=2 * seed, masks=masks)
+                return run.state, {"sparsity": sparsity(masks)}
+
+            return store.stage("imp_round", train_round, seed=seed, round=rounds, **experiment.only(*_IMP))[0]
+
+        (_, found), = iterative_magnitude_pruning(
+            train, states[experiment.epochs], [target], flavour=experiment.imp, rate=experiment.imp_rate,
+            rewind=states[experiment.imp_rewind] if experiment.imp == "rewind" else None,
+            prunable=prunable_weights(network(experiment)))
+        return found.masks, {"achieved": found.sparsity, "rounds": found.rounds}
+
+    masks, record = store.stage("ticket", compute, seed=seed, target=target, **experiment.only(*_IMP))
+    return Ticket(masks, record["achieved"], record["rounds"])
+
+
+def matching(experiment, store, seed, by):
+    """Permutations that move A onto B, matched by ``"weights"`` or ``"activations"`` at the epoch ``matched_at``.
+
+    Returns
+    -------
+    (dict of str to torch.Tensor, dict)
+        As :func:`permask_core.matching.permute` takes them, and the record.
+    """
+    _one_of("matching", by, MATCHINGS)
+    a, b = (dense(experiment, store, seed, which)[0][experiment.matched_at] for which in "ab")
+
+    def compute():
+        if by == "weights":
+            return match_weights(groups(experiment), a, b, seed=seed), {}
+        batches = _data(experiment.dataset).train.x.split(1000)
+        return match_activations(groups(experiment), network(experiment, a), network(experiment, b), batches), {}
+
+    return store.stage("matching", compute, seed=seed, by=by, **experiment.only(*_DENSE, "matched_at"))
+
+
+def method_masks(experiment, store, seed, target, method, by=None):
+    """The masks of a method: A's own (``lth``, ``naive``), moved (``permuted``), or shuffled (``random``)."""
+    _one_of("method", method, METHODS[1:])
+    masks = ticket(experiment, store, seed, target).masks
+    if method == "permuted":
+        return permute(groups(experiment), matching(experiment, store, seed, by)[0], masks)
+    if method == "random":
+        return random_masks(masks, {name: 1 - value for name, value in layer_sparsity(masks).items()}, seed=seed)
+    return masks
+
+
+def sparse(experiment, store, seed, target, method, by=None):
+    """Train under a method's masks, from the rewind point of A (``lth``) or of B (the others).
+
+    Methods of one seed share data order and checkpoint; ``naive``, ``permuted`` and ``random`` differ in nothing but
+    the mask.
+
+    Returns
+    -------
+    (dict of str to torch.Tensor, dict)
+        The trained state, and the record: ``accuracy``, ``loss`` (test) and ``achieved``, the real sparsity.
+    """
+    check_sparsity(target)
+    _one_of("method", method, METHODS[1:])
+    if method == "permuted":
+        _one_of("matching", by, MATCHINGS)
+
+    def compute():
+        masks = method_masks(experiment, store, seed, target, method, by)
+        start, _ = dense(experiment, store, seed, "a" if method == "lth" else "b")
+        data, model = _data(experiment.dataset), network(experiment, start[experiment.rewind])
+        fit(model, data.train, experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr),
+            seed=10_000 + seed, masks=masks)
+        return model.state_dict(), {**evaluate(model, data.test)._asdict(), "achieved": sparsity(masks)}
+
+    settings = experiment.only(*_IMP, "sparse_lr", "rewind", *(["matched_at"] if method == "permuted" else []))
+    return store.stage("sparse", compute, seed=seed, target=target, method=method, by=by, **settings)
+
+
+def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1):
+    """Run experiments over seeds, sparsities and methods, and tell their results as rows.
+
+    Parameters
+    ----------
+    experiments : Experiment or list of Experiment
+    store : Store
+    seeds : sequence of int
+    sparsities : sequence of float
+        In (0, 1); hit exactly.
+    methods : sequence of {"dense", "lth", "permuted", "naive", "random"}
+        ``permuted`` is run once per matching.
+    matchings : sequence of {"weights", "activations"}
+    workers : int
+        Processes that share the work, seed by seed; with more than one, each computes with one thread.
+
+    Returns
+    -------
+    list of dict
+        One row per run: ``method``, ``matching`` ("" where there is none), ``sparsity`` asked for and ``achieved``
+        (both 0 for dense, which is network B without a mask), ``seed``, test ``accuracy`` in [0, 1], ``loss`` in
+        nats, ``seconds``, and the experiment's ``width``, ``sparse_lr``, ``rewind`` and ``matched_at``.
+
+    Raises
+    ------
+    ValueError
+        If anything is unknown or out of range, before any training.
+    """
+    experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
+    for value in methods:
+        _one_of("method", value, METHODS)
+    for value in matchings:
+        _one_of("matching", value, MATCHINGS)
+    for value in sparsities:
+        check_sparsity(value)
+    for value in seeds:
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"seed is {value!r}: expected an integer of at least 0")
+    if not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers is {workers!r}: expected an integer of at least 1")
+    for experiment in experiments:
+        groups(experiment)  # a network that cannot be permuted is refused here, not after hours
+    runs = [(method, by) for method in methods for by in (matchings if method == "permuted" else ("",))]
+    jobs = [(experiment, store, seed, tuple(sparsities), runs)
+            for experiment in experiments for seed in seeds]
+    if workers == 1:
+        parts = [_rows(*job)[0] for job in progress(jobs, "seeds")]
+    else:
+        parts = _in_parallel(jobs, store, workers)
+    return [row for part in parts for row in part]
+
+
+def _one_of(what, value, known):
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
+
+
+def _in_parallel(jobs, store, workers):
+    # A server that has imported the library once forks each worker; a fork of this process could inherit held locks.
+    known = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["permask_core.lottery"])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # Each worker counts in a copy of the store that starts from zero.
+        futures = [pool.submit(_rows, experiment, Store(store.folder), *rest) for experiment, _, *rest in jobs]
+        try:
+            for future in progress(as_completed(futures), "seeds", total=len(futures)):
+                own = future.result()[1]
+                store.computed, store.found = store.computed + own.computed, store.found + own.found
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # seeds that wait are not begun
+            raise
+        return [future.result()[0] for future in futures]
+
+
+def _rows(experiment, store, seed, sparsities, runs):
+    rows = []
+    shared = {"seed": seed, **experiment.only("width", "sparse_lr", "rewind", "matched_at")}
+    for method, by in runs:
+        if method == "dense":
+            record = dense(experiment, store, seed, "b")[1]
+            rows.append({"method": "dense", "matching": "", **shared, "sparsity": 0.0, "achieved": 0.0, **record})
+            continue
+        for target in sparsities:
+            record = dict(sparse(experiment, store, seed, target, method, by or None)[1])
+            rows.append({"method": method, "matching": by, **shared, "sparsity": target,
+                         "achieved": record.pop("achieved"), **record})
+    return rows, store
+
+
+def settings_text(experiment):
+    """The settings as one line of ``name value`` pairs, for captions and records."""
+    return ", ".join(f"{field.name} {getattr(experiment, field.name)}" for field in fields(experiment))

@@ -1,0 +1,13 @@
+"""Permutations that move one network onto another.
+
+"source" is moved onto "target": unit i of the result is unit ``permutation[i]`` of the source. (Git Re-Basin's own
+code moves B onto A; the permuted-mask paper moves A, whose mask is wanted, onto B.)
+"""
+
+from permask_core.matching.activations import activation_correlations, match_activations
+from permask_core.matching.groups import Entry, Group, Tap, check_groups, permutation_groups
+from permask_core.matching.permutations import permute, random_permutations
+from permask_core.matching.weights import match_weights
+
+__all__ = ["Entry", "Group", "Tap", "activation_correlations", "check_groups", "match_activations", "match_weights",
+           "permutation_groups", "permute", "random_permutations"]

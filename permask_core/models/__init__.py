@@ -1,0 +1,72 @@
+"""Networks by name, small enough to read, with readable tensor names and a seed for their initialisation."""
+
+import inspect
+from contextlib import contextmanager
+
+import torch
+
+from permask_core.models.feedforward import lenet5, mlp, vgg11
+
+MODELS = {"mlp": mlp, "lenet5": lenet5, "vgg11": vgg11}
+
+__all__ = ["MODELS", "build_model", "evaluating", "lenet5", "mlp", "vgg11"]
+
+
+def build_model(name, input_shape, classes, *, seed=0, **options):
+    """A freshly initialised network.
+
+    Parameters
+    ----------
+    name : {"mlp", "lenet5", "vgg11"}
+    input_shape : tuple of int
+        Shape of one input: (channels, height, width).
+    classes : int
+        Number of outputs.
+    seed : int
+        Of the initialisation; the global random state is left alone.
+    **options
+        What the network itself takes: ``width`` (a factor on all hidden widths), ``depth`` (mlp), ``batch_norm``
+        (vgg11).
+
+    Returns
+    -------
+    torch.nn.Module
+
+    Raises
+    ------
+    ValueError
+        If the name or an option is unknown, or the inputs do not fit the network.
+
+    Examples
+    --------
+    >>> model = build_model("mlp", (1, 8, 8), 10, width=0.5)
+    >>> list(model.state_dict())
+    ['fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias', 'head.weight', 'head.bias']
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
+    known = [p.name for p in inspect.signature(MODELS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}: expected one of {', '.join(known)}")
+    if len(input_shape) != 3 or min(input_shape) < 1:
+        raise ValueError(f"input_shape is {tuple(input_shape)}: expected (channels, height, width)")
+    if not isinstance(classes, int) or classes < 2:
+        raise ValueError(f"classes is {classes!r}: expected an integer of at least 2")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name](tuple(input_shape), classes, **options)
+
+
+@contextmanager
+def evaluating(*models):
+    """The models in evaluation mode, without gradients; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

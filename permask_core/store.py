@@ -1,0 +1,170 @@
+"""A run's directory: stages that are finished are found again, the others are computed.
+
+A stage has a name and plain parameters, and a function that computes tensors and a record from them. Its key is made of
+the name, the parameters, the versions of the libraries that decide about numbers, and the source of every permask_core
+module that the function can reach, so that an edited library never serves an old result. Files are written whole or not
+at all.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import sys
+import time
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from permask_core.files import load_tensors, save_tensors
+
+LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn")
+
+
+class Store:
+    """Finished stages of a run, one file each, under a folder.
+
+    Parameters
+    ----------
+    folder : path-like
+        Made when the first stage is written. A relative folder lies below the environment variable ``PERMASK_RUNS``
+        where that is set, and below the working directory otherwise.
+
+    Attributes
+    ----------
+    computed, found : int
+        How many stages this object computed, and how many it found finished.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(os.environ.get("PERMASK_RUNS", ""), Path(folder).expanduser()).expanduser().absolute()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file: expected a folder for the run")
+        self.computed = self.found = 0
+        self._seconds = 0.0  # spent by stages computed here, so that a stage is not charged for those it asked for
+
+    def stage(self, name, compute, **parameters):
+        """The result of ``compute()``, computed now or found finished.
+
+        Parameters
+        ----------
+        name : str
+            Names the stage and its folder.
+        compute : callable
+            Takes nothing and returns ``(tensors, record)``: a dict of str to torch.Tensor, and a dict that JSON holds.
+            Its result must depend on nothing but ``parameters``.
+        **parameters
+            Anything that JSON holds, dataclasses of such values included.
+
+        Returns
+        -------
+        (dict of str to torch.Tensor, dict)
+            The tensors on the CPU; the record has gained ``seconds``: how long the computation took when
+            it was made, without the stages that it asked for in turn.
+
+        Raises
+        ------
+        ValueError
+            If the stage's file is damaged or foreign, or the parameters or the record cannot be written as JSON.
+        """
+        identity = self._identity(name, compute, parameters)
+        path = self._path(identity)
+        if path.exists():
+            tensors, record = load_tensors(path)
+            if record.get("stage") != name:
+                raise ValueError(f"{path} holds {record.get('stage') or record.get('kind')!r}: expected the stage "
+                                 f"{name!r}")
+            self.found += 1
+            return tensors, record["result"]
+        start, inner = time.perf_counter(), self._seconds
+        tensors, result = compute()
+        own = time.perf_counter() - start - (self._seconds - inner)
+        self._seconds += own
+        result = {**result, "seconds": own}
+        try:
+            json.dumps(result)
+        except TypeError as error:
+            raise ValueError(f"the record of the stage {name!r} cannot be written as JSON: {error}") from error
+        save_tensors(path, tensors, {**identity, "result": result})
+        self.computed += 1
+        # What a rerun would find is what the first run returns: through the file.
+        tensors, record = load_tensors(path)
+        return tensors, record["result"]
+
+    def path(self, name, compute, **parameters):
+        """The file in which ``stage(name, compute, **parameters)`` is kept."""
+        return self._path(self._identity(name, compute, parameters))
+
+    def _path(self, identity):
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+        return self.folder / identity["stage"] / f"{digest}.safetensors"
+
+    @staticmethod
+    def _identity(name, compute, parameters):
+        try:
+            parameters = json.loads(json.dumps(parameters, default=_plain))
+        except TypeError as error:
+            raise ValueError(f"a parameter of the stage {name!r} cannot be written as JSON: {error}") from error
+        return {"stage": name, "parameters": parameters, "versions": versions(), "source": source_hash(compute)}
+
+
+def _plain(value):
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
+@cache
+def versions():
+    """Versions of Python and of the libraries that decide about numbers, as a dict."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def source_hash(function):
+    """A hash of the source that computes ``function``: its module and, through imports, all of permask_core that it
+    reaches.
+
+    A function of a notebook or script is taken by its own source, with all of permask_core.
+    """
+    module = sys.modules[function.__module__]
+    if module.__name__.split(".")[0] == "permask_core":
+        return _modules_hash(module.__name__, "")
+    return _modules_hash("permask_core", inspect.getsource(function))
+
+
+@cache
+def _modules_hash(root, extra):
+    digest = hashlib.sha256(extra.encode())
+    for name, path in sorted(_reached(root).items()):
+        digest.update(f"{name}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _reached(root):
+    """Files of the permask_core modules that ``root`` reaches through its import statements, itself included."""
+    if root == "permask_core":
+        folder = Path(importlib.util.find_spec(root).origin).parent
+        return {str(path.relative_to(folder)): path for path in folder.rglob("*.py")}
+    found, waiting = {}, [root]
+    while waiting:
+        name = waiting.pop()
+        spec = _spec(name)
+        if name in found or spec is None or not spec.origin:
+            continue
+        found[name] = Path(spec.origin)
+        for node in ast.walk(ast.parse(found[name].read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("permask_core"):
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names if alias.name.startswith("permask_core.")]
+    return found
+
+
+def _spec(name):
+    try:
+        return importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # the name of a function, not of a module
+        return None

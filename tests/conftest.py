@@ -1,0 +1,47 @@
+"""What the tests share: the digits, one network trained on them, and a store of each test's own."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+from permask_core.data import load_dataset
+from permask_core.models import build_model
+from permask_core.store import Store
+from permask_core.training import Recipe, fit
+
+
+# A search for new failing examples belongs on a developer's machine; continuous integration repeats the same ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_dataset("digits")
+
+
+@pytest.fixture(scope="session")
+def trained(digits):
+    """A small network trained on the digits, in evaluation mode; not to be changed."""
+    model = build_model("mlp", digits.input_shape, digits.classes, width=0.25)
+    fit(model, digits.train, Recipe(3), seed=0)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Draws that a test does not seed itself are the same in whatever order the tests run."""
+    torch.manual_seed(0)

@@ -1,0 +1,165 @@
+"""Activation matching against numpy.corrcoef on activations kept by hand, and planted permutations."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from permask_core.matching import (
+    Tap,
+    activation_correlations,
+    match_activations,
+    permutation_groups,
+    permute,
+    random_permutations,
+)
+from permask_core.models import build_model
+
+
+def batches_of(shape, n=60, size=25, seed=0):
+    x = torch.randn(n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x.split(size)
+
+
+def activations(model, layers, x):
+    """What the first ``layers`` of a sequential model give, as an array [units, samples]."""
+    with torch.no_grad():
+        return model[:layers](x).transpose(0, 1).flatten(1).numpy()
+
+
+def reference(target, source):
+    n = len(target)
+    with np.errstate(invalid="ignore"):
+        return np.nan_to_num(np.corrcoef(target, source)[:n, n:])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_a_planted_permutation_is_recovered_20_of_20(lively, depth):
+    for seed in range(20):
+        model = lively("mlp", (1, 8, 8), 10, width=0.25, depth=depth, seed=seed)
+        batches = batches_of((1, 8, 8), n=1000, size=400)
+        groups = permutation_groups(model, batches[0])
+        planted = random_permutations(groups, seed=seed)
+        moved = lively("mlp", (1, 8, 8), 10, width=0.25, depth=depth)
+        moved.load_state_dict(permute(groups, planted, model.state_dict()))
+        found = match_activations(groups, model, moved, batches)
+        assert all(torch.equal(found[name], planted[name]) for name in groups)
+
+
+def test_correlations_are_numpys_on_all_batches_together(lively):
+    source, target = (lively("lenet5", (1, 8, 8), 10, width=0.5, seed=seed) for seed in (0, 1))
+    batches = batches_of((1, 8, 8))
+    groups = permutation_groups(source, batches[0])
+    found, x = activation_correlations(groups, source, target, batches), torch.cat(batches)
+    for name, layers in {"conv1": 2, "conv2": 5, "fc1": 9, "fc2": 11}.items():  # after the ReLU
+        expected = reference(activations(target, layers, x), activations(source, layers, x))
+        assert found[name].dtype == torch.float64
+        np.testing.assert_allclose(found[name], expected, atol=1e-9)
+
+
+def test_a_large_common_offset_costs_no_precision(lively):
+    source, target = (lively(nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Linear(5, 2)), seed=s) for s in (0, 1))
+    with torch.no_grad():
+        source[0].bias += 1e6
+        target[0].bias -= 1e6
+    groups = permutation_groups(source, torch.zeros(1, 3).double())
+    found = activation_correlations(groups, source, target, batches_of((3,)))
+    x = torch.cat(batches_of((3,)))
+    np.testing.assert_allclose(found["0"], reference(activations(target, 1, x), activations(source, 1, x)), atol=1e-8)
+
+
+def test_correlation_has_no_scale(lively):
+    """ReLU networks may grow a unit in one layer and shrink it in the next: the match must not notice."""
+    model = lively("mlp", (1, 8, 8), 10, width=0.05, depth=1)
+    groups, before = permutation_groups(model, batches_of((1, 8, 8))[0]), model.state_dict()
+    scaled = lively("mlp", (1, 8, 8), 10, width=0.05, depth=1)
+    factor = torch.tensor([1e-8, 1, 1e4, 1, 1, 1], dtype=torch.float64)
+    scaled.load_state_dict({**before, "fc1.weight": before["fc1.weight"] * factor[:, None],
+                            "fc1.bias": before["fc1.bias"] * factor})
+    plain, other = (activation_correlations(groups, net, net, batches_of((1, 8, 8)))["fc1"] for net in (model, scaled))
+    np.testing.assert_allclose(other, plain, atol=1e-6)
+
+
+def test_dead_and_constant_units_have_correlation_zero(lively):
+    source, target = (lively("mlp", (1, 8, 8), 10, width=0.05, depth=1, seed=seed) for seed in (0, 1))
+    with torch.no_grad():
+        source.fc1.weight[2], source.fc1.bias[2] = 0, 0.1  # constant, and no binary fraction
+        target.fc1.bias[4] = -1e3  # dead
+    groups = permutation_groups(source, batches_of((1, 8, 8))[0])
+    correlation = activation_correlations(groups, source, target, batches_of((1, 8, 8)))["fc1"]
+    assert correlation[:, 2].abs().max() == 0 and correlation[4].abs().max() == 0
+    assert (correlation != 0).sum() == 5 * 5
+    found = match_activations(groups, source, target, batches_of((1, 8, 8)))["fc1"]
+    assert found.sort().values.tolist() == list(range(6))
+    with torch.no_grad():
+        source.fc1.bias -= 1e3
+    assert activation_correlations(groups, source, target, batches_of((1, 8, 8)))["fc1"].abs().max() == 0
+
+
+def test_an_in_place_relu_does_not_change_what_was_read_before_it(lively):
+    source, target = (lively(nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)), seed=seed)
+                      for seed in (0, 1))
+    x = torch.cat(batches_of((3,)))
+    groups = permutation_groups(source, x)
+    before_it = {"0": groups["0"]._replace(taps=(Tap("0", "output", 1, groups["0"].taps[0].positions),))}
+    for chosen, layers in ((groups, 2), (before_it, 1)):
+        found = activation_correlations(chosen, source, target, batches_of((3,)))["0"]
+        np.testing.assert_allclose(found, reference(*(activations(m, layers, x) for m in (target, source))), atol=1e-9)
+
+
+def test_correlations_are_summed_over_taps(lively):
+    nets = [lively(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)), seed=s) for s in (0, 1)]
+    group = permutation_groups(nets[0], torch.zeros(1, 3).double())["0"]
+    taps = [Tap("0", "output", 1, group.taps[0].positions), Tap("2", "input", 1, group.taps[0].positions)]
+    one, two, both = (activation_correlations({"0": group._replace(taps=chosen)}, *nets, batches_of((3,)))["0"]
+                      for chosen in ((taps[0],), (taps[1],), tuple(taps)))
+    torch.testing.assert_close(both, one + two)
+    assert not torch.allclose(one, two)
+
+
+def test_models_are_read_in_evaluation_mode_and_come_back_as_they_were():
+    nets = [build_model("vgg11", (3, 32, 32), 10, width=0.05, batch_norm=True, seed=seed) for seed in (0, 1)]
+    nets[0].norm2.eval()
+    nets[1].eval()
+    modes = [[module.training for module in net.modules()] for net in nets]
+    states = [{name: tensor.clone() for name, tensor in net.state_dict().items()} for net in nets]
+    groups, batches = permutation_groups(nets[0], torch.zeros(1, 3, 32, 32)), torch.randn(2, 4, 3, 32, 32)
+    correlations = activation_correlations(groups, *nets, batches)
+    assert [[module.training for module in net.modules()] for net in nets] == modes
+    assert all(torch.equal(tensor, states[i][name]) for i in (0, 1) for name, tensor in nets[i].state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for net in nets for module in net.modules())
+    for net in nets:
+        net.eval()
+    again = activation_correlations(groups, *nets, batches)
+    assert all(torch.equal(again[name], correlations[name]) for name in groups)
+
+
+def test_a_model_matches_itself(trained, digits):
+    groups = permutation_groups(trained, digits.train.x[:2])
+    correlations = activation_correlations(groups, trained, trained, [digits.train.x])
+    assert all(torch.allclose(c, c.T) and c.abs().max() < 1 + 1e-9 for c in correlations.values())
+    found = match_activations(groups, trained, trained, [digits.train.x])
+    for name, correlation in correlations.items():
+        alive = correlation.diagonal() > 0
+        assert alive.any() and torch.equal(found[name][alive], torch.arange(len(alive))[alive])
+
+
+def test_bad_input_is_named(lively):
+    one, two = (build_model("mlp", (1, 8, 8), 10, width=0.05, seed=seed) for seed in (0, 1))
+    x = torch.zeros(3, 1, 8, 8)
+    groups = permutation_groups(one, x)
+    with pytest.raises(ValueError, match="there are no batches"):
+        match_activations(groups, one, two, [])
+    with pytest.raises(ValueError, match="group 'fc2' has no taps"):
+        match_activations({**groups, "fc2": groups["fc2"]._replace(taps=())}, one, two, [x])
+    with torch.no_grad():
+        two.fc1.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="group 'fc1' .* not finite"):
+        match_activations(groups, one, two, [x])
+
+
+@pytest.mark.parametrize("options", [{"width": 0.1}, {"width": 0.02}, {"width": 0.05, "depth": 3}])
+def test_groups_of_another_network_are_refused(options):
+    nets, x = [build_model("mlp", (1, 8, 8), 10, width=0.05, seed=seed) for seed in (0, 1)], torch.randn(3, 1, 8, 8)
+    with pytest.raises(ValueError, match="fc"):
+        match_activations(permutation_groups(build_model("mlp", (1, 8, 8), 10, **options), x), *nets, [x])

@@ -1,0 +1,102 @@
+"""Permuting against fancy indexing, inverses, and what must not change."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from permask_core.masks import layer_sparsity
+from permask_core.matching import permutation_groups, permute, random_permutations
+from permask_core.pruning import magnitude_masks
+
+X = torch.zeros(2, 1, 8, 8)
+
+
+@pytest.fixture
+def net(lively):
+    return lively("mlp", (1, 8, 8), 10, width=0.1)
+
+
+def test_unit_i_of_the_result_is_unit_perm_i(net):
+    groups = permutation_groups(net, X.double())
+    state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    one, two = np.random.default_rng(0).permutation(13), np.random.default_rng(1).permutation(13)
+    moved = permute(groups, {"fc1": torch.from_numpy(one), "fc2": torch.from_numpy(two)}, net.state_dict())
+    expected = {"fc1.weight": state["fc1.weight"][one], "fc1.bias": state["fc1.bias"][one],
+                "fc2.weight": state["fc2.weight"][two][:, one], "fc2.bias": state["fc2.bias"][two],
+                "head.weight": state["head.weight"][:, two], "head.bias": state["head.bias"]}
+    assert moved.keys() == state.keys()
+    assert all(np.array_equal(moved[name], expected[name]) for name in expected)
+
+
+def test_the_inverse_moves_back_and_groups_not_named_stay(lively):
+    model = lively("lenet5", (1, 28, 28), 10)
+    groups, state = permutation_groups(model, torch.zeros(2, 1, 28, 28).double()), model.state_dict()
+    there = random_permutations(groups, seed=0)
+    moved = permute(groups, there, state)
+    back = permute(groups, {name: perm.argsort() for name, perm in there.items()}, moved)
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+    partly = permute(groups, {"fc2": there["fc2"]}, state)
+    changed = {name for name in state if not torch.equal(partly[name], state[name])}
+    assert changed == {"fc2.weight", "fc2.bias", "head.weight"}
+    assert partly["conv1.weight"] is state["conv1.weight"]
+
+
+def test_masks_move_with_their_weights_and_keep_their_zeros(net):
+    groups, state = permutation_groups(net, X.double()), net.state_dict()
+    masks = magnitude_masks(state, 0.8)
+    there = random_permutations(groups, seed=3)
+    moved, moved_state = permute(groups, there, masks), permute(groups, there, state)
+    assert layer_sparsity(moved) == layer_sparsity(masks)
+    masked = permute(groups, there, {name: mask * state[name] for name, mask in masks.items()})
+    for name, mask in masks.items():
+        assert moved[name].dtype == torch.bool and not torch.equal(moved[name], mask)
+        assert torch.equal(moved[name] * moved_state[name], masked[name])
+
+
+def test_a_trained_network_keeps_its_outputs_and_moving_one_side_does_not(trained, digits, outputs):
+    groups, state, x = permutation_groups(trained, X), trained.state_dict(), digits.test.x
+    there = random_permutations(groups, seed=0)
+    before = outputs(trained, state, x)
+    assert (outputs(trained, permute(groups, there, state), x) - before).abs().max() < 1e-5
+    for axis in (0, 1):
+        one_side = {name: group._replace(entries=tuple(e for e in group.entries if e.axis == axis))
+                    for name, group in groups.items()}
+        assert (outputs(trained, permute(one_side, there, state), x) - before).abs().max() > 1
+
+
+def test_random_permutations_are_seeded_and_fair(net):
+    groups, random_state = permutation_groups(net, X.double()), torch.get_rng_state()
+    one, same, other = (random_permutations(groups, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, group in groups.items():
+        assert one[name].sort().values.tolist() == list(range(group.size))
+        assert torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name])
+    first = torch.stack([random_permutations(groups, seed=seed)["fc1"] for seed in range(500)]).double()
+    assert (first.mean(0) - 6).abs().max() < 5 * (14 / 500) ** 0.5  # 13 units: mean 6, variance (13^2 - 1) / 12
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.int, lambda perm: perm])
+def test_a_permutation_may_come_as_a_list_or_array(net, convert):
+    groups, there = permutation_groups(net, X.double()), torch.arange(13).flip(0)
+    moved = permute(groups, {"fc1": convert(there)}, net.state_dict())
+    assert torch.equal(moved["fc1.bias"], net.state_dict()["fc1.bias"].flip(0))
+
+
+@pytest.mark.parametrize("bad, message", [
+    ({"fc7": torch.arange(13)}, "'fc7' belongs to no group: expected one of fc1, fc2"),
+    ({"fc1": torch.arange(12)}, "'fc1' is not a permutation of 13 units"),
+    ({"fc1": torch.zeros(13, dtype=torch.int64)}, "'fc1' is not a permutation of 13 units"),
+    ({"fc1": torch.arange(13)[None]}, "'fc1' is not a permutation of 13 units"),
+    ({"fc1": torch.arange(13.0)}, "'fc1' is not a permutation of 13 units"),
+])
+def test_what_is_no_permutation_is_named(net, bad, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        permute(permutation_groups(net, X.double()), bad, net.state_dict())
+
+
+def test_tensors_of_another_network_are_refused(net, lively):
+    other = lively("mlp", (1, 8, 8), 10, width=0.2)
+    with pytest.raises(ValueError, match=re.escape("along axis 0 of 'fc1.weight', whose shape is [26, 64]")):
+        permute(permutation_groups(net, X.double()), {}, other.state_dict())

@@ -1,0 +1,94 @@
+"""Networks against published counts of parameters, torchvision's VGG11 and closed forms."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from permask_core.models import build_model, evaluating
+from permask_core.vision import torchvision
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@settings(deadline=None, max_examples=20)
+@given(shape=st.tuples(*[st.integers(1, 6)] * 3), classes=st.integers(2, 12), depth=st.integers(1, 4),
+       width=st.sampled_from([0.25, 0.5, 1.0, 2]))
+def test_an_mlp_by_its_formula(shape, classes, depth, width):
+    model, h = build_model("mlp", shape, classes, depth=depth, width=width), int(128 * width)
+    pixels = shape[0] * shape[1] * shape[2]
+    assert parameters(model) == (pixels + 1) * h + (depth - 1) * (h + 1) * h + (h + 1) * classes
+    assert model(torch.zeros(3, *shape)).shape == (3, classes)
+
+
+def test_lenet5_has_its_published_61706_parameters():
+    for shape in ((1, 28, 28), (1, 32, 32)):
+        assert parameters(build_model("lenet5", shape, 10)) == 61_706
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 8, 8), (3, 27, 28), (3, 28, 40), (1, 32, 32), (3, 64, 64)])
+def test_lenet5_takes_images_of_any_size_from_4x4(shape):
+    assert build_model("lenet5", shape, 7, width=0.5)(torch.zeros(2, *shape)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_vgg11_has_torchvisions_features(batch_norm):
+    def layers(model):
+        return [(type(layer).__name__, {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()})
+                for layer in model if not isinstance(layer, (nn.Flatten, nn.Linear))]
+
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, "vgg11_bn" if batch_norm else "vgg11")(weights=None).features
+    model = build_model("vgg11", (3, 32, 32), 10, batch_norm=batch_norm)
+    assert layers(model) == layers(theirs)
+    assert model.head.in_features == 512
+
+
+@pytest.mark.parametrize("shape, features", [((3, 32, 32), 26), ((1, 64, 96), 26 * 6)])
+def test_vgg11_takes_larger_images(shape, features):
+    model = build_model("vgg11", shape, 5, width=0.05)
+    assert model(torch.zeros(2, *shape)).shape == (2, 5) and model.head.in_features == features
+
+
+@pytest.mark.parametrize("name, shape", [("mlp", (1, 8, 8)), ("lenet5", (1, 8, 8)), ("vgg11", (3, 32, 32))])
+def test_the_seed_decides_and_the_global_random_state_stays(name, shape):
+    torch.manual_seed(1)
+    random_state = torch.get_rng_state()
+    one, same, other = (build_model(name, shape, 10, width=0.1, seed=seed).state_dict() for seed in (5, 5, 6))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not any(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("arguments, options, message", [
+    (("resnet", (1, 8, 8), 10), {}, "unknown model 'resnet': expected one of mlp, lenet5, vgg11"),
+    (("mlp", (1, 8, 8), 10), {"heads": 2}, "mlp has no option 'heads': expected one of width, depth"),
+    (("lenet5", (1, 8, 8), 10), {"depth": 2}, "lenet5 has no option 'depth'"),
+    (("mlp", (64,), 10), {}, "input_shape is (64,): expected (channels, height, width)"),
+    (("mlp", (1, 0, 8), 10), {}, "input_shape is (1, 0, 8)"), (("mlp", (1, 8, 8), 1), {}, "classes is 1"),
+    (("mlp", (1, 8, 8), 2.5), {}, "classes is 2.5"), (("mlp", (1, 8, 8), 10), {"width": 0}, "width is 0"),
+    (("mlp", (1, 8, 8), 10), {"width": "2"}, "width is '2'"),
+    (("mlp", (1, 8, 8), 10), {"width": float("nan")}, "width is nan"),
+    (("mlp", (1, 8, 8), 10), {"width": float("inf")}, "width is inf"),
+    (("mlp", (1, 8, 8), 10), {"depth": 0}, "depth is 0"), (("mlp", (1, 8, 8), 10), {"depth": 1.5}, "depth is 1.5"),
+    (("lenet5", (1, 3, 3), 10), {}, "lenet5 needs images of at least 4x4"),
+    (("vgg11", (1, 28, 28), 10), {}, "needs at least 32x32"),
+])
+def test_bad_input_is_named(arguments, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_model(*arguments, **options)
+
+
+def test_evaluating_restores_every_modules_mode_after_an_error_too():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
+    model[1][0].eval()
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+        1 / 0  # noqa: B018
+    assert [module.training for module in model.modules()] == modes and torch.is_grad_enabled()

@@ -1,0 +1,113 @@
+"""Tensors on disk: what was written comes back, and nothing else is ever believed or executed."""
+
+import os
+import pickle
+import stat
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from permask_core.files import load_tensors, save_tensors, written_whole
+
+dtypes = st.sampled_from([torch.bool, torch.uint8, torch.int64, torch.float32, torch.float64, torch.bfloat16])
+shapes = st.lists(st.integers(0, 3), max_size=3)
+some_tensor = st.builds(lambda dtype, shape: torch.ones(shape).to(dtype), dtypes, shapes)
+tensors = st.dictionaries(st.text(min_size=1).filter(lambda name: name != "__metadata__"), some_tensor, max_size=3)
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+
+
+@settings(deadline=None, max_examples=50)
+@given(tensors, st.dictionaries(st.text(), json_values, max_size=3))
+def test_round_trip(tmp_path_factory, tensors, record):
+    path = tmp_path_factory.mktemp("files") / "some.safetensors"
+    save_tensors(path, tensors, record)
+    loaded, loaded_record = load_tensors(path)
+    assert loaded_record == record
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+
+
+def test_views_that_share_memory_and_gradients_are_written(tmp_path):
+    base = torch.arange(6.0).view(2, 3).requires_grad_()
+    save_tensors(tmp_path / "a", {"base": base, "turned": base.T, "row": base[1]}, {})
+    loaded = load_tensors(tmp_path / "a")[0]
+    assert loaded["turned"].tolist() == [[0, 3], [1, 4], [2, 5]] and loaded["row"].tolist() == [3, 4, 5]
+    assert not loaded["base"].requires_grad
+
+
+def test_changing_what_was_loaded_leaves_the_file(tmp_path):
+    save_tensors(tmp_path / "a", {"x": torch.ones(1000)}, {})
+    load_tensors(tmp_path / "a")[0]["x"].mul_(7)
+    assert load_tensors(tmp_path / "a")[0]["x"].unique().tolist() == [1]
+
+
+def test_every_truncation_is_refused(tmp_path):
+    save_tensors(tmp_path / "whole", {"x": torch.ones(20)}, {"some": "record"})
+    content = (tmp_path / "whole").read_bytes()
+    for size in range(len(content)):
+        (tmp_path / "cut").write_bytes(content[:size])
+        with pytest.raises(ValueError, match="cut is damaged"):
+            load_tensors(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "permask 2"}])
+def test_a_foreign_safetensors_file_is_refused(tmp_path, metadata):
+    save_file({"x": torch.ones(3)}, tmp_path / "foreign", metadata=metadata)
+    with pytest.raises(ValueError, match="foreign.*expected 'permask 1'"):
+        load_tensors(tmp_path / "foreign")
+
+
+class Payload:
+    """Unpickling one makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("dump", [lambda value, path: path.write_bytes(pickle.dumps(value)), torch.save])
+def test_a_pickle_is_refused_and_never_loaded(tmp_path, dump):
+    path, marker = tmp_path / "evil.safetensors", tmp_path / "executed"
+    dump(Payload(marker), path)
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_tensors(path)
+    assert not marker.exists()
+    with path.open("rb") as file:
+        torch.load(file, weights_only=False) if dump is torch.save else pickle.load(file)
+    assert marker.exists()  # the payload was a live one
+
+
+@pytest.mark.parametrize("name", ["missing", "."])
+def test_no_such_file(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_tensors(tmp_path / name)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "kept").write_text("old")
+    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "kept") as temporary:
+        temporary.write_text("half")
+        1 / 0  # noqa: B018
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept").read_text() == "old"
+
+
+def test_others_may_read_as_the_umask_says(tmp_path):
+    old = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "deep" / "a", {}, {})
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "deep" / "a").stat().st_mode) == 0o640
+
+
+def test_a_record_that_is_no_dict_is_refused(tmp_path):
+    save_tensors(tmp_path / "list.safetensors", {"x": torch.ones(1)}, [1])
+    with pytest.raises(ValueError, match="its record is no dict"):
+        load_tensors(tmp_path / "list.safetensors")

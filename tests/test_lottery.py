@@ -1,0 +1,231 @@
+"""The experiment, as small as it can be: what its rows hold, what is shared, what is found again, what is refused."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+
+from permask_core import lottery
+from permask_core.lottery import Experiment, dense, matching, method_masks, network, run, sparse, ticket
+from permask_core.masks import layer_sparsity, sparsity
+from permask_core.matching import match_activations, match_weights, permute
+from permask_core.models import build_model
+from permask_core.store import Store
+
+TINY = Experiment(width=0.1, epochs=2, checkpoints=(0, 1), rewind=1, matched_at=2, imp_rewind=1, imp_epochs=1,
+                  imp_rate=0.5)
+GRID = {"seeds": [0, 1], "sparsities": [0.5, 0.8]}
+WEIGHTS = 64 * 13 + 13 * 13 + 13 * 10
+COLUMNS = {"method", "matching", "sparsity", "achieved", "seed", "accuracy", "loss", "seconds", "width", "sparse_lr",
+           "rewind", "matched_at"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run of everything: its store and its rows."""
+    store = Store(tmp_path_factory.mktemp("lottery"))
+    return store, run(TINY, store, **GRID)
+
+
+def files(store):
+    return {path.relative_to(store.folder): path.stat().st_mtime_ns for path in store.folder.rglob("*")}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_one_row_per_run(finished):
+    _, rows = finished
+    assert all(row.keys() == COLUMNS for row in rows)
+    expected = {(seed, "dense", "", 0.0) for seed in (0, 1)} | {
+        (seed, method, by, target) for seed in (0, 1) for target in (0.5, 0.8) for method, by in
+        (("lth", ""), ("permuted", "weights"), ("permuted", "activations"), ("naive", ""), ("random", ""))}
+    assert {(row["seed"], row["method"], row["matching"], row["sparsity"]) for row in rows} == expected
+    assert len(rows) == len(expected)
+    for row in rows:
+        assert row["achieved"] == pytest.approx(round(row["sparsity"] * WEIGHTS) / WEIGHTS)
+        assert 0.05 < row["accuracy"] <= 1 and row["loss"] > 0 and row["seconds"] > 0
+        assert (row["width"], row["rewind"], row["matched_at"]) == (0.1, 1, 2)
+    assert all(row["accuracy"] > 0.2 for row in rows if row["method"] in ("dense", "lth"))
+
+
+def test_columns_come_in_one_order(finished):
+    assert len({tuple(row) for row in finished[1]}) == 1
+
+
+def test_dense_networks_are_trained_once_per_seed_and_a_rerun_trains_nothing(finished):
+    store, rows = finished
+    before = files(store)
+    counts = {folder.name: len(list(folder.iterdir())) for folder in store.folder.iterdir()}
+    # At a rate of a half, 50 % is the first prune of the dense network and 80 % the third: two trainings a seed.
+    assert counts == {"dense": 2 * 2, "imp_round": 2 * 2, "matching": 2 * 2, "sparse": 2 * 2 * 5, "ticket": 2 * 2}
+    assert run(TINY, store, **GRID) == rows  # to the second
+    assert files(store) == before
+
+
+def test_the_counts_of_the_store_tell_what_a_run_did(tmp_path):
+    store = Store(tmp_path)
+    run(TINY, store, seeds=[0], sparsities=[0.5], methods=["dense", "naive"])
+    assert store.computed == len(list(tmp_path.rglob("*.safetensors"))) > 0
+    again = Store(tmp_path)
+    run(TINY, again, seeds=[0], sparsities=[0.5], methods=["dense", "naive"])
+    assert again.computed == 0 and again.found > 0
+
+
+def test_a_run_that_lost_a_stage_makes_only_that_one_again(finished, tmp_path):
+    store, rows = finished
+    lost = sorted((store.folder / "sparse").iterdir())[3]
+    before = files(store)
+    lost.unlink()
+    assert without_seconds(run(TINY, store, **GRID)) == without_seconds(rows)
+    after = files(store)
+    assert {path for path in after if after[path] != before[path]} - {lost.parent.relative_to(store.folder)} == {
+        lost.relative_to(store.folder)}
+
+
+def test_two_workers_give_the_rows_of_one(finished, tmp_path):
+    store, rows = finished
+    other = Store(tmp_path)
+    assert without_seconds(run(TINY, other, workers=2, **GRID)) == without_seconds(rows)
+    assert files(other).keys() == files(store).keys()
+
+
+def test_epoch_0_is_the_true_initialisation_and_a_and_b_differ(finished):
+    store, _ = finished
+    for seed in (0, 1):
+        (a, _), (b, _) = (dense(TINY, store, seed, which) for which in "ab")
+        assert list(a) == list(b) == [0, 1, 2]
+        assert same(a[0], build_model("mlp", (1, 8, 8), 10, width=0.1, seed=2 * seed).state_dict())
+        assert same(b[0], build_model("mlp", (1, 8, 8), 10, width=0.1, seed=2 * seed + 1).state_dict())
+        assert not same(a[1], a[0]) and not same(a[2], a[1])
+
+
+def test_matching_is_that_of_the_epoch_asked_for(finished):
+    store, _ = finished
+    a, b = (dense(TINY, store, 0, which)[0] for which in "ab")
+    x = lottery._data("digits").train.x
+    early = dataclasses.replace(TINY, matched_at=1)
+    for experiment, epoch in ((TINY, 2), (early, 1)):
+        groups = lottery.groups(experiment)
+        assert same(matching(experiment, store, 0, "weights")[0], match_weights(groups, a[epoch], b[epoch], seed=0))
+        nets = network(experiment, a[epoch]), network(experiment, b[epoch])
+        assert same(matching(experiment, store, 0, "activations")[0], match_activations(groups, *nets, [x]))
+
+
+def test_masks_of_the_methods_have_the_zeros_of_the_ticket(finished):
+    store, _ = finished
+    pruned = ticket(TINY, store, 0, 0.8)
+    masks = {method: method_masks(TINY, store, 0, 0.8, method, "weights") for method in lottery.METHODS[1:]}
+    assert all(layer_sparsity(mask) == layer_sparsity(pruned.masks) for mask in masks.values())
+    assert same(masks["lth"], pruned.masks) and same(masks["naive"], pruned.masks)
+    assert same(masks["permuted"], permute(lottery.groups(TINY), matching(TINY, store, 0, "weights")[0], pruned.masks))
+    assert not same(masks["permuted"], pruned.masks) and not same(masks["random"], pruned.masks)
+
+
+def test_methods_share_checkpoint_seed_and_recipe_and_differ_in_the_mask(finished, monkeypatch):
+    store, _ = finished
+    calls = {}
+
+    def spy(model, train, recipe, *, seed, masks):
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        calls[method] = state, recipe, seed, masks
+
+    monkeypatch.setattr(lottery, "fit", spy)
+    other = dataclasses.replace(TINY, sparse_lr=0.3)  # nothing of it is finished, but all that it needs
+    for method in ("lth", "naive", "permuted", "random"):
+        sparse(other, store, 1, 0.8, method, "weights" if method == "permuted" else None)
+    (a, _), (b, _) = (dense(TINY, store, 1, which) for which in "ab")
+    assert same(calls["lth"][0], a[1])
+    for method in ("naive", "permuted", "random"):
+        assert same(calls[method][0], b[1])
+    assert len({(recipe, seed) for _, recipe, seed, _ in calls.values()}) == 1
+    assert calls["lth"][1].epochs == 1 and calls["lth"][1].lr == 0.3
+    assert all(sparsity(masks) == pytest.approx(0.8, abs=1e-3) for *_, masks in calls.values())
+    assert len(list((store.folder / "dense").iterdir())) == 4
+
+
+@pytest.mark.parametrize("imp", ["rewind", "finetune"])
+def test_rounds_rewind_or_train_on(finished, monkeypatch, imp):
+    store, _ = finished
+    a, _ = dense(TINY, store, 0, "a")
+    starts, fit = [], lottery.fit
+
+    def spy(model, *arguments, **options):
+        starts.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return fit(model, *arguments, **options)
+
+    monkeypatch.setattr(lottery, "fit", spy)
+    found = ticket(dataclasses.replace(TINY, imp=imp, imp_lr=0.05), store, 0, 0.8)
+    assert found.rounds == 3 and len(starts) == 2 and same(starts[0], a[1 if imp == "rewind" else 2])
+    assert same(starts[1], a[1]) == (imp == "rewind")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"methods": ["lth", "permutated"]}, "unknown method 'permutated': expected one of dense, lth, permuted, naive"),
+    ({"matchings": ["weight"]}, "unknown matching 'weight'"), ({"sparsities": [0.5, 1.5]}, "sparsity is 1.5"),
+    ({"sparsities": [0]}, "sparsity is 0"), ({"seeds": [0, -1]}, "seed is -1"), ({"seeds": [0.5]}, "seed is 0.5"),
+    ({"workers": 0}, "workers is 0"), ({"workers": 1.5}, "workers is 1.5"),
+    ({"experiments": [TINY, dataclasses.replace(TINY, model="vgg11")]}, "vgg11 halves the image five times"),
+])
+def test_errors_come_before_any_training(store, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(**{"experiments": TINY, "store": store, **GRID, **change})
+    assert not store.folder.exists()
+
+
+@pytest.mark.parametrize("stage, message", [
+    (lambda store: sparse(TINY, store, 0, 0.5, "permutated"), "unknown method 'permutated'"),
+    (lambda store: sparse(TINY, store, 0, 0.5, "permuted", "weight"), "unknown matching 'weight'"),
+    (lambda store: sparse(TINY, store, 0, 0.5, "permuted"), "unknown matching None"),
+    (lambda store: sparse(TINY, store, 0, 50, "naive"), "sparsity is 50"),
+    (lambda store: ticket(TINY, store, 0, 1.0), "sparsity is 1.0"),
+    (lambda store: matching(TINY, store, 0, "names"), "unknown matching 'names'"),
+    (lambda store: dense(TINY, store, 0, "c"), "which is 'c'"),
+])
+def test_errors_of_a_single_stage_come_before_any_training(store, stage, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        stage(store)
+    assert not store.folder.exists()
+
+
+def test_an_error_in_one_worker_ends_the_run_without_the_seeds_that_wait(tmp_path):
+    store, longer = Store(tmp_path), Experiment()
+    run(longer, store, seeds=[0], sparsities=[], methods=["dense"])
+    (finished,) = (tmp_path / "dense").iterdir()
+    finished.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is damaged"):
+        run(longer, store, seeds=range(16), sparsities=[], methods=["dense"], workers=2)
+    assert len(list((tmp_path / "dense").iterdir())) < 12
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"dataset": "mnist"}, "dataset is 'mnist': expected one of digits"),
+    ({"model": "cnn"}, "model is 'cnn': expected one of mlp, lenet5, vgg11"),
+    ({"imp": "restart"}, "imp is 'restart'"), ({"rewind": 7}, "rewind is 7: expected one of the checkpoints 0, 1, 2"),
+    ({"rewind": 2}, "rewind is 2: nothing is left to train of 2 epochs"), ({"matched_at": 9}, "matched_at is 9"),
+    ({"imp_rewind": 9}, "imp_rewind is 9"), ({"checkpoints": (-1, 0, 1)}, "checkpoints holds -1"),
+    ({"checkpoints": (0, 1, 3)}, "checkpoints holds 3: expected epochs from 0"), ({"imp_rate": 1}, "imp_rate is 1"),
+    ({"width": 0}, "width is 0"), ({"width": "2"}, "width is '2'"), ({"lr": -1}, "lr is -1"),
+    ({"sparse_lr": 0}, "lr is 0"), ({"imp_epochs": 0}, "epochs is 0"), ({"momentum": 1.0}, "momentum is 1.0"),
+    ({"batch_size": 0.5}, "batch_size is 0.5"), ({"weight_decay": -1}, "weight_decay is -1"),
+])
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dataclasses.replace(TINY, **change)
+
+
+def test_an_experiment_can_start_from_the_initialisation(store):
+    rows = run(dataclasses.replace(TINY, rewind=0, imp_rewind=0), store, seeds=[3], sparsities=[0.5], methods=["naive"])
+    assert [row["rewind"] for row in rows] == [0] and math.isfinite(rows[0]["loss"])
+
+
+def test_settings_are_told_by_name():
+    assert "width 0.1, epochs 2" in lottery.settings_text(TINY)
+    assert len(lottery.settings_text(TINY).split(", ")) >= len(dataclasses.fields(TINY))

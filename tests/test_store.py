@@ -1,0 +1,202 @@
+"""The store as its user meets it: nothing computed twice, nothing stale, nothing half written."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import permask_core
+from permask_core.files import load_tensors, save_tensors
+from permask_core.lottery import run
+from permask_core.store import Store, source_hash
+
+PACKAGE = Path(permask_core.__file__).parent
+
+
+def compute():
+    return {"x": torch.arange(3.0)}, {"value": 1}
+
+
+def never():
+    raise AssertionError("computed")
+
+
+def test_a_stage_is_computed_once(store):
+    first, record = store.stage("some", compute, seed=0, width=1.0)
+    again = Store(store.folder)
+    second, same_record = again.stage("some", compute, width=1.0, seed=0)  # in another order
+    assert (store.computed, store.found, again.computed, again.found) == (1, 0, 0, 1)
+    assert first["x"].tolist() == second["x"].tolist() == [0, 1, 2]
+    assert record == same_record and record.keys() == {"value", "seconds"}
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"seed": "0"}, {"epochs": (1, 3)}, {"extra": None}])
+def test_another_parameter_is_another_stage(store, changed):
+    parameters = {"seed": 0, "epochs": (1, 2)}
+    assert store.path("some", compute, **parameters) == store.path("some", compute, seed=0, epochs=[1, 2])
+    assert store.path("some", compute, **parameters) != store.path("some", compute, **{**parameters, **changed})
+
+
+def test_a_dataclass_is_a_parameter(store):
+    @dataclass
+    class Settings:
+        lr: float
+
+    assert store.path("some", compute, settings=Settings(0.1)) == store.path("some", compute, settings={"lr": 0.1})
+    assert store.path("some", compute, settings=Settings(0.1)) != store.path("some", compute, settings=Settings(0.2))
+
+
+@pytest.mark.parametrize("value", [torch.ones(1), {1, 2}, compute])
+def test_a_parameter_that_json_cannot_hold_is_refused_before_computing(store, value):
+    with pytest.raises(ValueError, match="parameter of the stage 'some' cannot be written as JSON"):
+        store.stage("some", never, value=value)
+
+
+def test_another_version_of_a_library_is_another_stage(store, monkeypatch):
+    before = store.path("some", compute)
+    monkeypatch.setattr("permask_core.store.versions", lambda: {"torch": "another"})
+    assert store.path("some", compute) != before
+
+
+def test_another_source_is_another_stage(store):
+    assert source_hash(compute) != source_hash(never)
+
+
+def test_a_stage_is_charged_without_the_stages_it_asked_for(store, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def inner():
+        clock[0] += 100
+        return {}, {}
+
+    def outer():
+        store.stage("inner", inner)
+        clock[0] += 1
+        return {}, {}
+
+    assert store.stage("outer", outer)[1]["seconds"] == 1
+    assert store.stage("inner", inner)[1]["seconds"] == 100
+
+
+def test_relative_folders_lie_below_permask_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PERMASK_RUNS", raising=False)
+    assert Store("runs").folder == tmp_path / "runs"
+    monkeypatch.setenv("PERMASK_RUNS", str(tmp_path / "base"))
+    assert Store("runs").folder == tmp_path / "base" / "runs"
+    assert Store(tmp_path / "else").folder == tmp_path / "else"
+    assert Store("~/runs").folder == tmp_path / "home" / "runs"
+    assert list(tmp_path.iterdir()) == []  # nothing is made before there is a result
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file: expected a folder"):
+        Store(tmp_path / "file")
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[8:]])
+def test_a_damaged_stage_is_refused_and_made_again_once_deleted(store, damage):
+    store.stage("some", compute)
+    path = store.path("some", compute)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=f"{path.name} is damaged.*delete it"):
+        store.stage("some", compute)
+    path.unlink()
+    assert store.stage("some", compute)[0]["x"].tolist() == [0, 1, 2]
+
+
+def test_the_file_of_another_stage_is_refused(store):
+    path = store.path("some", compute)
+    for record, shown in ({"stage": "other", "result": {}}, "other"), ({"kind": "masks"}, "masks"):
+        save_tensors(path, {}, record)
+        with pytest.raises(ValueError, match=f"holds '{shown}': expected the stage 'some'"):
+            store.stage("some", compute)
+
+
+def test_a_failed_stage_leaves_nothing(store):
+    with pytest.raises(AssertionError, match="computed"):
+        store.stage("some", never)
+    assert not store.folder.exists()
+
+
+KILLED = """
+import sys, time, torch
+import permask_core.files as files
+from permask_core.store import Store
+
+def half(tensors, path, **options):
+    whole(tensors, path, **options)
+    path.write_bytes(path.read_bytes()[:2000])
+    print("writing", flush=True)
+    time.sleep(600)
+
+store, whole = Store(sys.argv[1]), files.save_file
+for n in range(4):
+    def compute():
+        print("computing", n, flush=True)
+        return {"x": torch.full((1000,), float(n))}, {}
+    if sys.argv[2] == "kill" and n == 2:
+        files.save_file = half
+    assert store.stage("some", compute, n=n)[0]["x"].unique() == n
+"""
+
+
+def python(script, *arguments, package=PACKAGE):
+    return subprocess.Popen([sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
+                            env={"PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"})
+
+
+def test_a_killed_writer_leaves_whole_stages_only_and_the_next_run_goes_on(tmp_path):
+    script, runs = tmp_path / "script.py", tmp_path / "runs"
+    script.write_text(KILLED)
+    with python(script, runs, "kill") as process:
+        assert [process.stdout.readline() for _ in range(4)] == [*(f"computing {n}\n" for n in range(3)), "writing\n"]
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    finished = list(runs.rglob("*.safetensors"))
+    assert sorted(load_tensors(path)[0]["x"][0].item() for path in finished) == [0, 1]
+    with python(script, runs, "go on") as process:
+        assert process.stdout.read() == "computing 2\ncomputing 3\n"
+    assert process.returncode == 0
+
+
+EDITED = """
+from pathlib import Path
+from permask_core import lottery, store
+
+def hashes():
+    store._modules_hash.cache_clear()
+    return store.source_hash(lottery.run), store.source_hash(hashes)
+
+for name in ["display/style", "landscape", "vision", "statistics",
+             "lottery", "files", "matching/weights", "models/feedforward", "data/digits", "pruning", "training"]:
+    path, before = Path(store.__file__).parent / f"{name}.py", hashes()
+    path.write_text(path.read_text() + "# edited")
+    print(name, *(new != old for new, old in zip(hashes(), before)))
+"""
+
+
+def test_an_edit_of_reachable_source_is_another_stage(tmp_path):
+    """A stage of the library depends on what its module reaches; a stage of a script on the whole library."""
+    shutil.copytree(PACKAGE, tmp_path / "copy" / "permask_core", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "script.py").write_text(EDITED)
+    with python(tmp_path / "script.py", package=tmp_path / "copy" / "permask_core") as process:
+        lines = process.stdout.read().splitlines()
+    assert lines == [f"{name} False True" for name in ("display/style", "landscape", "vision", "statistics")] + [
+        f"{name} True True" for name in ("lottery", "files", "matching/weights", "models/feedforward", "data/digits",
+                                         "pruning", "training")]
+    assert source_hash(run) == source_hash(run)
+
+
+def test_a_record_that_json_cannot_hold_names_its_stage(store):
+    with pytest.raises(ValueError, match="the record of the stage 'odd' cannot be written as JSON"):
+        store.stage("odd", lambda: ({}, {"value": object()}))
