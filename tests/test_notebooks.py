@@ -1,0 +1,56 @@
+"""The notebooks as they are committed: no results, one parameters cell, claims that can fail, the right first cell."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from book.tools.address import read_address, with_setup
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ADDRESS = read_address((ROOT / "_config.yml").read_text(encoding="utf8"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    """Each notebook in turn."""
+    return nbformat.read(request.param, as_version=4)
+
+
+def code_cells(notebook, tag=None):
+    """The code cells of `notebook`, or those with `tag`."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in cells if tag is None or tag in cell.metadata.get("tags", [])]
+
+
+def test_is_valid(notebook):
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+
+
+def test_holds_no_outputs(notebook):
+    executed = [cell.id for cell in code_cells(notebook) if cell.outputs or cell.execution_count is not None]
+    assert executed == [], "clear them: .venv/bin/jupyter nbconvert --clear-output --inplace notebooks/*.ipynb"
+
+
+def test_has_one_parameters_cell_of_annotated_and_explained_names(notebook):
+    (cell,) = code_cells(notebook, "parameters")
+    statements = ast.parse(cell.source).body
+    assert statements and all(isinstance(statement, ast.AnnAssign) for statement in statements)
+    lines = cell.source.splitlines()
+    unexplained = [
+        statement.target.id
+        for statement in statements
+        if not any("#" in line for line in lines[statement.lineno - 1 : statement.end_lineno])
+    ]
+    assert unexplained == []
+
+
+def test_asserts_its_claims(notebook):
+    assert any(cell.source.startswith("assert ") or "\nassert " in cell.source for cell in code_cells(notebook))
+
+
+def test_first_cell_agrees_with_the_address(notebook):
+    assert with_setup(notebook, ADDRESS) == notebook, f"make address URL={ADDRESS}"
