@@ -1,0 +1,184 @@
+"""The scripts that install, execute, address and pack the book."""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from zipfile import ZipFile
+
+import nbformat
+import pytest
+import yaml
+
+from book.tools import address, execute, install, pack
+
+ROOT = Path(__file__).parents[2]
+URL = "https://github.com/owner/name"
+CONFIG = 'title: x\nrepository:\n  url: ""\n  branch: main\n'
+
+
+def notebook(*sources):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+
+
+# address.py
+
+
+def test_address_is_the_one_that_jupyter_book_reads():
+    text = (ROOT / "_config.yml").read_text(encoding="utf8")
+    assert yaml.safe_load(address.write_address(text, URL))["repository"]["url"] == URL
+    assert address.read_address(text) == yaml.safe_load(text)["repository"]["url"]
+
+
+def test_address_is_written_and_removed_again():
+    assert address.read_address(address.write_address(CONFIG, URL)) == URL
+    assert address.write_address(address.write_address(CONFIG, URL), "") == CONFIG
+
+
+@pytest.mark.parametrize("url", ["github.com/owner/name", "https://gitlab.com/owner/name", "https://github.com/owner"])
+def test_address_elsewhere_is_refused_by_name(url):
+    with pytest.raises(ValueError, match=url):
+        address.write_address(CONFIG, url)
+
+
+def test_config_without_the_address_is_refused():
+    with pytest.raises(ValueError, match="repository"):
+        address.write_address("title: x\n", URL)
+
+
+def test_setup_cell_is_first_and_only_one():
+    once = address.with_setup(notebook("1 + 1"), URL)
+    assert [cell.metadata.get("tags") for cell in once.cells] == [["setup", "remove-cell"], None]
+    assert f"git+{URL}" in once.cells[0].source
+    moved = address.with_setup(once, "https://github.com/other/name")
+    assert len(moved.cells) == 2 and "other" in moved.cells[0].source
+    nbformat.validate(moved)
+
+
+def test_empty_address_gives_the_notebook_back():
+    plain = notebook("1 + 1")
+    assert address.with_setup(address.with_setup(plain, URL), "") == plain
+
+
+def test_main_writes_config_and_notebooks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("notebooks").mkdir()
+    Path("_config.yml").write_text(CONFIG)
+    nbformat.write(notebook("1 + 1"), "notebooks/x.ipynb")
+    address.main(URL + "/")
+    assert address.read_address(Path("_config.yml").read_text()) == URL
+    assert len(nbformat.read("notebooks/x.ipynb", as_version=4).cells) == 2
+
+
+# install.py
+
+
+def commands_of_main(monkeypatch, *, gpu, answers, status=0):
+    """The pip commands that install.main would run on a Linux machine."""
+    commands = []
+
+    def run(command, cwd):
+        commands.append(command[4:])
+        return SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(install.subprocess, "run", run)
+    monkeypatch.setattr(install.venv, "create", lambda *args, **kwargs: None)
+    monkeypatch.setattr(install, "has_nvidia_gpu", lambda: gpu)
+    monkeypatch.setattr(install, "answers", lambda index: answers)
+    monkeypatch.setattr(sys, "platform", "linux")
+    install.main()
+    return commands
+
+
+def test_cpu_builds_are_taken_without_a_gpu(monkeypatch):
+    first, *_ = commands_of_main(monkeypatch, gpu=False, answers=True)
+    assert install.CPU_INDEX in first and any(pin.startswith("torchvision==") for pin in first)
+
+
+@pytest.mark.parametrize(("gpu", "answers"), [(True, True), (False, False)])
+def test_ordinary_index_serves_otherwise(monkeypatch, gpu, answers):
+    commands = commands_of_main(monkeypatch, gpu=gpu, answers=answers)
+    assert not any("--index-url" in command for command in commands)
+    assert ["-r", "requirements.txt", "-c", "constraints.txt"] == commands[0][-4:]
+
+
+def test_failing_pip_stops_the_installation(monkeypatch):
+    with pytest.raises(SystemExit, match="exit status 3"):
+        commands_of_main(monkeypatch, gpu=False, answers=False, status=3)
+
+
+def test_silent_index_does_not_answer():
+    assert not install.answers("http://127.0.0.1:9", seconds=0.5)
+
+
+def test_torch_must_be_pinned():
+    pins = install.torch_pins("numpy==1\ntorch==2.0\ntorchvision==0.3  # pictures\n")
+    assert pins == ["torch==2.0", "torchvision==0.3"]
+    with pytest.raises(ValueError, match="torchvision"):
+        install.torch_pins("torch==2.0\ntorchvision\n")
+
+
+def test_every_requirement_is_pinned_once():
+    lines = [
+        line.split("#")[0].strip()
+        for name in ("requirements.txt", "constraints.txt")
+        for line in (ROOT / name).read_text().splitlines()
+    ]
+    names = [line.split("==")[0].lower().replace("_", "-") for line in lines if line]
+    assert all("==" in line and "+" not in line for line in lines if line)
+    assert len(names) == len(set(names))
+
+
+def test_binder_takes_the_same_torch():
+    binder = (ROOT / ".binder/requirements.txt").read_text()
+    assert install.torch_pins(binder) == install.torch_pins((ROOT / "requirements.txt").read_text())
+
+
+# execute.py
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """An empty project folder with room for figures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PERMASK_FIGURES", str(tmp_path / "build/figures"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    return tmp_path
+
+
+def test_executed_notebook_has_outputs_and_leaves_its_files_in_build(workshop, capsys):
+    leave = "import os, pathlib\npathlib.Path('left.txt').touch()\nos.path.isdir(os.environ['PERMASK_FIGURES'])"
+    nbformat.write(notebook("1 + 1", leave), "x.ipynb")
+    execute.execute(Path("x.ipynb"), Path("build/source/x.ipynb"))
+    cells = nbformat.read("build/source/x.ipynb", as_version=4).cells
+    assert [cell.outputs[0].data["text/plain"] for cell in cells] == ["2", "True"]
+    assert {path.name for path in workshop.iterdir()} <= {"x.ipynb", "build", "ipython"}
+    assert "cell  2 of 2" in capsys.readouterr().out
+
+
+def test_failed_notebook_is_kept_aside_and_replaces_nothing(workshop):
+    nbformat.write(notebook("1 + 1", "raise ValueError('no such mask')"), "x.ipynb")
+    target = workshop / "build/source/x.ipynb"
+    target.parent.mkdir(parents=True)
+    target.write_text("an earlier success")
+    with pytest.raises(execute.PapermillExecutionError, match="no such mask"):
+        execute.execute(Path("x.ipynb"), target)
+    assert target.read_text() == "an earlier success"
+    assert "no such mask" in (workshop / execute.FAILED / "x.ipynb").read_text()
+
+
+# pack.py
+
+
+def test_archive_is_the_same_for_the_same_files(tmp_path):
+    (tmp_path / "book/sub").mkdir(parents=True)
+    (tmp_path / "book/sub/b.html").write_text("b")
+    (tmp_path / "book/a.html").write_text("a")
+    pack.pack(tmp_path / "book", tmp_path / "x.zip")
+    first = (tmp_path / "x.zip").read_bytes()
+    os.utime(tmp_path / "book/a.html", (0, 0))
+    pack.pack(tmp_path / "book", tmp_path / "x.zip")
+    assert (tmp_path / "x.zip").read_bytes() == first
+    assert ZipFile(tmp_path / "x.zip").namelist() == ["x/a.html", "x/sub/b.html"]
