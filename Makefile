@@ -1,0 +1,95 @@
+# The front door. `make` sets up, runs every notebook and builds the book; `make help` lists the rest.
+# Needs make and Python 3.11 or newer: make PYTHON=python3.12 takes another than python3.
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/.ready
+BOOK := build/_build/html
+
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+EXECUTED := $(NOTEBOOKS:%=build/source/%)
+FIGURES := build/source/book/figures/.drawn
+LIBRARY := $(shell find permask_core -type f ! -path '*/__pycache__/*' 2>/dev/null)
+PROSE := $(shell find book -type f ! -path '*/__pycache__/*') _config.yml _toc.yml
+
+# Finished stages of the experiments, and the figures that notebooks leave for other pages.
+export PERMASK_RUNS ?= $(CURDIR)/build/runs
+export PERMASK_FIGURES := $(CURDIR)/build/source/book/results
+# Two notebooks or two test processes run side by side; more threads each would only make them wait for one another.
+export OMP_NUM_THREADS ?= 1
+
+# Unless the command line says otherwise (make -j1), two targets at once: that is, two notebooks.
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j2
+endif
+
+.DELETE_ON_ERROR:
+.PHONY: all book test lab zip readme bench address clean help
+
+all: book ## set up, run what changed, build the book (the default)
+	@echo "The book: file://$(CURDIR)/$(BOOK)/index.html"
+
+$(READY): requirements.txt constraints.txt pyproject.toml book/tools/install.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: try make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) book/tools/install.py
+	@touch $@
+
+# A notebook runs again when it or the library changed; prose is no prerequisite.
+build/source/notebooks/%.ipynb: notebooks/%.ipynb $(LIBRARY) $(READY) book/tools/execute.py
+	@PERMASK_DISPLAY=static $(BIN)/python book/tools/execute.py $< $@
+
+# The schematic figures of the prose pages.
+$(FIGURES): book/figures.py $(LIBRARY) $(READY)
+	@mkdir -p $(@D)
+	$(BIN)/python book/figures.py $(@D)
+	@touch $@
+
+# Always a build from nothing: a partial one keeps old navigation, and forgets the warnings of pages it does not read again.
+$(BOOK)/index.html: $(EXECUTED) $(FIGURES) $(PROSE) $(LIBRARY) $(READY)
+	@rm -rf build/_build $(filter-out $(EXECUTED),$(wildcard build/source/notebooks/*.ipynb))
+	@mkdir -p $(PERMASK_FIGURES)
+	@find build/source/book -mindepth 1 -maxdepth 1 ! -name results ! -name figures -exec rm -rf {} +
+	@cp -R book _config.yml _toc.yml build/source/
+	$(BIN)/jupyter-book build --quiet -W --keep-going -n build/source --path-output build
+
+book: $(BOOK)/index.html
+
+test: $(READY) ## style, notebooks without outputs, the book, pytest (with browser tests), every notebook from an empty store
+	@printf '\n== Style\n'
+	$(BIN)/ruff check .
+	@printf '\n== Notebooks as committed\n'
+	$(BIN)/pytest -q tests/test_notebooks.py
+	@printf '\n== The book\n'
+	@$(MAKE) book
+	@printf '\n== Tests\n'
+	@$(EMPTY_STORE); $(BIN)/pytest -q -n 2 --dist loadfile tests
+	@printf '\n== Notebooks from an empty store\n'
+	@# PERMASK_DISPLAY=live: the widgets of a live notebook, which the book never draws, run here.
+	@$(EMPTY_STORE); export PERMASK_DISPLAY=live; test -z '$(NOTEBOOKS)' || $(BIN)/pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env notebooks
+
+# A store and a folder for figures of their own, removed when the line of the recipe ends.
+EMPTY_STORE = set -e; store=$$(mktemp -d); trap 'rm -rf "$$store"' EXIT; export PERMASK_RUNS="$$store/runs" PERMASK_FIGURES="$$store/figures"; mkdir "$$store/figures"
+
+lab: $(READY) ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=. notebooks
+
+zip: build/permask-book.zip ## pack the rendered book into build/permask-book.zip
+
+build/permask-book.zip: $(BOOK)/index.html book/tools/pack.py
+	$(BIN)/python book/tools/pack.py $(BOOK) $@
+
+readme: book ## bring the picture and the table in README.md up to date
+	$(BIN)/python book/tools/readme.py
+
+bench: $(READY) ## run the benchmarks, one after the other
+	@for script in $(wildcard benchmarks/[!_]*.py); do \
+		printf '\n== %s\n' "$$script"; $(BIN)/python "$$script" || exit 1; \
+	done
+
+address: $(READY) ## set the repository's address: make address URL=https://github.com/owner/name (empty: none)
+	$(BIN)/python book/tools/address.py "$(URL)"
+
+clean: ## remove what was built, keep .venv
+	rm -rf build
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
