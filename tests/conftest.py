@@ -11,7 +11,6 @@ from permask_core.models import build_model
 from permask_core.store import Store
 from permask_core.training import Recipe, fit
 
-
 # A search for new failing examples belongs on a developer's machine; continuous integration repeats the same ones.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
