@@ -1,11 +1,14 @@
 """Bring the README's picture and table up to date with the last build: `make readme`.
 
 The notebook left them in build/source/book/results; copies go to book/readme, so that the repository's page shows what
-a build measured, with the numbers of every run beside it. Nothing in the README's table is typed by hand.
+a build measured, with the numbers of every run, the versions and the commit beside it. Nothing in the README's table is
+typed by hand.
 """
 
+import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,11 +36,16 @@ def main() -> None:
     if not (built / "permuted_masks.md").exists():
         sys.exit(f"{built} holds no results: run make first")
     KEPT.mkdir(exist_ok=True)
-    for ending in ("svg", "md", "json"):
+    for ending in ("svg", "md"):
         shutil.copy(built / f"permuted_masks.{ending}", KEPT)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    record = json.loads((built / "permuted_masks.json").read_text(encoding="utf8"))
+    record = {"command": "make readme", "commit": commit or "unknown", **record}
+    (KEPT / "permuted_masks.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf8"), (KEPT / "permuted_masks.md").read_text()),
-    encoding="utf8")
+    table = (KEPT / "permuted_masks.md").read_text(encoding="utf8")
+    readme.write_text(with_table(readme.read_text(encoding="utf8"), table), encoding="utf8")
 
 
 if __name__ == "__main__":
