@@ -9,7 +9,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 EXECUTED := $(NOTEBOOKS:%=build/source/%)
 FIGURES := build/source/book/figures/.drawn
 LIBRARY := $(shell find permask_core -type f ! -path '*/__pycache__/*' 2>/dev/null)
-PROSE := $(shell find book -type f ! -path '*/__pycache__/*') _config.yml _toc.yml
+PROSE := $(shell find book -type f ! -path '*/__pycache__/*' ! -path 'book/readme/*') _config.yml _toc.yml
 
 # Finished stages of the experiments, and the figures that notebooks leave for other pages.
 export PERMASK_RUNS ?= $(CURDIR)/build/runs

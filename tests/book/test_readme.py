@@ -36,4 +36,5 @@ def test_every_entry_follows_from_the_runs(row):
 
 
 def test_the_record_says_how_it_was_made():
-    assert RECORD["command"] == "make readme" and RECORD["commit"] and RECORD["versions"]["torch"] and RECORD["settings"]
+    assert RECORD["command"] == "make readme"
+    assert RECORD["commit"] and RECORD["versions"]["torch"] and RECORD["settings"]
