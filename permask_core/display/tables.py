@@ -7,9 +7,10 @@ from numbers import Number
 from IPython.display import HTML
 
 _STYLE = """<style>
-.permask-table{border-collapse:collapse;margin:1rem auto;font-size:.92em;font-variant-numeric:tabular-nums}
+.permask-table{border-collapse:collapse;margin:1rem auto;font-size:.9em;font-variant-numeric:tabular-nums}
 .permask-table caption{caption-side:top;text-align:left;padding:0 0 .4rem;color:inherit}
-.permask-table th,.permask-table td{padding:.25rem .7rem;text-align:left;border:0;background:none}
+.permask-scroll{overflow-x:auto}
+.permask-table th,.permask-table td{padding:.25rem .55rem;text-align:left;border:0;background:none}
 .permask-table td{white-space:nowrap}
 .permask-table th{vertical-align:bottom}
 .permask-table .number{text-align:right}
@@ -52,8 +53,8 @@ def table(rows, *, caption=""):
     top = "".join(cell("th scope=col", head, head).replace("</th scope=col>", "</th>") for head in heads)
     body = "".join("<tr>" + "".join(cell("td", head, row[head]) for head in heads) + "</tr>" for row in rows)
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return HTML(f'{_STYLE}<table class="permask-table">{title}<thead><tr>{top}</tr></thead>'
-                f'<tbody>{body}</tbody></table>')
+    return HTML(f'{_STYLE}<div class="permask-scroll"><table class="permask-table">{title}<thead><tr>{top}</tr></thead>'
+                f'<tbody>{body}</tbody></table></div>')
 
 
 def _is_number(value):
