@@ -124,7 +124,7 @@ def dense(experiment, store, seed, which):
         data, model = _data(experiment.dataset), network(experiment, seed=own)
         names = {epoch: f"epoch {epoch}" for epoch in experiment.checkpoints}
         run = fit(model, data.train, experiment.recipe(experiment.epochs, experiment.lr), seed=own,
-                  checkpoints=tuple(names.values()))
+                  checkpoints=tuple(names.values()), description=None)
         states = {f"{epoch}/{key}": tensor for epoch, name in names.items()
                   for key, tensor in run.checkpoints[name].items()}
         return states, evaluate(model, data.test)._asdict()
@@ -156,7 +156,8 @@ def ticket(experiment, store, seed, target):
 
             def train_round():
                 data = _data(experiment.dataset)
-                run = fit(network(experiment, state), data.train, recipe, seed=2 * seed, masks=masks)
+                run = fit(network(experiment, state), data.train, recipe, seed=2 * seed, masks=masks,
+                          description=None)
                 return run.state, {"sparsity": sparsity(masks)}
 
             return store.stage("imp_round", train_round, seed=seed, round=rounds, **experiment.only(*_IMP))[0]
@@ -223,7 +224,7 @@ def sparse(experiment, store, seed, target, method, by=None):
         start, _ = dense(experiment, store, seed, "a" if method == "lth" else "b")
         data, model = _data(experiment.dataset), network(experiment, start[experiment.rewind])
         fit(model, data.train, experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr),
-            seed=10_000 + seed, masks=masks)
+            seed=10_000 + seed, masks=masks, description=None)
         return model.state_dict(), {**evaluate(model, data.test)._asdict(), "achieved": sparsity(masks)}
 
     settings = experiment.only(*_IMP, "sparse_lr", "rewind", *(["matched_at"] if method == "permuted" else []))
@@ -259,6 +260,7 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
         If anything is unknown or out of range, before any training.
     """
     experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
+    seeds, sparsities = list(seeds), list(sparsities)
     for value in methods:
         _one_of("method", value, METHODS)
     for value in matchings:
@@ -273,13 +275,12 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     for experiment in experiments:
         groups(experiment)  # a network that cannot be permuted is refused here, not after hours
     runs = [(method, by) for method in methods for by in (matchings if method == "permuted" else ("",))]
-    jobs = [(experiment, store, seed, tuple(sparsities), runs)
-            for experiment in experiments for seed in seeds]
-    if workers == 1:
-        parts = [_rows(*job)[0] for job in progress(jobs, "seeds")]
-    else:
-        parts = _in_parallel(jobs, store, workers)
-    return [row for part in parts for row in part]
+    runs = [(method, by, target) for method, by in runs for target in (sparsities if method != "dense" else [0.0])]
+    jobs = [(experiment, seed, runs) for experiment in experiments for seed in seeds]
+    if workers > 1:
+        return _in_parallel(jobs, store, workers)
+    rows = (row for job in jobs for row in _rows(store, *job))
+    return list(progress(rows, "runs", total=len(jobs) * len(runs)))
 
 
 def _one_of(what, value, known):
@@ -295,30 +296,29 @@ def _in_parallel(jobs, store, workers):
         context.set_forkserver_preload(["permask_core.lottery"])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         # Each worker counts in a copy of the store that starts from zero.
-        futures = [pool.submit(_rows, experiment, Store(store.folder), *rest) for experiment, _, *rest in jobs]
+        futures = [pool.submit(_counted_rows, Store(store.folder), *job) for job in jobs]
         try:
             for future in progress(as_completed(futures), "seeds", total=len(futures)):
-                own = future.result()[1]
-                store.computed, store.found = store.computed + own.computed, store.found + own.found
+                _, computed, found = future.result()
+                store.computed, store.found = store.computed + computed, store.found + found
         except BaseException:
             pool.shutdown(cancel_futures=True)  # seeds that wait are not begun
             raise
-        return [future.result()[0] for future in futures]
+        return [row for future in futures for row in future.result()[0]]
 
 
-def _rows(experiment, store, seed, sparsities, runs):
-    rows = []
+def _counted_rows(store, *job):
+    return list(_rows(store, *job)), store.computed, store.found
+
+
+def _rows(store, experiment, seed, runs):
     shared = {"seed": seed, **experiment.only("width", "sparse_lr", "rewind", "matched_at")}
-    for method, by in runs:
+    for method, by, target in runs:
         if method == "dense":
-            record = dense(experiment, store, seed, "b")[1]
-            rows.append({"method": "dense", "matching": "", **shared, "sparsity": 0.0, "achieved": 0.0, **record})
-            continue
-        for target in sparsities:
-            record = dict(sparse(experiment, store, seed, target, method, by or None)[1])
-            rows.append({"method": method, "matching": by, **shared, "sparsity": target,
-                         "achieved": record.pop("achieved"), **record})
-    return rows, store
+            record = {"achieved": 0.0, **dense(experiment, store, seed, "b")[1]}
+        else:
+            record = sparse(experiment, store, seed, target, method, by or None)[1]
+        yield {"method": method, "matching": by, **shared, "sparsity": target, "achieved": record["achieved"], **record}
 
 
 def settings_text(experiment):

@@ -60,7 +60,7 @@ class Fit(NamedTuple):
     losses: list[float]
 
 
-def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, description=""):
+def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, description="training"):
     """Train a model in place.
 
     Parameters
@@ -79,8 +79,8 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
         (after that many).
     device : str or torch.device, optional
         Where to train; by default a CUDA device if there is one.
-    description : str
-        Shown with the progress bar.
+    description : str or None
+        Shown with the progress bar; None for no bar.
 
     Returns
     -------

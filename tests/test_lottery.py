@@ -133,7 +133,7 @@ def test_methods_share_checkpoint_seed_and_recipe_and_differ_in_the_mask(finishe
     store, _ = finished
     calls = {}
 
-    def spy(model, train, recipe, *, seed, masks):
+    def spy(model, train, recipe, *, seed, masks, description):
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         calls[method] = state, recipe, seed, masks
 
@@ -229,3 +229,9 @@ def test_an_experiment_can_start_from_the_initialisation(store):
 def test_settings_are_told_by_name():
     assert "width 0.1, epochs 2" in lottery.settings_text(TINY)
     assert len(lottery.settings_text(TINY).split(", ")) >= len(dataclasses.fields(TINY))
+
+
+def test_seeds_and_sparsities_from_generators_are_not_lost(finished):
+    store, rows = finished
+    found = run(TINY, store, seeds=(s for s in [0]), sparsities=(s for s in [0.5]), methods=["lth"])
+    assert [(row["seed"], row["sparsity"]) for row in found] == [(0, 0.5)]

@@ -1,6 +1,6 @@
 """Figures, tables and the one interactive control, in one visual style for the whole book."""
 
-from permask_core.display.control import explore, is_live, show
+from permask_core.display.control import explore, show
 from permask_core.display.figures import (
     accuracies,
     accuracy_by,
@@ -11,6 +11,7 @@ from permask_core.display.figures import (
 )
 from permask_core.display.style import METHODS, Look, look, new_figure
 from permask_core.display.tables import table
+from permask_core.progress import is_live
 
 __all__ = ["METHODS", "Look", "accuracies", "accuracy_by", "accuracy_by_sparsity", "explore", "is_live", "look",
            "mask_pictures", "matched_units", "new_figure", "publish", "show", "table"]

@@ -11,12 +11,13 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import urllib.parse
 from numbers import Number
 
 from IPython.display import HTML
+
+from permask_core.progress import is_live
 
 LARGEST = 2_500_000  # bytes of HTML in one control; a page of the book stays below 3 MB
 _serial = itertools.count(1)
@@ -46,16 +47,6 @@ var i=+row.dataset.choice,input=row.querySelector("input[type=range]")||row.quer
 at=at*sizes[i]+ +input.value;var out=row.querySelector("output");if(out)out.textContent=labels[i][+input.value]});
 frames.forEach(function(frame,i){frame.hidden=i!==at})}
 box.addEventListener("input",update);update()})()</script>"""
-
-
-def is_live():
-    """Whether a reader with a kernel is looking: the environment variable ``PERMASK_DISPLAY`` (``live`` or ``static``)
-    decides, and without it the marks that Jupyter's server, VS Code and Colab leave on their kernels."""
-    forced = os.environ.get("PERMASK_DISPLAY", "")
-    if forced not in ("", "live", "static"):
-        raise ValueError(f"PERMASK_DISPLAY={forced!r}: expected live or static")
-    marks = ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG")
-    return forced == "live" or (not forced and any(mark in os.environ for mark in marks))
 
 
 def explore(draw, *, alt, caption="", start=None, **choices):
