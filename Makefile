@@ -11,9 +11,11 @@ FIGURES := build/source/book/figures/.drawn
 LIBRARY := $(shell find permask_core -type f ! -path '*/__pycache__/*' 2>/dev/null)
 PROSE := $(shell find book -type f ! -path '*/__pycache__/*' ! -path 'book/readme/*') _config.yml _toc.yml
 
-# Finished stages of the experiments, and the figures that notebooks leave for other pages.
-export PERMASK_RUNS ?= $(CURDIR)/build/runs
-export PERMASK_FIGURES := $(CURDIR)/build/source/book/results
+# Finished stages of the experiments lie below, in the folder that a notebook's `runs` names.
+export PERMASK_RUNS ?= $(CURDIR)/build
+# Figures that a run of the book leaves for other pages; set for that run alone, or a notebook that is played with
+# would change the landing page.
+RESULTS := $(CURDIR)/build/source/book/results
 # Two notebooks or two test processes run side by side; more threads each would only make them wait for one another.
 export OMP_NUM_THREADS ?= 1
 
@@ -35,7 +37,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml book/tools/install.py
 
 # A notebook runs again when it or the library changed; prose is no prerequisite.
 build/source/notebooks/%.ipynb: notebooks/%.ipynb $(LIBRARY) $(READY) book/tools/execute.py
-	@PERMASK_DISPLAY=static $(BIN)/python book/tools/execute.py $< $@
+	@PERMASK_DISPLAY=static PERMASK_FIGURES=$(RESULTS) $(BIN)/python book/tools/execute.py $< $@
 
 # The schematic figures of the prose pages.
 $(FIGURES): book/figures.py $(LIBRARY) $(READY)
@@ -46,7 +48,7 @@ $(FIGURES): book/figures.py $(LIBRARY) $(READY)
 # Always a build from nothing: a partial one keeps old navigation, and forgets the warnings of pages it does not read again.
 $(BOOK)/index.html: $(EXECUTED) $(FIGURES) $(PROSE) $(LIBRARY) $(READY)
 	@rm -rf build/_build $(filter-out $(EXECUTED),$(wildcard build/source/notebooks/*.ipynb))
-	@mkdir -p $(PERMASK_FIGURES)
+	@mkdir -p $(RESULTS)
 	@find build/source/book -mindepth 1 -maxdepth 1 ! -name results ! -name figures -exec rm -rf {} +
 	@cp -R book _config.yml _toc.yml build/source/
 	$(BIN)/jupyter-book build --quiet -W --keep-going -n build/source --path-output build

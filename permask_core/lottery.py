@@ -7,7 +7,10 @@ it, so that any order of calls, a kill, or another worker leads to the same file
 """
 
 import multiprocessing
+import os
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -245,7 +248,8 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
         ``permuted`` is run once per matching.
     matchings : sequence of {"weights", "activations"}
     workers : int
-        Processes that share the work, seed by seed; with more than one, each computes with one thread.
+        Processes that share the work, seed by seed; with more than one, each computes with one thread, and a script
+        must call this below ``if __name__ == "__main__":``.
 
     Returns
     -------
@@ -258,7 +262,12 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     ------
     ValueError
         If anything is unknown or out of range, before any training.
+    RuntimeError
+        If a worker process died.
     """
+    if isinstance(sparsities, str):
+        raise ValueError(f"sparsities is {sparsities!r}: expected a list of numbers (papermill takes lists with -y, as "
+                         "in -y '{sparsities: [0.9, 0.97]}')")
     experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
     seeds, sparsities = list(seeds), list(sparsities)
     for value in methods:
@@ -294,17 +303,30 @@ def _in_parallel(jobs, store, workers):
     context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["permask_core.lottery"])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         # Each worker counts in a copy of the store that starts from zero.
         futures = [pool.submit(_counted_rows, Store(store.folder), *job) for job in jobs]
         try:
             for future in progress(as_completed(futures), "seeds", total=len(futures)):
                 _, computed, found = future.result()
                 store.computed, store.found = store.computed + computed, store.found + found
+        except BrokenProcessPool as error:
+            raise RuntimeError("a worker process died. A script must call this below `if __name__ == \"__main__\":`, "
+                               "because every worker imports it again; workers=1 needs no other process") from error
         except BaseException:
             pool.shutdown(cancel_futures=True)  # seeds that wait are not begun
             raise
         return [row for future in futures for row in future.result()[0]]
+
+
+def _begin_worker():
+    torch.set_num_threads(1)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)  # the parent was killed; what is written is whole, and nobody waits for the rest
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _counted_rows(store, *job):

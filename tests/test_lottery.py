@@ -2,7 +2,13 @@
 
 import dataclasses
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,3 +241,66 @@ def test_seeds_and_sparsities_from_generators_are_not_lost(finished):
     store, rows = finished
     found = run(TINY, store, seeds=(s for s in [0]), sparsities=(s for s in [0.5]), methods=["lth"])
     assert [(row["seed"], row["sparsity"]) for row in found] == [(0, 0.5)]
+
+
+PARENT = """
+from permask_core.lottery import Experiment, run
+from permask_core.store import Store
+if __name__ == "__main__":
+    run(Experiment(epochs=400), Store("runs"), seeds=range(4), sparsities=[0.9], workers=2)
+"""
+
+
+def processes():
+    """Parent and command line of every process, by its number."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            yield int(folder.name), parent, (folder / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it ended meanwhile
+
+
+def children(pid):
+    rows, found = list(processes()), {pid}
+    while more := {child for child, parent, _ in rows if parent in found} - found:
+        found |= more
+    return {child for child, _, command in rows if child in found - {pid} and "forkserver" in command}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process table below /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "script.py").write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PERMASK_RUNS": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment)
+    end = time.monotonic() + 60
+    while len(workers := children(parent.pid)) < 3 and time.monotonic() < end:  # the server and its two workers
+        time.sleep(0.1)
+    assert len(workers) == 3 and parent.poll() is None
+    time.sleep(1)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    end = time.monotonic() + 20
+    while (left := [pid for pid in workers if alive(pid)]) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert left == []
+
+
+def alive(pid):
+    """Whether a process still runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_script_without_the_guard_is_told_what_to_do(tmp_path):
+    (tmp_path / "script.py").write_text(PARENT.replace('if __name__ == "__main__":', "if True:"))
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "PERMASK_RUNS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode and "A script must call this below `if __name__ ==" in done.stderr
+
+
+def test_a_list_that_came_as_text_is_refused_with_the_remedy(store):
+    with pytest.raises(ValueError, match="sparsities is .*papermill takes lists with -y"):
+        run(TINY, store, seeds=[0], sparsities="[0.9]")

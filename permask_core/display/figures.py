@@ -78,7 +78,7 @@ def accuracy_by_sparsity(rows):
             axes.axhline(mean, color=look("dense").color, linewidth=1.2, linestyle=(0, (1, 1.5)))
         labels.append((mean, look("dense").label, look("dense").color))
     for axes in (whole, top):
-        axes.set_xticks(list(place.values()), [f"{100 * s:g}" for s in sparsities])
+        axes.set_xticks(list(place.values()), [f"{100 * s:g}" for s in sparsities], fontsize=8)
         axes.minorticks_off()
     whole.set_ylabel("test accuracy (%)")
     if math.isfinite(floor):

@@ -104,9 +104,12 @@ def permutation_groups(model, example_input):
         graph = fx.symbolic_trace(model)
     except Exception as error:  # tracing runs the user's own code, which may raise anything
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx ({error}): {_BY_HAND}") from error
+    follower = _Follower(graph)
     with evaluating(model):
-        follower = _Follower(graph)
-        follower.run(example_input)
+        try:
+            follower.run(example_input)
+        except _Refused as error:  # without what the interpreter adds to the message
+            raise ValueError(error.why) from None
     groups = {name: Group(draft["size"], tuple(draft["entries"]), tuple(draft["taps"]))
               for name, draft in follower.drafts.items() if name not in follower.fixed}
     _refuse_tied(model, groups)
@@ -128,6 +131,12 @@ def _refuse_tied(model, groups):
 
 
 _BY_HAND = "write the groups by hand, as a dict of permask_core.matching.Group"
+
+
+class _Refused(ValueError):
+    def __init__(self, why):
+        super().__init__(why)
+        self.why = why
 
 
 class _Follower(fx.Interpreter):
@@ -230,7 +239,7 @@ class _Follower(fx.Interpreter):
     def _refuse(self, node, why):
         module = f" ({type(self.module.get_submodule(node.target)).__name__})" if node.op == "call_module" else ""
         target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
-        raise ValueError(f"operation {target!r}{module} {why}: {_BY_HAND}")
+        raise _Refused(f"operation {target!r}{module} {why}: {_BY_HAND}")
 
 
 def check_groups(groups, tensors, *, whole=False):

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 
 def published_permuted_masks():
-    """Test accuracies of the permuted-mask paper, read off its authors' published figures.
+    """Test accuracies of the permuted-mask paper, taken from its authors' published figures.
 
     Returns
     -------
