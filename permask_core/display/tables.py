@@ -7,8 +7,10 @@ from numbers import Number
 from IPython.display import HTML
 
 _STYLE = """<style>
-.permask-table{border-collapse:collapse;margin:1rem auto;font-size:.9em;font-variant-numeric:tabular-nums}
-.permask-table caption{caption-side:top;text-align:left;padding:0 0 .4rem;color:inherit}
+.permask-table{border-collapse:collapse;margin:0 auto;font-size:.9em;font-variant-numeric:tabular-nums}
+.permask-results{margin:1.2rem 0;padding:0}
+.permask-results figcaption{margin:0 auto .5rem;max-width:46rem;font-size:.9em;font-weight:400;
+color:inherit;text-align:left}
 .permask-scroll{overflow-x:auto}
 .permask-table th,.permask-table td{padding:.25rem .55rem;text-align:left;border:0;background:none}
 .permask-table td{white-space:nowrap}
@@ -52,9 +54,10 @@ def table(rows, *, caption=""):
 
     top = "".join(cell("th scope=col", head, head).replace("</th scope=col>", "</th>") for head in heads)
     body = "".join("<tr>" + "".join(cell("td", head, row[head]) for head in heads) + "</tr>" for row in rows)
-    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return HTML(f'{_STYLE}<div class="permask-scroll"><table class="permask-table">{title}<thead><tr>{top}</tr></thead>'
-                f'<tbody>{body}</tbody></table></div>')
+    # A figure's caption, not the table's: on a narrow screen the table scrolls sideways and the text should not.
+    title = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    grid = f'<table class="permask-table"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    return HTML(f'{_STYLE}<figure class="permask-results">{title}<div class="permask-scroll">{grid}</div></figure>')
 
 
 def _is_number(value):

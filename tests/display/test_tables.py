@@ -18,14 +18,14 @@ def test_a_table_holds_its_records():
     assert [[cell.text for cell in row.select("td")] for row in soup.select("tbody tr")] == [
         ["lth", "96.4", "5"], ["naive", "−0.3", "3"]]
     assert [cell.text for cell in soup.select("tbody .number")] == ["96.4", "5", "−0.3", "3"]
-    assert soup.caption.text == "what"
+    assert soup.figcaption.text == "what"
 
 
 def test_text_stays_text():
     nasty = '<script>alert("&amp;")</script>'
     soup = BeautifulSoup(table([{nasty: nasty}], caption=nasty).data, "html.parser")
     assert not soup.select("script")
-    assert soup.th.text == soup.td.text == soup.caption.text == nasty
+    assert soup.th.text == soup.td.text == soup.figcaption.text == nasty
 
 
 def test_words_that_only_begin_like_numbers_stand_left():
