@@ -88,3 +88,9 @@ def test_every_control_changes_the_picture_from_the_keyboard(visit, scheme, expl
             after = explore.evaluate(SHOWN)
             changed = len(after) == 1 and after != before  # pictures are long; keep them out of the message
             assert changed, f"{control.evaluate('input => input.outerHTML')} leaves the picture as it was"
+
+
+def test_chapter_fits_a_narrow_screen(visit, chapter):
+    page = visit("file", chapter)
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
