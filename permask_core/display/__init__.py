@@ -11,7 +11,6 @@ from permask_core.display.figures import (
 )
 from permask_core.display.style import METHODS, Look, look, new_figure
 from permask_core.display.tables import table
-from permask_core.progress import is_live
 
-__all__ = ["METHODS", "Look", "accuracies", "accuracy_by", "accuracy_by_sparsity", "explore", "is_live", "look",
+__all__ = ["METHODS", "Look", "accuracies", "accuracy_by", "accuracy_by_sparsity", "explore", "look",
            "mask_pictures", "matched_units", "new_figure", "publish", "show", "table"]
