@@ -92,7 +92,7 @@ def accuracy_by_sparsity(rows):
     return figure
 
 
-def accuracy_by(rows, field, *, label, ticks=None, axes=None):
+def accuracy_by(rows, field, *, label, ticks=None):
     """Test accuracy against a setting, one line per method, with 95 % intervals over seeds.
 
     Parameters
@@ -105,14 +105,12 @@ def accuracy_by(rows, field, *, label, ticks=None, axes=None):
         Its name and unit.
     ticks : dict, optional
         Tick labels by value.
-    axes : matplotlib Axes, optional
-        To draw into.
 
     Returns
     -------
     matplotlib.figure.Figure
     """
-    figure, axes = (axes.figure, axes) if axes is not None else new_figure(height=3.6)
+    figure, axes = new_figure(height=3.6)
     values = sorted({row[field] for row in rows})
     labels = []
     for method, matching in dict.fromkeys((row["method"], row["matching"]) for row in rows):

@@ -1,8 +1,9 @@
 """One look for every figure: a colour and a marker per method, kept through the whole book.
 
-The colours are Okabe and Ito's palette for colour-blind readers ("Color Universal Design", 2008). Figures keep a white
-ground of their own, so that they read the same on the light and on the dark page. Importing this module sets
-Matplotlib's defaults, since Matplotlib reads most of them when something is drawn, not when the figure is made.
+The colours are Okabe and Ito's palette for colour-blind readers ("Color Universal Design", 2008), its purple darkened
+for contrast. Figures keep a white ground of their own, so that they read the same on the light and on the dark page.
+Importing this module sets Matplotlib's defaults, since Matplotlib reads most of them when something is drawn, not when
+the figure is made.
 """
 
 from typing import NamedTuple
