@@ -5,9 +5,12 @@ code moves B onto A; the permuted-mask paper moves A, whose mask is wanted, onto
 """
 
 from permask_core.matching.activations import activation_correlations, match_activations
-from permask_core.matching.groups import Entry, Group, Tap, check_groups, permutation_groups
+from permask_core.matching.checking import check_function, function_change, redrawn, shuffles
+from permask_core.matching.groups import Entry, Fixed, Group, Groups, Tap, check_groups
 from permask_core.matching.permutations import permute, random_permutations
+from permask_core.matching.tracing import permutation_groups
 from permask_core.matching.weights import match_weights
 
-__all__ = ["Entry", "Group", "Tap", "activation_correlations", "check_groups", "match_activations", "match_weights",
-           "permutation_groups", "permute", "random_permutations"]
+__all__ = ["Entry", "Fixed", "Group", "Groups", "Tap", "activation_correlations", "check_function", "check_groups",
+           "function_change", "match_activations", "match_weights", "permutation_groups", "permute",
+           "random_permutations", "redrawn", "shuffles"]

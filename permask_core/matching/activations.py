@@ -2,16 +2,19 @@
 
 Li et al., "Convergent Learning: Do Different Neural Networks Learn the Same Representations?", 2015; Jordan et al.,
 "REPAIR", ICLR 2023. A permutation keeps the function, so that what a layer's units compute does not depend on how the
-layers below are ordered: one pass over the data serves all groups.
+layers below are ordered: one pass over the data serves all groups. Only moments outlive a batch, in float64, on the
+device of the target.
 """
 
-from collections import defaultdict
-from contextlib import ExitStack
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import chain
 
 import torch
 
-from permask_core.matching.groups import check_groups
-from permask_core.matching.permutations import assign
+from permask_core.matching.groups import check_groups, indices
+from permask_core.matching.permutations import best, part_pairs, parts_of, steps_between
 from permask_core.models import evaluating
 
 
@@ -19,15 +22,37 @@ def match_activations(groups, source_model, target_model, batches):
     """Permutations that move the source onto the target, by the correlation of activations.
 
     Parameters, errors and reading are those of :func:`activation_correlations`; the assignment maximises the sum of
-    correlations in each group.
+    correlations in each group. Where units have parts in groups of their own, as attention heads have, two units are
+    as alike as their parts are at best, and need no taps.
 
     Returns
     -------
     dict of str to torch.Tensor
         As :func:`permask_core.matching.permute` takes them.
     """
-    return {name: assign(correlation) for name, correlation
-            in activation_correlations(groups, source_model, target_model, batches).items()}
+    parts = parts_of(groups)
+
+    def leaves(to, origin):
+        if to not in parts:
+            yield to, origin
+        else:
+            for _, _, a, b in part_pairs(parts, to, origin):
+                yield from leaves(a, b)
+
+    outermost = [name for name, group in groups.items() if group.within is None]
+    pairs = [pair for name in outermost for pair in leaves(name, name)]
+    correlations = _correlations(groups, source_model, target_model, batches, pairs)
+
+    def similarity(to, origin):
+        if to not in parts:
+            return correlations[to, origin]
+        total = torch.zeros(groups[to].size, groups[origin].size, dtype=torch.float64)
+        for i, j, a, b in part_pairs(parts, to, origin):
+            total[i, j] += similarity(a, b).trace()
+        return total
+
+    found = {at: order for name in outermost for at, order in steps_between(parts, similarity, name, name)}
+    return {name: found[name] for name in groups}
 
 
 def activation_correlations(groups, source_model, target_model, batches):
@@ -38,9 +63,10 @@ def activation_correlations(groups, source_model, target_model, batches):
     groups : dict of str to Group
         With taps: where each group's activations are read.
     source_model, target_model : torch.nn.Module
-        Read in evaluation mode; their modes come back.
+        Read in evaluation mode, where they are; their modes come back.
     batches : iterable of torch.Tensor
-        Inputs; both models see the same ones.
+        Inputs, which both models see; of a tuple or list, as a DataLoader gives, the first. Passed over once. While the
+        target reads a batch, what the source's taps gave for it is held.
 
     Returns
     -------
@@ -51,73 +77,129 @@ def activation_correlations(groups, source_model, target_model, batches):
     Raises
     ------
     ValueError
-        If the groups do not fit a model or have no taps, there are no batches, or an activation is not finite.
+        If the groups do not fit a model or cannot be read, there are no batches, or an activation is not finite.
     """
-    for name, group in groups.items():
-        if not group.taps:
-            raise ValueError(f"group {name!r} has no taps: its activations cannot be read")
+    correlations = _correlations(groups, source_model, target_model, batches, [(name, name) for name in groups])
+    return {name: correlation for (name, _), correlation in correlations.items()}
+
+
+def inputs(batches):
+    """The inputs in some batches: tensors, or the first of each tuple or list; ValueError if there are none."""
+    batch = None
+    for batch in batches:
+        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"a batch is of type {type(batch).__name__}: expected a tensor of inputs, or a tuple or "
+                             "list that begins with it")
+        yield x
+    if batch is None:
+        raise ValueError("there are no batches: expected at least one")
+
+
+def device_of(model):
+    """Where a model's first tensor is."""
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
+
+def _correlations(groups, source_model, target_model, batches, pairs):
+    """Correlations by (group in the target, group in the source), for pairs of groups that lie alike."""
     for model in (source_model, target_model):
         check_groups(groups, model.state_dict(), whole=True)
-    moments = {}
+    origins, moments, kept, seen = {}, {}, {}, Counter()
+    for to, origin in pairs:
+        if not groups[to].taps:
+            raise ValueError(f"group {to!r} has no taps: its activations cannot be read. Leave such groups out: "
+                             "{name: group for name, group in groups.items() if group.taps}")
+        origins.setdefault(to, []).append(origin)
+
+    def keep(key, units):
+        kept.setdefault(key, []).append(units.clone())  # a later in-place ReLU must not change it
+
+    def compare(key, units):
+        (name, tap), call = key, seen[key]
+        seen[key] += 1  # a module may be called more than once
+        x = samples(units)
+        for origin in origins[name]:
+            moments.setdefault((name, origin, tap), _Moments()).add(x, samples(kept[origin, tap][call]).to(x), name)
+
     with ExitStack() as stack:
         stack.enter_context(evaluating(source_model, target_model))
-        values = [stack.enter_context(_Reader(groups, model)) for model in (source_model, target_model)]
-        for batch in batches:
-            source_model(batch), target_model(batch)
-            for key in values[0]:
-                x, y = values[1][key], values[0][key]  # target, source
-                if x.shape != y.shape:
-                    raise ValueError(f"activations of group {key[0]!r} have shape {list(y.shape)} in the source and "
-                                     f"{list(x.shape)} in the target")
-                moments.setdefault(key, _Moments(x, y)).add(x, y)
-    if not moments and groups:
-        raise ValueError("there are no batches: expected at least one")
-    total = defaultdict(float)
-    for (name, tap), moment in moments.items():
-        correlation = moment.correlation()
-        if not correlation.isfinite().all():
-            raise ValueError(f"activations of group {name!r} (tap {tap}) are not finite: they cannot be matched")
-        total[name] = total[name] + correlation
-    return dict(total)
+        for model, names, read in ((source_model, {origin for _, origin in pairs}, keep),
+                                   (target_model, origins, compare)):
+            stack.enter_context(_tapped(model, {name: groups[name] for name in names}, read))
+        devices = device_of(source_model), device_of(target_model)
+        for x in inputs(batches):
+            kept.clear(), seen.clear()
+            source_model(x.to(devices[0])), target_model(x.to(devices[1]))
+    correlations = {}
+    for to, origin in pairs:
+        for i, tap in enumerate(groups[to].taps):
+            if (to, origin, i) not in moments:
+                raise ValueError(f"group {to!r} is read at the {tap.side} of {tap.module!r}, which the model does not "
+                                 "call: leave out the tap, or the group")
+            correlation = moments[to, origin, i].correlation()
+            if not correlation.isfinite().all():
+                raise ValueError(f"activations of group {to!r} (tap {i}) are not finite: they cannot be matched")
+            correlations[to, origin] = correlations.get((to, origin), 0) + correlation
+    return correlations
 
 
-class _Reader(dict):
-    """Hooks that leave each tap's activations here, by (group, tap number), as float64 [units, samples]."""
-
-    def __init__(self, groups, model):
-        super().__init__()
-        self.groups, self.model, self.handles = groups, model, []
-
-    def __enter__(self):
-        for name, group in self.groups.items():
+@contextmanager
+def _tapped(model, groups, read):
+    """While it lasts, ``read((group name, tap number), activation with the units on axis 0)`` is called at each tap."""
+    handles = []
+    try:
+        for name, group in groups.items():
             for i, tap in enumerate(group.taps):
-                self.handles.append(self._hook((name, i), tap))
-        return self
-
-    def __exit__(self, *_):
-        for handle in self.handles:
+                handles.append(_hook(model, name, group.size, tap, partial(read, (name, i))))
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
-    def _hook(self, key, tap):
-        module = self.model.get_submodule(tap.module)
 
-        def keep(value):
-            units = value.movedim(tap.axis, 0)[tap.positions.to(value.device)]
-            self[key] = units.flatten(1).double()  # indexing copies: a later in-place ReLU cannot change it
+def _hook(model, name, size, tap, read):
+    place = f"group {name!r} is read at the {tap.side} of {tap.module!r}"
+    modules = dict(model.named_modules())
+    if tap.module not in modules:
+        raise ValueError(f"{place}, which is no module of the model")
+    if tap.side not in ("input", "output"):
+        raise ValueError(f"{place}: expected its input or output")
+    positions = indices(tap, size)
+    expected = f"{size} indices" if tap.positions is None else f"more than {int(positions.max())} indices"
 
-        if tap.side == "input":
-            return module.register_forward_pre_hook(lambda _, inputs: keep(inputs[0]))
-        return module.register_forward_hook(lambda _, inputs, output: keep(output))
+    def keep(value):
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{place}, which is of type {type(value).__name__}: expected a tensor")
+        length = value.shape[tap.axis] if -value.ndim <= tap.axis < value.ndim else 0
+        if length <= int(positions.max()) or tap.positions is None and length != size:
+            raise ValueError(f"{place}, whose shape is {list(value.shape)}: expected {expected} along axis {tap.axis}")
+        units = value.movedim(tap.axis, 0)
+        read(units if tap.positions is None else units[positions.to(value.device)])
+
+    if tap.side == "input":
+        return modules[tap.module].register_forward_pre_hook(lambda _, given: keep(given[0] if given else None))
+    return modules[tap.module].register_forward_hook(lambda _, given, output: keep(output))
+
+
+def samples(units):
+    """[units, samples] in float64."""
+    return units.unsqueeze(-1).flatten(1).double()
 
 
 class _Moments:
     """Streaming first and second moments of two sets of units, about the first batch's means for precision."""
 
-    def __init__(self, x, y):
-        self.n, self.shift = 0, (x.mean(1, keepdim=True), y.mean(1, keepdim=True))
+    def __init__(self):
+        self.n, self.shift = 0, None
         self.x = self.y = self.xx = self.yy = self.xy = 0
 
-    def add(self, x, y):
+    def add(self, x, y, name):
+        if x.shape != y.shape:
+            raise ValueError(f"activations of group {name!r} have shape {list(y.shape)} in the source and "
+                             f"{list(x.shape)} in the target")
+        if self.shift is None:
+            self.shift = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
         x, y = x - self.shift[0], y - self.shift[1]
         self.n += x.shape[1]
         self.x, self.y = self.x + x.sum(1), self.y + y.sum(1)
@@ -130,4 +212,4 @@ class _Moments:
         # A unit that never changes leaves only the rounding of its mean. NaN and infinity pass through, to be refused.
         dead_x, dead_y = (sd <= 1e-12 * shift[:, 0].abs() for sd, shift in zip((sd_x, sd_y), self.shift))
         dead = (dead_x[:, None] | dead_y) & cov.isfinite()
-        return torch.where(dead, torch.zeros_like(cov), cov / torch.outer(sd_x, sd_y))
+        return torch.where(dead, torch.zeros_like(cov), cov / torch.outer(sd_x, sd_y)).cpu()

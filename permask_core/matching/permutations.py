@@ -1,9 +1,20 @@
 """Moving units: permutations applied to weights or masks, and the assignment that finds them."""
 
+from itertools import product
+
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from permask_core.matching.groups import check_groups
+from permask_core.matching.groups import check_groups, depth, indices
+
+
+class Permutations(dict):
+    """A dict of str to torch.Tensor, as :func:`permute` takes it, and the ``objective`` (a list of floats) of the
+    search that found it."""
+
+    def __init__(self, permutations=(), objective=()):
+        super().__init__(permutations)
+        self.objective = list(objective)
 
 
 def permute(groups, permutations, tensors):
@@ -29,25 +40,37 @@ def permute(groups, permutations, tensors):
         If the groups do not fit the tensors, or a permutation is unknown or none.
     """
     check_groups(groups, tensors)
-    moved = dict(tensors)
+    orders = {}
     for name, permutation in permutations.items():
         if name not in groups:
             raise ValueError(f"permutation {name!r} belongs to no group: expected one of {', '.join(groups)}")
         size, order = groups[name].size, torch.as_tensor(permutation).cpu()
         if order.is_floating_point() or not torch.equal(order.long().sort().values, torch.arange(size)):
             raise ValueError(f"permutation {name!r} is not a permutation of {size} units: got {permutation}")
-        moved = _move(groups[name], order.long(), moved)
+        orders[name] = order.long()
+    touched = {entry.tensor for name in orders for entry in groups[name].entries}
+    moved = {name: tensor.detach().clone() if name in touched else tensor for name, tensor in tensors.items()}
+    permute_(groups, orders, moved)
     return moved
 
 
-def _move(group, permutation, tensors):
-    moved = dict(tensors)
-    for tensor, axis, positions in group.entries:
-        if tensor in moved:
-            index = torch.arange(moved[tensor].shape[axis])
-            index[positions.flatten()] = positions[permutation].flatten()
-            moved[tensor] = moved[tensor].index_select(axis, index.to(moved[tensor].device))
-    return moved
+def permute_(groups, permutations, tensors):
+    """:func:`permute` in place and unchecked: what is within a unit first, before the unit moves."""
+    for name in sorted(permutations, key=lambda name: -depth(groups, name)):
+        move_(groups[name], permutations[name], tensors)
+
+
+def move_(group, permutation, tensors):
+    """Permute one group in place, in those of its tensors that the dict holds."""
+    leaving = (permutation != torch.arange(group.size)).nonzero()[:, 0]  # of a search's late steps, only a few
+    coming = permutation[leaving]
+    for entry in group.entries:
+        if entry.tensor in tensors:
+            tensor = tensors[entry.tensor]
+            part = tensor if entry.rows is None else tensor[slice(*entry.rows)]
+            positions = indices(entry, group.size).to(tensor.device)
+            values = part.index_select(entry.axis, positions[coming].flatten())
+            part.index_copy_(entry.axis, positions[leaving].flatten(), values)
 
 
 def random_permutations(groups, *, seed):
@@ -71,3 +94,59 @@ def assign(similarity):
     rows, columns = linear_sum_assignment(similarity.cpu().double().numpy(), maximize=True)
     assert (rows == range(len(rows))).all()  # scipy returns rows in order
     return torch.from_numpy(columns).long()
+
+
+def best(similarity):
+    """The total of the similarity under the permutation that :func:`assign` finds."""
+    similarity = similarity.cpu().double()
+    return similarity[torch.arange(len(similarity)), assign(similarity)].sum()
+
+
+def parts_of(groups):
+    """The groups within each unit of other groups, {outer: {unit: [names]}}.
+
+    Raises ValueError unless all units of a group are made alike: a unit that moves takes its parts to the next one's.
+    """
+    parts = {}
+    for name, group in groups.items():
+        if group.within is not None:
+            outer, unit = group.within
+            parts.setdefault(outer, {}).setdefault(unit, []).append(name)
+    for outer, units in parts.items():
+        kinds = [[(groups[name].size, [entry[:2] for entry in groups[name].entries]) for name in units.get(unit, ())]
+                 for unit in range(groups[outer].size)]
+        for unit, kind in enumerate(kinds):
+            if kind != kinds[0]:
+                raise ValueError(f"the groups within units 0 and {unit} of {outer!r} differ: expected the same sizes, "
+                                 "tensors and axes within every unit")
+    return parts
+
+
+def part_pairs(parts, to, origin):
+    """(i, j, a, b): unit i of ``to`` has the part ``a`` where unit j of ``origin`` has the part ``b``."""
+    for (i, inside), (j, others) in product(parts[to].items(), parts[origin].items()):
+        for a, b in zip(inside, others):
+            yield i, j, a, b
+
+
+def steps_between(parts, similarity, to, origin):
+    """What moves the units of one group to those of another, or of itself, and parts of units to parts.
+
+    Parameters
+    ----------
+    parts : dict
+        See :func:`parts_of`.
+    similarity : function of two names
+        The similarity of the units of the first group, in the target, and of the second, in the source.
+    to, origin : str
+
+    Yields
+    ------
+    (str, torch.Tensor)
+        A group in the source and its permutation; parts before what they are parts of.
+    """
+    order = assign(similarity(to, origin))
+    for unit, inside in parts.get(to, {}).items():
+        for a, b in zip(inside, parts[origin][int(order[unit])]):
+            yield from steps_between(parts, similarity, a, b)
+    yield origin, order

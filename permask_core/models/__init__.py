@@ -6,10 +6,13 @@ from contextlib import contextmanager
 import torch
 
 from permask_core.models.feedforward import lenet5, mlp, vgg11
+from permask_core.models.residual import resnet8, resnet18, resnet20, resnet50, resnet56
 
-MODELS = {"mlp": mlp, "lenet5": lenet5, "vgg11": vgg11}
+MODELS = {"mlp": mlp, "lenet5": lenet5, "vgg11": vgg11, "resnet8": resnet8, "resnet20": resnet20, "resnet56": resnet56,
+          "resnet18": resnet18, "resnet50": resnet50}
 
-__all__ = ["MODELS", "build_model", "evaluating", "lenet5", "mlp", "vgg11"]
+__all__ = ["MODELS", "build_model", "evaluating", "lenet5", "mlp", "resnet8", "resnet18", "resnet20", "resnet50",
+           "resnet56", "vgg11"]
 
 
 def build_model(name, input_shape, classes, *, seed=0, **options):
@@ -17,7 +20,7 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
 
     Parameters
     ----------
-    name : {"mlp", "lenet5", "vgg11"}
+    name : {"mlp", "lenet5", "vgg11", "resnet8", "resnet20", "resnet56", "resnet18", "resnet50"}
     input_shape : tuple of int
         Shape of one input: (channels, height, width).
     classes : int
@@ -26,7 +29,7 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
         Of the initialisation; the global random state is left alone.
     **options
         What the network itself takes: ``width`` (a factor on all hidden widths), ``depth`` (mlp), ``batch_norm``
-        (vgg11).
+        (vgg11), ``shortcut`` (resnet8, resnet20, resnet56).
 
     Returns
     -------

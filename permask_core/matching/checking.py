@@ -1,0 +1,134 @@
+"""Does a permutation keep the function? A test by numbers, for groups found by tracing or written by hand.
+
+Fresh networks are a poor witness: many output almost nothing, their norms are ones and zeros, and every permutation
+looks right. So everything that a network holds is first drawn at random, of order one.
+"""
+
+import copy
+
+import torch
+from torch.utils import _pytree as pytree
+
+from permask_core.matching.permutations import permute
+from permask_core.models import evaluating
+
+
+def arguments(example_input):
+    """Positional and keyword arguments from a tensor, a tuple or a dict."""
+    if isinstance(example_input, dict):
+        return (), example_input
+    return (tuple(example_input), {}) if isinstance(example_input, (tuple, list)) else ((example_input,), {})
+
+
+def redrawn(model, *, seed=0):
+    """A copy of a network in float64, in evaluation mode, every parameter and statistic drawn at random.
+
+    Kernels are normal with the standard deviation sqrt(2 / fan-in), so that signals stay of order one; matrices have
+    sqrt(8 / fan-in), so that attention is sharp. Biases have 0.1, so that what all tokens have in common does not drown
+    what tells them apart. Other parameters and running means are standard normal, the weights of norms and running
+    variances uniform in [0.5, 1.5].
+    """
+    model = copy.deepcopy(model).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    state = model.state_dict(keep_vars=True)
+    moving = {id(parameter) for parameter in model.parameters()}
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if not (id(tensor) in moving or name.endswith(("running_mean", "running_var"))):
+                continue
+            draw = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            if name.endswith("running_var") or (name.endswith("weight") and tensor.ndim < 2):
+                draw = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            elif name.endswith("weight"):
+                draw *= ((8 if tensor.ndim == 2 else 2) / max(1, tensor[0].numel())) ** 0.5
+            elif name.endswith("bias"):
+                draw *= 0.1
+            tensor.copy_(draw)
+    return model
+
+
+def shuffles(groups, *, seed=0):
+    """A random permutation of each group that leaves no unit in its place."""
+    generator, result = torch.Generator().manual_seed(seed), {}
+    for name, group in groups.items():
+        order = torch.randperm(group.size, generator=generator)
+        result[name] = torch.empty_like(order).index_copy_(0, order, order.roll(1))
+    return result
+
+
+def function_change(groups, permutations, model, example_input):
+    """How much a network's outputs change when its units are permuted.
+
+    Parameters
+    ----------
+    groups : dict of str to Group
+    permutations : dict of str to torch.Tensor
+    model : torch.nn.Module
+    example_input : torch.Tensor, tuple or dict
+        As :func:`permask_core.matching.permutation_groups` takes it.
+
+    Returns
+    -------
+    float
+        The largest change of an output, in standard deviations of the outputs; in their size if they do not vary.
+
+    Raises
+    ------
+    ValueError
+        If an output is not finite or all are zero, or a tensor with two names is permuted under one of them only.
+    """
+    args, kwargs = arguments(example_input)
+    state, first = model.state_dict(keep_vars=True), {}
+    moved = permute(groups, permutations, state)
+    for name, tensor in state.items():
+        other = first.setdefault(id(tensor), name)
+        if not torch.equal(moved[name], moved[other]):
+            raise ValueError(f"{other!r} and {name!r} are one tensor, but the groups permute them differently")
+        moved[name] = moved[other]
+    with evaluating(model):
+        before = _outputs(model(*args, **kwargs))
+        after = _outputs(torch.func.functional_call(model, moved, args, kwargs))
+    if not (before.isfinite().all() and before.any()):
+        raise ValueError(f"of {before.numel()} outputs, {int((~before.isfinite()).sum())} are not finite and "
+                         f"{int((before == 0).sum())} are 0: nothing can be said of the function")
+    return float((after - before).abs().max() / (before.std(correction=0) or before.abs().max()))
+
+
+def _outputs(result):
+    return torch.cat([t.detach().flatten().double() for t in pytree.tree_leaves(result)
+                      if isinstance(t, torch.Tensor)])
+
+
+def check_function(groups, model, example_input, *, seed=0):
+    """Raise ValueError, naming a group, unless permuting all groups at random keeps the function.
+
+    Parameters
+    ----------
+    groups : dict of str to Group
+    model : torch.nn.Module
+        A copy is tested, in float64, with everything that it holds drawn at random (:func:`redrawn`).
+    example_input : torch.Tensor, tuple or dict
+        Floating-point inputs are replaced by random ones of the same shape.
+    seed : int
+
+    Returns
+    -------
+    float
+        The largest change of an output, in standard deviations of the outputs: of the order of rounding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inputs = pytree.tree_map(
+        lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
+        if isinstance(t, torch.Tensor) and t.is_floating_point() else t, example_input)
+    model, permutations = redrawn(model, seed=seed), shuffles(groups, seed=seed)
+    change = function_change(groups, permutations, model, inputs)
+    if not change < TOLERANCE:
+        changes = {name: function_change(groups, {name: permutations[name]}, model, inputs) for name in groups}
+        worst = max(changes, key=changes.get)
+        raise ValueError(f"permuting group {worst!r} changes the outputs by {changes[worst]:.2g} of their standard "
+                         f"deviation, all groups together by {change:.2g}: expected less than {TOLERANCE:.0e}. "
+                         "An entry is missing or wrong")
+    return change
+
+
+TOLERANCE = 1e-9

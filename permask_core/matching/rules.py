@@ -1,0 +1,388 @@
+"""Rules: what each of PyTorch's operations does to the values that it is given.
+
+A rule is called with the follower (``net``), the shape of the result (None if there are several) and the arguments by
+their names in the operation's schema, of which ``self`` and ``shape`` have become ``self_`` and ``shape_``. It returns
+what is known of the result, and raises NotFollowed for a form that it does not cover.
+"""
+
+
+import numpy as np
+import torch
+
+from permask_core.matching.values import Bundle, NotFollowed, value_of
+
+KERNEL = "they are places in a kernel"
+
+
+def _same(net, shape, **given):
+    return net.value(given.get("self_", given.get("input")))
+
+
+def pointwise(net, shape, **given):
+    if shape is None:
+        raise NotFollowed
+    return net.pointwise(shape, *net._tensors(given.values()))
+
+
+def _view(net, shape, **given):
+    return net.view(_same(net, shape, **given), shape)
+
+
+def _permute(net, shape, self_, dims):
+    value = net.value(self_)
+    places = {a % len(shape): i for i, a in enumerate(dims)}
+    return value.placed([places[a] for a in range(len(shape))], shape)
+
+
+def _transpose(net, shape, self_, **dims):
+    one, two = dims.values() if dims else (0, 1)
+    order = list(range(len(shape)))
+    if len(order) > 1:
+        order[one], order[two] = order[two], order[one]
+    return _permute(net, shape, self_, order)
+
+
+def _expand(net, shape, self_, **_):
+    return net.pointwise(shape, net.value(self_))
+
+
+def _repeat(net, shape, self_, repeats):
+    value = net.view(v := net.value(self_), (1,) * (len(shape) - len(v.shape)) + v.shape)
+    for axis, count in enumerate(repeats):
+        if count > 1 and axis not in value.uniform:
+            value = net.concatenate([value] * count, axis)
+    return value._replace(shape=tuple(shape))
+
+
+def _repeat_interleave(net, shape, self_=None, repeats=None, dim=None, **_):
+    if self_ is None or dim is None or not isinstance(repeats, int):
+        raise NotFollowed
+    value = net.value(self_)
+    before, after = value.shape[:dim % len(shape) + 1], value.shape[dim % len(shape) + 1:]
+    return net.view(net.pointwise([*before, repeats, *after], net.view(value, [*before, 1, *after])), shape)
+
+
+def _select(net, shape, self_, dim, index):
+    return net.select(net.value(self_), dim, index)
+
+
+def _slice(net, shape, self_, dim=0, start=None, end=None, step=1):
+    value = net.value(self_)
+    return net.take(value, dim, range(value.shape[dim])[start:end:step])
+
+
+def _split(net, shape, self_, split_size=None, split_sizes=None, dim=0):
+    value = net.value(self_)
+    n, size = value.shape[dim], split_size if split_size is not None else split_sizes
+    starts = list(range(0, n, size)) if isinstance(size, int) else [sum(size[:i]) for i in range(len(size))]
+    return [net.take(value, dim, range(a, b), i) for i, (a, b) in enumerate(zip(starts, [*starts[1:], n]))]
+
+
+def _chunk(net, shape, self_, chunks, dim=0):
+    return _split(net, shape, self_, -(-net.value(self_).shape[dim] // chunks), dim=dim)
+
+
+def _unbind(net, shape, self_, dim=0):
+    value = net.value(self_)
+    return [net.select(value, dim, i) for i in range(value.shape[dim])]
+
+
+def _cat(net, shape, tensors, dim=0):
+    return net.concatenate([net.value(t) for t in tensors], dim, tensors)
+
+
+def _stack(net, shape, tensors, dim=0):
+    values = [net.value(t) for t in tensors]
+    one = [1 if a == dim % len(shape) else n for a, n in enumerate(shape)]
+    return net.concatenate([net.view(value, one) for value in values], dim)
+
+
+def _slice_scatter(net, shape, self_, src, dim=0, start=None, end=None, step=1):
+    value, n = net.value(self_), shape[dim]
+    if step != 1:
+        raise NotFollowed
+    start, stop, _ = slice(start, end).indices(n)
+    parts = [net.take(value, dim, range(0, start), 0), net.value(src), net.take(value, dim, range(stop, n), 1)]
+    return net.concatenate([part for part in parts if part.shape[dim]], dim)
+
+
+def _pad(net, shape, self_, pad, mode="constant", value=None, **_):
+    result = net.value(self_)
+    for i, (before, after) in enumerate(zip(pad[::2], pad[1::2])):
+        axis = len(shape) - 1 - i
+        if before == after == 0:
+            continue
+        if mode != "constant" or before < 0 or after < 0:
+            result = net.ordered(result, [axis])
+            result = result._replace(shape=tuple(shape[a] if a == axis else n for a, n in enumerate(result.shape)))
+            continue
+        sides = [value_of([n if a == axis else m for a, m in enumerate(result.shape)], (), range(len(shape)), net.at)
+                 for n in (before, after)]
+        parts = [(part, name) for part, name in zip((sides[0], result, sides[1]), ("pad", "net", "pad"))
+                 if part.shape[axis]]
+        result = net.concatenate([part for part, _ in parts], axis, [name for _, name in parts])
+    return result
+
+
+def _order_matters(net, shape, self_, dims=None, dim=None, **_):
+    value, axes = net.value(self_), dims if dims is not None else dim
+    axes = [axes] if isinstance(axes, int) else axes
+    return net.ordered(value, axes or range(len(value.shape)))
+
+
+def _index(net, shape, self_, indices):
+    chosen = [axis for axis, index in enumerate(indices) if index is not None]
+    if len(chosen) != 1:
+        raise NotFollowed
+    (axis,), value = chosen, net.value(self_)
+    net.fix([index := net.value(indices[axis])], net.why_ordered())
+    value, extra = net.ordered(value, [axis]), len(index.shape) - 1
+    places = [a if a < axis else a + extra for a in range(len(value.shape))]
+    bundles = [bundle.placed(places) for bundle in value.bundles]
+    return value_of(shape, bundles, {places[a] for a in value.uniform if a != axis}, value.why)
+
+
+def _index_select(net, shape, self_, dim, index):
+    return _index(net, shape, self_, [None] * (dim % len(shape)) + [index])
+
+
+def _embedding(net, shape, weight, indices, **_):
+    return _index(net, shape, weight, [indices])
+
+
+def _uniform(net, shape, **_):
+    return value_of(shape, (), range(len(shape)), f"constant {net.name}")
+
+
+def _copy(net, shape, src, **_):
+    return net.pointwise(shape, net.value(src))
+
+
+def _reduced(net, shape, dim=None, keepdim=False, **given):
+    value = net.value(given["self_"])
+    axes = [dim] if isinstance(dim, int) else dim
+    if axes is not None and isinstance(axes, torch.fx.Node):  # max of two tensors
+        raise NotFollowed
+    result = net.reduce(value, range(len(value.shape)) if axes is None or axes == [] else axes, keepdim)
+    return result if shape is not None else (result, result)
+
+
+def _best(net, shape, self_, dim=None, keepdim=False, **given):
+    if given.get("other") is not None:
+        return net.pointwise(shape, net.value(self_), net.value(given["other"]))
+    value = net.value(self_)
+    if dim is not None and any(dim % len(value.shape) in bundle.axes for bundle in value.bundles):
+        raise NotFollowed  # where the best is changes with the order
+    return _reduced(net, shape, dim, keepdim, self_=self_)
+
+
+def _softmax(net, shape, self_, dim, **_):
+    return net.symmetric(net.value(self_), [dim])
+
+
+def _einsum(net, shape, equation, tensors, **_):
+    values, equation = [net.value(t) for t in tensors], equation.replace(" ", "")
+    inputs, arrow, out = equation.partition("->")
+    if not arrow:
+        raise NotFollowed
+    terms = inputs.split(",")
+    rank = max(len(v.shape) - len(t.replace("...", "")) for t, v in zip(terms, values) if "..." in t) \
+        if "..." in equation else 0
+    dots = [("dot", i) for i in range(rank)]
+
+    def letters(term, n):
+        head, dotted, tail = term.partition("...")
+        return [*head, *(dots[rank - (n - len(head) - len(tail)):] if dotted else []), *tail]
+
+    terms = [letters(term, len(value.shape)) for term, value in zip(terms, values)]
+    return net.contract(terms, letters(out, len(shape)), values)
+
+
+def _product(net, a, b):
+    """A matrix product of values, as torch.matmul does it."""
+    ranks = len(a.shape), len(b.shape)
+    batch = [("batch", i) for i in range(max(*ranks, 2) - 2)]
+    left = [*batch[len(batch) - max(ranks[0] - 2, 0):], *(["row"] if ranks[0] > 1 else []), "inner"]
+    right = [*batch[len(batch) - max(ranks[1] - 2, 0):], "inner", *(["column"] if ranks[1] > 1 else [])]
+    out = [*batch, *(["row"] if ranks[0] > 1 else []), *(["column"] if ranks[1] > 1 else [])]
+    return net.contract([left, right], out, [a, b])
+
+
+def _matmul(net, shape, self_, **given):
+    return _product(net, net.value(self_), net.value(next(iter(given.values()))))
+
+
+def _addmm(net, shape, self_, **given):
+    a, b = (net.value(node) for node in list(given.values())[:2])
+    return net.pointwise(shape, net.value(self_), _product(net, a, b))
+
+
+def _linear(net, shape, input, weight, bias=None):
+    x = net.value(input)
+    batch = list(range(len(shape) - 1))
+    net.tap(weight, "input", x, len(shape) - 1)
+    result = net.contract([[*batch, "in"], ["out", "in"]], [*batch, "out"], [x, net.value(weight)])
+    result = net.along(result, len(shape) - 1, bias)
+    net.tap(weight, "output", result, len(shape) - 1)
+    return result
+
+
+def _attention(net, shape, query, key, value, attn_mask=None, is_causal=False, enable_gqa=False, **_):
+    q, k, v = (net.value(node) for node in (query, key, value))
+    if enable_gqa or not len(q.shape) == len(k.shape) == len(v.shape):
+        raise NotFollowed
+    batch = list(range(len(shape) - 2))
+    scores = net.contract([[*batch, "l", "e"], [*batch, "s", "e"]], [*batch, "l", "s"], [q, k])
+    if attn_mask is not None:
+        scores = net.pointwise(scores.shape, scores, net.value(attn_mask))
+    scores = net.symmetric(net.ordered(scores, [-1, -2]) if is_causal else scores, [-1])
+    return net.contract([[*batch, "l", "s"], [*batch, "s", "v"]], [*batch, "l", "v"], [scores, v])
+
+
+def _convolution(net, shape, input, weight, bias=None, groups=1, transposed=False, **_):
+    x, w = net.value(input), net.shapes.get(net.parameters.get(weight)) or net.value(weight).shape
+    dims = len(w) - 2
+    channel = len(shape) - dims - 1
+    net.tap(weight, "input", x, channel)
+    x = net.spatial(x, dims, [*x.shape[:channel + 1], *shape[channel + 1:]])
+    places, batch = [("place", i) for i in range(dims)], list(range(channel))
+    axes = ["in", "out"] if transposed else ["out", "in"]
+    if groups == 1:
+        kernel = net.ordered(net.value(weight), range(2, 2 + dims), KERNEL)
+        kernel = net.reduce(kernel, range(2, 2 + dims))
+        result = net.contract([[*batch, "in", *places], axes], [*batch, "out", *places], [x, kernel])
+    else:
+        x = net.view(x, [*x.shape[:channel], groups, x.shape[channel] // groups, *x.shape[channel + 1:]])
+        kernel = _grouped_kernel(net, weight, w, groups)
+        result = net.contract([[*batch, "group", "in", *places], ["group", *axes]],
+                               [*batch, "group", "out", *places], [x, kernel])
+        result = net.view(result, shape)
+    result = net.along(result, channel, bias)
+    net.tap(weight, "output", result, channel)
+    return result
+
+
+def _grouped_kernel(net, weight, shape, groups):
+    """The weight of a convolution with groups as [groups, rows, columns]: the columns of each group are its own."""
+    height, columns = shape[0] // groups, shape[1]
+    if weight not in net.parameters:
+        value = net.ordered(net.value(weight), range(2, len(shape)), KERNEL)
+        return net.view(net.reduce(value, range(2, len(shape))), [groups, height, columns])
+    name = net.parameters[weight]
+    rows = net.vertices(name, 0).reshape(groups, height)
+    bundles = [Bundle((0, 1), rows, np.zeros_like(rows))]
+    if columns > 1:
+        inner = np.stack([net.vertices(name, 1, (g * height, (g + 1) * height)) for g in range(groups)])
+        bundles.append(Bundle((0, 2), inner, np.zeros_like(inner)))
+    return value_of((groups, height, columns), bundles)
+
+
+def _conv(transposed):
+    return lambda net, shape, **given: _convolution(net, shape, **{"transposed": transposed} | given)
+
+
+def _pool(dims, several=False):
+    def rule(net, shape, **given):
+        value = net.value(given.get("self_", given.get("input")))
+        shape = tuple(shape or net.node.meta["val"][0].shape)
+        value = net.spatial(value, dims, shape)
+        return (value, value) if several else value
+
+    return rule
+
+
+def _batch_norm(net, shape, input, weight=None, bias=None, running_mean=None, running_var=None, **_):
+    value = net.value(input)
+    value = net.symmetric(value, set(range(len(value.shape))) - {1})  # for the statistics of a batch
+    value = net.along(value, 1, weight, bias, running_mean, running_var)
+    return value if shape is not None else [value, None, None, None]
+
+
+def _instance_norm(net, shape, input, weight=None, bias=None, running_mean=None, running_var=None, **_):
+    value = net.symmetric(net.value(input), range(2, len(shape)))
+    return net.along(value, 1, weight, bias, running_mean, running_var)
+
+
+def _layer_norm(net, shape, input, normalized_shape, weight=None, bias=None, **_):
+    value, n = net.value(input), len(normalized_shape)
+    value = net.symmetric(value, range(-n, 0))
+    value = net.pointwise(value.shape, *(v for p in (value, net.value(weight), net.value(bias)) if (v := p)))
+    return value if shape is not None else (value, None, None)
+
+
+def _group_norm(net, shape, input, weight=None, bias=None, **given):
+    x, groups = net.value(input), given.get("num_groups", given.get("group"))
+    split = net.view(x, [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]])
+    value = net.along(net.view(net.symmetric(split, range(2, len(split.shape))), x.shape), 1, weight, bias)
+    return value if shape is not None else (value, None, None)
+
+
+def _weight_norm(net, shape, v, g, dim=0):
+    direction = net.value(v)
+    length = net.reduce(direction, set(range(len(direction.shape))) - {dim}, True)
+    value = net.pointwise(direction.shape, direction, length, net.value(g))
+    return value if shape is not None else (value, length)
+
+
+def _prelu(net, shape, self_, weight):
+    value, slope = net.value(self_), net.value(weight)
+    return net.along(value, 1, weight) if slope.shape != (1,) and len(shape) > 1 else \
+        net.pointwise(shape, value, slope)
+
+
+def _glu(net, shape, self_, dim=-1):
+    return net.pointwise(shape, *_chunk(net, None, self_, 2, dim))
+
+
+def _pixel_shuffle(net, shape, self_, upscale_factor):
+    x, r = net.value(self_), upscale_factor
+    *batch, channels, height, width = x.shape
+    split = net.view(x, [*batch, channels // r**2, r, r, height, width])
+    whole = net.ordered(split, range(-4, 0))
+    channel = len(batch)
+    kept = net.reduce(whole, range(channel + 1, len(whole.shape)))
+    return net.ordered(kept.placed(range(channel + 1), shape), [-1, -2])
+
+
+def _channel_shuffle(net, shape, self_, groups):
+    x = net.value(self_)
+    split = net.view(x, [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]])
+    order = [0, 2, 1, *range(3, len(split.shape))]
+    return net.view(split.placed(order, [split.shape[a] for a in order]), shape)
+
+
+RULES = {
+    **dict.fromkeys(("alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "_to_copy", "to",
+                     "native_dropout", "feature_dropout", "alpha_dropout"), _same),
+    # Elementwise, but not among those that PyTorch marks so.
+    **dict.fromkeys(("hardswish", "log_sigmoid", "where", "masked_fill", "rsub", "type_as"), pointwise),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _view),
+    **dict.fromkeys(("transpose", "t", "swapaxes"), _transpose), "permute": _permute,
+    "expand": _expand, "expand_as": _expand, "broadcast_to": _expand, "repeat": _repeat,
+    "repeat_interleave": _repeat_interleave, "select": _select,
+    "slice": _slice, "split": _split, "split_with_sizes": _split, "chunk": _chunk, "unbind": _unbind, "cat": _cat,
+    "stack": _stack, "slice_scatter": _slice_scatter, "pad": _pad, "constant_pad_nd": _pad,
+    **dict.fromkeys(("roll", "flip", "cumsum", "cumprod", "tril", "triu"), _order_matters),
+    "index": _index, "index_select": _index_select, "embedding": _embedding,
+    **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like",
+                     "full_like", "scalar_tensor", "zero", "fill"), _uniform), "copy": _copy,
+    **dict.fromkeys(("sum", "mean", "amax", "amin", "var", "std", "var_mean", "prod", "logsumexp", "norm", "any", "all",
+                     "linalg_vector_norm"), _reduced), "max": _best, "min": _best,
+    **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), _softmax),
+    "einsum": _einsum, **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot"), _matmul),
+    **dict.fromkeys(("addmm", "baddbmm", "addmv"), _addmm),
+    "linear": _linear, "scaled_dot_product_attention": _attention, "convolution": _convolution,
+    **{f"conv{d}d": _conv(False) for d in (1, 2, 3)}, **{f"conv_transpose{d}d": _conv(True) for d in (1, 2)},
+    "conv_transpose2d": _conv(True), "conv_transpose3d": _conv(True),
+    **{f"{kind}_pool{d}d": _pool(d) for d in (1, 2, 3) for kind in ("max", "avg", "adaptive_avg")},
+    **{f"adaptive_max_pool{d}d": _pool(d, True) for d in (1, 2, 3)},
+    **{f"max_pool{d}d_with_indices": _pool(d, True) for d in (1, 2, 3)},
+    **{f"upsample_{kind}": _pool(d) for d, kinds in {1: ("nearest1d", "linear1d"), 2: (
+        "nearest2d", "bilinear2d", "bicubic2d"), 3: ("nearest3d", "trilinear3d")}.items() for kind in kinds},
+    **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit",
+                     "native_batch_norm"), _batch_norm),
+    "instance_norm": _instance_norm, "layer_norm": _layer_norm, "native_layer_norm": _layer_norm,
+    "rms_norm": _layer_norm, "group_norm": _group_norm, "prelu": _prelu, "glu": _glu,
+    "_weight_norm": _weight_norm, "_weight_norm_interface": _weight_norm,
+    "pixel_shuffle": _pixel_shuffle, "channel_shuffle": _channel_shuffle,
+}

@@ -1,0 +1,300 @@
+"""Permutation groups of any network, found by following it operation by operation.
+
+The network is exported to a graph of tensor operations (torch.export). Every index along an axis of a parameter is a
+vertex (see the module symmetry), and an activation carries, for some of its axes, the vertices that its
+indices stand for: the output of a linear layer those of its weight's rows. Each operation says which indices are the
+same unit (a sum of two activations, a product with a weight), which are parts of a whole (an attention head, a group of
+channels), and which must stay because their order matters (the pixels that a convolution slides over). An operation
+that nobody described fixes all it touches, so that a network is never permuted wrongly, only less than it could be.
+"""
+
+import itertools
+import operator
+import warnings
+from collections import Counter, defaultdict
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from permask_core.matching.checking import arguments, check_function
+from permask_core.matching.groups import Entry, Fixed, Group, Groups, Tap
+from permask_core.matching.rules import KERNEL, RULES, pointwise
+from permask_core.matching.symmetry import Site, orbits
+from permask_core.matching.values import Algebra, Bundle, NotFollowed, Value, value_of
+from permask_core.models import evaluating
+
+BY_HAND = ("groups can be written by hand, as a dict of permask_core.matching.Group, and tested with "
+           "permask_core.matching.check_function")
+
+
+def permutation_groups(model, example_input, *, check=False):
+    """Find the groups of a network.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Followed in evaluation mode; left as it was, its modes and statistics included.
+    example_input : torch.Tensor, tuple or dict
+        A batch that the model accepts (a tuple: its arguments, a dict: its keyword arguments). Only the shapes matter,
+        as long as the model does not look at values.
+    check : bool
+        Test the result with :func:`permask_core.matching.check_function`: two runs of a copy of the model in float64.
+
+    Returns
+    -------
+    Groups
+        By the name of the layer that produces the units, in the order of the computation. Units that reach the output
+        are in no group, nor are those that an operation treats in a way that is not known: ``fixed`` says why.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot be exported; the message says what stopped it. With ``check``, if a permutation changes the
+        function.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> print(permutation_groups(model, torch.zeros(1, 4)).describe())
+    0: 8 units
+        0.weight[0], 0.bias[0], 2.weight[1]
+    fixed, they meet the network's input:
+        0.weight[1] (4)
+    fixed, they reach the network's output:
+        2.weight[0] (2), 2.bias[0] (2)
+    """
+    with evaluating(model):
+        follower = _Follower(model, _exported(model, *arguments(example_input)))
+    follower.run()
+    groups = follower.groups()
+    if check:
+        check_function(groups, model, example_input)
+    return groups
+
+
+def _exported(model, args, kwargs):
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation instead of an attention that can be followed
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, args, kwargs, strict=False)
+            # Makes operations in place ordinary ones, and takes some composite ones apart; half of the time of tracing.
+            plain = all(_has_rule(node.target) for node in program.graph.nodes if node.op == "call_function")
+            return program if plain else program.run_decompositions({})
+    except Exception as error:  # tracing runs the user's own code, which may raise anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {type(error).__name__}: {reason}. "
+                         f"Its {BY_HAND}") from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _has_rule(target):
+    if target is operator.getitem:
+        return True
+    schema = getattr(target, "_schema", None)
+    return schema is not None and schema.name.startswith("aten::") and not schema.is_mutable and (
+        schema.name.removeprefix("aten::") in RULES or torch.Tag.pointwise in target.tags)
+
+
+class _Follower(Algebra):
+    """Walks the graph in order; ``values`` holds what is known of every node's result."""
+
+    def __init__(self, model, program):
+        self.graph, self.signature = program.graph, program.graph_signature
+        super().__init__()
+        self.values, self.parameters, self.taps = {}, {}, []
+        self.axes, self.calls = {}, Counter()  # the vertices of (tensor, axis, rows); operations by module
+        state, firsts = model.state_dict(keep_vars=True), {}
+        parameters = {id(parameter) for parameter in model.parameters()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)
+                       and (id(tensor) in parameters or _moves(tensor))}
+        self.first = {name: firsts.setdefault(_memory(state[name]), name) for name in self.shapes}
+        self.overlapping = _overlapping({name: state[name] for name in firsts.values()})
+
+    def run(self):
+        inputs = {**self.signature.inputs_to_parameters, **self.signature.inputs_to_buffers}
+        for node in self.graph.nodes:
+            stack = node.meta.get("nn_module_stack") or {}
+            self.module, self.node, self.name = list(stack.values())[-1][0] if stack else "", node, node.name
+            if node.op == "placeholder":
+                if inputs.get(node.name) in self.first:
+                    self.parameters[node] = self.first[inputs[node.name]]
+                elif isinstance(node.meta.get("val"), torch.Tensor):
+                    known = node.name in self.signature.user_inputs
+                    self.values[node] = self._inert(node.meta["val"], "they meet " + ("the network's input" if known
+                                                                                      else "a constant"))
+            elif node.op == "call_function":
+                self.calls[self.module] += node.target is not operator.getitem
+                self.values[node] = self._call(node)
+            elif node.op == "output":
+                self.fix(self._tensors(node.args), "they reach the network's output")
+
+    def _call(self, node):
+        if node.target is operator.getitem:
+            value = self.values[node.args[0]]
+            return value[node.args[1]] if isinstance(value, (list, tuple)) and not isinstance(value, Value) else value
+        schema = getattr(node.target, "_schema", None)
+        name = schema.name.removeprefix("aten::") if schema else str(node.target)
+        self.at = f"{name} in {self.module}" if self.module else name
+        results = node.meta.get("val")
+        for result in pytree.tree_leaves(results):
+            if isinstance(result, torch.Tensor) and any(not isinstance(n, int) for n in result.shape):
+                raise ValueError(f"{self.at} gives a shape that depends on values: it cannot be traced. Its {BY_HAND}")
+        shape = tuple(results.shape) if isinstance(results, torch.Tensor) else None
+        try:
+            if not _has_rule(node.target) or not isinstance(results, (torch.Tensor, list, tuple)):
+                raise NotFollowed
+            given = {a.name + "_" * (a.name in ("self", "shape")): a.default_value for a in schema.arguments}
+            given |= dict(zip(given, node.args)) | node.kwargs
+            value = RULES.get(name, pointwise)(self, shape=shape, **given)
+            for one, result in zip(pytree.tree_leaves([value], is_leaf=lambda v: isinstance(v, Value)),
+                                   pytree.tree_leaves(results)):
+                if isinstance(one, Value) and one.shape != tuple(result.shape):
+                    raise NotFollowed
+            return value
+        except (NotFollowed, TypeError, ValueError, LookupError, AttributeError):  # a form that its rule does not foresee
+            self.fix(self._tensors([*node.args, *node.kwargs.values()]), why := f"{name} is not followed")
+            return pytree.tree_map(lambda result: self._inert(result, why), results)
+
+    @staticmethod
+    def _inert(result, why):
+        return value_of(result.shape, why=why) if isinstance(result, torch.Tensor) else None
+
+    def value(self, node):
+        """What is known of an argument: a node's value, a parameter's own vertices, or None for what is no tensor."""
+        if node in self.parameters:
+            name = self.parameters[node]
+            shape = self.shapes[name]
+            return value_of(shape, [Bundle((a,), self.vertices(name, a), np.zeros(n, np.int64))
+                                    for a, n in enumerate(shape) if n > 1])
+        return self.values.get(node)
+
+    def _tensors(self, arguments):
+        nodes = [a for a in pytree.tree_leaves(list(arguments)) if isinstance(a, torch.fx.Node)]
+        return [value for node in nodes if isinstance(value := self.value(node), Value)]
+
+    def vertices(self, name, axis, rows=None):
+        key = Site(name, axis, rows)
+        if key not in self.axes:
+            self.axes[key] = self.structure.axis(key, self.shapes[name][axis])
+            if name in self.overlapping:
+                self.structure.fix(self.axes[key], "their memory belongs to another tensor too")
+        return self.axes[key]
+
+    def along(self, value, axis, *parameters):
+        """An elementwise operation with tensors [n] along one axis, None where there are none."""
+        vectors = [v.placed([axis], value.shape) for p in parameters if (v := self.value(p)) is not None]
+        return self.join(value.shape, [value, *vectors])
+
+    def tap(self, weight, side, value, axis):
+        """Remember that a module with this weight sees the value at its input or output."""
+        if self.parameters.get(weight) in (f"{self.module}.weight", "weight"):
+            self.taps += [(self.module, side, axis, bundle, self.node.args[0] if side == "input" else self.node)
+                          for bundle in value.bundles if bundle.axes == (axis,)]
+
+    def groups(self):
+        """The orbits as groups, named and with their taps."""
+        for (name, axis, rows), vertices in self.axes.items():
+            if rows is not None and (name, axis, None) in self.axes:  # grouped here, whole there
+                for clash in (vertices, self.axes[name, axis, None]):
+                    self.structure.fix(clash, "their tensor is used in two forms")
+        found, unit, fixed = orbits(self.structure)
+        owners = defaultdict(list)
+        for i, orbit in enumerate(found):
+            for part, number in orbit.numbers.items():
+                owners[part].append((i, number))
+        taps = self._taps(found, owners, unit)
+        aliases = defaultdict(list)
+        for name, first in self.first.items():
+            aliases[first].append(name)
+        names, result = _names(found), {}
+        for i, orbit in enumerate(found):
+            entries = [Entry(name, site.axis, _positions(places, self.shapes[name][site.axis]), site.rows)
+                       for site, places in orbit.places.items() for name in aliases[site.tensor]]
+            result[names[i]] = (len(next(iter(orbit.places.values()))), tuple(entries), taps[i], orbit.within)
+        counts = Counter((site.tensor, site.axis, fixed[vertex]) for site, vertices in self.axes.items()
+                         for vertex in vertices.tolist() if vertex in fixed and fixed[vertex] != KERNEL)
+        used = {name for node, name in self.parameters.items() if node.users}
+        idle = [Fixed(name, 0, self.shapes[name][0], "they are not used in evaluation mode")
+                for name, first in self.first.items() if name == first and name not in used and self.shapes[name]]
+        return Groups({name: Group(size, entries, taps, within and (names[within[0]], within[1]))
+                       for name, (size, entries, taps, within) in result.items()},
+                      [*(Fixed(tensor, axis, count, why) for (tensor, axis, why), count in counts.items()), *idle])
+
+    def _taps(self, found, owners, unit):
+        """For each orbit, the inputs of the modules that read its units; where there are none, outputs."""
+        taps = [{"input": {}, "output": {}} for _ in found]
+        for module, side, axis, bundle, node in self.taps:
+            if self.calls[module] > 1 or not module:
+                continue
+            where = defaultdict(lambda: defaultdict(list))
+            order = np.argsort(bundle.tags, kind="stable")
+            for index in order.tolist():
+                if (vertex := bundle.vertices[index]) >= 0:
+                    for orbit, number in owners[unit[vertex]]:
+                        where[orbit][number].append(index)
+            for orbit, positions in where.items():
+                rows = [positions[number] for number in range(max(found[orbit].numbers.values()) + 1)]
+                if len(set(map(len, rows))) == 1:
+                    places = _positions(np.array(rows), bundle.vertices.size)
+                    taps[orbit][side].setdefault(node, Tap(module, side, axis, places))
+        return [tuple((tap["input"] or tap["output"]).values()) for tap in taps]
+
+
+def _moves(buffer):
+    """Whether a buffer has units, as BatchNorm's statistics do; a table of indices or coordinates is a constant."""
+    return buffer.is_floating_point() and sum(n > 1 for n in buffer.shape) <= 1
+
+
+def _memory(tensor):
+    """What two names share when they name one tensor."""
+    if tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _overlapping(tensors):
+    """Names of tensors that share memory with another one in part."""
+    spans, shared = defaultdict(list), set()
+    for name, tensor in tensors.items():
+        if tensor.numel() and not tensor.is_meta:
+            start = tensor.data_ptr()
+            length = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+            spans[tensor.device].append((start, start + length * tensor.element_size(), name))
+    for on_device in spans.values():
+        end, last = 0, ""
+        for start, stop, name in sorted(on_device):
+            shared |= {name, last} if start < end else set()
+            end, last = max((end, last), (stop, name))
+    return shared
+
+
+def _positions(places, length):
+    """Positions as :class:`Entry` holds them: None for one index a unit all along the axis."""
+    if places.shape == (length, 1) and (places[:, 0] == np.arange(length)).all():
+        return None
+    return torch.from_numpy(places.astype(np.int64))
+
+
+def _names(found):
+    """The layer that produces the units; for parts of a unit, the group and the number of the unit."""
+    names, taken = {}, set()
+
+    def name(i):
+        if i not in names:
+            places, _, within = found[i]
+            if within is not None:
+                base = f"{name(within[0])}/{within[1]}"
+            else:
+                site = next((site for site in places if site.axis == 0), next(iter(places)))
+                base = site.tensor.removesuffix("weight").removesuffix("bias").rstrip("._") or site.tensor
+            same = (base if number == 1 else f"{base}#{number}" for number in itertools.count(1))
+            names[i] = next(candidate for candidate in same if candidate not in taken)
+            taken.add(names[i])
+        return names[i]
+
+    return [name(i) for i in range(len(found))]

@@ -1,0 +1,315 @@
+"""What is known of an activation while a network is followed, and what operations do to it.
+
+An activation's axis is *in a bundle* if its indices stand for vertices (see the module symmetry), *uniform* if the
+activation is constant along it, and otherwise *inert*: its indices stay where they are. The operations here are few and
+general: values combined index by index, sums over axes, views, selections and concatenations. The module rules puts
+PyTorch's own together from them.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from permask_core.matching.symmetry import INERT, UNIFORM, Structure, colour_of
+
+
+class Bundle(NamedTuple):
+    """Axes of an activation whose indices stand for vertices, jointly: ``vertices`` has the shape of these axes.
+
+    Where a vertex stands at several indices, ``tags`` number its copies.
+    """
+
+    axes: tuple[int, ...]
+    vertices: np.ndarray
+    tags: np.ndarray
+
+    def without(self, axis):
+        """The bundle without an axis along which its vertices are the same: where it ran through copies, the pattern
+        of their tags becomes the tag."""
+        i = self.axes.index(axis)
+        tags = np.moveaxis(self.tags, i, 0)
+        if not (tags == tags[:1]).all():
+            _, pattern = np.unique(tags.reshape(len(tags), -1), axis=1, return_inverse=True)
+            tags = pattern.reshape(1, *tags.shape[1:])
+        return Bundle(self.axes[:i] + self.axes[i + 1:], self.vertices.take(0, i), tags[0])
+
+    def constant(self, axis):
+        i = self.axes.index(axis)
+        return bool((self.vertices == self.vertices.take([0], i)).all())
+
+    def placed(self, positions):
+        """The bundle with axis a at positions[a]."""
+        axes = [positions[a] for a in self.axes]
+        order = np.argsort(axes)
+        return Bundle(tuple(axes[i] for i in order), self.vertices.transpose(order), self.tags.transpose(order))
+
+
+class Value(NamedTuple):
+    """What is known of a tensor. Along ``uniform`` axes it is constant; axes that are neither uniform nor in a bundle
+    are inert: their indices stay, and ``why`` says so."""
+
+    shape: tuple[int, ...]
+    bundles: tuple[Bundle, ...]
+    uniform: frozenset[int]
+    why: str
+
+    @property
+    def inert(self):
+        return set(range(len(self.shape))) - self.uniform - {a for bundle in self.bundles for a in bundle.axes}
+
+    def placed(self, positions, shape):
+        """The value as a tensor of another shape, axis a at positions[a], constant along the axes that it lacks."""
+        new = set(range(len(shape))) - set(positions)
+        return value_of(shape, [bundle.placed(positions) for bundle in self.bundles],
+                      {positions[a] for a in self.uniform} | new, self.why)
+
+
+def value_of(shape, bundles=(), uniform=(), why=""):
+    """A value in its simplest form: no bundle has an axis along which its vertices do not differ, or says less than
+    another."""
+    simple = []
+    for bundle in bundles:
+        for axis in bundle.axes:
+            if bundle.constant(axis):
+                bundle = bundle.without(axis)
+        simple += [bundle] if bundle.axes else []
+    kept = [b for i, b in enumerate(simple) if not any(
+        set(b.axes) < set(c.axes) or (b.axes == c.axes and j < i) for j, c in enumerate(simple))]
+    flat = {a for a, n in enumerate(shape) if n == 1} | set(uniform)
+    return Value(tuple(shape), tuple(kept), frozenset(flat - {a for b in kept for a in b.axes}), why)
+
+
+class NotFollowed(Exception):
+    """An operation in a form that has no rule."""
+
+
+class Algebra:
+    """Operations on values that note, in a ``structure``, what they say of the vertices."""
+
+    def __init__(self):
+        self.structure = Structure()
+        self.at = self.name = ""  # the operation at work, for reasons and for colours
+
+    def fix(self, values, why):
+        for value in values:
+            for bundle in value.bundles:
+                self.structure.fix(bundle.vertices.ravel(), why)
+
+    def project(self, bundle, axes, ordered):
+        """A bundle on fewer axes: its vertices where they do not differ along the rest, else blocks of them."""
+        for axis in bundle.axes:
+            if axis not in axes and bundle.constant(axis):
+                bundle = bundle.without(axis)
+        kept = [i for i, axis in enumerate(bundle.axes) if axis in axes]
+        if len(kept) == len(bundle.axes):
+            return bundle
+        rest = [i for i in range(len(bundle.axes)) if i not in kept]
+        shape = [bundle.vertices.shape[i] for i in kept]
+        rows, tags = (array.transpose(kept + rest).reshape(math.prod(shape), -1)
+                      for array in (bundle.vertices, bundle.tags))
+        vertices, tags = self.structure.blocks(rows, tags, ordered, self.why_ordered())
+        return Bundle(tuple(bundle.axes[i] for i in kept), vertices.reshape(shape), tags.reshape(shape))
+
+    def why_ordered(self):
+        return f"their order matters to {self.at.split()[0]}"
+
+    def ordered(self, value, axes, why=None):
+        """The value with inert ``axes``: their order matters."""
+        axes = {a % len(value.shape) for a in axes}
+        return value._replace(bundles=tuple(self._ordered(value.bundles, axes, why or self.why_ordered())),
+                              uniform=value.uniform - {a for a in axes if value.shape[a] > 1},
+                              why=value.why or why or self.why_ordered())
+
+    def _ordered(self, bundles, axes, why):
+        for bundle in bundles:
+            rest = set(bundle.axes) - axes
+            if rest == set(bundle.axes):
+                yield bundle
+            elif rest:
+                yield self.project(bundle, rest, True)
+            else:
+                self.structure.fix(bundle.vertices.ravel(), why)
+
+    def symmetric(self, value, axes):
+        """Note an operation that treats all indices along some axes alike, such as a softmax."""
+        axes = {a % len(value.shape) for a in axes}
+        for bundle in value.bundles:
+            if axes & set(bundle.axes) and set(bundle.axes) - axes:
+                self.project(bundle, set(bundle.axes) - axes, False)
+        return value
+
+    def join(self, shape, values):
+        """Values of one rank combined index by index, as a sum or a product does."""
+        inert = {a for value in values for a in value.inert}
+        why = next((value.why for value in values if value.inert), "")
+        joined = []
+        for bundle in self._ordered([b for value in values for b in value.bundles], inert, why):
+            for i, other in enumerate(joined):
+                common = set(bundle.axes) & set(other.axes)
+                for small, large in ((bundle, other), (other, bundle)):
+                    if set(small.axes) < set(large.axes) and (large.vertices == UNIFORM).any():
+                        raise NotFollowed  # where the larger is constant, nothing would remain of the smaller
+                if common:
+                    one, two = self.project(other, common, False), self.project(bundle, common, False)
+                    both = self.structure.same(one.vertices, two.vertices, one.tags, two.tags, self.name, self.at)
+                    if bundle.axes == other.axes:
+                        joined[i] = Bundle(bundle.axes, *(array.reshape(one.vertices.shape) for array in both))
+                        break
+            else:
+                joined.append(bundle)
+        return value_of(shape, joined, frozenset.intersection(*(value.uniform for value in values)), why)
+
+    def pointwise(self, shape, *values):
+        """An elementwise operation, with broadcasting."""
+        lifted = [value.placed(range(len(shape) - len(value.shape), len(shape)), shape) for value in values]
+        return self.join(shape, lifted)
+
+    def reduce(self, value, axes, keep=False):
+        """A sum over axes, or anything else that does not see their order."""
+        axes = {a % len(value.shape) for a in axes}
+        bundles = [self.project(b, set(b.axes) - axes, False) for b in value.bundles if set(b.axes) - axes]
+        rest = [a for a in range(len(value.shape)) if a not in axes]
+        shape = [1 if a in axes else n for a, n in enumerate(value.shape)]
+        kept = value_of(shape, bundles, value.uniform | axes, value.why)
+        if keep:
+            return kept
+        places = {a: i for i, a in enumerate(rest)}
+        return value_of([value.shape[a] for a in rest], [b.placed(places) for b in kept.bundles],
+                      {places[a] for a in value.uniform - axes}, value.why)
+
+    def contract(self, terms, out, values):
+        """Einstein summation: a letter for every axis of every value and of the result."""
+        letters = list(dict.fromkeys([*out, *(letter for term in terms for letter in term)]))
+        size = {}
+        for term, value in zip(terms, values):
+            if len(set(term)) < len(term) or len(term) != len(value.shape):
+                raise NotFollowed
+            for letter, n in zip(term, value.shape):
+                size[letter] = max(n, size.get(letter, 1))
+        shape = [size[letter] for letter in letters]
+        placed = [value.placed([letters.index(letter) for letter in term], shape) for term, value in zip(terms, values)]
+        return self.reduce(self.join(shape, placed), range(len(out), len(letters)))
+
+    def view(self, value, shape):
+        """The value in another shape, indices in the same order."""
+        if 0 in value.shape or math.prod(value.shape) != math.prod(shape):
+            raise NotFollowed
+        segments = _segments(value.shape, shape)
+        uniform = {a for old, new in segments if value.uniform.issuperset(old) for a in new}
+        kept = {old[0]: new[0] for old, new in segments if len(old) == len(new) == 1}
+        bundles, done = [], []
+        for bundle in value.bundles:
+            if kept.keys() >= set(bundle.axes):
+                bundles.append(bundle.placed(kept))
+                continue
+            touched = [(old, new) for old, new in segments if set(old) & set(bundle.axes)]
+            old, new = (tuple(sorted(a for segment in touched for a in segment[i])) for i in (0, 1))
+            clash = next((other for touching, other in done if set(old) & set(touching)), None)
+            if clash is not None:  # of two independent bundles, the larger is kept
+                return self.view(self.ordered(value, min(bundle, clash, key=lambda b: b.vertices.size).axes), shape)
+            done.append((old, bundle))
+            full = [value.shape[a] for a in old]
+            bundle = _filled(bundle, old, value.shape)._replace(tags=_copies(bundle, old, value.shape))
+            bundles.append(Bundle(new, *(array.reshape(full).reshape([shape[a] for a in new])
+                                          for array in (bundle.vertices, bundle.tags))))
+        return value_of(shape, bundles, uniform, value.why)
+
+    def take(self, value, axis, indices, part=0):
+        """Some of the indices along an axis."""
+        axis %= len(value.shape)
+        if len(indices) == value.shape[axis]:
+            return value
+        bundles = []
+        for bundle in value.bundles:
+            if axis in bundle.axes:
+                i = bundle.axes.index(axis)
+                bundle = bundle._replace(vertices=bundle.vertices.take(indices, i), tags=bundle.tags.take(indices, i))
+                self.mark(bundle, part)
+            bundles.append(bundle)
+        shape = [len(indices) if a == axis else n for a, n in enumerate(value.shape)]
+        return value_of(shape, bundles, value.uniform, value.why)
+
+    def mark(self, bundle, part):
+        with np.errstate(over="ignore"):
+            self.structure.mark(bundle.vertices, (bundle.tags.astype(np.uint64)
+                                                  + colour_of("part", self.name, part)).ravel())
+
+    def select(self, value, axis, index):
+        axis %= len(value.shape)
+        value = self.take(value, axis, [index % value.shape[axis]], index)
+        return self.view(value, [n for a, n in enumerate(value.shape) if a != axis])
+
+    def concatenate(self, values, axis, names=None):
+        """The values one after the other; of those that are constant, the ones of the same name are the same."""
+        axis %= len(values[0].shape)
+        names = [name for name, value in zip(names or range(len(values)), values) if value.shape != (0,)]
+        values = [value for value in values if value.shape != (0,)]
+        sizes = [value.shape[axis] for value in values]
+        shape = [sum(sizes) if a == axis else n for a, n in enumerate(values[0].shape)]
+        along = [next((b for b in value.bundles if axis in b.axes), None) for value in values]
+        spans = {b.axes for b in along if b}
+        ambiguous = any(sum(axis in b.axes for b in value.bundles) > 1 or (spans and bundle is None and any(
+            set(b.axes) & set(min(spans)) for b in value.bundles)) for value, bundle in zip(values, along))
+        if len(spans) > 1 or ambiguous:
+            values, spans = [self.ordered(value, [axis]) for value in values], set()
+        rest = [value._replace(bundles=tuple(b for b in value.bundles if axis not in b.axes), shape=tuple(shape),
+                               uniform=value.uniform | {axis, *(spans and min(spans))}) for value in values]
+        joined = self.join(shape, rest)
+        if not spans:
+            why = joined.why or next((value.why for value in values if value.why), self.why_ordered())
+            return joined._replace(uniform=joined.uniform - {axis}, why=why)
+        (axes,) = spans
+        i, parts = axes.index(axis), []
+        for k, (value, bundle) in enumerate(zip(values, along)):
+            if bundle is None:
+                fill = INERT if any(a in value.inert for a in axes) else UNIFORM
+                full = [value.shape[a] for a in axes]
+                bundle = Bundle(axes, np.full(full, fill), np.zeros(full, np.int64))
+            constant = bundle.tags * len(values) + names.index(names[k])
+            parts.append(bundle._replace(tags=np.where(bundle.vertices == UNIFORM, constant, bundle.tags)))
+        seen = [set(part.vertices[part.vertices >= 0].tolist()) for part in parts]
+        if sum(map(len, seen)) > len(set().union(*seen)):  # a unit twice: number its copies
+            parts = [part._replace(tags=part.tags * len(parts) + k) for k, part in enumerate(parts)]
+        if len(axes) > 1:
+            first, *others = [self.project(part, set(axes) - {axis}, False) for part in parts]
+            for other in others:
+                if other.axes != first.axes:
+                    raise NotFollowed
+                self.structure.same(first.vertices, other.vertices, first.tags, other.tags, self.name, self.at)
+        whole = Bundle(axes, *(np.concatenate([part[j] for part in parts], i) for j in (1, 2)))
+        return value_of(shape, [*joined.bundles, whole], joined.uniform - set(axes), joined.why)
+
+    def spatial(self, value, dims, shape):
+        """The value after an operation that slides over its last ``dims`` axes."""
+        value, places = self.ordered(value, range(-dims, 0)), range(len(shape) - dims, len(shape))
+        uniform = value.uniform - {a for a in places if shape[a] > 1}  # padding may tell apart what one pixel becomes
+        return value._replace(shape=tuple(shape), uniform=uniform, why=value.why or self.why_ordered())
+
+
+def _filled(bundle, axes, shape):
+    axes = tuple(sorted(axes))
+    index = tuple(slice(None) if a in bundle.axes else None for a in axes)
+    full = [shape[a] for a in axes]
+    return Bundle(axes, np.broadcast_to(bundle.vertices[index], full), np.broadcast_to(bundle.tags[index], full))
+
+
+def _segments(old, new):
+    """The shortest runs of axes longer than 1, of two shapes, that hold the same number of elements."""
+    olds, news = ([a for a, n in enumerate(shape) if n > 1] for shape in (old, new))
+    segments = []
+    while olds:
+        left, right = [olds.pop(0)], [news.pop(0)]
+        while (a := math.prod(old[i] for i in left)) != (b := math.prod(new[i] for i in right)):
+            (left if a < b else right).append((olds if a < b else news).pop(0))
+        segments.append((tuple(left), tuple(right)))
+    return segments
+
+
+def _copies(bundle, axes, shape):
+    """Tags of a bundle spread over more axes: each index along the others is another copy."""
+    others = [a for a in axes if a not in bundle.axes]
+    number = np.arange(math.prod(shape[a] for a in others)).reshape([shape[a] for a in others])
+    index = tuple(slice(None) if a in others else None for a in axes)
+    spread = _filled(bundle, axes, shape).tags
+    return spread * number.size + number[index]

@@ -1,0 +1,129 @@
+"""Residual networks: those of He et al. for small images, and torchvision's ResNet18 and ResNet50 with a width.
+
+He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016: section 4.2 for the small ones,
+table 1 for the others.
+"""
+
+from collections import OrderedDict
+
+from torch import nn
+from torch.nn import functional as F
+
+from permask_core.models.feedforward import scaled
+
+SHORTCUTS = ("projection", "padded")
+
+
+class PaddedShortcut(nn.Module):
+    """Option A of He et al.: every ``stride``-th row and column, and ``added`` channels of zeros, half of them before
+    the image's own and half after (the odd one after). No parameters."""
+
+    def __init__(self, added, stride):
+        super().__init__()
+        self.stride, self.pad = stride, (0, 0, 0, 0, added // 2, added - added // 2)
+
+    def forward(self, x):
+        return F.pad(x[:, :, ::self.stride, ::self.stride], self.pad)
+
+
+def _projection(channels, size, stride):
+    """Option B of He et al.: a 1x1 convolution and its BatchNorm."""
+    return nn.Sequential(OrderedDict([
+        ("conv", nn.Conv2d(channels, size, 1, stride, bias=False)), ("norm", nn.BatchNorm2d(size))]))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm beside a shortcut; ReLU after the first and after the sum."""
+
+    def __init__(self, channels, size, stride, shortcut):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, size, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(size)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(size, size, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(size)
+        self.relu2 = nn.ReLU()
+        if stride == 1:
+            self.shortcut = nn.Identity()
+        else:
+            self.shortcut = (_projection(channels, size, stride) if shortcut == "projection"
+                             else PaddedShortcut(size - channels, stride))
+
+    def forward(self, x):
+        residual = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
+        return self.relu2(residual + self.shortcut(x))
+
+
+def resnet8(input_shape, classes, *, width=1.0, shortcut="projection"):
+    """:func:`~permask_core.models.resnet20` with one block in each stage."""
+    return _small_resnet(1, input_shape, classes, width, shortcut)
+
+
+def resnet20(input_shape, classes, *, width=1.0, shortcut="projection"):
+    """ResNet20 for small images: a 3x3 convolution, three stages of three blocks, global average pooling, one linear
+    head.
+
+    Stages have 16, 32 and 64 channels, all times ``width``; the second and the third begin by halving the image.
+    There the ``shortcut`` is a ``"projection"``, a 1x1 convolution and its BatchNorm (option B of He et al.), as in the
+    permuted-mask paper, or ``"padded"``: every second pixel, with channels of zeros, half before and half after, and
+    no parameters (option A, which He et al. use on CIFAR-10). Convolutions start as Kaiming normal with ``fan_out``
+    (He et al. 2015, equation 14), BatchNorm as the identity, and the head as PyTorch has it.
+
+    References
+    ----------
+    He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, sections 3.3 and 4.2; He et al., "Delving Deep
+    into Rectifiers", ICCV 2015.
+    """
+    return _small_resnet(3, input_shape, classes, width, shortcut)
+
+
+def resnet56(input_shape, classes, *, width=1.0, shortcut="projection"):
+    """:func:`~permask_core.models.resnet20` with nine blocks in each stage."""
+    return _small_resnet(9, input_shape, classes, width, shortcut)
+
+
+def _small_resnet(blocks, input_shape, classes, width, shortcut):
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f"shortcut is {shortcut!r}: expected one of {', '.join(SHORTCUTS)}")
+    if min(input_shape[1:]) < 4:
+        raise ValueError(f"input_shape is {input_shape}: resnet{6 * blocks + 2} halves the image twice and needs at "
+                         "least 4x4")
+    sizes = scaled(width, 16, 32, 64)
+    layers = [("conv1", nn.Conv2d(input_shape[0], sizes[0], 3, padding=1, bias=False)),
+              ("norm1", nn.BatchNorm2d(sizes[0])), ("relu1", nn.ReLU())]
+    channels = sizes[0]
+    for i, size in enumerate(sizes, 1):
+        stage = OrderedDict()
+        for j in range(1, blocks + 1):
+            stage[f"block{j}"] = BasicBlock(channels, size, 2 if i > 1 and j == 1 else 1, shortcut)
+            channels = size
+        layers.append((f"stage{i}", nn.Sequential(stage)))
+    model = nn.Sequential(OrderedDict([
+        *layers, ("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten()), ("head", nn.Linear(channels, classes))]))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def resnet18(input_shape, classes, *, width=1.0):
+    """torchvision's ResNet18, the channels of each stage times ``width``.
+
+    Layer names, initialisation and ``forward`` are torchvision's own, so that its published weights load at width 1.
+    The first convolution takes the channels of ``input_shape``.
+    """
+    return _large_resnet("resnet18", "BasicBlock", (2, 2, 2, 2), input_shape, classes, width)
+
+
+def resnet50(input_shape, classes, *, width=1.0):
+    """torchvision's ResNet50, as :func:`~permask_core.models.resnet18`; a block's output keeps four times the channels
+    of its 3x3 convolution."""
+    return _large_resnet("resnet50", "Bottleneck", (3, 4, 6, 3), input_shape, classes, width)
+
+
+def _large_resnet(name, block, blocks, input_shape, classes, width):
+    if min(input_shape[1:]) < 32:
+        raise ValueError(f"input_shape is {input_shape}: {name} halves the image five times and needs at least 32x32")
+    from permask_core.models.imagenet import ScaledResNet  # here, because torchvision takes a second to import
+
+    return ScaledResNet(block, blocks, input_shape[0], classes, width)

@@ -1,0 +1,38 @@
+"""One small model of every torchvision family: followed, its function kept, and the committed table still true.
+
+All models: benchmarks/torchvision_groups.py, whose results the table in the book shows.
+"""
+
+import pytest
+import torch
+
+from permask_core.data.measured import measured_torchvision_groups
+from permask_core.matching import function_change, permutation_groups, redrawn, shuffles
+from permask_core.vision import torchvision
+
+ROWS = {row["model"]: row for row in measured_torchvision_groups()["rows"]}
+FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t",
+            "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d",
+            "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32"]
+
+
+def test_the_table_has_every_classification_model_and_none_changed():
+    assert set(ROWS) == set(torchvision.models.list_models(module=torchvision.models))
+    assert set(FAMILIES) <= set(ROWS)
+    assert all(row["change"] < 1e-9 < 1e-6 < row["left_out"] for row in ROWS.values())
+    assert not [why for row in ROWS.values() for why in row["fixed"] if "not followed" in why]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_torchvision_model_is_followed_and_keeps_its_function(name):
+    row = ROWS[name]
+    model = torchvision.models.get_model(name, weights=None)
+    x = torch.randn(1, 3, row["side"], row["side"], dtype=torch.float64)
+    groups = permutation_groups(model, x.float())
+    assert len(groups) == row["groups"] and sum(group.size for group in groups.values()) == row["units"]
+    model, permutations = redrawn(model), shuffles(groups)
+    assert function_change(groups, permutations, model, x) < 1e-9
+    outer = [name for name, group in groups.items() if group.within is None]
+    for name in outer[:: max(1, len(outer) // 3)]:
+        part = {**groups, name: groups[name]._replace(entries=groups[name].entries[1:])}
+        assert function_change(part, {name: permutations[name]}, model, x) > 1e-2, name
