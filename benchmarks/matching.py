@@ -1,33 +1,53 @@
-"""How long the parts of the digits experiment take: tracing, matching, permuting, beside one training run.
+"""How long matching takes: all parts of the digits experiment beside one training run, then residual networks.
 
-Prints medians over repeats and their ratio to one dense training run, and leaves all times in results/matching.json.
-The parts take turns, so that a machine that slows down slows them all. Run it with `python benchmarks/matching.py`;
-it asserts nothing.
+First, on one thread: medians over repeats and their ratio to one dense training run; the parts take turns, so that a
+machine that slows down slows them all. Then ResNet20 of four widths and ResNet50: tracing, weight matching of two fresh
+networks and of one with a permuted copy of itself, permuting, and activation matching, with where the time of weight
+matching goes. All times are left in results/matching.json. Run it with `python benchmarks/matching.py`, or with
+`--device cuda` for the residual networks on a GPU, whose times go to results/matching_cuda.json; it asserts nothing.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from permask_core import lottery
 from permask_core.data import load_dataset
 from permask_core.files import written_whole
-from permask_core.matching import match_activations, match_weights, permutation_groups, permute
+from permask_core.matching import (
+    match_activations,
+    match_weights,
+    permutation_groups,
+    permutations,
+    permute,
+    random_permutations,
+    weights,
+)
+from permask_core.models import build_model
 from permask_core.pruning import iterative_magnitude_pruning
 from permask_core.store import versions
 from permask_core.training import fit
 
 EXPERIMENT = lottery.Experiment()  # the book's settings
 TRAINING = "one dense training run"
+NETWORKS = {**{f"resnet20 x {width}": ("resnet20", width, 32) for width in (1, 4, 8, 16)},
+            "resnet50": ("resnet50", 1, 64)}  # name, width, side of the images
+BATCHES, IMAGES = 2, 16  # of activation matching: batches, and images in each
+STAGES = {"similarities": [(weights._State, "_products"), (weights._State, "_follow")],
+          "assignments": [(permutations, "linear_sum_assignment")],
+          "moving": [(weights, "move_"), (weights, "permute_")], "objective": [(weights, "_inner")]}
 
 
-def parts():
-    """The parts by name, each a function that does it once."""
+def digits_parts():
+    """The parts of the digits experiment by name, each a function that does it once."""
     data = load_dataset(EXPERIMENT.dataset)
     dense = EXPERIMENT.recipe(EXPERIMENT.epochs, EXPERIMENT.lr)
     again = EXPERIMENT.recipe(EXPERIMENT.imp_epochs, EXPERIMENT.imp_lr)
@@ -39,7 +59,7 @@ def parts():
 
     start, a, b = lottery.network(EXPERIMENT).state_dict(), train(), train(seed=1)
     groups = permutation_groups(a, data.train.x[:2])
-    permutations = match_weights(groups, a.state_dict(), b.state_dict())
+    found = match_weights(groups, a.state_dict(), b.state_dict())
     batches = data.train.x.split(1000)
 
     def imp_round():
@@ -51,42 +71,136 @@ def parts():
         "tracing the groups": lambda: permutation_groups(a, data.train.x[:2]),
         "weight matching, all layers": lambda: match_weights(groups, a.state_dict(), b.state_dict()),
         "activation matching, all layers": lambda: match_activations(groups, a, b, batches),
-        "permuting a network": lambda: permute(groups, permutations, a.state_dict()),
+        "permuting a network": lambda: permute(groups, found, a.state_dict()),
         TRAINING: train,
         "one round of iterative pruning": imp_round,
     }
 
 
-def measured(parts, repeats):
+def measured(parts, repeats, device="cpu"):
     """Seconds of each part, [repeats] by name; one part after the other, repeat by repeat."""
     seconds = {name: [] for name in parts}
     for _ in range(repeats):
         for name, part in parts.items():
-            start = time.perf_counter()
-            part()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(part, device)[0])
     return seconds
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=15, help="how often each part runs")
-    repeats = parser.parse_args().repeats
-    torch.set_num_threads(1)
-    seconds = measured(parts(), repeats)
+def timed(part, device):
+    """(seconds, result) of one call, of the device's work too."""
+    def finish():
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
+
+    finish()
+    start = time.perf_counter()
+    result = part()
+    finish()
+    return time.perf_counter() - start, result
+
+
+def staged(part, device):
+    """Seconds in each of :data:`STAGES` during one call of ``part``, and in all of it."""
+    spent = dict.fromkeys(STAGES, 0.0)
+
+    def clocked(stage, function):
+        def call(*arguments, **options):
+            seconds, result = timed(lambda: function(*arguments, **options), device)
+            spent[stage] += seconds
+            return result
+        return call
+
+    with ExitStack() as stack:
+        for stage, places in STAGES.items():
+            for owner, name in places:
+                stack.enter_context(patch.object(owner, name, clocked(stage, getattr(owner, name))))
+        total, _ = timed(part, device)
+    return {**spent, "all": total}
+
+
+def residual(name, width, side, repeats, device):
+    """Times of one residual network, and what its matching found."""
+    nets = [build_model(name, (3, side, side), 10, width=width, seed=seed) for seed in (0, 1)]
+    example = torch.zeros(1, 3, side, side)
+    groups = permutation_groups(nets[0], example)
+    source, target = (net.state_dict() for net in nets)
+    planted = random_permutations(groups, seed=0)
+    copy = permute(groups, planted, source)
+    batches = torch.randn(BATCHES, IMAGES, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    there = [build_model(name, (3, side, side), 10, width=width, seed=seed).to(device) for seed in (0, 1)]
+    pairs = {"two fresh networks": target, "a permuted copy": copy}
+    found = {pair: match_weights(groups, source, goal, device=device) for pair, goal in pairs.items()}
+    seconds = measured({
+        "tracing": lambda: permutation_groups(nets[0], example),
+        **{f"weight matching, {pair}": lambda goal=goal: match_weights(groups, source, goal, device=device)
+           for pair, goal in pairs.items()},
+        "permuting": lambda: permute(groups, planted, source),
+        "activation matching": lambda: match_activations(groups, *there, batches)}, repeats, device)
+    return {"network": name, "width": width, "side": side, "groups": len(groups),
+            "parameters": sum(parameter.numel() for parameter in nets[0].parameters()), "seconds": seconds,
+            "sweeps": {pair: len(result.objective) - 1 for pair, result in found.items()},
+            "objective": {pair: result.objective for pair, result in found.items()},
+            "recovered": all(torch.equal(found["a permuted copy"][group], planted[group]) for group in groups),
+            "stages": {pair: staged(lambda goal=goal: match_weights(groups, source, goal, device=device), device)
+                       for pair, goal in pairs.items()}}
+
+
+def print_digits(seconds):
     unit = statistics.median(seconds[TRAINING])
-    print(f"n = {repeats} repeats, one CPU thread ({platform.machine()})")
     print(lottery.settings_text(EXPERIMENT))
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
     print(f"\n{'part':34}{'median':>12}{'fastest':>12}{'slowest':>12}{'share of training':>20}")
     for name, times in seconds.items():
         median, low, high = (f"{1000 * value:.1f} ms" for value in (statistics.median(times), min(times), max(times)))
         print(f"{name:34}{median:>12}{low:>12}{high:>12}{statistics.median(times) / unit:>20.3f}")
-    slowest = max(max(times) for name, times in seconds.items() if "matching" in name)
-    print(f"\nMatching all layers took {slowest:.3f} s at the slowest.")
-    record = {"command": f"python benchmarks/matching.py --repeats {repeats}", "machine": platform.machine(),
-              "threads": 1, "versions": versions(), "settings": lottery.settings_text(EXPERIMENT), "seconds": seconds}
-    with written_whole(Path(__file__).parent / "results" / "matching.json") as path:
+
+
+def print_residual(label, record):
+    print(f"\n{label}: {record['parameters']:,} parameters, {record['groups']} groups", flush=True)
+    for part, times in record["seconds"].items():
+        print(f"    {part:42}{statistics.median(times):8.2f} s  ({min(times):.2f} to {max(times):.2f})")
+    for pair, stages in record["stages"].items():
+        print(f"    {pair}, {record['sweeps'][pair]} sweeps: "
+              + ", ".join(f"{stage} {spent:.2f} s" for stage, spent in stages.items()))
+    print(f"    the permuted copy was {'' if record['recovered'] else 'not '}recovered", flush=True)
+
+
+def device_name(device):
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=15, help="how often each part of the digits runs")
+    parser.add_argument("--residual-repeats", type=int, default=5, help="how often each part of the others")
+    parser.add_argument("--threads", type=int, default=2, help="for the residual networks")
+    parser.add_argument("--device", default="cpu", help="for the residual networks; on another than the CPU only these")
+    options = parser.parse_args()
+    record = {"command": "python benchmarks/matching.py " + " ".join(
+        f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items()),
+        "device": device_name(options.device), "machine": device_name("cpu"), "threads": options.threads,
+        "precision": "float32 products, float64 objective and moments",
+        "matmul_precision": torch.get_float32_matmul_precision(), "versions": versions()}
+    print(f"{record['device']}, {options.threads} CPU threads, {record['precision']}")
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+        print(f"\nThe digits, n = {options.repeats} repeats, one CPU thread")
+        record |= {"settings": lottery.settings_text(EXPERIMENT), "seconds": measured(digits_parts(), options.repeats)}
+        print_digits(record["seconds"])
+    torch.set_num_threads(options.threads)
+    print(f"\nResidual networks, n = {options.residual_repeats} repeats, medians; activation matching of {BATCHES} x "
+          f"{IMAGES} images")
+    record |= {"images": [BATCHES, IMAGES], "residual": {}}
+    for label, network in NETWORKS.items():
+        record["residual"][label] = residual(*network, options.residual_repeats, options.device)
+        print_residual(label, record["residual"][label])
+    name = "matching.json" if options.device == "cpu" else f"matching_{torch.device(options.device).type}.json"
+    with written_whole(Path(__file__).parent / "results" / name) as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,10 +1,11 @@
 """The permutation groups of every torchvision classification model: how many units, and whether the function is kept.
 
 Each model is built without trained weights and traced; then a copy in float64, everything in it drawn at random
-(permask_core.matching.redrawn), is run before and after a random permutation of all groups. For as many groups as the
+(permask_core.matching.steady), is run before and after a random permutation of all groups. For as many groups as the
 time allows, one entry is left out, which must change the outputs. Results go to
-permask_core/data/measured/torchvision_groups.json, model by model: a run that was killed goes on where it was. Run it
-with `python benchmarks/torchvision_groups.py`; about an hour on two cores, 16 GB of memory for the largest.
+permask_core/data/measured/torchvision_groups.json, model by model, each with the commit that it was measured at: a run
+that was killed goes on where it was; delete a row to measure it again. Run it with
+`python benchmarks/torchvision_groups.py`; about an hour on two cores, 16 GB of memory for the largest.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 
 import permask_core
 from permask_core.files import written_whole
-from permask_core.matching import function_change, permutation_groups, redrawn, shuffles
+from permask_core.matching import function_change, permutation_groups, shuffles, steady
 from permask_core.progress import progress
 from permask_core.store import versions
 from permask_core.vision import torchvision
@@ -30,7 +31,7 @@ SIDES = {"inception_v3": 96} | {name: 224 for name in ("maxvit_t", "vit_b_16", "
                                                        "vit_l_32")}
 
 
-def measured(name, seconds):
+def measured(name, seconds, commit):
     """A row of the table; ``seconds`` is the time for leaving out entries."""
     model, side = torchvision.models.get_model(name, weights=None), SIDES.get(name, 64)
     example = torch.randn(1, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -38,7 +39,7 @@ def measured(name, seconds):
     groups = permutation_groups(model, example.float())
     traced = time.perf_counter() - start
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    model = redrawn(model.double())
+    model = steady(model.double(), example)
     gc.collect()
     permutations = shuffles(groups)
     change = function_change(groups, permutations, model, example)
@@ -55,7 +56,7 @@ def measured(name, seconds):
             "top": sum(group.within is None for group in groups.values()),
             "units": sum(group.size for group in groups.values()), "fixed": fixed, "seconds": traced,
             "change": change, "left_out": min(left_out.values()), "left_out_at": min(left_out, key=left_out.get),
-            "left_out_groups": len(left_out)}
+            "left_out_groups": len(left_out), "commit": commit}
 
 
 def spread(names):
@@ -72,16 +73,16 @@ def main():
     parser.add_argument("--seconds", type=float, default=15, help="for leaving out entries, in each model")
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    record = {"command": f"python benchmarks/torchvision_groups.py --seconds {options.seconds:g}", "commit": commit,
+    record = {"command": f"python benchmarks/torchvision_groups.py --seconds {options.seconds:g}",
               "versions": versions() | {"torchvision": torchvision.__version__}, "device": platform.machine(),
               "precision": "float64", "rows": []}
     if RESULT.exists():
         old = json.loads(RESULT.read_text())
-        if all(old[key] == record[key] for key in ("command", "commit", "versions")):
+        if all(old[key] == record[key] for key in ("command", "versions")):
             record["rows"] = old["rows"]
     done = {row["model"] for row in record["rows"]}
     for name in progress([name for name in options.models if name not in done], "models"):
-        row = measured(name, options.seconds)
+        row = measured(name, options.seconds, commit)
         print(f"{name:22}{row['groups']:6} groups{row['units']:8} units  traced in {row['seconds']:5.1f} s  changed by "
               f"{row['change']:.1e}, with an entry left out at least {row['left_out']:.1e} "
               f"({row['left_out_groups']} tried)", flush=True)

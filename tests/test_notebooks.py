@@ -1,6 +1,7 @@
 """The notebooks as they are committed: no results, one parameters cell, claims that can fail, the right first cell."""
 
 import ast
+import re
 from pathlib import Path
 
 import nbformat
@@ -54,3 +55,13 @@ def test_asserts_its_claims(notebook):
 
 def test_first_cell_agrees_with_the_address(notebook):
     assert with_setup(notebook, ADDRESS) == notebook, f"make address URL={ADDRESS}"
+
+
+def test_is_markdown_that_every_viewer_reads(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert re.findall(r"\{[\w:]+\}`|^(?:::|```\{).*", text, flags=re.MULTILINE) == [], "roles and directives are MyST"
+
+
+def test_every_notebook_is_a_chapter():
+    contents = (ROOT / "_toc.yml").read_text(encoding="utf8").split()
+    assert [path.stem for path in NOTEBOOKS if f"notebooks/{path.stem}" not in contents] == []

@@ -178,7 +178,8 @@ def hashes():
     return store.source_hash(lottery.run), store.source_hash(hashes)
 
 for name in ["display/style", "landscape", "statistics",
-             "lottery", "vision", "files", "matching/weights", "models/feedforward", "data/digits", "pruning", "training"]:
+             "lottery", "vision", "files", "matching/weights", "models/feedforward", "data/digits", "pruning",
+             "training"]:
     path, before = Path(store.__file__).parent / f"{name}.py", hashes()
     path.write_text(path.read_text() + "# edited")
     print(name, *(new != old for new, old in zip(hashes(), before)))
@@ -192,8 +193,8 @@ def test_an_edit_of_reachable_source_is_another_stage(tmp_path):
     with python(tmp_path / "script.py", package=tmp_path / "copy" / "permask_core") as process:
         lines = process.stdout.read().splitlines()
     assert lines == [f"{name} False True" for name in ("display/style", "landscape", "statistics")] + [
-        f"{name} True True" for name in ("lottery", "vision", "files", "matching/weights", "models/feedforward", "data/digits",
-                                         "pruning", "training")]
+        f"{name} True True" for name in ("lottery", "vision", "files", "matching/weights", "models/feedforward",
+                                         "data/digits", "pruning", "training")]
     assert source_hash(run) == source_hash(run)
 
 

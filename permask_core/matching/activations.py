@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 
 from permask_core.matching.groups import check_groups, indices
-from permask_core.matching.permutations import best, part_pairs, parts_of, steps_between
+from permask_core.matching.permutations import best_total, part_pairs, parts_of, steps_between
 from permask_core.models import evaluating
 
 
@@ -48,7 +48,7 @@ def match_activations(groups, source_model, target_model, batches):
             return correlations[to, origin]
         total = torch.zeros(groups[to].size, groups[origin].size, dtype=torch.float64)
         for i, j, a, b in part_pairs(parts, to, origin):
-            total[i, j] += similarity(a, b).trace()
+            total[i, j] += best_total(similarity(a, b))
         return total
 
     found = {at: order for name in outermost for at, order in steps_between(parts, similarity, name, name)}

@@ -20,10 +20,10 @@ def arguments(example_input):
     return (tuple(example_input), {}) if isinstance(example_input, (tuple, list)) else ((example_input,), {})
 
 
-def redrawn(model, *, seed=0):
+def redrawn(model, *, seed=0, gain=2.0):
     """A copy of a network in float64, in evaluation mode, every parameter and statistic drawn at random.
 
-    Kernels are normal with the standard deviation sqrt(2 / fan-in), so that signals stay of order one; matrices have
+    Kernels are normal with the standard deviation sqrt(gain / fan-in), so that signals stay of order one; matrices have
     sqrt(8 / fan-in), so that attention is sharp. Biases have 0.1, so that what all tokens have in common does not drown
     what tells them apart. Other parameters and running means are standard normal, the weights of norms and running
     variances uniform in [0.5, 1.5].
@@ -40,7 +40,7 @@ def redrawn(model, *, seed=0):
             if name.endswith("running_var") or (name.endswith("weight") and tensor.ndim < 2):
                 draw = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
             elif name.endswith("weight"):
-                draw *= ((8 if tensor.ndim == 2 else 2) / max(1, tensor[0].numel())) ** 0.5
+                draw *= ((8 if tensor.ndim == 2 else gain) / max(1, tensor[0].numel())) ** 0.5
             elif name.endswith("bias"):
                 draw *= 0.1
             tensor.copy_(draw)
@@ -77,21 +77,51 @@ def function_change(groups, permutations, model, example_input):
     ValueError
         If an output is not finite or all are zero, or a tensor with two names is permuted under one of them only.
     """
-    args, kwargs = arguments(example_input)
     state, first = model.state_dict(keep_vars=True), {}
     moved = permute(groups, permutations, state)
     for name, tensor in state.items():
         other = first.setdefault(id(tensor), name)
         if not torch.equal(moved[name], moved[other]):
             raise ValueError(f"{other!r} and {name!r} are one tensor, but the groups permute them differently")
-        moved[name] = moved[other]
-    with evaluating(model):
+    return _change(model, moved, example_input)
+
+
+def _change(model, state, example_input):
+    """The largest change of an output with the weights of ``state``, in standard deviations of the outputs."""
+    args, kwargs = arguments(example_input)
+    first = {}  # of a tensor with two names, functional_call takes one
+    state = {name: state[first.setdefault(id(tensor), name)]
+             for name, tensor in model.state_dict(keep_vars=True).items()}
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        random_state = torch.get_rng_state()
         before = _outputs(model(*args, **kwargs))
-        after = _outputs(torch.func.functional_call(model, moved, args, kwargs))
+        torch.set_rng_state(random_state)
+        after = _outputs(torch.func.functional_call(model, state, args, kwargs))
     if not (before.isfinite().all() and before.any()):
         raise ValueError(f"of {before.numel()} outputs, {int((~before.isfinite()).sum())} are not finite and "
                          f"{int((before == 0).sum())} are 0: nothing can be said of the function")
     return float((after - before).abs().max() / (before.std(correction=0) or before.abs().max()))
+
+
+def steady(model, example_input, *, seed=0):
+    """A :func:`redrawn` copy of a network that does not magnify rounding.
+
+    Some deep networks with random weights are chaotic: rounding errors grow from layer to layer until any reordering of
+    a sum changes the outputs. Such a draw says nothing; it is made again, up to four times, with other weights and
+    another gain, and the steadiest is kept.
+    """
+    tried = []
+    for attempt in range(4):
+        copied = redrawn(model, seed=seed + attempt // 2, gain=(2.0, 8.0)[attempt % 2])
+        generator = torch.Generator().manual_seed(seed)
+        rounded = {name: tensor * (1 + 1e-15 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+                                   .to(tensor.device)) if tensor.is_floating_point() else tensor
+                   for name, tensor in copied.state_dict().items()}
+        tried.append((_change(copied, rounded, example_input), attempt, copied))
+        tried = [min(tried, key=lambda one: one[:2])]
+        if tried[0][0] < TOLERANCE / 100:
+            break
+    return tried[0][2]
 
 
 def _outputs(result):
@@ -106,7 +136,7 @@ def check_function(groups, model, example_input, *, seed=0):
     ----------
     groups : dict of str to Group
     model : torch.nn.Module
-        A copy is tested, in float64, with everything that it holds drawn at random (:func:`redrawn`).
+        A copy is tested, in float64, with everything that it holds drawn at random (:func:`steady`).
     example_input : torch.Tensor, tuple or dict
         Floating-point inputs are replaced by random ones of the same shape.
     seed : int
@@ -120,7 +150,7 @@ def check_function(groups, model, example_input, *, seed=0):
     inputs = pytree.tree_map(
         lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
         if isinstance(t, torch.Tensor) and t.is_floating_point() else t, example_input)
-    model, permutations = redrawn(model, seed=seed), shuffles(groups, seed=seed)
+    model, permutations = steady(model, inputs, seed=seed), shuffles(groups, seed=seed)
     change = function_change(groups, permutations, model, inputs)
     if not change < TOLERANCE:
         changes = {name: function_change(groups, {name: permutations[name]}, model, inputs) for name in groups}

@@ -127,9 +127,9 @@ class Groups(dict):
             record = json.loads(path.read_text())
             if record["format"] != FORMAT:
                 raise ValueError(f"its format is {record['format']!r}: expected {FORMAT!r}")
-            groups = {name: Group(int(group["size"]), tuple(_place(Entry, entry) for entry in group["entries"]),
+            groups = {name: Group(_integer(group["size"]), tuple(_place(Entry, entry) for entry in group["entries"]),
                                   tuple(_place(Tap, tap) for tap in group.get("taps", ())),
-                                  tuple(group["within"]) if group.get("within") else None)
+                                  _within(*group["within"]) if group.get("within") else None)
                       for name, group in record["groups"].items()}
             return cls(groups, (Fixed(*fixed) for fixed in record.get("fixed", ())))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -146,13 +146,24 @@ def _plain(place):
 
 
 def _place(kind, record):
-    record = dict(record)
+    record = {**record, "axis": _integer(record["axis"])}
     if "positions" in record:
-        record["positions"] = torch.tensor(record["positions"], dtype=torch.int64)
+        positions = [[_integer(index) for index in unit] for unit in record["positions"]]
+        record["positions"] = torch.tensor(positions, dtype=torch.int64)
     if "rows" in record:
         start, stop = record["rows"]
-        record["rows"] = (start, stop)
+        record["rows"] = (_integer(start), _integer(stop))
     return kind(**record)
+
+
+def _within(name, unit):
+    return name, _integer(unit)
+
+
+def _integer(value):
+    if type(value) is not int:  # neither 1.5 nor true nor "1"
+        raise ValueError(f"{value!r} is no integer")
+    return value
 
 
 def indices(place, size):
@@ -231,6 +242,6 @@ def _check_overlaps(groups, tensor, axis, owning, shape):
         positions = indices(entry, groups[name].size).flatten()
         twice = positions[(part[:, positions] >= 0).any(0)].tolist()
         if twice or len(positions.unique()) < len(positions):
-            raise ValueError(f"group {name!r} takes index {(twice or positions.mode().values.tolist())} along axis "
+            raise ValueError(f"group {name!r} takes index {(twice or [int(positions.mode().values)])} along axis "
                              f"{axis} of {tensor!r} (shape {list(shape)}), which is taken already")
         part[:, positions] = 1

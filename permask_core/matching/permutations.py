@@ -63,14 +63,12 @@ def permute_(groups, permutations, tensors):
 def move_(group, permutation, tensors):
     """Permute one group in place, in those of its tensors that the dict holds."""
     leaving = (permutation != torch.arange(group.size)).nonzero()[:, 0]  # of a search's late steps, only a few
-    coming = permutation[leaving]
     for entry in group.entries:
         if entry.tensor in tensors:
-            tensor = tensors[entry.tensor]
+            tensor, positions = tensors[entry.tensor], indices(entry, group.size)
             part = tensor if entry.rows is None else tensor[slice(*entry.rows)]
-            positions = indices(entry, group.size).to(tensor.device)
-            values = part.index_select(entry.axis, positions[coming].flatten())
-            part.index_copy_(entry.axis, positions[leaving].flatten(), values)
+            to, origin = (positions[units].flatten().to(tensor.device) for units in (leaving, permutation[leaving]))
+            part.index_copy_(entry.axis, to, part.index_select(entry.axis, origin))
 
 
 def random_permutations(groups, *, seed):
@@ -96,10 +94,10 @@ def assign(similarity):
     return torch.from_numpy(columns).long()
 
 
-def best(similarity):
-    """The total of the similarity under the permutation that :func:`assign` finds."""
+def best_total(similarity):
+    """The total similarity, a float, under the permutation that :func:`assign` finds."""
     similarity = similarity.cpu().double()
-    return similarity[torch.arange(len(similarity)), assign(similarity)].sum()
+    return float(similarity[torch.arange(len(similarity)), assign(similarity)].sum())
 
 
 def parts_of(groups):

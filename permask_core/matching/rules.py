@@ -5,6 +5,7 @@ their names in the operation's schema, of which ``self`` and ``shape`` have beco
 what is known of the result, and raises NotFollowed for a form that it does not cover.
 """
 
+import operator
 
 import numpy as np
 import torch
@@ -102,8 +103,9 @@ def _slice_scatter(net, shape, self_, src, dim=0, start=None, end=None, step=1):
     if step != 1:
         raise NotFollowed
     start, stop, _ = slice(start, end).indices(n)
-    parts = [net.take(value, dim, range(0, start), 0), net.value(src), net.take(value, dim, range(stop, n), 1)]
-    return net.concatenate([part for part in parts if part.shape[dim]], dim)
+    before, after = (net.take(value, dim, range(*part), i) if len(range(*part)) else None
+                     for i, part in enumerate(((0, start), (stop, n))))
+    return net.concatenate([part for part in (before, net.value(src), after) if part is not None], dim)
 
 
 def _pad(net, shape, self_, pad, mode="constant", value=None, **_):
@@ -171,7 +173,8 @@ def _best(net, shape, self_, dim=None, keepdim=False, **given):
     if given.get("other") is not None:
         return net.pointwise(shape, net.value(self_), net.value(given["other"]))
     value = net.value(self_)
-    if dim is not None and any(dim % len(value.shape) in bundle.axes for bundle in value.bundles):
+    asked = any(user.args[1] == 1 for user in net.node.users if user.target is operator.getitem)
+    if dim is not None and asked and any(dim % len(value.shape) in bundle.axes for bundle in value.bundles):
         raise NotFollowed  # where the best is changes with the order
     return _reduced(net, shape, dim, keepdim, self_=self_)
 

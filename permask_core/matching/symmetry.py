@@ -158,7 +158,7 @@ def orbits(structure):
     why |= dict.fromkeys(crossing - why.keys(), "blocks of units cross each other")
     while True:
         refined = _refine(_unique(colour, unit, why), same, parts)
-        ambiguous = _ambiguous(refined, unit, site) - why.keys()
+        ambiguous = _ambiguous(refined, unit, site, parts) - why.keys()
         if not ambiguous:
             break
         why |= dict.fromkeys(ambiguous, "two places of one unit cannot be told apart")
@@ -231,22 +231,32 @@ def _tree(n, same, parts):
         if not len(merged):
             break
         u, v = np.concatenate([u, merged[:, 0]]), np.concatenate([v, merged[:, 1]])
-    tree, crossing = defaultdict(set), set()
+    crossing, found = set(), {None}
+    while found:
+        tree, found = _nested({block: inside for block, inside in held.items() if block not in crossing})
+        crossing |= found
+    circles = _in_circles(tree)
+    return unit, {child: above for child, above in tree.items() if child not in circles}, crossing | circles
+
+
+def _nested(held):
+    """Of each unit the smallest block above it, in a set, and of each two blocks that cross the one with more parts."""
+    above, tree, crossing = defaultdict(set), {}, set()
     for block, inside in held.items():
         for child in inside:
-            tree[child].add(block)
-    todo = list(tree)
+            above[child].add(block)
+    todo = list(above)
     while todo:
         child = todo.pop()
-        above = sorted(tree[child], key=lambda block: len(held[block]))
-        if not all(held[small] < held[large] for small, large in zip(above, above[1:])):
-            crossing.update(above)
-        elif len(above) > 1:
-            tree[child] = {above[0]}
-            for small, large in zip(above, above[1:]):
-                tree[small].add(large)
+        blocks = sorted(above[child], key=lambda block: (len(held[block]), block))
+        tree[child] = {blocks[0]}
+        for small, large in zip(blocks, blocks[1:]):
+            if not held[small] < held[large]:
+                crossing.add(large)
+            elif large not in above[small]:
+                above[small].add(large)
                 todo.append(small)
-    return unit, dict(tree), crossing | _in_circles(tree)
+    return tree, crossing
 
 
 def _in_circles(tree):
@@ -269,7 +279,7 @@ def _unique(colour, unit, fixed):
     colour = colour.copy()
     chosen = np.isin(unit, list(fixed))
     with np.errstate(over="ignore"):
-        colour[chosen] += mixed(mixed(unit[chosen].astype(np.uint64)) + colour_of("fixed"))
+        colour[chosen] += mixed(mixed(np.flatnonzero(chosen).astype(np.uint64)) + colour_of("fixed"))
     return colour
 
 
@@ -291,12 +301,18 @@ def _refine(colour, same, parts):
             distinct = now
 
 
-def _ambiguous(colour, unit, site):
-    """Units two of whose parameter vertices have one colour."""
+def _ambiguous(colour, unit, site, parts):
+    """Units of which two parameter vertices have one colour, or two blocks that hold different parts."""
     real = np.flatnonzero(site >= 0)
     pairs = np.stack([unit[real].astype(np.uint64), colour[real]], 1)
     pairs, counts = np.unique(pairs, axis=0, return_counts=True)
-    return set(pairs[counts > 1, 0].astype(np.int64).tolist())
+    found, held, first = set(pairs[counts > 1, 0].astype(np.int64).tolist()), defaultdict(list), {}
+    for part, block, tone in zip(*(array.tolist() for array in parts)):
+        held[block].append((part, tone))
+    for block, inside in held.items():
+        if first.setdefault((unit[block], colour[block]), sorted(inside)) != sorted(inside):
+            found.add(int(unit[block]))
+    return found
 
 
 def _members(unit, site, colour):
@@ -324,4 +340,5 @@ def _places(sites, units, site, position):
     shape = [(s, len(positions)) for s, positions in sorted(places[0].items())]
     if not shape or any([(s, len(p)) for s, p in sorted(unit.items())] != shape for unit in places):
         return None
-    return {sites[s]: np.array([unit[s] for unit in places]) for s, _ in shape}
+    arrays = {sites[s]: np.array([unit[s] for unit in places]) for s, _ in shape}
+    return {s: array[:, np.argsort(array[0])] for s, array in arrays.items()}

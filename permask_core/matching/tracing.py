@@ -8,10 +8,15 @@ channels), and which must stay because their order matters (the pixels that a co
 that nobody described fixes all it touches, so that a network is never permuted wrongly, only less than it could be.
 """
 
+import contextlib
+import io
 import itertools
+import logging
 import operator
+import re
 import warnings
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -75,10 +80,11 @@ def permutation_groups(model, example_input, *, check=False):
 
 
 def _exported(model, args, kwargs):
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, silent = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation instead of an attention that can be followed
+    logging.disable()  # what stops an export is in its exception; PyTorch would print the graph so far as well
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
             # Makes operations in place ordinary ones, and takes some composite ones apart; half of the time of tracing.
@@ -86,10 +92,13 @@ def _exported(model, args, kwargs):
             return program if plain else program.run_decompositions({})
     except Exception as error:  # tracing runs the user's own code, which may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if place := re.search(r'raised this error:\s*File "(.+)", line (\d+).*\n\s*(.+)', str(error)):
+            reason += f" in {Path(place[1]).name}, line {place[2]}: {place[3]}"
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {type(error).__name__}: {reason}. "
                          f"Its {BY_HAND}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        logging.disable(silent)
 
 
 def _has_rule(target):
@@ -105,6 +114,7 @@ class _Follower(Algebra):
 
     def __init__(self, model, program):
         self.graph, self.signature = program.graph, program.graph_signature
+        self.graph.eliminate_dead_code()
         super().__init__()
         self.values, self.parameters, self.taps = {}, {}, []
         self.axes, self.calls = {}, Counter()  # the vertices of (tensor, axis, rows); operations by module
@@ -156,7 +166,7 @@ class _Follower(Algebra):
                 if isinstance(one, Value) and one.shape != tuple(result.shape):
                     raise NotFollowed
             return value
-        except (NotFollowed, TypeError, ValueError, LookupError, AttributeError):  # a form that its rule does not foresee
+        except (NotFollowed, TypeError, ValueError, LookupError, AttributeError):  # a form that no rule foresees
             self.fix(self._tensors([*node.args, *node.kwargs.values()]), why := f"{name} is not followed")
             return pytree.tree_map(lambda result: self._inert(result, why), results)
 

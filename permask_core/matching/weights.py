@@ -17,7 +17,7 @@ import torch
 from permask_core.matching.groups import Entry, check_groups, depth, indices
 from permask_core.matching.permutations import (
     Permutations,
-    best,
+    best_total,
     move_,
     part_pairs,
     parts_of,
@@ -150,7 +150,7 @@ class _State:
         total = products.cpu().double()
         for i, j, a, b in part_pairs(self.parts, to, origin):
             part = self._products(a, b)
-            total[i, j] += best(self._aligned(a, b, part)) - part.trace()
+            total[i, j] += best_total(self._aligned(a, b, part)) - float(part.trace())
         return total
 
     def _products(self, to, origin):
@@ -170,7 +170,8 @@ class _State:
         """Bring the similarities that are kept up to date with a step: its own is reordered, and the others changed by
         the units that moved, of which late in a search there are few."""
         if name in self.similar:
-            self.similar[name] = self.similar[name][:, order]
+            similar = self.similar[name]
+            self.similar[name] = similar.index_select(1, order.to(similar.device))
         units = (order != torch.arange(len(order))).nonzero()[:, 0]
         back = order.argsort()[units]
         for entry, other, at, simple in self.shares[name]:

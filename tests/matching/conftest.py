@@ -41,3 +41,32 @@ def outputs():
             return torch.func.functional_call(model, state, (x,))
 
     return answer
+
+
+@pytest.fixture(scope="session")
+def attention():
+    """A function of a seed: a network with one layer of attention."""
+
+    def make(seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return _Attention()
+
+    return make
+
+
+class _Attention(nn.Module):
+    """Heads as units, and the dimensions of each, twice: query with key, and value with output."""
+
+    def __init__(self, width=24, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.embed, self.head = nn.Linear(5, width), nn.Linear(width, 3)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        x = self.embed(x)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for layer in (self.query, self.key, self.value))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(x + self.out(y))

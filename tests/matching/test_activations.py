@@ -1,11 +1,17 @@
 """Activation matching against numpy.corrcoef on activations kept by hand, and planted permutations."""
 
+import gc
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from permask_core.matching import (
+    Entry,
+    Group,
     Tap,
     activation_correlations,
     match_activations,
@@ -51,7 +57,7 @@ def test_correlations_are_numpys_on_all_batches_together(lively):
     batches = batches_of((1, 8, 8))
     groups = permutation_groups(source, batches[0])
     found, x = activation_correlations(groups, source, target, batches), torch.cat(batches)
-    for name, layers in {"conv1": 2, "conv2": 5, "fc1": 9, "fc2": 11}.items():  # after the ReLU
+    for name, layers in {"conv1": 3, "conv2": 6, "fc1": 9, "fc2": 11}.items():  # what is read next
         expected = reference(activations(target, layers, x), activations(source, layers, x))
         assert found[name].dtype == torch.float64
         np.testing.assert_allclose(found[name], expected, atol=1e-9)
@@ -163,3 +169,140 @@ def test_groups_of_another_network_are_refused(options):
     nets, x = [build_model("mlp", (1, 8, 8), 10, width=0.05, seed=seed) for seed in (0, 1)], torch.randn(3, 1, 8, 8)
     with pytest.raises(ValueError, match="fc"):
         match_activations(permutation_groups(build_model("mlp", (1, 8, 8), 10, **options), x), *nets, [x])
+
+
+def plain_pair(lively):
+    nets = [lively(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)), seed=seed) for seed in (0, 1)]
+    return permutation_groups(nets[0], torch.zeros(1, 3).double()), nets
+
+
+def test_batches_come_as_a_loader_or_a_generator_gives_them(lively):
+    groups, nets = plain_pair(lively)
+    x = torch.cat(batches_of((3,)))
+    plain = activation_correlations(groups, *nets, [x])["0"]
+    loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=17)
+    for batches in (loader, (part for part in x.split(11)), iter([(x[:20],), (x[20:],)]), x.split(1)):
+        torch.testing.assert_close(activation_correlations(groups, *nets, batches)["0"], plain)
+    for bad, kind in (({"x": x}, "dict"), (x.numpy(), "ndarray"), ((), "tuple")):
+        with pytest.raises(ValueError, match=f"a batch is of type {kind}: expected a tensor"):
+            match_activations(groups, *nets, [bad])
+
+
+def test_taps_count_axes_from_the_end_and_choose_positions(lively):
+    groups, nets = plain_pair(lively)
+    group = groups["0"]._replace(taps=(Tap("1", "output", 1),))
+    one, same = (activation_correlations({"0": group._replace(taps=(Tap("1", "output", axis),))}, *nets,
+                                         batches_of((3,)))["0"] for axis in (1, -1))
+    assert torch.equal(one, same)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    chosen = group._replace(taps=(Tap("1", "output", -1, order[:, None]),))
+    reordered = activation_correlations({"0": chosen}, *nets, batches_of((3,)))["0"]
+    torch.testing.assert_close(reordered, one[order][:, order])
+
+
+def test_a_block_of_positions_is_as_many_samples(lively):
+    source, target = (lively("lenet5", (1, 8, 8), 10, seed=seed) for seed in (0, 1))
+    groups, x = permutation_groups(source, batches_of((1, 8, 8))[0]), torch.cat(batches_of((1, 8, 8)))
+    (tap,) = groups["conv2"].taps
+    assert (tap.module, tap.side) == ("fc1", "input") and tap.positions.shape[1] > 1
+    before = groups["conv2"]._replace(taps=(Tap("pool2", "output", 1),))  # the same numbers before the flatten
+    one, other = (activation_correlations({"conv2": group}, source, target, [x])["conv2"]
+                  for group in (groups["conv2"], before))
+    torch.testing.assert_close(one, other)
+
+
+class Twice(nn.Module):
+    """One layer called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.again(self.again(self.first(x)).tanh()))
+
+
+def test_every_call_of_a_module_counts(lively):
+    nets = [lively(Twice(), seed=seed) for seed in (0, 1)]
+    with torch.no_grad():
+        for seed, net in enumerate(nets):
+            torch.manual_seed(seed)
+            for parameter in net.parameters():
+                parameter.normal_()
+    group, (x,) = Group(4, (), (Tap("again", "output", 1),)), batches_of((3,), size=60)
+    group = group._replace(entries=(Entry("again.weight", 0), Entry("again.bias", 0)))
+    found = activation_correlations({"again": group}, *nets, x.split(20))["again"]
+    with torch.no_grad():
+        calls = [(net.again(net.first(x)), net.again(net.again(net.first(x)).tanh())) for net in nets]
+    source, target = (torch.cat(both).T.numpy() for both in calls)
+    np.testing.assert_allclose(found, reference(target, source), atol=1e-9)
+
+
+@pytest.mark.parametrize("tap, message", [
+    (Tap("7", "output", 1), "group '0' is read at the output of '7', which is no module of the model"),
+    (Tap("1", "outside", 1), "group '0' is read at the outside of '1': expected its input or output"),
+    (Tap("2", "output", 1), "whose shape is [25, 2]: expected 5 indices along axis 1"),
+    (Tap("1", "output", 3), "whose shape is [25, 5]: expected 5 indices along axis 3"),
+    (Tap("1", "output", 1, torch.arange(1, 6)[:, None]), "[25, 5]: expected more than 5 indices along axis 1"),
+    (Tap("", "output", 1), "whose shape is [25, 2]"),
+])
+def test_taps_that_do_not_fit_are_named(tap, message, lively):
+    groups, nets = plain_pair(lively)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        match_activations({"0": groups["0"]._replace(taps=(tap,))}, *nets, batches_of((3,)))
+
+
+def test_modules_that_give_no_tensor_or_are_not_called_are_named():
+    model = nn.ModuleDict({"lstm": nn.LSTM(3, 4), "idle": nn.Linear(3, 4)})
+    model.forward = lambda x: model["lstm"](x)[0]
+    for module, message in (("lstm", "the output of 'lstm', which is of type tuple: expected a tensor"),
+                            ("idle", "the output of 'idle', which the model does not call")):
+        group = Group(4, (Entry("idle.weight", 0),), (Tap(module, "output", 1),))
+        with pytest.raises(ValueError, match=message):
+            match_activations({"g": group}, model, model, [torch.randn(5, 2, 3)])
+
+
+def test_heads_and_their_dimensions_are_matched_by_what_the_dimensions_do(attention):
+    for seed in range(5):
+        source, target = attention(seed), attention(seed)
+        x = torch.randn(50, 7, 5)
+        groups = permutation_groups(source, x)
+        planted = random_permutations(groups, seed=seed)
+        target.load_state_dict(permute(groups, planted, source.state_dict()))
+        found = match_activations(groups, source, target, x.split(25))
+        assert list(found) == list(groups) and all(torch.equal(found[name], planted[name]) for name in groups)
+
+
+def test_heads_that_cannot_be_read_can_be_left_out():
+    torch.manual_seed(0)
+    nets = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2)]
+    nets = [nn.Sequential(nn.Linear(5, 8), net, nn.Linear(8, 3)) for net in nets]
+    x = torch.randn(10, 4, 5)
+    groups = permutation_groups(nets[0], x)
+    with pytest.raises(ValueError, match=re.escape("has no taps") + ".*Leave such groups out"):
+        match_activations(groups, *nets, [x])
+    left = {name: group for name, group in groups.items() if group.taps}
+    assert 0 < len(left) < len(groups) and match_activations(left, *nets, [x]).keys() == left.keys()
+
+
+def test_only_moments_outlive_a_batch(lively):
+    """What is held while a batch is read does not grow with the number of batches."""
+    groups, nets = plain_pair(lively)
+    alive = []
+
+    def batches():
+        for _ in range(5):
+            yield torch.randn(1000, 3, dtype=torch.float64)
+            gc.collect()
+            alive.append(sum(o.numel() for o in gc.get_objects() if type(o) is torch.Tensor and o.numel() == 5000))
+
+    activation_correlations(groups, *nets, batches())
+    assert len(alive) == 5 and max(alive[1:]) <= alive[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_what_a_cpu_gives(lively):
+    groups, nets = plain_pair(lively)
+    here = activation_correlations(groups, *nets, batches_of((3,)))["0"]
+    there = activation_correlations(groups, *(net.cuda() for net in nets), batches_of((3,)))["0"]
+    torch.testing.assert_close(there, here)

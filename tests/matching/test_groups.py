@@ -1,277 +1,209 @@
-"""Groups: by hand for the book's networks, by the function they keep for others, and refused where they would not."""
+"""Groups as data: printed, saved, written by hand, and refused where they do not fit."""
 
+import json
 import re
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
-from permask_core.matching import Entry, Group, Tap, check_groups, permutation_groups, permute, random_permutations
-from permask_core.models import build_model
+from permask_core.matching import Entry, Fixed, Group, Groups, Tap, check_groups, permutation_groups, permute
+from permask_core.matching.groups import depth, indices
 
 
-def places(entries):
-    return [(entry.tensor, entry.axis) for entry in entries]
+def positions(*units):
+    return torch.tensor(units)
 
 
-def assert_kept(model, x, outputs, tolerance=1e-10):
-    """The outputs stay, and leaving out any single entry changes them: nothing is missing and nothing is idle."""
-    groups, state = permutation_groups(model, x), model.state_dict()
-    permutations = random_permutations(groups, seed=1)
-    before = outputs(model, state, x)
-    moved = permute(groups, permutations, state)
-    assert any(not torch.equal(moved[name], state[name]) for name in state)
-    scale = before.abs().max()
-    assert (outputs(model, moved, x) - before).abs().max() <= tolerance * scale
-    for name, group in groups.items():
-        for entry in group.entries:
-            rest = {name: group._replace(entries=tuple(e for e in group.entries if e is not entry))}
-            partly = permute(rest, {name: permutations[name]}, state)
-            assert (outputs(model, partly, x) - before).abs().max() > 1e-6 * scale, (name, entry.tensor, entry.axis)
-    return groups
+def alike(one, two):
+    """Equal groups; positions are tensors, which == compares one by one."""
+    def plain(places):
+        return [place._replace(positions=place.positions is not None and place.positions.tolist()) for place in places]
+
+    one, two = ([(name, group.size, group.within, plain(group.entries), plain(group.taps))
+                 for name, group in groups.items()] + [groups.fixed] for groups in (one, two))
+    return one == two
 
 
-@pytest.mark.parametrize("depth", [1, 2, 4])
-def test_groups_of_an_mlp(depth):
-    groups = permutation_groups(build_model("mlp", (1, 8, 8), 10, width=0.25, depth=depth), torch.zeros(2, 1, 8, 8))
-    layers = [f"fc{i}" for i in range(1, depth + 1)]
-    assert list(groups) == layers
-    for i, (layer, after) in enumerate(zip(layers, [*layers[1:], "head"]), 1):
-        assert groups[layer].size == 32
-        assert places(groups[layer].entries) == [(f"{layer}.weight", 0), (f"{layer}.bias", 0), (f"{after}.weight", 1)]
-        (tap,) = groups[layer].taps
-        assert tap[:3] == (f"relu{i}", "output", 1)
-        for positions in (tap.positions, *(entry.positions for entry in groups[layer].entries)):
-            assert positions.tolist() == [[unit] for unit in range(32)]
+HEADS = Groups({
+    "q": Group(2, (Entry("q.weight", 0, positions([0, 1, 2], [3, 4, 5])), Entry("p.weight", 1, positions(
+        [0, 1, 2], [3, 4, 5]))), (Tap("p", "input", -1, positions([0, 1, 2], [3, 4, 5])),)),
+    "q/0": Group(3, (Entry("q.weight", 0, positions([0], [1], [2])), Entry("p.weight", 1, positions([0], [1], [2]))),
+                 (), ("q", 0)),
+    "q/1": Group(3, (Entry("q.weight", 0, positions([3], [4], [5])), Entry("p.weight", 1, positions([3], [4], [5]))),
+                 (), ("q", 1)),
+    "inner": Group(2, (Entry("c.weight", 1, None, (0, 4)),), (Tap("c", "output", 1),)),
+}, [Fixed("q.weight", 1, 8, "they meet the network's input"), Fixed("q.bias", 0, 1, "another reason")])
 
 
-def test_a_flatten_gives_each_channel_a_block():
-    groups = permutation_groups(build_model("lenet5", (1, 28, 28), 10), torch.zeros(2, 1, 28, 28))
-    assert {name: group.size for name, group in groups.items()} == {"conv1": 6, "conv2": 16, "fc1": 120, "fc2": 84}
-    assert places(groups["conv2"].entries) == [("conv2.weight", 0), ("conv2.bias", 0), ("fc1.weight", 1)]
-    assert groups["conv2"].entries[-1].positions.tolist() == [list(range(25 * c, 25 * c + 25)) for c in range(16)]
+def test_groups_describe_themselves():
+    assert HEADS.describe() == """\
+q: 2 units
+    q.weight[0], p.weight[1]
+q/0: 3 units, in each of 2 units of q
+    q.weight[0], p.weight[1]
+inner: 2 units
+    c.weight[1]
+fixed, they meet the network's input:
+    q.weight[1] (8)
+fixed, another reason:
+    q.bias[0] (1)"""
+    assert Groups().describe() == ""
 
 
-def test_groups_of_vgg11_hold_the_statistics_of_batch_norm():
-    model = build_model("vgg11", (3, 32, 32), 10, width=0.05, batch_norm=True)
-    groups = permutation_groups(model, torch.zeros(1, 3, 32, 32))
-    assert list(groups) == [f"conv{i}" for i in range(1, 9)]
-    assert places(groups["conv3"].entries) == [
-        ("conv3.weight", 0), ("conv3.bias", 0), ("norm3.weight", 0), ("norm3.bias", 0), ("norm3.running_mean", 0),
-        ("norm3.running_var", 0), ("conv4.weight", 1)]
-    assert places(groups["conv8"].entries)[-1] == ("head.weight", 1)
+def test_a_place_named_twice_is_printed_once():
+    """A convolution with groups has an entry for each group's rows."""
+    groups = Groups({"g": Group(2, (Entry("w", 1, None, (0, 2)), Entry("w", 1, None, (2, 4))))})
+    assert groups.describe() == "g: 2 units\n    w[1]"
 
 
-@pytest.mark.parametrize("name, shape, options", [
-    ("mlp", (1, 8, 8), {"depth": 3}), ("lenet5", (1, 8, 8), {}), ("lenet5", (3, 32, 32), {}),
-    ("vgg11", (3, 32, 64), {"width": 0.1}), ("vgg11", (3, 32, 32), {"width": 0.1, "batch_norm": True}),
+@pytest.mark.parametrize("groups", [HEADS, Groups()], ids=["all kinds", "none"])
+def test_groups_are_what_was_saved(tmp_path, groups):
+    groups.save(tmp_path / "new" / "groups.json")
+    loaded = Groups.load(tmp_path / "new" / "groups.json")
+    assert isinstance(loaded, Groups) and alike(loaded, groups)
+    assert loaded.describe() == groups.describe()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["groups.json"]
+    places = [place for group in loaded.values() for place in group.entries + group.taps]
+    assert {place.positions.dtype for place in places if place.positions is not None} <= {torch.int64}
+
+
+def test_what_was_traced_permutes_the_same_after_it_was_saved(tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1, groups=2), nn.Flatten(), nn.Linear(36, 2))
+    groups, state = permutation_groups(model, torch.zeros(1, 2, 3, 3)), model.state_dict()
+    groups.save(tmp_path / "groups.json")
+    loaded = Groups.load(tmp_path / "groups.json")
+    assert alike(loaded, groups) and any(entry.rows for group in groups.values() for entry in group.entries)
+    permutations = {name: torch.arange(group.size).roll(1) for name, group in groups.items()}
+    one, two = (permute(g, permutations, state) for g in (groups, loaded))
+    assert all(torch.equal(one[name], two[name]) for name in state)
+    assert not torch.equal(one["0.weight"], state["0.weight"])
+
+
+def test_a_file_written_by_hand_needs_little(tmp_path):
+    (tmp_path / "hand.json").write_text("""{"format": "permask groups 1", "groups": {
+        "fc1": {"size": 2, "entries": [{"tensor": "fc1.weight", "axis": 0},
+                                       {"tensor": "fc2.weight", "axis": 1, "positions": [[0, 1], [2, 3]]}]}}}""")
+    expected = {"fc1": Group(2, (Entry("fc1.weight", 0), Entry("fc2.weight", 1, positions([0, 1], [2, 3]))))}
+    assert alike(Groups.load(tmp_path / "hand.json"), Groups(expected))
+
+
+SAVED = {"format": "permask groups 1",
+         "groups": {"g": {"size": 2, "entries": [{"tensor": "w", "axis": 0, "positions": [[0], [1]], "rows": [0, 2]}],
+                          "within": ["h", 0]}}}
+
+
+def changed(path, value):
+    """The saved text with another value at a path."""
+    record = json.loads(json.dumps(SAVED))
+    place = record
+    for key in path[:-1]:
+        place = place[key]
+    if value is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return json.dumps(record)
+
+
+ENTRY = ["groups", "g", "entries", 0]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "JSONDecodeError"), (json.dumps(SAVED)[:-9], "JSONDecodeError"), ("[]", "TypeError"), ("3", "TypeError"),
+    ("{}", "KeyError: 'format'"), (changed(["format"], "permask groups 9"), "its format is 'permask groups 9'"),
+    (changed(["groups"], None), "KeyError: 'groups'"), (changed(["groups"], [1]), "AttributeError"),
+    (changed(["groups", "g"], 3), "TypeError"), (changed(["groups", "g", "entries"], None), "KeyError: 'entries'"),
+    (changed(["groups", "g", "entries"], ["w"]), "TypeError"),
+    (changed(["groups", "g", "size"], 2.5), "2.5 is no integer"),
+    (changed(["groups", "g", "size"], "2"), "'2' is no integer"), (changed([*ENTRY, "axis"], "0"), "'0' is no integer"),
+    (changed([*ENTRY, "axis"], True), "True is no integer"), (changed([*ENTRY, "axis"], None), "KeyError: 'axis'"),
+    (changed([*ENTRY, "tensor"], None), "missing 1 required positional argument: 'tensor'"),
+    (changed([*ENTRY, "colour"], 1), "unexpected keyword argument 'colour'"),
+    (changed([*ENTRY, "positions"], [[0], [0.5]]), "0.5 is no integer"),
+    (changed([*ENTRY, "positions"], [0, 1]), "iterable"),
+    (changed([*ENTRY, "positions"], [[0, 1], [2]]), "length"), (changed([*ENTRY, "rows"], [1]), "not enough values"),
+    (changed([*ENTRY, "rows"], [0, "2"]), "'2' is no integer"), (changed(["groups", "g", "within"], "h"), "missing"),
+    (changed(["groups", "g", "within"], ["h", "0"]), "'0' is no integer"), (changed(["fixed"], [["w", 0]]), "missing"),
 ])
-def test_moving_the_units_of_our_networks_keeps_the_function(lively, outputs, name, shape, options):
-    assert_kept(lively(name, shape, 10, **options), torch.randn(3, *shape, dtype=torch.float64), outputs)
-
-
-class Functional(nn.Module):
-    """As people write networks: functions, views, one pooling for all."""
-
-    def __init__(self, inplace=False, reshape="view"):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3, bias=False), nn.Conv2d(4, 5, 3)
-        self.norm, self.pool, self.act = nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.ReLU(inplace)
-        self.fc1, self.drop, self.fc2, self.fc3 = nn.Linear(20, 7), nn.Dropout(), nn.Linear(7, 6), nn.Linear(6, 3)
-        self.inplace, self.reshape = inplace, reshape
-
-    def forward(self, x):
-        x = self.pool(F.relu(self.norm(self.conv1(x)), inplace=self.inplace))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2)).contiguous()
-        if self.reshape == "view":
-            x = x.view(x.size(0), -1)
-        elif self.reshape == "reshape":
-            x = torch.reshape(x, (x.shape[0], -1))
-        else:
-            x = torch.flatten(x, 1)
-        x = self.drop(self.act(self.fc1(x)))
-        return self.fc3(self.act(self.fc2(x)).tanh())
-
-
-@pytest.mark.parametrize("reshape", ["view", "reshape", "flatten"])
-@pytest.mark.parametrize("inplace", [False, True])
-def test_functional_networks(lively, outputs, inplace, reshape):
-    model = lively(Functional(inplace, reshape))
-    groups = assert_kept(model, torch.randn(40, 1, 14, 14, dtype=torch.float64), outputs)
-    assert [(name, tap.module, tap.side) for name, group in groups.items() for tap in group.taps] == [
-        ("conv1", "pool", "input"), ("conv2", "fc1", "input"), ("fc1", "drop", "input"), ("fc2", "fc3", "input")]
-    assert groups["conv2"].taps[0].positions.tolist() == [list(range(4 * c, 4 * c + 4)) for c in range(5)]
-
-
-class Branches(nn.Module):
-    """One layer read by two: the group has an entry in both, and the outputs' units are fixed."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.left, self.right = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 2)
-
-    def forward(self, x):
-        x = torch.sigmoid(self.stem(x))
-        return self.left(x), self.right(x)
-
-
-def test_units_read_twice_and_units_that_reach_the_output():
-    model = Branches()
-    groups = permutation_groups(model, torch.zeros(2, 4))
-    assert list(groups) == ["stem"] and [tap.module for tap in groups["stem"].taps] == ["left", "right"]
-    assert places(groups["stem"].entries)[2:] == [("left.weight", 1), ("right.weight", 1)]
-    x = torch.randn(5, 4)
-    moved = permute(groups, random_permutations(groups, seed=1), model.state_dict())
-    for old, new in zip(model(x), torch.func.functional_call(model, moved, (x,))):
-        torch.testing.assert_close(old, new)
-
-
-def test_tokens_have_their_units_on_the_last_axis(lively, outputs):
-    layers = nn.Linear(3, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)
-    assert_kept(lively(nn.Sequential(*layers)), torch.randn(4, 7, 3, dtype=torch.float64), outputs)
-
-
-@st.composite
-def feedforward(draw):
-    """A random chain of layers of every kind that is followed."""
-    channels, side, layers = 2, 8, []
-    sizes = st.integers(2, 5)
-    acts = st.sampled_from([nn.ReLU, nn.Tanh, nn.GELU, nn.Identity, lambda: nn.ReLU(inplace=True)])
-    for _ in range(draw(st.integers(0, 3))):
-        size = draw(sizes)
-        layers.append(nn.Conv2d(channels, size, 3, padding=1, bias=draw(st.booleans())))
-        layers += [nn.BatchNorm2d(size)] if draw(st.booleans()) else []
-        layers.append(draw(acts)())
-        pool = draw(st.sampled_from([None, nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2)]))
-        if pool is not None and side >= 2:
-            layers.append(pool)
-            side = 2 if isinstance(pool, nn.AdaptiveAvgPool2d) else side // 2
-        channels = size
-    layers.append(nn.Flatten())
-    features = channels * side * side
-    for _ in range(draw(st.integers(0, 2))):
-        size = draw(sizes)
-        layers.append(nn.Linear(features, size, bias=draw(st.booleans())))
-        layers += [draw(st.sampled_from([nn.BatchNorm1d, nn.LayerNorm]))(size)] if draw(st.booleans()) else []
-        layers += [draw(acts)(), nn.Dropout()]
-        features = size
-    return nn.Sequential(*layers, nn.Linear(features, 3))
-
-
-@settings(deadline=None, max_examples=40)
-@given(model=feedforward(), seed=st.integers(0, 100))
-def test_any_chain_keeps_its_function(model, seed):
-    model.double().eval()
-    x = torch.randn(3, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    groups = permutation_groups(model, x)
-    moved = permute(groups, random_permutations(groups, seed=seed), model.state_dict())
-    with torch.no_grad():
-        before, after = model(x), torch.func.functional_call(model, moved, (x,))
-    assert (before - after).abs().max() <= 1e-10 * max(1, before.abs().max())
-    assert len(groups) == sum(isinstance(layer, (nn.Linear, nn.Conv2d)) for layer in model) - 1
-
-
-def test_tracing_leaves_the_model_and_the_random_state_alone():
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout(), nn.Flatten(), nn.Linear(108, 2))
-    model[2].eval()
-    before, random_state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
-    permutation_groups(model, torch.ones(2, 1, 8, 8))
-    assert [module.training for module in model] == [True, True, False, True, True]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random_state)
-
-
-class Block(nn.Module):
-    """Two layers around an operation that is not followed."""
-
-    def __init__(self, operation, first=None, last=None):
-        super().__init__()
-        self.first, self.last = first or nn.Linear(4, 4), last or nn.Linear(4, 4)
-        self.operation = operation
-
-    def forward(self, x):
-        return self.last(self.operation(self, self.first(x)))
-
-
-def residual(self, x):
-    return x + F.relu(x)
-
-
-def control_flow(self, x):
-    return F.relu(x) if x.sum() > 0 else x
-
-
-@pytest.mark.parametrize("model, x, message", [
-    (Block(residual), torch.ones(2, 4), "operation 'add' cannot be followed"),
-    (Block(control_flow), torch.ones(2, 4), "Block cannot be traced by torch.fx (symbolically traced variables"),
-    (Block(lambda self, x: torch.cat([x, x], 0)), torch.ones(2, 4), "operation 'cat' cannot be followed"),
-    (Block(lambda self, x: x[:, :4]), torch.ones(2, 4), "operation 'getitem' cannot be followed"),
-    (Block(lambda self, x: x.mT), torch.ones(2, 4, 4), "operation 'getattr' cannot be followed"),
-    (Block(lambda self, x: x * self.last.bias), torch.ones(2, 4), "operation 'mul' cannot be followed"),
-    (Block(lambda self, x: self.last(x)), torch.ones(2, 4), "operation 'last' (Linear) is called twice"),
-    (Block(lambda self, x: x.view(2, 2, 2).flatten(1)), torch.ones(2, 4), "'view' turns [2, 4] into [2, 2, 2]"),
-    (Block(lambda self, x: x.flatten(1), last=nn.Linear(12, 4)), torch.ones(2, 3, 4), "'flatten' turns [2, 3, 4]"),
-    (nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, groups=2)), torch.ones(1, 2, 5, 5), "(Conv2d) has grouped"),
-    (nn.Sequential(nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4)), torch.ones(1, 2, 5, 5), "'1' (GroupNorm) cannot"),
-    (nn.Sequential(nn.Linear(4, 4), nn.PReLU(4)), torch.ones(2, 4), "operation '1' (PReLU) cannot be followed"),
-    (nn.Sequential(nn.Conv2d(2, 4, 1), nn.Linear(5, 4)), torch.ones(1, 2, 5, 5), "'1' (Linear) works along"),
-    (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(3)), torch.ones(2, 3, 4), "'1' (BatchNorm1d) works along axis 1"),
-    (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm((3, 4))), torch.ones(2, 3, 4), "normalises over the last 2 axes"),
-])
-def test_what_cannot_be_followed_is_refused_by_name(model, x, message):
+def test_a_damaged_file_is_refused_by_name(tmp_path, text, message):
+    assert text != json.dumps(SAVED)
+    (tmp_path / "groups.json").write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        permutation_groups(model.eval(), x)
-    assert "write the groups by hand" in str(error.value)
+        Groups.load(tmp_path / "groups.json")
+    assert str(tmp_path / "groups.json") in str(error.value) and "does not hold permutation groups" in str(error.value)
 
 
-def tied():
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    model[2].weight = model[0].weight
-    return model
+def test_other_files_are_refused(tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
+            Groups.load(path)
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="does not hold permutation groups"):
+        Groups.load(tmp_path / "bytes.json")
 
 
-@pytest.mark.parametrize("model, x, message", [
-    (tied(), torch.ones(2, 4), "0.weight"),
-    (nn.Sequential(weight_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2)), torch.ones(2, 4), "0.weight"),
-    (nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.ones(4), "'0' (Linear)"),
-    (nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)), torch.ones(1, 8, 8), "'0' (Conv2d)"),
-], ids=["tied weights", "weight norm", "linear without a batch", "convolution without a batch"])
-def test_what_would_be_permuted_wrongly_is_refused(model, x, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        permutation_groups(model, x)
-
-
-def group(size, *entries):
-    return {"g": Group(size, tuple(Entry(tensor, axis, torch.arange(size)[:, None]) for tensor, axis in entries), ())}
+def one(size, *entries, within=None):
+    return {"g": Group(size, entries, (), within)}
 
 
 @pytest.mark.parametrize("groups, message", [
-    (group(3, ("x", 0)), "name none of the tensors w: expected some of x"),
-    (group(3, ("w", 2)), "use axis 2 of 'w', whose shape is [3, 4]"),
-    (group(3, ("w", 1)), "place 3 indices (up to 2) along axis 1 of 'w', whose shape is [3, 4]"),
-    (group(5, ("w", 1)), "place 5 indices (up to 4) along axis 1 of 'w'"),
-    ({"a": group(3, ("w", 0))["g"], "b": group(3, ("w", 0))["g"]}, "place 6 indices (up to 2) along axis 0 of 'w'"),
-    ({"g": Group(4, (Entry("w", 1, torch.arange(4)),), ())}, "positions of shape [4]: expected [4, block]"),
-    ({"g": Group(2, (Entry("w", 1, torch.arange(4)[:, None]),), ())}, "group 'g' has 2 units"),
+    (one(3, Entry("x", 0)), "name none of the tensors w, c: expected some of x"),
+    (one(3, Entry("w", 2)), "use axis 2 of 'w', whose shape is [3, 4]"),
+    (one(3, Entry("w", -1)), "use axis -1 of 'w', whose shape is [3, 4]"),
+    (one(3, Entry("w", 1)), "group 'g' has 3 units, its entry for 'w' along axis 1 takes the whole axis, which has 4"),
+    (one(5, Entry("w", 0), Entry("w", 1)), "5 units, its entry for 'w' along axis 0 takes the whole axis, which has 3"),
+    (one(2, Entry("w", 1, positions([0], [4]))), "positions from 0 to 4: expected indices below 4 (shape [3, 4])"),
+    (one(2, Entry("w", 1, positions([0], [-1]))), "positions from -1 to 0: expected indices below 4"),
+    (one(4, Entry("w", 1, torch.arange(4))), "positions of shape [4]: expected [4, block]"),
+    (one(2, Entry("w", 1, torch.arange(4)[:, None])), "group 'g' has 2 units"),
+    (one(2, Entry("w", 1, positions([0], [0]))), "takes index [0] along axis 1 of 'w' (shape [3, 4])"),
+    ({**one(3, Entry("w", 0)), "h": Group(3, (Entry("w", 0),))}, "'h' takes index [0, 1, 2] along axis 0 of 'w'"),
+    ({**one(2, Entry("w", 1, positions([0], [1]))), "h": Group(2, (Entry("w", 1, positions([2], [1])),))},
+     "'h' takes index [1] along axis 1 of 'w'"),
+    (one(2, Entry("c", 1, None, (0, 5))), "confined to rows (0, 5) of shape [4, 2]: expected rows of axis 0"),
+    (one(2, Entry("c", 1, None, (2, 2))), "confined to rows (2, 2)"),
+    (one(4, Entry("c", 0, None, (0, 4))), "expected rows of axis 0, and another axis"),
+    ({**one(2, Entry("c", 1, None, (0, 3))), "h": Group(2, (Entry("c", 1, None, (2, 4)),))}, "'h' takes index [0, 1]"),
+    ({**one(2, Entry("c", 1)), "h": Group(2, (Entry("c", 1, None, (2, 4)),))}, "'h' takes index [0, 1] along axis 1"),
+    (one(3, Entry("w", 0), within=("h", 0)), "group 'g' is within unit 0 of 'h': expected a unit of another group"),
+    (one(3, Entry("w", 0), within=("g", 0)), "within unit 0 of 'g': expected a unit of another"),
+    ({"g": Group(3, (Entry("w", 0),), (), ("h", 0)), "h": Group(3, (), (), ("g", 0))}, "expected a unit of another"),
+    ({**one(3, Entry("w", 0), within=("h", 2)), "h": Group(2, (Entry("c", 1),))}, "within unit 2 of 'h'"),
 ])
 def test_groups_that_do_not_fit_are_named(groups, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_groups(groups, {"w": torch.ones(3, 4)})
+        check_groups(groups, {"w": torch.ones(3, 4), "c": torch.ones(4, 2)})
 
 
-def test_groups_that_fit_pass():
-    assert check_groups(group(3, ("w", 0), ("elsewhere", 0)), {"w": torch.ones(3, 4)}) is None
-    halves = {"a": Group(2, (Entry("w", 1, torch.tensor([[0], [2]])),), ()),
-              "b": Group(1, (Entry("w", 1, torch.tensor([[1, 3]])),), (Tap("m", "output", 1, torch.tensor([[1, 3]])),))}
-    assert check_groups(halves, {"w": torch.ones(3, 4)}) is None
+def test_the_first_of_several_faults_is_named():
+    groups = {**one(3, Entry("w", 0), Entry("w", 1)), "h": Group(7, (Entry("v", 0),))}
+    with pytest.raises(ValueError, match=r"group 'g' has 3 units, .*'w' along axis 1"):
+        check_groups(groups, {"w": torch.ones(3, 4), "v": torch.ones(2)})
 
 
-@pytest.mark.parametrize("last", [nn.LogSoftmax(dim=1), nn.Softmax(dim=-1)])
-def test_a_softmax_is_followed(lively, outputs, last):
-    net = nn.Sequential(nn.Linear(4, 6), nn.Softmax(dim=1), nn.Linear(6, 3), last)
-    groups = assert_kept(lively(net), torch.randn(20, 4, dtype=torch.float64), outputs)
-    assert list(groups) == ["0"]
+@pytest.mark.parametrize("groups", [
+    one(3, Entry("w", 0), Entry("elsewhere", 0)),
+    {"a": Group(2, (Entry("w", 1, positions([0], [2])),)), "b": Group(1, (Entry("w", 1, positions([1, 3])),))},
+    {"a": Group(2, (Entry("c", 1, None, (0, 2)),)), "b": Group(2, (Entry("c", 1, None, (2, 4)),))},
+    {"a": Group(2, (Entry("w", 1, positions([0, 1], [2, 3])),)),
+     "a/1": Group(2, (Entry("w", 1, positions([2], [3])),), (), ("a", 1))},
+    {},
+], ids=["elsewhere", "halves", "rows", "within", "none"])
+def test_groups_that_fit_pass(groups):
+    assert check_groups(groups, {"w": torch.ones(3, 4), "c": torch.ones(4, 2)}) is None
+
+
+def test_all_of_the_tensors_can_be_asked_for():
+    with pytest.raises(ValueError, match="group 'g' names 'elsewhere', which is none of w"):
+        check_groups(one(3, Entry("w", 0), Entry("elsewhere", 0)), {"w": torch.ones(3, 4)}, whole=True)
+
+
+def test_depth_counts_what_a_group_is_within():
+    groups = {"a": Group(1, ()), "b": Group(2, (), (), ("a", 0)), "c": Group(2, (), (), ("b", 1))}
+    assert [depth(groups, name) for name in groups] == [0, 1, 2]
+
+
+def test_no_positions_are_one_index_a_unit():
+    assert indices(Entry("w", 0), 3).tolist() == [[0], [1], [2]]
+    assert indices(Tap("m", "input", 1, positions([4, 5])), 1).tolist() == [[4, 5]]

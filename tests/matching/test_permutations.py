@@ -1,13 +1,18 @@
 """Permuting against fancy indexing, inverses, and what must not change."""
 
+import itertools
 import re
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from permask_core.masks import layer_sparsity
-from permask_core.matching import permutation_groups, permute, random_permutations
+from permask_core.matching import Entry, Group, permutation_groups, permute, random_permutations
+from permask_core.matching.permutations import Permutations, assign
+from permask_core.models import build_model
 from permask_core.pruning import magnitude_masks
 
 X = torch.zeros(2, 1, 8, 8)
@@ -77,6 +82,55 @@ def test_random_permutations_are_seeded_and_fair(net):
     assert (first.mean(0) - 6).abs().max() < 5 * (14 / 500) ** 0.5  # 13 units: mean 6, variance (13^2 - 1) / 12
 
 
+def test_batchnorms_statistics_move_with_their_units_and_its_counter_stays():
+    model = build_model("resnet8", (3, 8, 8), 10)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(1, 2)
+    groups, state = permutation_groups(model, torch.zeros(2, 3, 8, 8)), model.state_dict()
+    there = random_permutations(groups, seed=0)
+    moved = permute(groups, there, state)
+    assert torch.equal(moved["norm1.running_var"], state["norm1.running_var"][there["conv1"]])
+    assert moved["norm1.num_batches_tracked"] is state["norm1.num_batches_tracked"]
+
+
+def test_rows_confine_a_move_and_blocks_move_whole():
+    tensor, order = torch.arange(24).view(4, 6), torch.tensor([2, 0, 1])
+    blocks = Group(3, (Entry("w", 1, torch.tensor([[0, 1], [2, 3], [4, 5]]), (1, 3)),))
+    moved = permute({"g": blocks}, {"g": order}, {"w": tensor})["w"]
+    assert torch.equal(moved[[0, 3]], tensor[[0, 3]])
+    assert torch.equal(moved[1:3], tensor[1:3, [4, 5, 0, 1, 2, 3]])
+    scattered = Group(2, (Entry("w", 1, torch.tensor([[5], [1]])),))
+    assert torch.equal(permute({"g": scattered}, {"g": [1, 0]}, {"w": tensor})["w"], tensor[:, [0, 5, 2, 3, 4, 1]])
+
+
+def test_what_is_within_a_unit_moves_before_the_unit():
+    groups = {"head": Group(2, (Entry("w", 0, torch.tensor([[0, 1, 2], [3, 4, 5]])),)),
+              "inside": Group(3, (Entry("w", 0, torch.tensor([[0], [1], [2]])),), within=("head", 0))}
+    both = {"head": [1, 0], "inside": [2, 0, 1]}
+    assert permute(groups, both, {"w": torch.arange(6)})["w"].tolist() == [3, 4, 5, 2, 0, 1]
+    assert permute(groups, dict(reversed(both.items())), {"w": torch.arange(6)})["w"].tolist() == [3, 4, 5, 2, 0, 1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 6), seed=st.integers(0, 2**32))
+def test_an_assignment_is_as_good_as_trying_all(n, seed):
+    similarity = np.random.default_rng(seed).normal(size=(n, n))
+    order = assign(torch.from_numpy(similarity))
+    trials = np.array(list(itertools.permutations(range(n))))
+    assert order.dtype == torch.int64 and order.sort().values.tolist() == list(range(n))
+    assert similarity[range(n), order].sum() == pytest.approx(similarity[range(n), trials].sum(1).max())
+
+
+def test_permutations_carry_their_objective(net):
+    groups = permutation_groups(net, X.double())
+    there = random_permutations(groups, seed=0)
+    found = Permutations(there, (1.0, 2.5))
+    assert found == there and found.objective == [1.0, 2.5]
+    one, other = (permute(groups, permutations, net.state_dict()) for permutations in (found, there))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.int, lambda perm: perm])
 def test_a_permutation_may_come_as_a_list_or_array(net, convert):
     groups, there = permutation_groups(net, X.double()), torch.arange(13).flip(0)
@@ -98,5 +152,5 @@ def test_what_is_no_permutation_is_named(net, bad, message):
 
 def test_tensors_of_another_network_are_refused(net, lively):
     other = lively("mlp", (1, 8, 8), 10, width=0.2)
-    with pytest.raises(ValueError, match=re.escape("along axis 0 of 'fc1.weight', whose shape is [26, 64]")):
+    with pytest.raises(ValueError, match=re.escape("takes the whole axis, which has 26 indices (shape [26, 64])")):
         permute(permutation_groups(net, X.double()), {}, other.state_dict())

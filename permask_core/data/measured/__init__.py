@@ -10,11 +10,11 @@ def measured_torchvision_groups():
     Returns
     -------
     dict
-        ``command``, ``commit``, ``versions``, ``device``, ``precision``, and ``rows``, a list of dict: ``model``,
+        ``command``, ``versions``, ``device``, ``precision``, and ``rows``, a list of dict: ``model``,
         ``parameters``, ``side`` (of the images, pixels), ``groups``, ``top`` (groups within no other), ``units`` (the
         sum of their sizes), ``fixed`` (indices that are in no group, by the reason), ``seconds`` (tracing), ``change``
         (the largest change of an output when all groups are permuted at random, in standard deviations of the outputs),
-        and ``left_out`` (the smallest such change with one entry left out, at the group ``left_out_at``, of
-        ``left_out_groups`` that were tried).
+        ``left_out`` (the smallest such change with one entry left out, at the group ``left_out_at``, of
+        ``left_out_groups`` that were tried), and ``commit``, at which it was measured.
     """
     return json.loads(files(__package__).joinpath("torchvision_groups.json").read_text())
