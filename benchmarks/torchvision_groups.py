@@ -39,7 +39,7 @@ def measured(name, seconds, commit):
     groups = permutation_groups(model, example.float())
     traced = time.perf_counter() - start
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    model = steady(model.double(), example)
+    model = steady(model, example)
     gc.collect()
     permutations = shuffles(groups)
     change = function_change(groups, permutations, model, example)

@@ -73,10 +73,14 @@ def test_what_two_constants_make_depends_on_both():
     assert (vertices == UNIFORM).all() and len(set(tags.tolist())) == 4
 
 
-def test_what_meets_a_fixed_value_is_fixed_and_says_where():
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_meets_a_fixed_value_is_fixed_and_says_where(turned):
     structure, a, b = planted(4, 4)
-    vertices, _ = same(structure, np.where(np.arange(4) < 2, INERT, a), b)
+    pair = np.where(np.arange(4) < 2, INERT, a), b
+    vertices, _ = same(structure, *(pair[::-1] if turned else pair))
     same(structure, a, b)
+    if turned:
+        vertices = np.where(vertices == b, a, vertices)
     assert vertices.tolist() == [INERT, INERT, *a[2:]]
     assert found(structure) == [({"t0": [[2], [3]], "t1": [[2], [3]]}, None)]
     assert orbits(structure)[2] == dict.fromkeys([0, 1, 4, 5], "they meet fixed values in op in here")

@@ -219,6 +219,9 @@ FOLLOWED = {
         c=Linear(8, 6), n=nn.BatchNorm1d(8), b=Linear(8, 3)), vectors())),
     "padded by a number": ("a:6 n:3", lambda: (Net(lambda s, x: s.b(s.n(F.pad(s.a(x), (1, 2), value=.7)).tanh()),
         a=Linear(8, 6), n=nn.BatchNorm1d(9), b=Linear(9, 3)), vectors())),
+    "parts beside units": ("a:5", lambda: (Net(
+        lambda s, x: s.b(torch.cat([s.a(x).view(-1, 2, 5), s.g(x)[:, None]], 1).relu()).mean(1), a=Linear(8, 10),
+        g=Linear(8, 5), b=Linear(5, 3)), vectors())),
     "a part written": ("a:2 a#2:4", written(slice(0, 2))),
     "a part written, in the middle": ("a:2 a#2:2 a#3:2", written(slice(2, 4))),
     "a part overwritten": ("a:4 a#2:2", written(slice(4, 6), lambda h: h[:, 4:].relu())),
@@ -296,6 +299,16 @@ FOLLOWED = {
         images())),
     "BatchNorm over parts": ("a/0:4 a:3 a/1:4 a/2:4", lambda: between(lambda s, h: s.n(h.view(-1, 3).tanh()).view(-1,
         12), 12, n=nn.BatchNorm1d(3, affine=False, track_running_stats=False))),
+    "InstanceNorm over parts": ("a/0:3 a:4 a/1:3 a/2:3 a/3:3", lambda: between(
+        lambda s, h: F.instance_norm(h.view(-1, 4, 3)).flatten(1), 12)),
+    "LayerNorm over parts": ("a/0:3 a:4 a/1:3 a/2:3 a/3:3", lambda: between(
+        lambda s, h: F.layer_norm(h.view(-1, 4, 3), (3,)).flatten(1), 12)),
+    "softmax over parts": ("a/0:4 a:3 a/1:4 a/2:4", lambda: between(
+        lambda s, h: h.view(-1, 4, 3).softmax(1).flatten(1), 12)),
+    "attention over parts": ("a:4", lambda: between(
+        lambda s, h: F.scaled_dot_product_attention(*[h.view(-1, 2, 4, 3)] * 3).flatten(1), 24)),
+    "causal attention over parts": ("", lambda: between(
+        lambda s, h: F.scaled_dot_product_attention(*[h.view(-1, 2, 4, 3)] * 3, is_causal=True).flatten(1), 24)),
     "PReLU of one": ("0:6", lambda: (Seq(Linear(8, 6), nn.PReLU(), Linear(6, 3)), vectors())),
     "PReLU of each": ("0:6", lambda: (Seq(Conv(3, 6, 3), nn.PReLU(6), Conv(6, 3, 1)), images())),
     "softmax": ("a:6", lambda: between(lambda s, h: h.softmax(1).log_softmax(-1))),
@@ -509,6 +522,17 @@ LEFT_FIXED = {
         6)), ReLU(), Linear(6, 3)), vectors())),
     "tokens": ("a:6", "they meet the network's input", lambda: (Net(lambda s, x: s.b((s.a(x) + s.p).relu()), a=Linear(8,
         6), b=Linear(6, 3), p=parameter(5, 6)), tokens())),
+}
+
+
+def beside_parts(s, x):
+    parts = torch.cat([s.g(x).view(-1, 2, 3), x.new_zeros(len(x), 2, 3)], 1)
+    return s.b(((s.a(x)[:, :, None] + parts).flatten(1) * s.p).relu())
+
+
+LEFT_FIXED |= {
+    "constants beside parts": ("", "add is not followed", lambda: (Net(
+        beside_parts, a=Linear(8, 4), g=Linear(8, 6), p=parameter(12), b=Linear(12, 3)), vectors())),
 }
 
 
