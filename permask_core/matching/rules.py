@@ -20,6 +20,7 @@ def _same(net, shape, **given):
 
 
 def pointwise(net, shape, **given):
+    """An elementwise operation on all the tensors that it is given."""
     if shape is None:
         raise NotFollowed
     return net.pointwise(shape, *net._tensors(given.values()))
