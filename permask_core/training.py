@@ -1,32 +1,51 @@
-"""One training loop for every experiment: stochastic gradient descent on tensors, under masks.
+"""One training loop for every experiment: batches, weights under masks, checkpoints, on one process or several.
 
 Everything random about a run comes from its seed: the same seed gives the same batches in the same order, whatever the
 masks, so that runs that share a checkpoint and a seed differ in nothing but the mask.
 """
 
 import copy
+import hashlib
+import json
 import math
-from dataclasses import dataclass, fields
+import os
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from permask_core.data import Split
+from permask_core.data.splits import in_order, mixed_seed
+from permask_core.files import load_tensors, save_tensors
 from permask_core.masks import apply_masks, check_fit
 from permask_core.models import evaluating
+from permask_core.processes import check_agreement, launch
 from permask_core.progress import progress
+
+SAVE_SECONDS = 60  # between two saves of a run that can be resumed
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: SGD with momentum and weight decay, a learning rate that falls by a schedule over all steps."""
+    """How to train: an optimizer, a learning rate that follows a schedule, and how a step is computed."""
 
     epochs: int = 20
     lr: float = 0.1  # peak learning rate
-    momentum: float = 0.9
+    momentum: float = 0.9  # of SGD; the first beta of AdamW
     weight_decay: float = 5e-4  # on all parameters
-    batch_size: int = 128
-    schedule: str = "cosine"  # "cosine" to 0 over all steps, or "constant"
+    batch_size: int = 128  # images in a step, over all processes
+    schedule: str = "cosine"  # "cosine" to 0, "step": a tenth after every step_epochs, or "constant"
+    step_epochs: int = 30
+    warmup: float = 0.0  # epochs over which the learning rate first rises linearly; a cosine begins after them
+    label_smoothing: float = 0.0
+    optimizer: str = "sgd"  # or "adamw"
+    accumulate: int = 1  # parts of a batch, one after the other; BatchNorm sees one part at a time
+    precision: str = "float32"  # or "bf16": autocast, the weights stay float32
 
     def __post_init__(self):
         for name, kind, expected, fits in (
@@ -36,6 +55,12 @@ class Recipe:
             ("weight_decay", (int, float), "a number of at least 0", lambda v: 0 <= v < math.inf),
             ("batch_size", int, "an integer of at least 1", lambda v: v >= 1),
             ("schedule", str, f"one of {', '.join(SCHEDULES)}", lambda v: v in SCHEDULES),
+            ("step_epochs", int, "an integer of at least 1", lambda v: v >= 1),
+            ("warmup", (int, float), "a number of epochs below epochs", lambda v: 0 <= v < self.epochs),
+            ("label_smoothing", (int, float), "a number in [0, 1)", lambda v: 0 <= v < 1),
+            ("optimizer", str, f"one of {', '.join(OPTIMIZERS)}", lambda v: v in OPTIMIZERS),
+            ("accumulate", int, "an integer of at least 1", lambda v: v >= 1),
+            ("precision", str, f"one of {', '.join(PRECISIONS)}", lambda v: v in PRECISIONS),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind) or not fits(value):
@@ -46,9 +71,26 @@ class Recipe:
 
 
 SCHEDULES = {
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "constant": lambda done: 1.0,
+    "cosine": lambda recipe, epoch: (1 + math.cos(math.pi * (epoch - recipe.warmup)
+                                                  / (recipe.epochs - recipe.warmup))) / 2,
+    "step": lambda recipe, epoch: 0.1 ** (epoch // recipe.step_epochs),
+    "constant": lambda recipe, epoch: 1.0,
 }
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+OPTIMIZERS = {
+    "sgd": lambda weights, recipe: torch.optim.SGD(
+        weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True),
+    "adamw": lambda weights, recipe: torch.optim.AdamW(
+        weights, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay, fused=True),
+}
+
+
+def learning_rate(recipe, step, steps_per_epoch):
+    """The learning rate of a step, counted from 0."""
+    epoch = step / steps_per_epoch
+    if epoch < recipe.warmup:
+        return recipe.lr * (step + 1) / (recipe.warmup * steps_per_epoch)
+    return recipe.lr * SCHEDULES[recipe.schedule](recipe, epoch)
 
 
 class Fit(NamedTuple):
@@ -60,18 +102,19 @@ class Fit(NamedTuple):
     losses: list[float]
 
 
-def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, description="training"):
+def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, processes=1, resume=None,
+        description="training"):
     """Train a model in place.
 
     Parameters
     ----------
     model : torch.nn.Module
         Starts from the weights it has; is left trained, on the device.
-    train : (torch.Tensor, torch.Tensor)
-        Inputs [n, ...] and labels [n].
+    train : Split or (torch.Tensor, torch.Tensor)
+        What :func:`permask_core.data.load_dataset` gives, or inputs [n, ...] and labels [n].
     recipe : Recipe
     seed : int
-        Of the order of the data, and of dropout; the global random state comes back afterwards.
+        Of the order of the data, of augmentation and of dropout; the global random state comes back afterwards.
     masks : Masks, optional
         Applied before the first step and after every one: momentum and weight decay would revive weights otherwise.
     checkpoints : sequence of str
@@ -79,6 +122,14 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
         (after that many).
     device : str or torch.device, optional
         Where to train; by default a CUDA device if there is one.
+    processes : int
+        That share each batch, each on a device of its own where there are several. With more than one, they are
+        started by this call, so that a script must call it below ``if __name__ == "__main__":``; in processes that
+        ``torchrun`` has started, as many as given here, they join. Gradients are averaged over all images of the
+        batch; BatchNorm sees the images of its own process, and its statistics are those of the first.
+    resume : path-like, optional
+        A file to which the run is saved every minute and at the end. Where it exists, the run goes on from there, and
+        on the same CPU ends in the same bits as one that was never interrupted.
     description : str or None
         Shown with the progress bar; None for no bar.
 
@@ -90,67 +141,226 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
     Raises
     ------
     ValueError
-        If masks do not fit, a checkpoint has no such name or lies behind the end, or the data are empty; before any
-        training.
+        If masks do not fit, a checkpoint has no such name or lies behind the end, there are fewer images than a batch
+        or fewer in the last batch than parts of a batch, processes disagree about what to train, or the file to resume
+        from is of a run with other settings; before any training.
     FloatingPointError
         If the loss of an epoch, or a weight at the end, is not finite.
+    RuntimeError
+        If one of several processes failed, with its message.
     """
-    x, y = train
-    if len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"got {len(x)} inputs and {len(y)} labels: expected as many of each, and at least one")
-    steps_per_epoch = math.ceil(len(x) / recipe.batch_size)
-    steps = recipe.epochs * steps_per_epoch
+    train = train if hasattr(train, "batches") else Split(*train)
+    job = _checked(model, train, recipe, seed, masks, checkpoints, processes)
+    if processes == 1:
+        model.to(device or default_device())
+        return _train(None, model, train, job, resume, description)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(resume or Path(folder, "run.safetensors")).absolute()
+        launch(_train, processes, device, model.cpu(), train, job, path, description)
+        run = _load(path, job)
+    model.load_state_dict(run.fit.state)
+    model.to(device or default_device())
+    return run.fit
+
+
+class _Job(NamedTuple):
+    """What decides about a run."""
+
+    recipe: Recipe
+    seed: int
+    masks: dict | None
+    wanted: dict[str, int]  # steps at which checkpoints are taken, by name
+    steps_per_epoch: int
+    identity: dict  # all of it in short, by what a reader calls it
+
+
+def _checked(model, train, recipe, seed, masks, checkpoints, processes):
+    n, parts = len(train), processes * recipe.accumulate
+    if not isinstance(processes, int) or processes < 1:
+        raise ValueError(f"processes is {processes!r}: expected an integer of at least 1")
+    if isinstance(train, Split) and len(train.x) != n:
+        raise ValueError(f"got {len(train.x)} inputs and {n} labels: expected as many of each")
+    if n < recipe.batch_size:
+        raise ValueError(f"got {n} images: expected at least a batch of {recipe.batch_size}")
+    if 0 < (n % recipe.batch_size or n) < parts:
+        raise ValueError(f"the last of the batches of {recipe.batch_size} has {n % recipe.batch_size or n} images: "
+                         f"expected at least {parts}, one for each of {processes} processes x accumulate "
+                         f"{recipe.accumulate}")
+    steps_per_epoch = math.ceil(n / recipe.batch_size)
     wanted = {name: checkpoint_step(name, steps_per_epoch) for name in checkpoints}
     for name, step in wanted.items():
-        if step > steps:
+        if step > recipe.epochs * steps_per_epoch:
             raise ValueError(f"checkpoint {name!r} lies behind the end: the run has {recipe.epochs} epochs of "
                              f"{steps_per_epoch} steps")
     if masks is not None:
         check_fit(masks, dict(model.named_parameters()))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.to(device).train()
-    x, y = x.to(device), y.to(device)
-    kept = {}
-    masked = []
-    if masks is not None:
-        apply_masks(model, masks)
-        parameters = dict(model.named_parameters())
-        masked = [(parameters[name], mask.to(device)) for name, mask in masks.items()]
+    identity = {**asdict(recipe), "seed": seed, "checkpoints": wanted, "processes": processes, "images": n,
+                "labels": _digest({"y": train.y}), "masks": _digest(masks or {}),
+                "initial weights": _digest(model.state_dict())}
+    return _Job(recipe, seed, masks, wanted, steps_per_epoch, json.loads(json.dumps(identity)))
+
+
+def _digest(tensors):
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def default_device():
+    """The CUDA device of this process, if there is one, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+class _Run(NamedTuple):
+    """What a saved run holds: how many steps were ``done``, and where they led."""
+
+    fit: Fit
+    optimizer: dict[str, torch.Tensor]  # its state, named "weight/quantity"
+    total: torch.Tensor  # sum of the losses of the epoch that is not finished
+    done: int
+
+
+def _train(fabric, model, train, job, resume, description):
+    """Train where the model is, alone or as one of the processes that ``fabric`` (Lightning's) has joined."""
+    recipe, rank, ranks = job.recipe, *((fabric.global_rank, fabric.world_size) if fabric else (0, 1))
+    if fabric:
+        check_agreement(job.identity)
+    device = fabric.device if fabric else next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    model.to(device, memory_format=torch.channels_last if on_gpu else torch.preserve_format).train()
+    train = train.to(device)
+    apply_masks(model, job.masks or {}) if job.masks else None
+    parameters = dict(model.named_parameters())
+    masked = [(parameters[name], mask.to(device)) for name, mask in (job.masks or {}).items()]
     weights, keep = [weight for weight, _ in masked], [mask.to(weight.dtype) for weight, mask in masked]
-    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay,
-                                fused=True)
-    order, losses, done = torch.Generator().manual_seed(seed), [], 0
+    optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe)
+
+    kept, losses, done, total = {}, [], 0, torch.zeros((), device=device)
+    if resume and Path(resume).exists():
+        run = _load(resume, job)
+        model.load_state_dict(run.fit.state)
+        _restore(optimizer, parameters, run.optimizer)
+        kept, losses, done, total = dict(run.fit.checkpoints), list(run.fit.losses), run.done, run.total.to(device)
+        total = total if rank == 0 else torch.zeros_like(total)
+    network = fabric.setup_module(model, move_to_device=False) if fabric else model
+    saved = time.monotonic()
+
+    def summed(value):
+        return fabric.all_reduce(value, reduce_op="sum") if fabric else value
 
     def keep_checkpoints():
-        for name in [name for name, step in wanted.items() if step == done]:
+        for name in [name for name, step in job.wanted.items() if step == done]:
             kept[name] = _copied(model)
 
-    keep_checkpoints()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for epoch in progress(range(recipe.epochs), description):
-            total = torch.zeros((), device=device)
-            for batch in torch.randperm(len(x), generator=order).to(device).split(recipe.batch_size):
-                optimizer.param_groups[0]["lr"] = recipe.lr * SCHEDULES[recipe.schedule](done / steps)
-                loss = F.cross_entropy(model(x[batch]), y[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                if weights:
-                    with torch.no_grad():
-                        torch._foreach_mul_(weights, keep)
-                total += loss.detach() * len(batch)
-                done += 1
-                keep_checkpoints()
-            losses.append(total.item() / len(x))
-            if not math.isfinite(losses[-1]):
-                raise FloatingPointError(f"the training loss is {losses[-1]} in epoch {epoch + 1}: try a smaller "
-                                         f"learning rate than {recipe.lr}")
+    def save():
+        whole = summed(total.clone())
+        if rank == 0:
+            _save(resume, _Run(Fit(_copied(model), kept, losses), _quantities(optimizer, parameters), whole, done), job)
+
+    if done == 0:
+        keep_checkpoints()
+    dropout_seed = mixed_seed(job.seed, rank)
+    batches = _batches(train, job, done, device, rank, ranks)
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        for size, parts in progress(batches, description if rank == 0 else None,
+                                    total=recipe.epochs * job.steps_per_epoch - done):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, done, job.steps_per_epoch)
+            # Of the step alone, so that a run that was interrupted needs no memory of the steps before.
+            torch.manual_seed(dropout_seed + done)
+            optimizer.zero_grad()
+            for i, (x, y) in enumerate(parts, 1):
+                share = ranks * len(y) / size  # a mean over processes follows
+                silent = fabric.no_backward_sync(network, enabled=i < len(parts)) if fabric else nullcontext()
+                with silent:
+                    with torch.autocast(device.type, PRECISIONS[recipe.precision],
+                                        enabled=recipe.precision != "float32"):
+                        logits = network(x.contiguous(memory_format=torch.channels_last) if on_gpu and x.ndim == 4
+                                         else x)
+                    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+                    loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
+                    fabric.backward(loss * share) if fabric else (loss * share).backward()
+                total += loss.detach() * len(y)
+            optimizer.step()
+            if weights:
+                with torch.no_grad():
+                    torch._foreach_mul_(weights, keep)
+            done += 1
+            keep_checkpoints()
+            if done % job.steps_per_epoch == 0:
+                losses.append(summed(total).item() / len(train))
+                total = torch.zeros_like(total)
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(f"the training loss is {losses[-1]} in epoch {len(losses)}: try a smaller "
+                                             f"learning rate than {recipe.lr}")
+            if resume:
+                due = torch.tensor(float(time.monotonic() - saved >= SAVE_SECONDS and rank == 0), device=device)
+                if summed(due).item():
+                    save()
+                    saved = time.monotonic()
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():  # the last step may do what no loss has seen
             raise FloatingPointError(f"{name!r} is not finite after the last step: try a smaller learning rate than "
                                      f"{recipe.lr}")
-    return Fit(_copied(model), kept, losses)
+    if resume:
+        save()
+    return None if fabric else Fit(_copied(model), kept, losses)
+
+
+def _batches(train, job, done, device, rank, ranks):
+    """From step ``done`` on: the size of each batch, and the parts of it that are this process's, as (x, y)."""
+    recipe, order = job.recipe, torch.Generator().manual_seed(job.seed)
+    for epoch in range(recipe.epochs):
+        batches = torch.randperm(len(train), generator=order).split(recipe.batch_size)
+        batches = batches[max(0, done - epoch * job.steps_per_epoch):]
+        own = [part for batch in batches for part in batch.tensor_split(ranks * recipe.accumulate)[rank::ranks]]
+        stream = train.batches(own, device, augmented=(job.seed, epoch)) if own else None
+        for batch in batches:
+            yield len(batch), [next(stream) for _ in range(recipe.accumulate)]
+
+
+def _quantities(optimizer, parameters):
+    return {f"{name}/{key}": value for name, parameter in parameters.items()
+            for key, value in optimizer.state[parameter].items() if value is not None}
+
+
+def _restore(optimizer, parameters, quantities):
+    for name, value in quantities.items():
+        name, key = name.rsplit("/", 1)
+        # AdamW counts its steps in float32 on the device of the weight when it is fused.
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+
+
+def _save(path, run, job):
+    tensors = {f"state/{name}": tensor for name, tensor in run.fit.state.items()}
+    tensors |= {f"checkpoint/{name}/{key}": tensor for name, state in run.fit.checkpoints.items()
+                for key, tensor in state.items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in run.optimizer.items()}
+    save_tensors(path, {**tensors, "total": run.total},
+                 {"kind": "run", "identity": job.identity, "losses": run.fit.losses, "done": run.done})
+
+
+def _load(path, job):
+    tensors, record = load_tensors(path)
+    if record.get("kind") != "run":
+        raise ValueError(f"{path} holds {record.get('stage') or record.get('kind')!r}: expected a run to resume")
+    differ = [f"{name} {record['identity'].get(name)!r} (here {value!r})" for name, value in job.identity.items()
+              if record["identity"].get(name) != value]
+    if differ:
+        raise ValueError(f"{path} is of a run with {', '.join(differ)}: give another file, or delete it")
+    parts = {"state": {}, "checkpoint": {name: {} for name, step in job.wanted.items() if step <= record["done"]},
+             "optimizer": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "checkpoint":
+            checkpoint, _, rest = rest.partition("/")
+            parts[kind][checkpoint][rest] = tensor
+        elif rest:
+            parts[kind][rest] = tensor
+    return _Run(Fit(parts["state"], parts["checkpoint"], record["losses"]), parts["optimizer"], tensors["total"],
+                record["done"])
 
 
 def checkpoint_step(name, steps_per_epoch):
@@ -170,7 +380,7 @@ def checkpoint_step(name, steps_per_epoch):
 
 
 def _copied(model):
-    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
 
 
 class Evaluation(NamedTuple):
@@ -187,8 +397,8 @@ def evaluate(model, split, *, state=None, batch_size=1000):
     ----------
     model : torch.nn.Module
         Evaluated where it is, in evaluation mode.
-    split : (torch.Tensor, torch.Tensor)
-        Inputs [n, ...] and labels [n].
+    split : Split or (torch.Tensor, torch.Tensor)
+        As for :func:`fit`.
     state : dict of str to torch.Tensor, optional
         Weights to evaluate instead of the model's own, which stay.
     batch_size : int
@@ -202,7 +412,8 @@ def evaluate(model, split, *, state=None, batch_size=1000):
     ValueError
         If the split is empty.
     """
-    if len(split[1]) == 0:
+    split = split if hasattr(split, "batches") else Split(*split)
+    if len(split) == 0:
         raise ValueError("the split is empty: expected at least one input")
     if state is not None:
         model = copy.deepcopy(model)
@@ -210,8 +421,8 @@ def evaluate(model, split, *, state=None, batch_size=1000):
     device = next(model.parameters()).device
     hits = loss = 0
     with evaluating(model):
-        for x, y in zip(split[0].split(batch_size), split[1].split(batch_size)):
-            logits, y = model(x.to(device)), y.to(device)
+        for x, y in split.batches(in_order(split, batch_size), device):
+            logits = model(x)
             hits += (logits.argmax(1) == y).sum().item()
             loss += F.cross_entropy(logits, y, reduction="sum").item()
-    return Evaluation(hits / len(split[1]), loss / len(split[1]))
+    return Evaluation(hits / len(split), loss / len(split))

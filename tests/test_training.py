@@ -182,9 +182,11 @@ def test_a_mask_on_a_statistic_is_refused_before_training(digits):
     assert same(copied(model), start)
 
 
-@pytest.mark.parametrize("inputs, labels", [(0, 0), (5, 4)])
-def test_data_that_do_not_fit_are_refused(digits, net, inputs, labels):
-    with pytest.raises(ValueError, match=f"got {inputs} inputs and {labels} labels"):
+@pytest.mark.parametrize("inputs, labels, message", [
+    (0, 0, "got 0 images: expected at least a batch of 100"), (105, 104, "got 105 inputs and 104 labels"),
+    (99, 99, "got 99 images: expected at least a batch of 100")])
+def test_data_that_do_not_fit_are_refused(digits, net, inputs, labels, message):
+    with pytest.raises(ValueError, match=message):
         fit(net, (digits.train.x[:inputs], digits.train.y[:labels]), RECIPE, seed=0)
 
 
@@ -194,7 +196,7 @@ def test_data_that_do_not_fit_are_refused(digits, net, inputs, labels):
     ({"momentum": 1}, "momentum is 1"), ({"schedule": ["cosine"]}, "schedule is ['cosine']"),
     ({"momentum": -0.1}, "momentum is -0.1"),
     ({"weight_decay": -1e-4}, "weight_decay is -0.0001"),
-    ({"schedule": "linear"}, "schedule is 'linear': expected one of cosine, constant"),
+    ({"schedule": "linear"}, "schedule is 'linear': expected one of cosine, step, constant"),
     ({"lr": "0.1"}, "lr is '0.1'"), ({"momentum": None}, "momentum is None"), ({"lr": float("inf")}, "lr is inf"),
 ])
 def test_bad_recipes_are_refused(options, message):

@@ -1,18 +1,12 @@
-"""Data sets by name, each as tensors in one form."""
+"""Data sets by name, each in one form: two splits that hand out batches, the shape of an image, the number of classes."""
 
 import inspect
 from typing import NamedTuple
 
-import torch
-
 from permask_core.data.digits import digits
+from permask_core.data.splits import Split
 
-
-class Split(NamedTuple):
-    """Inputs ``x`` [n, channels, height, width], float32, and labels ``y`` [n], int64."""
-
-    x: torch.Tensor
-    y: torch.Tensor
+__all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
 
 
 class Dataset(NamedTuple):
@@ -29,13 +23,13 @@ DATASETS = {"digits": digits}
 
 
 def load_dataset(name, **options):
-    """A data set as tensors, standardised.
+    """A data set.
 
     Parameters
     ----------
     name : {"digits"}
     **options
-        What the data set itself takes: ``seed`` of the split and ``test_size`` (digits).
+        What the data set itself takes: see :mod:`permask_core.data.digits`.
 
     Returns
     -------
@@ -46,11 +40,16 @@ def load_dataset(name, **options):
     ValueError
         If the name or an option is unknown, or an option is out of range.
     """
+    check_options(name, options)
+    train, test, input_shape, classes = DATASETS[name](**options)
+    return Dataset(name, train, test, input_shape, classes)
+
+
+def check_options(name, options):
+    """Raise ValueError unless there is a data set of that name and it takes these options."""
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
     known = list(inspect.signature(DATASETS[name]).parameters)
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}: expected one of {', '.join(known)}")
-    x_train, y_train, x_test, y_test, classes = DATASETS[name](**options)
-    return Dataset(name, Split(x_train, y_train), Split(x_test, y_test), tuple(x_train.shape[1:]), classes)

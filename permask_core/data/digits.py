@@ -4,32 +4,54 @@ Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Ma
 test part).
 """
 
+import math
+
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from permask_core.data.splits import Split
 
-def digits(seed=0, test_size=360):
+
+def digits(seed=0, test_size=360, noise=0.0, copies=1, channels=1):
     """The digits, split stratified by class, standardised by the training part's mean and deviation.
 
     Parameters
     ----------
     seed : int
-        Of the split.
+        Of the split and of the noise.
     test_size : int
         Number of test images, 10 to 1,787: both parts keep every class.
+    noise : float
+        Standard deviation of normal noise, drawn once for every pixel and added to the standardised images: the
+        clean set is too easy to tell sparse networks apart.
+    copies : int
+        How many noisy copies of each test image there are, so that chance in the noise weighs less.
+    channels : int
+        1, or 3 for networks that expect colour: the same image three times, the noise included.
 
     Returns
     -------
-    (torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int)
-        Training inputs [n, 1, 8, 8] and labels [n], test inputs and labels, and the number of classes.
+    (Split, Split, tuple of int, int)
+        Training and test split, float32 images of [channels, 8, 8]; that shape; and the number of classes.
     """
     if not isinstance(test_size, int) or not 10 <= test_size <= 1787:
         raise ValueError(f"test_size is {test_size!r}: expected an integer from 10 to 1787")
+    if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+        raise ValueError(f"noise is {noise!r}: expected a standard deviation of at least 0")
+    if not isinstance(copies, int) or copies < 1:
+        raise ValueError(f"copies is {copies!r}: expected an integer of at least 1")
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels!r}: expected 1 or 3")
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=test_size, stratify=y, random_state=seed)
     mean, sd = x_train.mean(), x_train.std()
-    images = (torch.from_numpy((part - mean) / sd).float().view(-1, 1, 8, 8) for part in (x_train, x_test))
-    labels = (torch.from_numpy(part).long() for part in (y_train, y_test))
-    (x_train, x_test), (y_train, y_test) = images, labels
-    return x_train, y_train, x_test, y_test, 10
+    generator = torch.Generator().manual_seed(seed)
+
+    def split(images, labels, times):
+        images = torch.from_numpy((images - mean) / sd).float().view(-1, 1, 8, 8).repeat(times, 1, 1, 1)
+        if noise:
+            images = images + noise * torch.randn(images.shape, generator=generator)
+        return Split(images.repeat(1, channels, 1, 1), torch.from_numpy(labels).long().repeat(times))
+
+    return split(x_train, y_train, 1), split(x_test, y_test, copies), (channels, 8, 8), 10

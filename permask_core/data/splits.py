@@ -1,0 +1,123 @@
+"""The two parts of a data set, and how batches are made of them: the one way in for training and evaluation.
+
+A split hands out batches on the training device, standardised, and augmented where an epoch asks for it. What happens to
+an image in an epoch is a function of the seed, the epoch and the image's index, not of the batch that it is in: neither
+the number of processes nor a restart in the middle changes it.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images in memory: ``x`` [n, channels, height, width], float32 or uint8, and labels ``y`` [n], int64.
+
+    uint8 images are divided by 255; ``mean`` and ``sd`` of each channel, where given, then standardise. ``pad`` and
+    ``flip`` are the augmentation: crops of the image's own size from the image with that many black pixels around it,
+    and the mirror image of half of them.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    mean: tuple[float, ...] = ()
+    sd: tuple[float, ...] = ()
+    pad: int = 0
+    flip: bool = False
+
+    def __len__(self):
+        return len(self.y)
+
+    def to(self, device):
+        """The split with its images and labels on a device."""
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
+
+    def batches(self, indices, device="cpu", augmented=None):
+        """Batches of some images.
+
+        Parameters
+        ----------
+        indices : iterable of torch.Tensor
+            int64, the images of each batch.
+        device : torch.device or str
+            Where the batches go; they are made where the images are.
+        augmented : (int, int), optional
+            Seed and epoch of the augmentation; without it there is none.
+
+        Yields
+        ------
+        (torch.Tensor, torch.Tensor)
+            Inputs, float32, and labels.
+        """
+        moving = augmented is not None and (self.pad > 0 or self.flip)
+        if moving:
+            corners, mirrored = (draw.to(self.x.device) for draw in self._draws(*augmented))
+        for chosen in indices:
+            chosen = chosen.to(self.x.device)
+            x = self.x[chosen]
+            if moving:
+                x = cropped(x, self.pad, corners[chosen], mirrored[chosen])
+            yield standardised(x.to(device), self.mean, self.sd), self.y[chosen].to(device)
+
+    def _draws(self, seed, epoch):
+        generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
+        corners = torch.randint(0, 2 * self.pad + 1, (len(self), 2), generator=generator)
+        mirrored = torch.rand(len(self), generator=generator) < 0.5
+        return corners, mirrored if self.flip else torch.zeros_like(mirrored)
+
+
+def cropped(x, pad, corners, mirrored):
+    """Crops of images in their own size, all at once.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        [n, channels, height, width].
+    pad : int
+        How many zeros surround an image.
+    corners : torch.Tensor
+        int64 [n, 2]: row and column of each crop's first pixel in the padded image, 0 to 2 ``pad``.
+    mirrored : torch.Tensor
+        bool [n]: whose crop is flipped left to right.
+    """
+    n, channels, height, width = x.shape
+    rows = corners[:, :1] + torch.arange(height, device=x.device)
+    across = torch.arange(width, device=x.device)
+    columns = corners[:, 1:] + torch.where(mirrored[:, None], across.flip(0), across)
+    padded = torch.nn.functional.pad(x, [pad] * 4)
+    image, channel = torch.arange(n, device=x.device), torch.arange(channels, device=x.device)
+    return padded[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+
+
+def standardised(x, mean, sd):
+    """uint8 images as float32 in [0, 1]; then, where there are a mean and a deviation of each channel, minus the one
+    and divided by the other."""
+    if x.dtype == torch.uint8:
+        x = x.float().div_(255)
+    if not mean:
+        return x
+    mean, sd = (torch.tensor(value, dtype=x.dtype, device=x.device)[:, None, None] for value in (mean, sd))
+    return (x - mean) / sd
+
+
+def channel_moments(x):
+    """Mean and deviation of each channel of uint8 images [n, channels, height, width], in units of 255: two tuples."""
+    pixels = x.transpose(0, 1).flatten(1)
+    # Of how often each value occurs: exact, and small however many images there are.
+    counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels]).double()
+    values = torch.arange(256).double() / 255
+    mean = (counts * values).sum(1) / pixels.shape[1]
+    sd = ((counts * (values - mean[:, None]) ** 2).sum(1) / pixels.shape[1]).sqrt()
+    return tuple(mean.tolist()), tuple(sd.tolist())
+
+
+def in_order(split, batch_size):
+    """The indices of a split's images from first to last, in batches."""
+    return torch.arange(len(split)).split(batch_size)
+
+
+def mixed_seed(*parts):
+    """One seed made of several integers of at least 0, such as a seed, an epoch and an index."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
