@@ -11,12 +11,13 @@ import os
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
 import torch
 
-from permask_core.data import DATASETS, load_dataset
+from permask_core.data import DATASETS, check_options, load_dataset, options_of
+from permask_core.data.root import data_root
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_activations, match_weights, permutation_groups, permute
 from permask_core.models import MODELS, build_model
@@ -26,12 +27,13 @@ from permask_core.pruning import (
     FLAVOURS,
     Ticket,
     check_sparsity,
+    full_rounds,
     iterative_magnitude_pruning,
     prunable_weights,
     random_masks,
 )
 from permask_core.store import Store
-from permask_core.training import Recipe, evaluate, fit
+from permask_core.training import Recipe, default_device, evaluate, fit
 
 METHODS = ("dense", "lth", "permuted", "naive", "random")
 MATCHINGS = ("weights", "activations")
@@ -43,17 +45,28 @@ class Experiment:
     method."""
 
     dataset: str = "digits"
+    options: dict = field(default_factory=dict)  # of the data set: see permask_core.data.load_dataset
+    root: str | None = None  # where the files of the data set lie, if it has any; decides about nothing else
     model: str = "mlp"
     width: float = 1.0  # factor on the hidden widths
     epochs: int = 20  # of the dense runs
     lr: float = 0.1  # peak learning rate of the dense runs
-    sparse_lr: float = 0.1  # of the sparse runs, which have a cosine of their own over epochs - rewind
+    sparse_lr: float = 0.1  # of the sparse runs, which have a schedule of their own over epochs - rewind
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch_size: int = 128
+    schedule: str = "cosine"  # of all runs, and what follows as well: see permask_core.training.Recipe
+    step_epochs: int = 30
+    warmup: float = 0.0
+    label_smoothing: float = 0.0
+    optimizer: str = "sgd"
+    accumulate: int = 1
+    precision: str = "float32"
+    processes: int = 1  # that share each batch: see permask_core.training.fit
     checkpoints: tuple[int, ...] = (0, 1, 2, 5, 10, 20)  # epochs whose dense states are kept; 0: untrained
     rewind: int = 2  # epoch of the dense run from which the sparse runs start
     matched_at: int = 20  # epoch of the dense runs at which A is matched to B
+    matched_images: int = 50_000  # training images at most for matching by activations
     imp: str = "rewind"  # iterative magnitude pruning: "rewind", or "finetune" as in the paper's code
     imp_rewind: int = 2  # epoch to which a round returns, for "rewind"
     imp_epochs: int = 18  # of training in each round
@@ -64,6 +77,9 @@ class Experiment:
         for name, known in (("dataset", DATASETS), ("model", MODELS), ("imp", FLAVOURS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        check_options(self.dataset, self.options)
+        if self.options.get("verify") is False:  # what lies there may be anything: its place decides about results
+            object.__setattr__(self, "options", {**self.options, "root": str(data_root(self.root))})
         object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
         for epoch in self.checkpoints:
             if not isinstance(epoch, int) or not 0 <= epoch <= self.epochs:
@@ -74,33 +90,46 @@ class Experiment:
                                  f"{', '.join(map(str, self.checkpoints))}")
         if self.rewind == self.epochs:
             raise ValueError(f"rewind is {self.rewind}: nothing is left to train of {self.epochs} epochs")
+        for name in ("matched_images", "processes"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected an integer of at least 1")
         if not 0 < self.imp_rate < 1:
             raise ValueError(f"imp_rate is {self.imp_rate!r}: expected a number in (0, 1)")
         scaled(self.width)
-        self.recipe(self.epochs, self.lr), self.recipe(self.imp_epochs, self.imp_lr), self.recipe(1, self.sparse_lr)
+        for epochs, lr in ((self.epochs, self.lr), (self.imp_epochs, self.imp_lr),
+                           (self.epochs - self.rewind, self.sparse_lr)):
+            self.recipe(epochs, lr)
 
     def recipe(self, epochs, lr):
-        """A recipe with this experiment's momentum, weight decay and batch size."""
-        return Recipe(epochs, lr, self.momentum, self.weight_decay, self.batch_size)
+        """A recipe with this experiment's settings of training."""
+        return Recipe(epochs, lr, **self.only(*_TRAINING))
 
     def only(self, *names):
         """Some of the settings as a dict: what a stage depends on."""
         return {name: getattr(self, name) for name in names}
 
 
-_DENSE = ("dataset", "model", "width", "epochs", "lr", "momentum", "weight_decay", "batch_size", "checkpoints")
+_TRAINING = ("momentum", "weight_decay", "batch_size", "schedule", "step_epochs", "warmup", "label_smoothing",
+             "optimizer", "accumulate", "precision")
+_DENSE = ("dataset", "options", "model", "width", "epochs", "lr", "processes", "checkpoints", *_TRAINING)
 _IMP = (*_DENSE, "imp", "imp_rewind", "imp_epochs", "imp_lr", "imp_rate")
 
 
-@lru_cache(maxsize=4)
-def _data(name):
-    return load_dataset(name)
+def data(experiment):
+    """The experiment's data set; the last one loaded stays in memory."""
+    rooted = {"root": experiment.root} if "root" in options_of(experiment.dataset) else {}
+    return _loaded(experiment.dataset, tuple(sorted({**rooted, **experiment.options}.items())))
+
+
+@lru_cache(maxsize=1)
+def _loaded(name, options):
+    return load_dataset(name, **dict(options))
 
 
 def network(experiment, state=None, *, seed=0):
     """The experiment's network, freshly initialised from ``seed`` or with the weights of ``state``."""
-    data = _data(experiment.dataset)
-    model = build_model(experiment.model, data.input_shape, data.classes, width=experiment.width, seed=seed)
+    _, _, _, input_shape, classes = data(experiment)
+    model = build_model(experiment.model, input_shape, classes, width=experiment.width, seed=seed)
     if state is not None:
         model.load_state_dict(state)
     return model
@@ -108,7 +137,19 @@ def network(experiment, state=None, *, seed=0):
 
 def groups(experiment):
     """The permutation groups of the experiment's network."""
-    return permutation_groups(network(experiment), _data(experiment.dataset).train.x[:2])
+    return permutation_groups(network(experiment), torch.zeros(2, *data(experiment).input_shape))
+
+
+def _trained(store, name, train, **parameters):
+    """A stage that trains: ``train`` is given a file from which a run goes on that was interrupted."""
+    unfinished = store.path(name, train, **parameters).with_suffix(".unfinished")
+
+    def compute():
+        return train(unfinished)
+
+    result = store.stage(name, compute, **parameters)
+    unfinished.unlink(missing_ok=True)
+    return result
 
 
 def dense(experiment, store, seed, which):
@@ -123,16 +164,17 @@ def dense(experiment, store, seed, which):
         raise ValueError(f"which is {which!r}: expected 'a' or 'b'")
     own = 2 * seed + (which == "b")
 
-    def compute():
-        data, model = _data(experiment.dataset), network(experiment, seed=own)
+    def train(unfinished):
+        model = network(experiment, seed=own)
         names = {epoch: f"epoch {epoch}" for epoch in experiment.checkpoints}
-        run = fit(model, data.train, experiment.recipe(experiment.epochs, experiment.lr), seed=own,
-                  checkpoints=tuple(names.values()), description=None)
+        run = fit(model, data(experiment).train, experiment.recipe(experiment.epochs, experiment.lr), seed=own,
+                  checkpoints=tuple(names.values()), processes=experiment.processes, resume=unfinished,
+                  description=f"dense {which}, seed {seed}")
         states = {f"{epoch}/{key}": tensor for epoch, name in names.items()
                   for key, tensor in run.checkpoints[name].items()}
-        return states, evaluate(model, data.test)._asdict()
+        return states, evaluate(model, data(experiment).test)._asdict()
 
-    tensors, record = store.stage("dense", compute, seed=own, **experiment.only(*_DENSE))
+    tensors, record = _trained(store, "dense", train, seed=own, **experiment.only(*_DENSE))
     states = {epoch: {} for epoch in experiment.checkpoints}
     for name, tensor in tensors.items():
         epoch, key = name.split("/", 1)
@@ -157,13 +199,13 @@ def ticket(experiment, store, seed, target):
             nonlocal rounds
             rounds += 1
 
-            def train_round():
-                data = _data(experiment.dataset)
-                run = fit(network(experiment, state), data.train, recipe, seed=2 * seed, masks=masks,
-                          description=None)
+            def train_round(unfinished):
+                run = fit(network(experiment, state), data(experiment).train, recipe, seed=2 * seed, masks=masks,
+                          processes=experiment.processes, resume=unfinished,
+                          description=f"pruning round {rounds}, seed {seed}")
                 return run.state, {"sparsity": sparsity(masks)}
 
-            return store.stage("imp_round", train_round, seed=seed, round=rounds, **experiment.only(*_IMP))[0]
+            return _trained(store, "imp_round", train_round, seed=seed, round=rounds, **experiment.only(*_IMP))[0]
 
         (_, found), = iterative_magnitude_pruning(
             train, states[experiment.epochs], [target], flavour=experiment.imp, rate=experiment.imp_rate,
@@ -186,13 +228,22 @@ def matching(experiment, store, seed, by):
     _one_of("matching", by, MATCHINGS)
     a, b = (dense(experiment, store, seed, which)[0][experiment.matched_at] for which in "ab")
 
+    device, also = default_device(), ["matched_images"] if by == "activations" else []
+
     def compute():
         if by == "weights":
-            return match_weights(groups(experiment), a, b, seed=seed), {}
-        batches = _data(experiment.dataset).train.x.split(1000)
-        return match_activations(groups(experiment), network(experiment, a), network(experiment, b), batches), {}
+            return match_weights(groups(experiment), a, b, seed=seed, device=device), {}
+        train, images = data(experiment).train, experiment.matched_images
+        chosen = torch.arange(len(train))
+        if images < len(train):
+            chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
+        models = [network(experiment, state).to(device) for state in (a, b)]
+        # Whatever the model sees in one step of training, it can see here.
+        batches = progress(train.batches(chosen.split(experiment.batch_size), device),
+                           f"matching by activations, seed {seed}")
+        return match_activations(groups(experiment), *models, batches), {}
 
-    return store.stage("matching", compute, seed=seed, by=by, **experiment.only(*_DENSE, "matched_at"))
+    return store.stage("matching", compute, seed=seed, by=by, **experiment.only(*_DENSE, "matched_at", *also))
 
 
 def method_masks(experiment, store, seed, target, method, by=None):
@@ -222,16 +273,19 @@ def sparse(experiment, store, seed, target, method, by=None):
     if method == "permuted":
         _one_of("matching", by, MATCHINGS)
 
-    def compute():
+    def train(unfinished):
         masks = method_masks(experiment, store, seed, target, method, by)
         start, _ = dense(experiment, store, seed, "a" if method == "lth" else "b")
-        data, model = _data(experiment.dataset), network(experiment, start[experiment.rewind])
-        fit(model, data.train, experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr),
-            seed=10_000 + seed, masks=masks, description=None)
-        return model.state_dict(), {**evaluate(model, data.test)._asdict(), "achieved": sparsity(masks)}
+        model = network(experiment, start[experiment.rewind])
+        fit(model, data(experiment).train,
+            experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr), seed=10_000 + seed,
+            masks=masks, processes=experiment.processes, resume=unfinished,
+            description=f"{method} {by or ''} at {100 * target:g} %, seed {seed}")
+        return model.state_dict(), {**evaluate(model, data(experiment).test)._asdict(), "achieved": sparsity(masks)}
 
-    settings = experiment.only(*_IMP, "sparse_lr", "rewind", *(["matched_at"] if method == "permuted" else []))
-    return store.stage("sparse", compute, seed=seed, target=target, method=method, by=by, **settings)
+    settings = experiment.only(*_IMP, "sparse_lr", "rewind", *(["matched_at"] if method == "permuted" else []),
+                               *(["matched_images"] if by == "activations" else []))
+    return _trained(store, "sparse", train, seed=seed, target=target, method=method, by=by, **settings)
 
 
 def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1):
@@ -321,6 +375,7 @@ def _in_parallel(jobs, store, workers):
 
 def _begin_worker():
     torch.set_num_threads(1)
+    os.environ["PERMASK_DISPLAY"] = "static"  # bars of several workers would overwrite one another
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -343,6 +398,27 @@ def _rows(store, experiment, seed, runs):
         yield {"method": method, "matching": by, **shared, "sparsity": target, "achieved": record["achieved"], **record}
 
 
+def training_epochs(experiment, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS):
+    """How many epochs of training :func:`run` needs from an empty store.
+
+    Parameters
+    ----------
+    experiment, seeds, sparsities, methods, matchings
+        As for :func:`run`.
+
+    Returns
+    -------
+    dict of str to int
+        ``dense`` (A and B), ``pruning`` (the rounds on the way to the largest sparsity) and ``sparse``.
+    """
+    sparse_runs = sum(len(list(matchings)) if method == "permuted" else method != "dense" for method in methods)
+    pruned = any(method != "dense" for method in methods)
+    rounds = full_rounds(max(sparsities), experiment.imp_rate) if pruned and sparsities else 0
+    return {"dense": len(seeds) * (1 + pruned) * experiment.epochs,
+            "pruning": len(seeds) * rounds * experiment.imp_epochs,
+            "sparse": len(seeds) * len(sparsities) * sparse_runs * (experiment.epochs - experiment.rewind)}
+
+
 def settings_text(experiment):
     """The settings as one line of ``name value`` pairs, for captions and records."""
-    return ", ".join(f"{field.name} {getattr(experiment, field.name)}" for field in fields(experiment))
+    return ", ".join(f"{one.name} {getattr(experiment, one.name)}" for one in fields(experiment) if one.name != "root")

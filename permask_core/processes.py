@@ -5,10 +5,11 @@ training loop it is the one that needs no launcher of its own, so that the same 
 ``torchrun`` and in a job of a cluster. It is imported when it is asked for.
 """
 
+import copy
 import logging
 import os
-import warnings
-from functools import partial
+import socket
+import sys
 
 import torch
 from torch import distributed
@@ -31,8 +32,6 @@ def launch(function, processes, device, model, *arguments):
     RuntimeError
         If a process that was started failed, with the last line of its error.
     """
-    from lightning_fabric import Fabric
-
     accelerator = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     joined = distributed.is_torchelastic_launched()
     world, local = (int(os.environ[name]) if joined else processes for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -41,26 +40,61 @@ def launch(function, processes, device, model, *arguments):
     if accelerator == "cuda" and local > torch.cuda.device_count():
         raise ValueError(f"processes is {local} on this machine: expected at most {torch.cuda.device_count()}, one for "
                          "each CUDA device")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning_fabric")
-        fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=world // local,
-                        strategy="ddp" if joined else "ddp_spawn")
-        # Bound, because Fabric would take the arguments apart in search of modules, whose memory it unshares.
-        try:
-            fabric.launch(_run, model, partial(_call, function, arguments))
-        except ProcessException as error:
-            last = str(error).strip().splitlines()[-1]
-            raise RuntimeError(f"a training process ended: {last}. A script must train in several processes below "
-                               "`if __name__ == \"__main__\":`, because each imports it again") from error
+    if joined:
+        return _join(accelerator, function, model, *arguments)
+    # Not by Fabric, which refuses to start processes from a notebook, and in a job of a cluster takes the job's
+    # variables for those of its processes.
+    started = torch.multiprocessing.spawn(_start, (processes, _free_port(), accelerator, function, model, *arguments),
+                                          processes, join=False)
+    try:
+        while not started.join():
+            pass
+    except ProcessException as error:
+        last = str(error).strip().splitlines()[-1]
+        raise RuntimeError(f"a training process ended: {last}. A script must train in several processes below "
+                           "`if __name__ == \"__main__\":`, because each imports it again, and a model's class must be "
+                           "one that they can import") from error
+    finally:
+        for process in started.processes:  # after an interrupt, nobody would wait for them
+            process.kill()
 
 
-def _call(function, arguments, fabric, model):
+def _start(rank, processes, port, accelerator, function, model, *arguments):
+    """Be one of several processes, under the names that ``torchrun`` has for them."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=str(processes),
+                      LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        _join(accelerator, function, copy.deepcopy(model), *arguments)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")  # torch would take the interrupt for a success
+
+
+def _join(accelerator, function, model, *arguments):
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import TorchElasticEnvironment
+
+    world, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=world // local, strategy="ddp",
+                    plugins=TorchElasticEnvironment())
+    fabric.launch()
     function(fabric, model, *arguments)
-
-
-def _run(fabric, model, call):
-    call(fabric, model)
     distributed.barrier()  # the first may still be writing
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def of_first(function, *arguments):
+    """What ``function(*arguments)`` returns in the first of the processes that this one has joined, in all of them; so
+    the others need not see the files that it reads. Where there are none, it is called here."""
+    if not distributed.is_initialized():
+        return function(*arguments)
+    found = [function(*arguments) if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(found)
+    return found[0]
 
 
 def check_agreement(identity):

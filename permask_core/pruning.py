@@ -175,6 +175,14 @@ class Ticket(NamedTuple):
     rounds: int
 
 
+def full_rounds(sparsity, rate):
+    """How many full rounds, each with a training, come before the last one to a sparsity, which only prunes."""
+    rounds = 0
+    while 1 - (1 - rate) ** (rounds + 1) < sparsity - 1e-9:  # 0.36 is two rounds of 20 %, not three
+        rounds += 1
+    return rounds
+
+
 def iterative_magnitude_pruning(train, trained, sparsities, *, rewind=None, flavour="rewind", rate=0.2, prunable=None):
     """Prune, train, prune, ...: a ladder on which each round removes ``rate`` of the weights that are left.
 
@@ -236,9 +244,10 @@ def _ladder(train, trained, sparsities, rewind, rate, keys):
     masks = {name: torch.ones_like(trained[name], dtype=torch.bool) for name in keys}
     rounds = 0
     for target in sparsities:
-        while 1 - (1 - rate) ** (rounds + 1) < target - 1e-9:  # 0.36 is two full rounds of 20 %, not three
-            rounds += 1
-            masks = magnitude_masks(state, 1 - (1 - rate) ** rounds, previous=masks)
+        needed = full_rounds(target, rate)
+        for n in range(rounds + 1, needed + 1):
+            masks = magnitude_masks(state, 1 - (1 - rate) ** n, previous=masks)
             state = train(rewind if rewind is not None else state, masks)
+        rounds = needed
         found = magnitude_masks(state, target, previous=masks)
         yield target, Ticket(found, sparsity(found), rounds + 1)

@@ -19,7 +19,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from permask_core.files import load_tensors, save_tensors
+from permask_core.files import load_tensors, save_tensors, written_whole
 
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn")
 
@@ -109,6 +109,42 @@ class Store:
         except TypeError as error:
             raise ValueError(f"a parameter of the stage {name!r} cannot be written as JSON: {error}") from error
         return {"stage": name, "parameters": parameters, "versions": versions(), "source": source_hash(compute)}
+
+
+def check_folder(folder, settings):
+    """Make a folder for the results of one set of settings, or make sure that it is theirs.
+
+    Parameters
+    ----------
+    folder : path-like
+        Gets ``settings.json``. Relative folders lie where :class:`Store`'s do.
+    settings : dict
+        Anything that JSON holds.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    ValueError
+        If the folder holds results of other settings; it says which differ.
+    """
+    path = Path(os.environ.get("PERMASK_RUNS", ""), Path(folder).expanduser()).absolute() / "settings.json"
+    settings = json.loads(json.dumps(settings, default=_plain))
+    if path.exists():
+        try:
+            there = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, or give another folder") from error
+        differ = [f"{name} {there.get(name)!r} (here {settings.get(name)!r})" for name in sorted({*there, *settings})
+                  if there.get(name) != settings.get(name)]
+        if differ:
+            raise ValueError(f"{path.parent} holds results with {', '.join(differ)}: give another folder")
+        return path.parent
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    return path.parent
 
 
 def _plain(value):

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from permask_core.data.splits import in_order, mixed_seed
 from permask_core.files import load_tensors, save_tensors
 from permask_core.masks import apply_masks, check_fit
 from permask_core.models import evaluating
-from permask_core.processes import check_agreement, launch
+from permask_core.processes import check_agreement, launch, of_first
 from permask_core.progress import progress
 
 SAVE_SECONDS = 60  # between two saves of a run that can be resumed
@@ -89,7 +89,7 @@ def learning_rate(recipe, step, steps_per_epoch):
     """The learning rate of a step, counted from 0."""
     epoch = step / steps_per_epoch
     if epoch < recipe.warmup:
-        return recipe.lr * (step + 1) / (recipe.warmup * steps_per_epoch)
+        return recipe.lr * min(1, (step + 1) / (recipe.warmup * steps_per_epoch))
     return recipe.lr * SCHEDULES[recipe.schedule](recipe, epoch)
 
 
@@ -151,15 +151,17 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
     """
     train = train if hasattr(train, "batches") else Split(*train)
     job = _checked(model, train, recipe, seed, masks, checkpoints, processes)
+    if processes > 1 or resume:
+        job = job._replace(identity=_identity(model, train, job, processes))
     if processes == 1:
         model.to(device or default_device())
         return _train(None, model, train, job, resume, description)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(resume or Path(folder, "run.safetensors")).absolute()
         launch(_train, processes, device, model.cpu(), train, job, path, description)
-        run = _load(path, job)
+        run = of_first(_load, path, job)
     model.load_state_dict(run.fit.state)
-    model.to(device or default_device())
+    model.to(device or default_device()).train()
     return run.fit
 
 
@@ -171,21 +173,23 @@ class _Job(NamedTuple):
     masks: dict | None
     wanted: dict[str, int]  # steps at which checkpoints are taken, by name
     steps_per_epoch: int
-    identity: dict  # all of it in short, by what a reader calls it
+    identity: dict  # all of it in short, by what a reader calls it; empty where nobody compares it
 
 
 def _checked(model, train, recipe, seed, masks, checkpoints, processes):
-    n, parts = len(train), processes * recipe.accumulate
     if not isinstance(processes, int) or processes < 1:
         raise ValueError(f"processes is {processes!r}: expected an integer of at least 1")
+    if not isinstance(seed, int) or not 0 <= seed < 2 ** 63:
+        raise ValueError(f"seed is {seed!r}: expected an integer of at least 0 and below 2**63")
+    n, parts = len(train), processes * recipe.accumulate
     if isinstance(train, Split) and len(train.x) != n:
         raise ValueError(f"got {len(train.x)} inputs and {n} labels: expected as many of each")
     if n < recipe.batch_size:
         raise ValueError(f"got {n} images: expected at least a batch of {recipe.batch_size}")
-    if 0 < (n % recipe.batch_size or n) < parts:
-        raise ValueError(f"the last of the batches of {recipe.batch_size} has {n % recipe.batch_size or n} images: "
-                         f"expected at least {parts}, one for each of {processes} processes x accumulate "
-                         f"{recipe.accumulate}")
+    last = n % recipe.batch_size or recipe.batch_size
+    if last < parts:
+        raise ValueError(f"the last of the batches of {recipe.batch_size} has {last} images: expected at least "
+                         f"{parts}, one for each of {processes} processes x accumulate {recipe.accumulate}")
     steps_per_epoch = math.ceil(n / recipe.batch_size)
     wanted = {name: checkpoint_step(name, steps_per_epoch) for name in checkpoints}
     for name, step in wanted.items():
@@ -194,17 +198,26 @@ def _checked(model, train, recipe, seed, masks, checkpoints, processes):
                              f"{steps_per_epoch} steps")
     if masks is not None:
         check_fit(masks, dict(model.named_parameters()))
-    identity = {**asdict(recipe), "seed": seed, "checkpoints": wanted, "processes": processes, "images": n,
-                "labels": _digest({"y": train.y}), "masks": _digest(masks or {}),
+    return _Job(recipe, seed, masks, wanted, steps_per_epoch, {})
+
+
+def _identity(model, train, job, processes):
+    # What the data are, not where their files lie or how many processes read them.
+    data = {f"data.{name}": _digest({name: value}) if hasattr(value, "dtype") else value
+            for name, value in vars(train).items() if name not in ("root", "workers")}
+    identity = {**asdict(job.recipe), "seed": job.seed, "checkpoints": job.wanted, "processes": processes,
+                "images": len(train), **data, "masks": _digest(job.masks or {}),
                 "initial weights": _digest(model.state_dict())}
-    return _Job(recipe, seed, masks, wanted, steps_per_epoch, json.loads(json.dumps(identity)))
+    return json.loads(json.dumps(identity))
 
 
-def _digest(tensors):
+def _digest(arrays):
     digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {list(array.shape)}".encode())
+        if isinstance(array, torch.Tensor):  # by its bytes: numpy has no bfloat16
+            array = array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(array)
     return digest.hexdigest()[:16]
 
 
@@ -227,6 +240,7 @@ def _train(fabric, model, train, job, resume, description):
     recipe, rank, ranks = job.recipe, *((fabric.global_rank, fabric.world_size) if fabric else (0, 1))
     if fabric:
         check_agreement(job.identity)
+    run = of_first(_found, resume, job) if fabric else _found(resume, job)
     device = fabric.device if fabric else next(model.parameters()).device
     on_gpu = device.type == "cuda"
     model.to(device, memory_format=torch.channels_last if on_gpu else torch.preserve_format).train()
@@ -238,8 +252,7 @@ def _train(fabric, model, train, job, resume, description):
     optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe)
 
     kept, losses, done, total = {}, [], 0, torch.zeros((), device=device)
-    if resume and Path(resume).exists():
-        run = _load(resume, job)
+    if run:
         model.load_state_dict(run.fit.state)
         _restore(optimizer, parameters, run.optimizer)
         kept, losses, done, total = dict(run.fit.checkpoints), list(run.fit.losses), run.done, run.total.to(device)
@@ -342,6 +355,10 @@ def _save(path, run, job):
                  {"kind": "run", "identity": job.identity, "losses": run.fit.losses, "done": run.done})
 
 
+def _found(path, job):
+    return _load(path, job) if path and Path(path).exists() else None
+
+
 def _load(path, job):
     tensors, record = load_tensors(path)
     if record.get("kind") != "run":
@@ -361,6 +378,32 @@ def _load(path, job):
             parts[kind][rest] = tensor
     return _Run(Fit(parts["state"], parts["checkpoint"], record["losses"]), parts["optimizer"], tensors["total"],
                 record["done"])
+
+
+def throughput(model, input_shape, recipe, *, classes=10, steps=2, device=None):
+    """Images per second of training on random images in memory: what the network costs, without reading any.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Is trained.
+    input_shape : tuple of int
+        Of one image.
+    recipe : Recipe
+        Of which one epoch of ``steps`` batches is timed, after one that is not.
+    classes, steps : int
+    device
+        As for :func:`fit`.
+    """
+    def seconds(steps):
+        n = steps * recipe.batch_size
+        images = Split(torch.randn(n, *input_shape), torch.arange(n) % classes)
+        start = time.perf_counter()
+        fit(model, images, replace(recipe, epochs=1, warmup=0.0), seed=0, device=device, description=None)
+        return time.perf_counter() - start
+
+    seconds(1)
+    return steps * recipe.batch_size / seconds(steps)
 
 
 def checkpoint_step(name, steps_per_epoch):

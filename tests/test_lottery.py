@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from permask_core import lottery
+from permask_core import lottery, training
 from permask_core.lottery import Experiment, dense, matching, method_masks, network, run, sparse, ticket
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_activations, match_weights, permute
@@ -116,7 +116,7 @@ def test_epoch_0_is_the_true_initialisation_and_a_and_b_differ(finished):
 def test_matching_is_that_of_the_epoch_asked_for(finished):
     store, _ = finished
     a, b = (dense(TINY, store, 0, which)[0] for which in "ab")
-    x = lottery._data("digits").train.x
+    x = lottery.data(TINY).train.x
     early = dataclasses.replace(TINY, matched_at=1)
     for experiment, epoch in ((TINY, 2), (early, 1)):
         groups = lottery.groups(experiment)
@@ -139,7 +139,7 @@ def test_methods_share_checkpoint_seed_and_recipe_and_differ_in_the_mask(finishe
     store, _ = finished
     calls = {}
 
-    def spy(model, train, recipe, *, seed, masks, description):
+    def spy(model, train, recipe, *, seed, masks, **options):
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         calls[method] = state, recipe, seed, masks
 
@@ -211,9 +211,61 @@ def test_an_error_in_one_worker_ends_the_run_without_the_seeds_that_wait(tmp_pat
     assert len(list((tmp_path / "dense").iterdir())) < 12
 
 
+def test_a_run_killed_in_the_middle_of_a_training_goes_on_there(finished, tmp_path, monkeypatch):
+    reference, rows = finished
+    store, steps = Store(tmp_path), []
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+
+    def forward(module, inputs):
+        steps.append(len(inputs[0]))
+        if len(steps) == 17:  # epoch 2 of dense B
+            raise KeyboardInterrupt
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: forward(module, inputs) if module.training and isinstance(module, torch.nn.Flatten)
+        else None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(TINY, store, seeds=[0], sparsities=[0.5], methods=["dense"])
+        assert len(list((tmp_path / "dense").glob("*.unfinished"))) == 1 and len(steps) == 17
+        assert without_seconds(run(TINY, store, seeds=[0], sparsities=[0.5], methods=["dense"])) == [
+            row for row in without_seconds(rows) if (row["seed"], row["method"]) == (0, "dense")]
+    finally:
+        hook.remove()
+    assert len(steps) == 17 + 24 - 16  # sixteen of its steps were saved
+    (left,) = (tmp_path / "dense").iterdir()
+    assert left.suffix == ".safetensors"
+    assert left.name in {path.name for path in (reference.folder / "dense").iterdir()}
+
+
+@pytest.mark.parametrize("methods", [["dense"], ["lth", "permuted"], lottery.METHODS])
+def test_the_cost_is_what_a_run_trains(tmp_path, monkeypatch, methods):
+    epochs = {"dense": 0, "pruning": 0, "sparse": 0}
+    fit = lottery.fit
+
+    def spy(model, train, recipe, *, resume, **options):
+        epochs[{"imp_round": "pruning"}.get(resume.parent.name, resume.parent.name)] += recipe.epochs
+        return fit(model, train, recipe, resume=resume, **options)
+
+    monkeypatch.setattr(lottery, "fit", spy)
+    run(TINY, Store(tmp_path), **GRID, methods=methods)
+    if methods == ["dense"]:  # which is network B
+        assert epochs == {"dense": 2 * 2, "pruning": 0, "sparse": 0}
+    assert lottery.training_epochs(TINY, **GRID, methods=methods) == epochs
+
+
+def test_the_place_of_files_decides_only_where_they_may_be_anything(tmp_path):
+    assert Experiment(root="a") == Experiment(root="a") and "root" not in Experiment(root="a").only(*lottery._DENSE)
+    here, there = (Experiment(dataset="cifar10", options={"verify": False}, root=str(tmp_path / one)) for one in "ab")
+    assert here.only("options") != there.only("options")
+    assert "nowhere" not in lottery.settings_text(Experiment(root="/nowhere"))
+
+
 @pytest.mark.parametrize("change, message", [
     ({"dataset": "mnist"}, "dataset is 'mnist': expected one of digits"),
     ({"model": "cnn"}, "model is 'cnn': expected one of mlp, lenet5, vgg11"),
+    ({"options": {"fold": 1}}, "digits has no option 'fold'"), ({"processes": 0}, "processes is 0"),
+    ({"matched_images": 0}, "matched_images is 0"), ({"warmup": 2}, "warmup is 2"), ({"precision": "fp16"}, "precision"),
     ({"imp": "restart"}, "imp is 'restart'"), ({"rewind": 7}, "rewind is 7: expected one of the checkpoints 0, 1, 2"),
     ({"rewind": 2}, "rewind is 2: nothing is left to train of 2 epochs"), ({"matched_at": 9}, "matched_at is 9"),
     ({"imp_rewind": 9}, "imp_rewind is 9"), ({"checkpoints": (-1, 0, 1)}, "checkpoints holds -1"),

@@ -1,9 +1,11 @@
-"""Data sets by name, each in one form: two splits that hand out batches, the shape of an image, the number of classes."""
+"""Data sets by name, in one form: two splits that hand out batches, the shape of an image, the number of classes."""
 
 import inspect
 from typing import NamedTuple
 
+from permask_core.data.cifar import cifar10, cifar100
 from permask_core.data.digits import digits
+from permask_core.data.imagenet import imagenet
 from permask_core.data.splits import Split
 
 __all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
@@ -19,7 +21,8 @@ class Dataset(NamedTuple):
     classes: int
 
 
-DATASETS = {"digits": digits}
+DATASETS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100,
+            "imagenet": imagenet}
 
 
 def load_dataset(name, **options):
@@ -27,9 +30,9 @@ def load_dataset(name, **options):
 
     Parameters
     ----------
-    name : {"digits"}
+    name : {"digits", "trifeature", "cifar10", "cifar100", "imagenet"}
     **options
-        What the data set itself takes: see :mod:`permask_core.data.digits`.
+        What the data set itself takes: see the function of that name below.
 
     Returns
     -------
@@ -38,7 +41,9 @@ def load_dataset(name, **options):
     Raises
     ------
     ValueError
-        If the name or an option is unknown, or an option is out of range.
+        If the name or an option is unknown, an option is out of range, or a file is damaged.
+    FileNotFoundError
+        If the files of a data set are not there; it says where they were looked for and how to get them.
     """
     check_options(name, options)
     train, test, input_shape, classes = DATASETS[name](**options)
@@ -49,7 +54,12 @@ def check_options(name, options):
     """Raise ValueError unless there is a data set of that name and it takes these options."""
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
-    known = list(inspect.signature(DATASETS[name]).parameters)
+    known = options_of(name)
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}: expected one of {', '.join(known)}")
+
+
+def options_of(name):
+    """The names of the options that a data set takes."""
+    return list(inspect.signature(DATASETS[name]).parameters)

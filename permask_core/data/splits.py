@@ -1,8 +1,8 @@
 """The two parts of a data set, and how batches are made of them: the one way in for training and evaluation.
 
-A split hands out batches on the training device, standardised, and augmented where an epoch asks for it. What happens to
-an image in an epoch is a function of the seed, the epoch and the image's index, not of the batch that it is in: neither
-the number of processes nor a restart in the middle changes it.
+A split hands out batches on the training device, standardised, and augmented where an epoch asks for it. What happens
+to an image in an epoch is a function of the seed, the epoch and the image's index, not of the batch that it is in:
+neither the number of processes nor a restart in the middle changes it.
 """
 
 from dataclasses import dataclass, replace
@@ -103,13 +103,21 @@ def standardised(x, mean, sd):
 
 
 def channel_moments(x):
-    """Mean and deviation of each channel of uint8 images [n, channels, height, width], in units of 255: two tuples."""
+    """Mean and deviation of each channel of uint8 images [n, channels, height, width], in units of 255: two tuples.
+
+    Raises
+    ------
+    ValueError
+        If a channel has one value only: it cannot be standardised.
+    """
     pixels = x.transpose(0, 1).flatten(1)
     # Of how often each value occurs: exact, and small however many images there are.
     counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels]).double()
     values = torch.arange(256).double() / 255
     mean = (counts * values).sum(1) / pixels.shape[1]
     sd = ((counts * (values - mean[:, None]) ** 2).sum(1) / pixels.shape[1]).sqrt()
+    if not sd.all():
+        raise ValueError(f"the deviations of the images' channels are {sd.tolist()}: expected numbers above 0")
     return tuple(mean.tolist()), tuple(sd.tolist())
 
 
@@ -119,5 +127,6 @@ def in_order(split, batch_size):
 
 
 def mixed_seed(*parts):
-    """One seed made of several integers of at least 0, such as a seed, an epoch and an index."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """One seed of 63 bits made of several integers of at least 0, such as a seed, an epoch and an index."""
+    # Their number is one of the parts: to SeedSequence, (3, 4) and (3, 4, 0) are the same.
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))

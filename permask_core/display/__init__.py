@@ -8,10 +8,11 @@ from permask_core.display.figures import (
     mask_pictures,
     matched_units,
     publish,
+    results,
 )
 from permask_core.display.networks import group_on_network
 from permask_core.display.style import METHODS, Look, look, new_figure
 from permask_core.display.tables import table
 
 __all__ = ["METHODS", "Look", "accuracies", "accuracy_by", "accuracy_by_sparsity", "explore", "group_on_network",
-           "look", "mask_pictures", "matched_units", "new_figure", "publish", "show", "table"]
+           "look", "mask_pictures", "matched_units", "new_figure", "publish", "results", "show", "table"]

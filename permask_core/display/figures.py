@@ -11,7 +11,7 @@ from scipy.optimize import isotonic_regression
 from permask_core.display.control import svg
 from permask_core.display.style import look, new_figure
 from permask_core.files import written_whole
-from permask_core.statistics import mean_interval
+from permask_core.statistics import Interval, mean_interval
 from permask_core.store import versions
 
 LINES = {"weights": "-", "activations": (0, (2, 1.5)), "": "-"}
@@ -42,9 +42,60 @@ def accuracies(rows, **where):
     return 100 * np.array([accuracy for _, accuracy in found])
 
 
+def spread(values):
+    """As :func:`permask_core.statistics.mean_interval`; a single value, which has no interval, stands for itself."""
+    if len(values) > 1:
+        return mean_interval(values)
+    return Interval(values[0], math.nan, values[0], values[0], 1)
+
+
 def series(rows):
     """The (method, matching) pairs that occur in rows, in the order of first occurrence, dense left out."""
     return list(dict.fromkeys((row["method"], row["matching"]) for row in rows if row["method"] != "dense"))
+
+
+def results(rows, published=()):
+    """The rows of a results table: mean test accuracy in percent and half the width of its 95 % interval.
+
+    Parameters
+    ----------
+    rows : list of dict
+        As :func:`permask_core.lottery.run` returns them, of any number of experiments.
+    published : list of dict, optional
+        Of one setting of :func:`permask_core.data.published.published_permuted_masks`; what fits a line is put below
+        it.
+
+    Returns
+    -------
+    list of dict
+        One for each width, rewind epoch and sparsity, as :func:`permask_core.display.table` takes them.
+    """
+    methods = [("dense", ""), *series(rows)]
+    varied = [name for name in ("width", "rewind") if len({row[name] for row in rows}) > 1]
+    lines = []
+    for place in dict.fromkeys((row["width"], row["rewind"], row["sparsity"]) for row in rows if row["sparsity"]):
+        where = dict(zip(("width", "rewind", "sparsity"), place))
+        head = {name: f"{where[name]:g}" for name in varied} | {"sparsity (%)": f"{100 * where['sparsity']:g}"}
+        own = {title(*one): _cell(rows, *one, **where) for one in methods}
+        lines.append(({"source": "measured"} if published else {}) | head | own)
+        # A published figure for the dense network stands beside every sparsity, and has no rewind epoch.
+        found = {row["method"]: f"{100 * row['accuracy']:.1f}" for row in published if row["width"] == where["width"]
+                 and math.isclose(row["sparsity"], where["sparsity"]) and row["rewind"] in (None, where["rewind"])}
+        if found:
+            lines.append({"source": "published"} | head | {
+                title(method, by): found.get(method, "") if by != "weights" else "" for method, by in methods})
+    return lines
+
+
+def title(method, matching):
+    """What a method is called at the head of a column."""
+    return look(method).label + (f" ({matching})" if matching else "")
+
+
+def _cell(rows, method, matching, **where):
+    where |= {"sparsity": 0.0} if method == "dense" else {}
+    mean, _, _, high, n = spread(accuracies(rows, method=method, matching=matching, **where))
+    return f"{mean:.1f} ± {high - mean:.1f}" if n > 1 else f"{mean:.1f}"
 
 
 def accuracy_by_sparsity(rows):
@@ -53,7 +104,7 @@ def accuracy_by_sparsity(rows):
     Parameters
     ----------
     rows : list of dict
-        Of one experiment, as :func:`permask_core.lottery.run` returns them; at least two seeds.
+        Of one experiment, as :func:`permask_core.lottery.run` returns them; a single seed has no interval.
 
     Returns
     -------
@@ -65,7 +116,7 @@ def accuracy_by_sparsity(rows):
     labels, floor = [], math.inf
     for method, matching in series(rows):
         color, marker, label = look(method)
-        points = [mean_interval(accuracies(rows, method=method, matching=matching, sparsity=s)) for s in sparsities]
+        points = [spread(accuracies(rows, method=method, matching=matching, sparsity=s)) for s in sparsities]
         for axes in (whole, top):
             _line(axes, [place[s] for s in sparsities], points, color, marker, LINES[matching], clip_on=axes is top)
         labels.append((points[-1].mean, f"{label}, by {matching}" if matching else label, color))
@@ -117,7 +168,7 @@ def accuracy_by(rows, field, *, label, ticks=None):
         color, marker, name = look(method)
         run = [row for row in rows if (row["method"], row["matching"]) == (method, matching)]
         own = sorted({row[field] for row in run})
-        points = [mean_interval(accuracies(run, **{field: v})) for v in own]
+        points = [spread(accuracies(run, **{field: v})) for v in own]
         _line(axes, [values.index(v) for v in own], points, color, marker, LINES[matching])
         labels.append((points[-1].mean, name, color))
     axes.set_xticks(range(len(values)), [ticks[v] if ticks else f"{v:g}" for v in values])

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 import torch
 
 from permask_core.models.feedforward import lenet5, mlp, vgg11
-from permask_core.models.residual import resnet8, resnet18, resnet20, resnet50, resnet56
+from permask_core.models.residual import resnet8, resnet18, resnet18_cifar, resnet20, resnet50, resnet56
+from permask_core.models.transformer import vit_b_16
 
 MODELS = {"mlp": mlp, "lenet5": lenet5, "vgg11": vgg11, "resnet8": resnet8, "resnet20": resnet20, "resnet56": resnet56,
-          "resnet18": resnet18, "resnet50": resnet50}
+          "resnet18": resnet18, "resnet18_cifar": resnet18_cifar, "resnet50": resnet50, "vit_b_16": vit_b_16}
 
-__all__ = ["MODELS", "build_model", "evaluating", "lenet5", "mlp", "resnet8", "resnet18", "resnet20", "resnet50",
-           "resnet56", "vgg11"]
+__all__ = ["MODELS", "build_model", "evaluating", "lenet5", "mlp", "resnet8", "resnet18", "resnet18_cifar", "resnet20",
+           "resnet50", "resnet56", "vgg11", "vit_b_16"]
 
 
 def build_model(name, input_shape, classes, *, seed=0, **options):
@@ -20,7 +21,8 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
 
     Parameters
     ----------
-    name : {"mlp", "lenet5", "vgg11", "resnet8", "resnet20", "resnet56", "resnet18", "resnet50"}
+    name : str
+        One of mlp, lenet5, vgg11, resnet8, resnet20, resnet56, resnet18, resnet18_cifar, resnet50, vit_b_16.
     input_shape : tuple of int
         Shape of one input: (channels, height, width).
     classes : int
@@ -28,8 +30,8 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     seed : int
         Of the initialisation; the global random state is left alone.
     **options
-        What the network itself takes: ``width`` (a factor on all hidden widths), ``depth`` (mlp), ``batch_norm``
-        (vgg11), ``shortcut`` (resnet8, resnet20, resnet56).
+        What the network itself takes: ``width`` (a factor on all hidden widths, in vit_b_16 on the number of heads),
+        ``depth`` (mlp), ``batch_norm`` (vgg11), ``shortcut`` (resnet8, resnet20, resnet56).
 
     Returns
     -------

@@ -1,4 +1,5 @@
-"""Residual networks: those of He et al. for small images, and torchvision's ResNet18 and ResNet50 with a width.
+"""Residual networks: those of He et al. for small images, torchvision's ResNet18 and ResNet50 with a width, and the
+ResNet18 of the pruning literature on CIFAR.
 
 He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016: section 4.2 for the small ones,
 table 1 for the others.
@@ -121,9 +122,17 @@ def resnet50(input_shape, classes, *, width=1.0):
     return _large_resnet("resnet50", "Bottleneck", (3, 4, 6, 3), input_shape, classes, width)
 
 
-def _large_resnet(name, block, blocks, input_shape, classes, width):
-    if min(input_shape[1:]) < 32:
-        raise ValueError(f"input_shape is {input_shape}: {name} halves the image five times and needs at least 32x32")
+def resnet18_cifar(input_shape, classes, *, width=1.0):
+    """:func:`~permask_core.models.resnet18` for small images, as the pruning literature has it on CIFAR: the stem is a
+    3x3 convolution of stride 1, and no pooling follows it."""
+    return _large_resnet("resnet18_cifar", "BasicBlock", (2, 2, 2, 2), input_shape, classes, width, small_images=True)
+
+
+def _large_resnet(name, block, blocks, input_shape, classes, width, *, small_images=False):
+    times, least = ("three", 8) if small_images else ("five", 32)
+    if min(input_shape[1:]) < least:
+        raise ValueError(f"input_shape is {input_shape}: {name} halves the image {times} times and needs at least "
+                         f"{least}x{least}")
     from permask_core.models.imagenet import ScaledResNet  # here, because torchvision takes a second to import
 
-    return ScaledResNet(block, blocks, input_shape[0], classes, width)
+    return ScaledResNet(block, blocks, input_shape[0], classes, width, small_images=small_images)

@@ -13,13 +13,23 @@ import torch
 from torch.nn import functional as F
 
 import permask_core
+from permask_core.matching import permutation_groups
 from permask_core.models import build_model, evaluating
 from permask_core.pruning import prunable_weights
 from permask_core.vision import torchvision
 
 SMALL = {"resnet8": 1, "resnet20": 3, "resnet56": 9}
 KINDS = ("projection", "padded")
-LARGE = {"resnet18": torchvision.models.ResNet18_Weights, "resnet50": torchvision.models.ResNet50_Weights}
+# At width 1: the counts that torchvision publishes for 1000 classes, and the usual one on CIFAR-10.
+LARGE = {"resnet18": (1000, 11_689_512), "resnet50": (1000, 25_557_032), "resnet18_cifar": (10, 11_173_962)}
+
+
+def torchvisions(name, classes):
+    """torchvision's own network, for CIFAR with its stem replaced by hand."""
+    model = getattr(torchvision.models, name.removesuffix("_cifar"))(weights=None, num_classes=classes)
+    if name.endswith("_cifar"):
+        model.conv1, model.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    return model
 
 
 def parameters(model):
@@ -113,7 +123,7 @@ def test_pruning_leaves_shortcuts_out(name, options):
     with torch.device("meta"):
         model = build_model(name, (3, 32, 32), 10, **options)
     prunable = prunable_weights(model)
-    assert len(prunable) == int(name.removeprefix("resnet"))
+    assert len(prunable) == int(re.search(r"\d+", name).group())
     assert {"conv1.weight", "head.weight" if name in SMALL else "fc.weight"} < set(prunable)
     left = {key for key, tensor in model.named_parameters() if tensor.ndim > 1} - set(prunable)
     assert len(left) == {"projection": 2, "padded": 0}.get(options.get("shortcut"), 3 + (name == "resnet50"))
@@ -122,9 +132,10 @@ def test_pruning_leaves_shortcuts_out(name, options):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_at_width_1_they_are_torchvisions(name):
-    theirs = lively(getattr(torchvision.models, name)(weights=None))
-    model = build_model(name, (3, 32, 32), 1000)
-    assert parameters(model) == LARGE[name].DEFAULT.meta["num_params"]
+    classes, published = LARGE[name]
+    theirs = lively(torchvisions(name, classes))
+    model = build_model(name, (3, 32, 32), classes)
+    assert parameters(model) == published
     assert model.load_state_dict(theirs.state_dict()) and list(model.state_dict()) == list(theirs.state_dict())
     x = torch.randn(2, 3, 40, 33)
     with evaluating(model):
@@ -135,7 +146,7 @@ def test_at_width_1_they_are_torchvisions(name):
 @pytest.mark.parametrize("name", LARGE)
 def test_a_width_is_a_factor_on_all_channels_of_torchvisions(name, width):
     with torch.device("meta"):
-        theirs = getattr(torchvision.models, name)(weights=None).state_dict()
+        theirs = torchvisions(name, 1000).state_dict()
         model = build_model(name, (5, 32, 32), 10, width=width).state_dict()
     ends = {("conv1.weight", 1): 5, ("fc.weight", 0): 10, ("fc.bias", 0): 10}
     for key, tensor in theirs.items():
@@ -163,7 +174,8 @@ def test_initialisation(name):
 @pytest.mark.parametrize("name, shape, options", [
     *((name, (1, 8, 8), {"shortcut": kind, "width": width})
       for name in SMALL for kind in KINDS for width in (0.03, 0.15, 0.25, 2)),
-    ("resnet20", (3, 4, 5), {}), ("resnet18", (1, 32, 47), {"width": 0.1}), ("resnet50", (4, 33, 32), {"width": 0.1})])
+    ("resnet20", (3, 4, 5), {}), ("resnet18", (1, 32, 47), {"width": 0.1}), ("resnet50", (4, 33, 32), {"width": 0.1}),
+    ("resnet18_cifar", (1, 8, 9), {"width": 0.1})])
 def test_shapes_while_training(name, shape, options):
     model = build_model(name, shape, 7, **options)
     out = model(torch.randn(2, *shape))
@@ -173,7 +185,7 @@ def test_shapes_while_training(name, shape, options):
 
 
 @pytest.mark.parametrize("name, options", [("resnet8", {"shortcut": "projection"}), ("resnet8", {"shortcut": "padded"}),
-                                           ("resnet18", {}), ("resnet50", {})])
+                                           *((name, {}) for name in LARGE)])
 def test_they_can_be_traced_and_copied(name, options):
     model = lively(build_model(name, (3, 32, 32), 10, width=0.1, **options))
     x = torch.randn(2, 3, 32, 32)
@@ -182,6 +194,24 @@ def test_they_can_be_traced_and_copied(name, options):
     with torch.no_grad():
         for other in others:
             torch.testing.assert_close(other(x), model(x))
+
+
+def test_the_stem_for_cifar_keeps_the_size_of_the_image():
+    """Three stages halve 32x32 to 4x4."""
+    model, seen = build_model("resnet18_cifar", (3, 32, 32), 10, width=0.1), {}
+    for name in ("layer1", "layer4"):
+        getattr(model, name).register_forward_hook(lambda module, x, out, name=name: seen.update({name: out.shape[2:]}))
+    model(torch.zeros(2, 3, 32, 32))
+    assert seen == {"layer1": (32, 32), "layer4": (4, 4)}
+
+
+def test_the_permutation_groups_of_resnet18_for_cifar():
+    """One for each stage's residual stream, and one inside each block."""
+    groups = permutation_groups(build_model("resnet18_cifar", (3, 32, 32), 10, width=0.1), torch.zeros(2, 3, 32, 32),
+                                check=True)
+    assert {name: group.size for name, group in groups.items()} == {
+        "conv1": 6, **{f"layer{i}.{j}.conv1": size for i, size in enumerate((6, 13, 26, 51), 1) for j in (0, 1)},
+        "layer2.0.conv2": 13, "layer3.0.conv2": 26, "layer4.0.conv2": 51}
 
 
 def test_importing_the_models_leaves_torchvision_alone():
@@ -199,6 +229,9 @@ def test_importing_the_models_leaves_torchvision_alone():
     ("resnet56", (3, 3, 32), {}, "input_shape is (3, 3, 32): resnet56 halves the image twice and needs at least 4x4"),
     ("resnet50", (3, 32, 28), {}, "input_shape is (3, 32, 28): resnet50 halves the image five times and needs at "
                                   "least 32x32"),
+    ("resnet18_cifar", (3, 7, 32), {}, "input_shape is (3, 7, 32): resnet18_cifar halves the image three times and "
+                                       "needs at least 8x8"),
+    ("resnet18_cifar", (3, 8, 8), {"width": -1}, "width is -1"),
     ("resnet20", (3, 32, 32), {"width": 0}, "width is 0"), ("resnet18", (3, 32, 32), {"width": "4"}, "width is '4'"),
 ])
 def test_bad_input_is_named(name, shape, options, message):

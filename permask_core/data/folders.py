@@ -1,0 +1,98 @@
+"""Images that stay on disk: a split whose batches are read, decoded with PIL and cut by worker processes.
+
+Each call of ``batches`` starts its workers anew. Kept from epoch to epoch, they would have to be told the new seed and
+epoch, and a split would be no value that other processes can be sent; their start takes a fraction of a second, an
+epoch of a set too large for memory takes minutes.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from permask_core.data.splits import mixed_seed, standardised
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """Image files below ``root``: their ``names`` [n] relative to it, and labels ``y`` [n], int64.
+
+    Batches are like those of :class:`~permask_core.data.splits.Split`, with images of ``image_size`` x ``image_size``
+    pixels, standardised by ``mean`` and ``sd`` of each channel. Augmented, an image is a crop of 8 to 100 % of the area
+    and 3:4 to 4:3, resized, and mirrored in half of the cases; otherwise it is the centre, 224/256 of the shorter side.
+    ``workers`` processes read ahead; with 0 this process reads.
+    """
+
+    root: Path
+    names: np.ndarray  # of str: worker processes share an array's memory, but copy a list by counting references
+    y: torch.Tensor
+    image_size: int
+    workers: int
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+
+    def __len__(self):
+        return len(self.y)
+
+    def to(self, device):
+        """The split itself: its images stay on disk."""
+        return self
+
+    def batches(self, indices, device="cpu", augmented=None):
+        """Batches of some images: see :meth:`permask_core.data.splits.Split.batches`.
+
+        Raises
+        ------
+        ValueError
+            If a file is no readable image.
+        """
+        device = torch.device(device)
+        indices = [chosen.cpu() for chosen in indices]
+        loader = torch.utils.data.DataLoader(
+            _Pictures(self, augmented), batch_sampler=[chosen.tolist() for chosen in indices],
+            num_workers=self.workers, pin_memory=device.type == "cuda",
+            generator=torch.Generator())  # its own: the global one belongs to whoever trains
+        for chosen, x in zip(indices, loader):
+            yield standardised(x.to(device, non_blocking=True), self.mean, self.sd), self.y[chosen].to(device)
+
+
+@dataclass(frozen=True)
+class _Pictures(torch.utils.data.Dataset):
+    """The images of a split in one epoch, by index: uint8 [3, image_size, image_size]."""
+
+    split: Folder
+    augmented: tuple[int, int] | None
+
+    def __getitem__(self, index):
+        image = _opened(self.split.root / self.split.names[index])
+        moved, plain = _transforms(self.split.image_size)
+        if self.augmented is None:
+            return plain(image)
+        # torchvision's transforms draw from torch's global generator. Only the CPU's is seeded and given back:
+        # torch.manual_seed would also seed the GPUs', on which dropout may depend.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mixed_seed(*self.augmented, index))
+            return moved(image)
+
+
+def _opened(path):
+    from permask_core.vision import torchvision
+
+    try:
+        return torchvision.datasets.folder.pil_loader(path)  # RGB, whatever the file is
+    except Exception as error:  # PIL's formats raise what they like
+        raise ValueError(f"{path} is no readable image ({error}): replace or delete it") from error
+
+
+@functools.cache
+def _transforms(image_size):
+    """From a PIL image to uint8, augmented and plain. Made where they are used: to unpickle them, a new process would
+    import torchvision directly."""
+    from permask_core.vision import torchvision
+
+    made = torchvision.transforms
+    moved = [made.RandomResizedCrop(image_size), made.RandomHorizontalFlip()]
+    plain = [made.Resize(round(image_size * 256 / 224)), made.CenterCrop(image_size)]
+    return tuple(made.Compose([*steps, made.PILToTensor()]) for steps in (moved, plain))

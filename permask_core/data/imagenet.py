@@ -1,0 +1,126 @@
+"""ImageNet (ILSVRC 2012): 1.28 million training and 50,000 validation images of 1,000 classes in torchvision's folders.
+
+The images cannot be downloaded without an account. Where the published archives lie in the folder and the images do
+not, torchvision checks and unpacks them.
+
+Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 115, 2015.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from permask_core.data.folders import Folder
+from permask_core.data.root import data_root
+
+# Of the training images' channels in units of 255, as used by torchvision's published models.
+MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def imagenet(root=None, image_size=224, workers=None):
+    """ImageNet, or any other set in folders ``train/<class>`` and ``val/<class>``; labels number the sorted classes.
+
+    Parameters
+    ----------
+    root : path-like, optional
+        The folder with ``train`` and ``val`` in it; by default ``imagenet`` in
+        :func:`permask_core.data.root.data_root`.
+    image_size : int
+        Height and width of a network's input, in pixels.
+    workers : int, optional
+        Number of processes that read images, 0 for none; by default one for each core, at most 8.
+
+    Returns
+    -------
+    (Folder, Folder, tuple of int, int)
+        Training and validation split; the shape [3, image_size, image_size]; the number of classes found.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is neither folder nor archive, or a class has no images.
+    RuntimeError
+        If an archive is not the published one.
+    ValueError
+        If the two folders have different classes, or some that ``meta.bin``, where there is one, does not know; or
+        an argument is out of range.
+    """
+    if not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size is {image_size!r}: expected an integer of at least 1")
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(8, cores)
+    if not isinstance(workers, int) or workers < 0:
+        raise ValueError(f"workers is {workers!r}: expected an integer of at least 0")
+    root = Path(root).expanduser().absolute() if root else data_root() / "imagenet"
+    _unpack(root)
+    classes = _classes(root)
+    splits = (Folder(root / name, *_files(root / name, classes), image_size, workers, MEAN, SD)
+              for name in ("train", "val"))
+    return *splits, (3, image_size, image_size), len(classes)
+
+
+def _unpack(root):
+    """Have torchvision unpack the archives of folders that are missing."""
+    from permask_core.vision import torchvision
+
+    known = torchvision.datasets.imagenet
+    archives = {name: root / file for name, (file, _) in known.ARCHIVE_META.items()}
+    missing = [name for name in ("train", "val") if not (root / name).is_dir()]
+    if any(not archives[name].is_file() for name in missing):
+        raise FileNotFoundError(
+            f"ImageNet is not in {root}: expected train/<class>/*.JPEG and val/<class>/*.JPEG; missing: "
+            f"{', '.join(missing)}. Fetch {', '.join(path.name for path in archives.values())} from "
+            f"https://image-net.org (with an account) and put them in {root}, where they are unpacked; or name another "
+            "folder by root, or the one that has imagenet in it by the environment variable PERMASK_DATA")
+    if "val" in missing and not (root / known.META_FILE).is_file():
+        known.parse_devkit_archive(root)  # knows the class of each validation image
+    for name, parse in (("train", known.parse_train_archive), ("val", known.parse_val_archive)):
+        if name in missing:
+            # Under another name until it is whole, or a run after a kill would take half of the images for all.
+            unfinished = root / f".{name}.unpacking"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            parse(root, folder=unfinished.name)
+            unfinished.rename(root / name)
+
+
+def _classes(root):
+    """The sorted names of the classes, the same in both folders."""
+    from permask_core.vision import torchvision
+
+    train, val = ({entry.name for entry in os.scandir(root / name) if entry.is_dir()} for name in ("train", "val"))
+    if train != val or not train:
+        raise ValueError(f"{root} has {len(train)} classes in train and {len(val)} in val; only in train: "
+                         f"{_some(train - val)}; only in val: {_some(val - train)}: expected the same, at least one")
+    meta = root / torchvision.datasets.imagenet.META_FILE
+    if meta.is_file():
+        try:
+            known = set(torchvision.datasets.imagenet.load_meta_file(root)[0])
+        except Exception as error:  # torch.load raises what the bytes lead it to
+            raise ValueError(f"{meta} is damaged ({error}): delete it") from error
+        if not train <= known:
+            raise ValueError(f"{meta} does not know {_some(train - known)}: expected names of ImageNet's classes, such "
+                             "as n01440764")
+    return sorted(train)
+
+
+def _some(names):
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "") or "none"
+
+
+def _files(folder, classes):
+    """Image files by their names relative to the folder, class by class, and their labels."""
+    from permask_core.vision import torchvision
+
+    known = torchvision.datasets.folder
+    numbers = {name: number for number, name in enumerate(classes)}
+    try:
+        files = known.make_dataset(folder, numbers, known.IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder}: {error}") from error
+    names = np.array([path[len(str(folder)) + 1:] for path, _ in files])
+    return names, torch.tensor([label for _, label in files])

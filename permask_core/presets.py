@@ -1,0 +1,120 @@
+"""Settings by name: the published experiments, and stand-ins for them that run in minutes without a download.
+
+What the sources do not say is ours, and said so beside the setting. Adnan et al., ICML 2025 (arXiv 2505.05143), and
+their public code, for the permuted masks; Lasby et al., ICLR 2024 (arXiv 2305.02299), for ResNet18 and ViT-B/16.
+"""
+
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+from permask_core.lottery import Experiment
+
+
+class Preset(NamedTuple):
+    """An ``experiment`` and what it is run over: ``widths``, ``rewinds`` (epochs), ``seeds``, ``sparsities`` and
+    ``matchings``; and what it ``reproduces``, if that was published."""
+
+    experiment: Experiment
+    widths: tuple[float, ...]
+    rewinds: tuple[int, ...]
+    seeds: int
+    sparsities: tuple[float, ...]
+    matchings: tuple[str, ...]
+    reproduces: str | None = None
+
+
+_SPARSITIES = (0.8, 0.9, 0.95, 0.97)
+_REWINDS = (0, 5, 10, 15, 20, 25, 50, 75, 100)
+
+_CIFAR = Experiment(
+    dataset="cifar10", model="resnet20", epochs=200, lr=0.08, sparse_lr=0.02, momentum=0.9, weight_decay=5e-4,
+    batch_size=128, checkpoints=(*_REWINDS, 200), rewind=25, matched_at=200,
+    # The authors' code prunes and fine-tunes; that a round has a cosine of its own is ours.
+    imp="finetune", imp_rewind=0, imp_epochs=50, imp_lr=0.01, imp_rate=0.2)
+
+_IMAGENET = Experiment(
+    dataset="imagenet", model="resnet50", epochs=90, lr=0.04, sparse_lr=0.04, momentum=0.9, weight_decay=1e-4,
+    batch_size=256, schedule="step", step_epochs=31, precision="bf16", checkpoints=(0, 10, 25, 50, 90), rewind=25,
+    matched_at=90,  # the learning rate of the sparse runs and bf16 are ours
+    imp="finetune", imp_rewind=0, imp_epochs=20, imp_lr=0.002, imp_rate=0.2)
+
+# Digits are too easy: without noise all methods tie on a convolutional network. Channels as CIFAR has them.
+_DIGITS = Experiment(
+    dataset="digits", options={"noise": 1.0, "copies": 5, "channels": 3}, model="resnet8", epochs=12, lr=0.1,
+    sparse_lr=0.05, momentum=0.9, weight_decay=5e-4, batch_size=128, checkpoints=(0, 2, 12), rewind=2, matched_at=12,
+    imp="rewind", imp_rewind=2, imp_epochs=10, imp_lr=0.1, imp_rate=0.35)
+
+PRESETS = {
+    "digits": Preset(_DIGITS, (0.5,), (2,), 3, (0.9, 0.985), ("weights", "activations")),
+    "cifar10-resnet20": Preset(_CIFAR, (1, 4, 8, 16), _REWINDS, 3, _SPARSITIES, ("activations",), "ResNet20/CIFAR-10"),
+    "cifar100-resnet20": Preset(replace(_CIFAR, dataset="cifar100"), (1, 4, 8, 16), _REWINDS, 3, _SPARSITIES,
+                                ("activations",), "ResNet20/CIFAR-100"),
+    "cifar10-vgg11": Preset(replace(_CIFAR, model="vgg11"), (1,), _REWINDS, 3, (0.8, 0.9), ("activations",),
+                            "VGG11/CIFAR-10"),
+    "imagenet-resnet50": Preset(_IMAGENET, (1,), (0, 10, 25, 50), 1, _SPARSITIES, ("activations",)),
+    # Lasby et al. train without a mask found before; the dense settings are theirs, the rest as for ResNet20.
+    "cifar10-resnet18": Preset(
+        replace(_CIFAR, model="resnet18_cifar", epochs=250, lr=0.1, sparse_lr=0.025, checkpoints=(0, 25, 250),
+                matched_at=250), (1,), (25,), 3, (0.8, 0.9, 0.95, 0.99), ("activations",)),
+    # torchvision's reference recipe without its image augmentations, which comes near theirs.
+    "imagenet-vit_b_16": Preset(
+        replace(_IMAGENET, model="vit_b_16", epochs=300, optimizer="adamw", lr=0.003, sparse_lr=0.003,
+                weight_decay=0.3, batch_size=4096, accumulate=16, schedule="cosine", warmup=30, label_smoothing=0.11,
+                checkpoints=(0, 30, 300), rewind=30, matched_at=300, imp_epochs=60), (1,), (30,), 1, (0.8, 0.9),
+        ("weights",)),
+}
+
+
+def preset(name, **changes):
+    """The preset of a name, with changes.
+
+    Parameters
+    ----------
+    name : str
+        One of ``PRESETS``.
+    **changes
+        Fields of :class:`Preset` or of its :class:`~permask_core.lottery.Experiment`; what is None stays. Another data
+        set drops the options of the preset's own. With another data set, network or number of epochs it
+        reproduces nothing that was published. With other ``epochs``, A and B are matched at their end, and of the
+        epochs that are kept those stay that there still are.
+
+    Raises
+    ------
+    ValueError
+        If there is no such preset or field, or a value is out of range.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+    changes = {key: value for key, value in changes.items() if value is not None}
+    unknown = set(changes) - {field.name for field in fields(Experiment)} - set(Preset._fields[1:-1])
+    if unknown:
+        raise ValueError(f"unknown setting {sorted(unknown)[0]!r}: expected a field of Experiment or one of "
+                         f"{', '.join(Preset._fields[1:-1])}")
+    chosen = PRESETS[name]
+    grid = {key: changes.pop(key) for key in Preset._fields[1:-1] if key in changes}
+    for key in ("widths", "rewinds", "sparsities", "matchings"):  # before anything counts their letters
+        if not isinstance(grid.get(key, ()), (list, tuple)) or key in grid and not grid[key]:
+            raise ValueError(f"{key} is {grid[key]!r}: expected a list (papermill takes lists with -y, as in "
+                             f"-y '{{{key}: [...]}}')")
+    grid = {key: tuple(value) if isinstance(value, list) else value for key, value in grid.items()}
+    experiment = chosen.experiment
+    if changes.get("dataset", experiment.dataset) != experiment.dataset:
+        changes.setdefault("options", {})
+    epochs = changes.get("epochs", experiment.epochs)
+    rewinds = grid.get("rewinds", chosen.rewinds)
+    if not isinstance(epochs, int) or any(not isinstance(k, int) or not 0 <= k < epochs for k in rewinds):
+        raise ValueError(f"rewinds is {list(rewinds)!r} with epochs {epochs!r}: expected epochs from 0 to one before "
+                         "the last")
+    imp_rewind = min(changes.get("imp_rewind", experiment.imp_rewind), epochs - 1)
+    kept = {k for k in experiment.checkpoints if k <= epochs} | {*rewinds, imp_rewind, epochs}
+    changes = {"checkpoints": tuple(kept), "rewind": rewinds[0], "imp_rewind": imp_rewind,
+               "matched_at": epochs if experiment.matched_at == experiment.epochs else experiment.matched_at, **changes}
+    experiment = replace(experiment, **changes)
+    same = all(getattr(experiment, key) == getattr(chosen.experiment, key) for key in ("dataset", "model", "epochs"))
+    return chosen._replace(experiment=experiment, **grid, reproduces=chosen.reproduces if same else None)
+
+
+def experiments(chosen):
+    """One experiment for each width and rewind epoch of a preset."""
+    return [replace(chosen.experiment, width=width, rewind=rewind)
+            for width in chosen.widths for rewind in chosen.rewinds]
