@@ -106,7 +106,10 @@ class Experiment:
 
     def only(self, *names):
         """Some of the settings as a dict: what a stage depends on."""
-        return {name: getattr(self, name) for name in names}
+        settings = {name: getattr(self, name) for name in names}
+        if "options" in settings:  # how many processes read images decides about nothing
+            settings["options"] = {name: value for name, value in self.options.items() if name != "workers"}
+        return settings
 
 
 _TRAINING = ("momentum", "weight_decay", "batch_size", "schedule", "step_epochs", "warmup", "label_smoothing",

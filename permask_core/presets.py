@@ -7,7 +7,7 @@ their public code, for the permuted masks; Lasby et al., ICLR 2024 (arXiv 2305.0
 from dataclasses import fields, replace
 from typing import NamedTuple
 
-from permask_core.lottery import Experiment
+from permask_core.lottery import Experiment, training_epochs
 
 
 class Preset(NamedTuple):
@@ -44,8 +44,16 @@ _DIGITS = Experiment(
     sparse_lr=0.05, momentum=0.9, weight_decay=5e-4, batch_size=128, checkpoints=(0, 2, 12), rewind=2, matched_at=12,
     imp="rewind", imp_rewind=2, imp_epochs=10, imp_lr=0.1, imp_rate=0.35)
 
+# The chain of ImageNet's experiment in seconds; on so little data nothing can be said about the methods.
+_TRIFEATURE = Experiment(
+    dataset="trifeature", options={"n_train": 1000, "n_test": 500, "label": "colour"}, model="resnet18", epochs=6,
+    lr=0.04, sparse_lr=0.04, momentum=0.9, weight_decay=1e-4, batch_size=64, schedule="step", step_epochs=3,
+    checkpoints=(0, 2, 6), rewind=2, matched_at=6, imp="finetune", imp_rewind=0, imp_epochs=1, imp_lr=0.004,
+    imp_rate=0.2)
+
 PRESETS = {
     "digits": Preset(_DIGITS, (0.5,), (2,), 3, (0.9, 0.985), ("weights", "activations")),
+    "trifeature": Preset(_TRIFEATURE, (0.125,), (2,), 2, (0.9,), ("weights", "activations")),
     "cifar10-resnet20": Preset(_CIFAR, (1, 4, 8, 16), _REWINDS, 3, _SPARSITIES, ("activations",), "ResNet20/CIFAR-10"),
     "cifar100-resnet20": Preset(replace(_CIFAR, dataset="cifar100"), (1, 4, 8, 16), _REWINDS, 3, _SPARSITIES,
                                 ("activations",), "ResNet20/CIFAR-100"),
@@ -118,3 +126,29 @@ def experiments(chosen):
     """One experiment for each width and rewind epoch of a preset."""
     return [replace(chosen.experiment, width=width, rewind=rewind)
             for width in chosen.widths for rewind in chosen.rewinds]
+
+
+def training_cost(chosen, images, speeds):
+    """What a preset costs, from how fast its network trains.
+
+    Parameters
+    ----------
+    chosen : Preset
+    images : int
+        In the training set.
+    speeds : dict of float to float
+        Images per second of training, by width.
+
+    Returns
+    -------
+    list of dict
+        For each width in ``speeds``: ``width``, ``dense``, ``pruning`` and ``sparse`` (epochs of training over all
+        seeds, sparsities, methods and rewind points), ``speed`` and ``hours``. Matching and evaluation are not in it.
+    """
+    epochs = {}
+    for k in chosen.rewinds:  # which share the dense networks and the tickets
+        run = training_epochs(replace(chosen.experiment, rewind=k), seeds=range(chosen.seeds),
+                              sparsities=chosen.sparsities, matchings=chosen.matchings)
+        epochs = run | {"sparse": run["sparse"] + epochs.get("sparse", 0)}
+    return [{"width": width, **epochs, "speed": speed, "hours": sum(epochs.values()) * images / speed / 3600}
+            for width, speed in speeds.items()]

@@ -1,8 +1,8 @@
 """Several processes that train one network, each on its share of every batch.
 
-Lightning Fabric starts or joins them and averages the gradients: of the engines that do so without taking over the
-training loop it is the one that needs no launcher of its own, so that the same call works in a notebook, under
-``torchrun`` and in a job of a cluster. It is imported when it is asked for.
+Lightning Fabric connects them and averages the gradients: of the engines that do so without taking over the training
+loop it is the one that needs no launcher of its own, so that the same call works in a notebook, under ``torchrun`` and
+in a job of a cluster. It is imported in the processes that train.
 """
 
 import copy
@@ -57,6 +57,7 @@ def launch(function, processes, device, model, *arguments):
     finally:
         for process in started.processes:  # after an interrupt, nobody would wait for them
             process.kill()
+            process.join()
 
 
 def _start(rank, processes, port, accelerator, function, model, *arguments):

@@ -129,7 +129,8 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
         batch; BatchNorm sees the images of its own process, and its statistics are those of the first.
     resume : path-like, optional
         A file to which the run is saved every minute and at the end. Where it exists, the run goes on from there, and
-        on the same CPU ends in the same bits as one that was never interrupted.
+        on the same CPU, in one or two processes, ends in the same bits as one that was never interrupted. (The sum
+        of more gradients depends on how they are grouped, which their engine settles anew in its first step.)
     description : str or None
         Shown with the progress bar; None for no bar.
 
@@ -158,6 +159,7 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
         return _train(None, model, train, job, resume, description)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(resume or Path(folder, "run.safetensors")).absolute()
+        _found(path, job)  # what is wrong with it is said before any process starts
         launch(_train, processes, device, model.cpu(), train, job, path, description)
         run = of_first(_load, path, job)
     model.load_state_dict(run.fit.state)
@@ -231,7 +233,7 @@ class _Run(NamedTuple):
 
     fit: Fit
     optimizer: dict[str, torch.Tensor]  # its state, named "weight/quantity"
-    total: torch.Tensor  # sum of the losses of the epoch that is not finished
+    totals: torch.Tensor  # [processes]: each one's sum of the losses of the epoch that is not finished
     done: int
 
 
@@ -251,12 +253,13 @@ def _train(fabric, model, train, job, resume, description):
     weights, keep = [weight for weight, _ in masked], [mask.to(weight.dtype) for weight, mask in masked]
     optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe)
 
-    kept, losses, done, total = {}, [], 0, torch.zeros((), device=device)
+    # Each process adds to a place of its own, so that a run that is resumed adds in the same order.
+    kept, losses, done, totals = {}, [], 0, torch.zeros(ranks, device=device)
     if run:
         model.load_state_dict(run.fit.state)
         _restore(optimizer, parameters, run.optimizer)
-        kept, losses, done, total = dict(run.fit.checkpoints), list(run.fit.losses), run.done, run.total.to(device)
-        total = total if rank == 0 else torch.zeros_like(total)
+        kept, losses, done = dict(run.fit.checkpoints), list(run.fit.losses), run.done
+        totals[rank] = run.totals[rank]
     network = fabric.setup_module(model, move_to_device=False) if fabric else model
     saved = time.monotonic()
 
@@ -268,7 +271,7 @@ def _train(fabric, model, train, job, resume, description):
             kept[name] = _copied(model)
 
     def save():
-        whole = summed(total.clone())
+        whole = summed(totals.clone())
         if rank == 0:
             _save(resume, _Run(Fit(_copied(model), kept, losses), _quantities(optimizer, parameters), whole, done), job)
 
@@ -295,7 +298,7 @@ def _train(fabric, model, train, job, resume, description):
                     logits = logits.float() if logits.dtype.itemsize < 4 else logits
                     loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
                     fabric.backward(loss * share) if fabric else (loss * share).backward()
-                total += loss.detach() * len(y)
+                totals[rank] += loss.detach() * len(y)
             optimizer.step()
             if weights:
                 with torch.no_grad():
@@ -303,8 +306,8 @@ def _train(fabric, model, train, job, resume, description):
             done += 1
             keep_checkpoints()
             if done % job.steps_per_epoch == 0:
-                losses.append(summed(total).item() / len(train))
-                total = torch.zeros_like(total)
+                losses.append(summed(totals).sum().item() / len(train))
+                totals = torch.zeros_like(totals)
                 if not math.isfinite(losses[-1]):
                     raise FloatingPointError(f"the training loss is {losses[-1]} in epoch {len(losses)}: try a smaller "
                                              f"learning rate than {recipe.lr}")
@@ -351,7 +354,7 @@ def _save(path, run, job):
     tensors |= {f"checkpoint/{name}/{key}": tensor for name, state in run.fit.checkpoints.items()
                 for key, tensor in state.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in run.optimizer.items()}
-    save_tensors(path, {**tensors, "total": run.total},
+    save_tensors(path, {**tensors, "totals": run.totals},
                  {"kind": "run", "identity": job.identity, "losses": run.fit.losses, "done": run.done})
 
 
@@ -376,7 +379,7 @@ def _load(path, job):
             parts[kind][checkpoint][rest] = tensor
         elif rest:
             parts[kind][rest] = tensor
-    return _Run(Fit(parts["state"], parts["checkpoint"], record["losses"]), parts["optimizer"], tensors["total"],
+    return _Run(Fit(parts["state"], parts["checkpoint"], record["losses"]), parts["optimizer"], tensors["totals"],
                 record["done"])
 
 

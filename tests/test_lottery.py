@@ -254,9 +254,9 @@ def test_the_cost_is_what_a_run_trains(tmp_path, monkeypatch, methods):
     assert lottery.training_epochs(TINY, **GRID, methods=methods) == epochs
 
 
-def test_the_place_of_files_decides_only_where_they_may_be_anything(tmp_path):
+def test_the_place_of_files_decides_only_where_they_may_be_anything():
     assert Experiment(root="a") == Experiment(root="a") and "root" not in Experiment(root="a").only(*lottery._DENSE)
-    here, there = (Experiment(dataset="cifar10", options={"verify": False}, root=str(tmp_path / one)) for one in "ab")
+    here, there = (Experiment(dataset="cifar10", options={"verify": False}, root=one) for one in "ab")
     assert here.only("options") != there.only("options")
     assert "nowhere" not in lottery.settings_text(Experiment(root="/nowhere"))
 
@@ -265,7 +265,8 @@ def test_the_place_of_files_decides_only_where_they_may_be_anything(tmp_path):
     ({"dataset": "mnist"}, "dataset is 'mnist': expected one of digits"),
     ({"model": "cnn"}, "model is 'cnn': expected one of mlp, lenet5, vgg11"),
     ({"options": {"fold": 1}}, "digits has no option 'fold'"), ({"processes": 0}, "processes is 0"),
-    ({"matched_images": 0}, "matched_images is 0"), ({"warmup": 2}, "warmup is 2"), ({"precision": "fp16"}, "precision"),
+    ({"matched_images": 0}, "matched_images is 0"),
+    ({"warmup": 2}, "warmup is 2"), ({"precision": "fp16"}, "precision"),
     ({"imp": "restart"}, "imp is 'restart'"), ({"rewind": 7}, "rewind is 7: expected one of the checkpoints 0, 1, 2"),
     ({"rewind": 2}, "rewind is 2: nothing is left to train of 2 epochs"), ({"matched_at": 9}, "matched_at is 9"),
     ({"imp_rewind": 9}, "imp_rewind is 9"), ({"checkpoints": (-1, 0, 1)}, "checkpoints holds -1"),

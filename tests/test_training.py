@@ -1,18 +1,30 @@
-"""Training against a loop written out by hand, and evaluation against scikit-learn."""
+"""Training against loops written out by hand, runs killed and resumed, and evaluation against scikit-learn."""
 
 import math
+import os
+import random
 import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 from torch.nn import functional as F
 
-from permask_core.masks import apply_masks, sparsity
+from permask_core import training
+from permask_core.data.splits import Split
+from permask_core.files import load_tensors
+from permask_core.masks import apply_masks, save_masks, sparsity
 from permask_core.models import build_model
 from permask_core.pruning import magnitude_masks
-from permask_core.training import Recipe, checkpoint_step, evaluate, fit
+from permask_core.training import Recipe, checkpoint_step, evaluate, fit, learning_rate
 
 RECIPE = Recipe(epochs=2, lr=0.2, momentum=0.8, weight_decay=1e-2, batch_size=100)
 
@@ -166,12 +178,25 @@ def test_a_run_that_diverges_raises(digits, net):
     ({"masks": {"fc1.weight": torch.ones(13, 63).bool()}}, "'fc1.weight' has shape [13, 63], its tensor [13, 64]"),
     ({"masks": {"fc1.weight": torch.ones(13, 64)}}, "'fc1.weight' is torch.float32"),
     ({"masks": {}}, "masks are empty"),
+    ({"processes": 0}, "processes is 0: expected an integer of at least 1"), ({"processes": 1.5}, "processes is 1.5"),
+    ({"processes": "2"}, "processes is '2'"), ({"processes": None}, "processes is None"),
+    ({"processes": 38}, "the last of the batches of 100 has 37 images: expected at least 38"),
+    ({"seed": -1}, "seed is -1: expected an integer of at least 0"), ({"seed": 1.0}, "seed is 1.0"),
 ])
 def test_bad_arguments_are_refused_before_training(digits, net, options, message):
     start = copied(net)
     with pytest.raises(ValueError, match=re.escape(message)):
-        fit(net, digits.train, RECIPE, seed=0, **options)
+        fit(net, digits.train, RECIPE, **{"seed": 0, **options})
     assert same(copied(net), start)
+
+
+@pytest.mark.parametrize("images, accumulate, found", [(137, 38, 37), (1400, 101, 100), (100, 101, 100)])
+def test_a_last_batch_with_fewer_images_than_parts_is_refused(digits, net, images, accumulate, found):
+    data = digits.train.x[:images], digits.train.y[:images]
+    with pytest.raises(ValueError, match=f"of 100 has {found} images: expected at least {accumulate}, one for each of "
+                                         f"1 processes x accumulate {accumulate}"):
+        fit(net, data, replace(RECIPE, accumulate=accumulate), seed=0)
+    assert len(fit(net, data, replace(RECIPE, accumulate=found), seed=0).losses) == 2
 
 
 def test_a_mask_on_a_statistic_is_refused_before_training(digits):
@@ -198,6 +223,12 @@ def test_data_that_do_not_fit_are_refused(digits, net, inputs, labels, message):
     ({"weight_decay": -1e-4}, "weight_decay is -0.0001"),
     ({"schedule": "linear"}, "schedule is 'linear': expected one of cosine, step, constant"),
     ({"lr": "0.1"}, "lr is '0.1'"), ({"momentum": None}, "momentum is None"), ({"lr": float("inf")}, "lr is inf"),
+    ({"step_epochs": 0}, "step_epochs is 0"), ({"warmup": -1}, "warmup is -1"),
+    ({"epochs": 5, "warmup": 5}, "warmup is 5: expected a number of epochs below epochs"),
+    ({"label_smoothing": 1}, "label_smoothing is 1"), ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+    ({"optimizer": "adam"}, "optimizer is 'adam': expected one of sgd, adamw"),
+    ({"accumulate": 0}, "accumulate is 0"), ({"accumulate": 1.5}, "accumulate is 1.5"),
+    ({"precision": "float16"}, "precision is 'float16': expected one of float32, bf16"),
 ])
 def test_bad_recipes_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -236,3 +267,308 @@ def test_a_last_step_that_breaks_the_weights_raises(digits, net):
     recipe = Recipe(epochs=1, lr=1e30, batch_size=len(digits.train.y), schedule="constant")
     with pytest.raises(FloatingPointError, match="not finite after the last step"):
         fit(net, data, recipe, seed=0)
+
+
+def torchs_rates(recipe, steps_per_epoch):
+    """The learning rates of torch's own schedules, one after the other."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], recipe.lr)
+    made, rise = torch.optim.lr_scheduler, round(recipe.warmup * steps_per_epoch)
+    steps = recipe.epochs * steps_per_epoch
+    falls = range(recipe.step_epochs * steps_per_epoch, steps, recipe.step_epochs * steps_per_epoch)
+    scheduler = {"cosine": lambda: made.CosineAnnealingLR(optimizer, steps - rise),
+                 "step": lambda: made.MultiStepLR(optimizer, [step - rise for step in falls]),
+                 "constant": lambda: made.ConstantLR(optimizer, 1)}[recipe.schedule]()
+    if rise:
+        warmup = made.LinearLR(optimizer, 1 / rise, total_iters=rise - 1)
+        scheduler = made.SequentialLR(optimizer, [warmup, scheduler], [rise])
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+@pytest.mark.parametrize("warmup", [0, 0.6, 2])
+@pytest.mark.parametrize("steps_per_epoch", [5, 15])
+def test_learning_rates_are_torchs(schedule, warmup, steps_per_epoch):
+    recipe = Recipe(epochs=7, lr=0.3, schedule=schedule, step_epochs=3, warmup=warmup)
+    found = [learning_rate(recipe, step, steps_per_epoch) for step in range(7 * steps_per_epoch)]
+    assert found == pytest.approx(torchs_rates(recipe, steps_per_epoch), rel=1e-9)
+    assert max(found) == found[max(0, round(warmup * steps_per_epoch) - 1)] == 0.3
+
+
+@pytest.mark.parametrize("warmup", [0.01, 0.5, 0.9, 1.3])
+def test_a_warmup_that_ends_within_a_step_does_not_rise_above_the_peak(warmup):
+    recipe = Recipe(epochs=2, lr=0.3, warmup=warmup, schedule="constant")
+    found = [learning_rate(recipe, step, 15) for step in range(30)]
+    assert found == pytest.approx([0.3 * min(1, (step + 1) / (15 * warmup)) for step in range(30)], rel=1e-12)
+    assert max(found) == 0.3
+
+
+def doubled(data, model):
+    """The same in float64, where the order of sums does not show."""
+    return replace(data, x=data.x.double()), model.double()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_fit_is_torchs_optimizer_with_smoothed_labels_and_warmup(digits, net, masks, optimizer, masked):
+    recipe = Recipe(2, 0.01, 0.8, 1e-2, 100, "step", 1, 0.4, 0.2, optimizer)
+    masks = masks if masked else {}
+    (data, net), reference = doubled(digits.train, net), build_model("mlp", (1, 8, 8), 10, width=0.1, seed=3).double()
+    plain = {"sgd": lambda p: torch.optim.SGD(p, 0.01, 0.8, weight_decay=1e-2),
+             "adamw": lambda p: torch.optim.AdamW(p, 0.01, (0.8, 0.999), weight_decay=1e-2)}[optimizer](
+                 reference.parameters())
+    apply_masks(reference, masks) if masked else None
+    order, rates, losses = torch.Generator().manual_seed(7), iter(torchs_rates(recipe, 15)), []
+    for _ in range(2):
+        total = 0
+        for batch in torch.randperm(len(data), generator=order).split(100):
+            log_p, y = F.log_softmax(reference(data.x[batch]), 1), data.y[batch]
+            loss = (-0.8 * log_p[range(len(batch)), y] - 0.2 * log_p.mean(1)).mean()
+            plain.param_groups[0]["lr"] = next(rates)
+            plain.zero_grad()
+            loss.backward()
+            plain.step()
+            apply_masks(reference, masks) if masked else None
+            total += loss.item() * len(batch)
+        losses.append(total / len(data))
+    run = fit(net, data, recipe, seed=7, masks=masks or None)
+    assert run.losses == pytest.approx(losses, rel=1e-6)  # summed in float32
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(run.state[name], tensor, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 37])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_batch_in_parts_is_the_batch(digits, masks, accumulate, optimizer):
+    """37 parts of the last batch are an image each."""
+    runs = []
+    for parts in (1, accumulate):
+        data, model = doubled(digits.train, build_model("mlp", (1, 8, 8), 10, width=0.1, seed=3))
+        recipe = replace(RECIPE, lr=0.02, optimizer=optimizer, label_smoothing=0.1, accumulate=parts)
+        runs.append(fit(model, data, recipe, seed=1, masks=masks, checkpoints=["step 7"]))
+    for one, other in zip(*((run.state, run.checkpoints["step 7"]) for run in runs)):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], atol=1e-10, rtol=1e-10)
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
+
+
+def test_batchnorm_sees_one_part_of_a_batch_at_a_time(digits):
+    whole, parts = (fit(with_dropout(), digits.train, replace(RECIPE, epochs=1, accumulate=k), seed=1).state
+                    for k in (1, 4))
+    assert whole["2.num_batches_tracked"] == 15 and parts["2.num_batches_tracked"] == 60
+    assert not torch.allclose(whole["2.running_var"], parts["2.running_var"], rtol=1e-3)
+
+
+def test_bf16_trains_float32_weights(digits, masks):
+    runs = {}
+    for precision in ("float32", "bf16"):
+        model = build_model("mlp", (1, 8, 8), 10, width=0.1, seed=3)
+        seen = set()
+        model.fc1.register_forward_hook(lambda _, inputs, output, seen=seen: seen.add(output.dtype))
+        runs[precision] = fit(model, digits.train, replace(RECIPE, precision=precision), seed=0, masks=masks)
+        assert seen == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    plain, rounded = runs["float32"], runs["bf16"]
+    assert {tensor.dtype for tensor in rounded.state.values()} == {torch.float32}
+    assert rounded.losses[1] < rounded.losses[0] and rounded.losses != plain.losses
+    assert rounded.losses == pytest.approx(plain.losses, rel=0.02)
+    assert all((rounded.state[name][~mask] == 0).all() for name, mask in masks.items())
+
+
+@pytest.fixture
+def pictures(digits):
+    """Digits as a data set of photographs comes: bytes, standardised and augmented in batches."""
+    x = digits.train.x - digits.train.x.min()
+    return Split((255 * x / x.max()).byte(), digits.train.y, (0.3,), (0.4,), pad=1, flip=True)
+
+
+def test_batches_are_the_splits_of_the_seed_and_the_epoch(pictures, net, masks):
+    def seen(seed, masks, parts=1):
+        batches = []
+        hook = net.register_forward_pre_hook(lambda _, inputs: batches.append(inputs[0].clone()))
+        fit(net, pictures, replace(RECIPE, accumulate=parts), seed=seed, masks=masks)
+        hook.remove()
+        return batches
+
+    dense, order = seen(5, None), torch.Generator().manual_seed(5)
+    for epoch in range(2):
+        indices = torch.randperm(len(pictures), generator=order).split(100)
+        own = [x for x, _ in pictures.batches(indices, augmented=(5, epoch))]
+        plain = [x for x, _ in pictures.batches(indices)]
+        assert all(torch.equal(one, two) for one, two in zip(dense[15 * epoch :], own))
+        assert not any(torch.equal(one, two) for one, two in zip(own, plain))
+    sparse, parts = seen(5, masks), seen(5, None, 2)
+    assert len(sparse) == 30 and all(torch.equal(one, two) for one, two in zip(dense, sparse))
+    assert torch.equal(torch.cat(parts), torch.cat(dense)) and not torch.equal(seen(6, None)[0], dense[0])
+
+
+def killed(model, at):
+    """Interrupt a model in its forward pass number ``at``, counted from 1; returns what undoes it."""
+    passes = iter(range(1, at))
+
+    def interrupt(*_):
+        if next(passes, None) is None:
+            raise KeyboardInterrupt
+
+    return model.register_forward_hook(interrupt)
+
+
+HARD = {  # everything that a run must remember, or draw again
+    "sgd": Recipe(3, 0.1, 0.9, 1e-3, 100, "cosine", warmup=0.5, label_smoothing=0.1, accumulate=2),
+    "adamw": Recipe(3, 0.01, 0.9, 1e-2, 100, "step", 1, optimizer="adamw", precision="bf16"),
+    "no momentum": Recipe(3, 0.1, 0, 0, 100, "constant"),
+}
+NAMES = ("init", "step 1", "epoch 1", "step 22", "epoch 3")
+
+
+@pytest.mark.parametrize("case, seed", [("sgd", 1), ("sgd", 2), ("sgd", 3), ("adamw", 1), ("adamw", 2),
+                                        ("no momentum", 1)])
+def test_a_run_killed_at_random_steps_ends_in_the_same_bits(pictures, tmp_path, monkeypatch, case, seed):
+    recipe, draw, path = HARD[case], random.Random(seed), tmp_path / "run.safetensors"
+    masks = magnitude_masks(with_dropout().state_dict(), 0.6)
+    options = {"seed": seed, "masks": masks, "checkpoints": NAMES}
+    undisturbed = fit(with_dropout(), pictures, recipe, **options)
+    # Saved after every step or, as in the first minute, not at all: then all is done again.
+    saves = [0, *draw.choices([0, 0, 1e9], k=3)]
+    for seconds in saves:
+        monkeypatch.setattr(training, "SAVE_SECONDS", seconds)
+        left = 45 - (load_tensors(path)[1]["done"] if path.exists() else 0)
+        model = with_dropout()
+        killed(model, draw.randint(2, left * recipe.accumulate // 2))
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, pictures, recipe, resume=path, **options)
+    assert 0 < load_tensors(path)[1]["done"] < 45 and os.listdir(tmp_path) == ["run.safetensors"]
+    torch.manual_seed(draw.randint(0, 1000))
+    model = with_dropout()
+    run = fit(model, pictures, recipe, resume=path, **options)
+    assert same(run.state, undisturbed.state) and same(copied(model), undisturbed.state)
+    assert run.losses == undisturbed.losses and run.checkpoints.keys() == set(NAMES)
+    assert all(same(run.checkpoints[name], undisturbed.checkpoints[name]) for name in NAMES)
+
+
+@pytest.fixture
+def finished(digits, net, masks, tmp_path):
+    """A run that ended, saved: its file and what it gave."""
+    path = tmp_path / "run.safetensors"
+    return path, fit(net, digits.train, RECIPE, seed=1, masks=masks, checkpoints=["epoch 1"], resume=path)
+
+
+def fresh():
+    return build_model("mlp", (1, 8, 8), 10, width=0.1, seed=3)
+
+
+def test_a_finished_run_is_found_finished(digits, masks, finished):
+    path, before = finished
+    model = fresh()
+    killed(model, 1)
+    run = fit(model, digits.train, RECIPE, seed=1, masks=masks, checkpoints=["epoch 1"], resume=path)
+    assert same(run.state, before.state) and same(copied(model), before.state) and run.losses == before.losses
+    assert run.checkpoints.keys() == {"epoch 1"} and same(run.checkpoints["epoch 1"], before.checkpoints["epoch 1"])
+    other = fit(fresh(), digits.train, RECIPE, seed=1, masks=masks, checkpoints=["epoch 1"])
+    assert same(run.state, other.state) and run.losses == other.losses  # saved or not
+
+
+@pytest.mark.parametrize("name, change", [
+    ("lr", {"recipe": replace(RECIPE, lr=0.1)}), ("epochs", {"recipe": replace(RECIPE, epochs=3)}),
+    ("optimizer", {"recipe": replace(RECIPE, optimizer="adamw")}), ("seed", {"seed": 2}), ("masks", {"masks": None}),
+    ("masks", {"masks": {"fc1.weight": torch.ones(13, 64).bool()}}), ("checkpoints", {"checkpoints": []}),
+])
+def test_a_file_of_other_settings_is_refused_by_what_differs(digits, masks, finished, name, change):
+    refused(finished[0], name, fresh(), digits.train, {"masks": masks, **change})
+
+
+@pytest.mark.parametrize("name, change", [
+    ("data.x", lambda data: {"x": data.x + 1}), ("data.y", lambda data: {"y": data.y.flip(0)}),
+    ("data.pad", lambda data: {"pad": 1}), ("data.sd", lambda data: {"sd": (2.0,)}),
+])
+def test_a_file_of_other_data_is_refused(digits, masks, finished, name, change):
+    refused(finished[0], name, fresh(), replace(digits.train, **change(digits.train)), {"masks": masks})
+
+
+def test_a_file_of_another_start_is_refused(digits, masks, finished):
+    model = fresh()
+    model.fc1.bias.data.add_(1)
+    refused(finished[0], "initial weights", model, digits.train, {"masks": masks})
+
+
+def refused(path, name, model, train, options):
+    start, content = copied(model), path.read_bytes()
+    with pytest.raises(ValueError, match=re.escape(f"{path} is of a run with {name} ")) as error:
+        fit(model, train, **{"recipe": RECIPE, "seed": 1, "checkpoints": ["epoch 1"], **options}, resume=path)
+    assert str(error.value).count("(here ") == 1 and "give another file, or delete it" in str(error.value)
+    assert same(copied(model), start) and path.read_bytes() == content
+
+
+def test_all_settings_that_differ_are_named(digits, masks, finished):
+    data = digits.train.x[:1000], digits.train.y[:1000]
+    with pytest.raises(ValueError) as error:
+        fit(fresh(), data, replace(RECIPE, momentum=0.5), seed=3, masks=masks, checkpoints=["epoch 1"],
+            resume=finished[0])
+    found = re.findall(r"([\w. ]+) \S+ \(here", str(error.value).split("a run with")[1])
+    assert [name.strip() for name in found] == ["momentum", "seed", "images", "data.x", "data.y"]
+    assert "momentum 0.8 (here 0.5)" in str(error.value)
+
+
+def damage(path, kind, masks):
+    content = path.read_bytes()
+    if kind == "foreign":
+        save_file({"x": torch.zeros(1)}, path)
+    elif kind == "masks":
+        save_masks(path, masks)
+    else:
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"a file of mine\n"}[kind])
+
+
+@pytest.mark.parametrize("kind, message", [("cut", "is damaged"), ("empty", "is damaged"), ("text", "is damaged"),
+                                           ("foreign", "its format is None"), ("masks", "expected a run to resume")])
+def test_a_file_that_is_no_run_is_refused_and_kept(digits, masks, finished, kind, message):
+    path, model, start = finished[0], fresh(), copied(fresh())
+    damage(path, kind, masks)
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{message}"):
+        fit(model, digits.train, RECIPE, seed=1, masks=masks, checkpoints=["epoch 1"], resume=path)
+    assert path.read_bytes() == content and same(copied(model), start)
+
+
+SCRIPT = """
+import sys
+import time
+
+import torch
+
+from permask_core import training
+from permask_core.data import load_dataset
+from permask_core.models import build_model
+
+torch.set_num_threads(1)
+training.SAVE_SECONDS = 0
+model = build_model("mlp", (1, 8, 8), 10, width=0.1, seed=3)
+model.register_forward_hook(lambda *_: time.sleep(0.01))
+training.fit(model, load_dataset("digits").train, training.Recipe(20, batch_size=100), seed=1, resume=sys.argv[1])
+"""
+
+
+def test_a_process_killed_for_good_is_resumed(digits, tmp_path):
+    path, environment = tmp_path / "run.safetensors", {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, path], env=environment) as running:
+        while not path.exists() or load_tensors(path)[1]["done"] < 3:
+            assert running.poll() is None
+            time.sleep(0.005)
+        running.send_signal(signal.SIGKILL)
+    assert 3 <= load_tensors(path)[1]["done"] < 300
+    run, undisturbed = (fit(fresh(), digits.train, Recipe(20, batch_size=100), seed=1, resume=resume)
+                        for resume in (path, None))
+    assert same(run.state, undisturbed.state) and run.losses == undisturbed.losses
+
+
+def test_evaluation_standardises_bytes_and_does_not_augment(pictures, trained):
+    plain = (pictures.x.float() / 255 - 0.3) / 0.4
+    assert evaluate(trained, pictures, batch_size=100) == evaluate(trained, (plain, pictures.y), batch_size=100)
+    with torch.no_grad():
+        logits = trained(plain)
+    accuracy, loss = evaluate(trained, pictures)
+    assert accuracy == (logits.argmax(1) == pictures.y).double().mean().item()
+    assert loss == pytest.approx(F.cross_entropy(logits, pictures.y).item(), rel=1e-5)

@@ -7,6 +7,7 @@ from permask_core.data.cifar import cifar10, cifar100
 from permask_core.data.digits import digits
 from permask_core.data.imagenet import imagenet
 from permask_core.data.splits import Split
+from permask_core.data.trifeature import trifeature
 
 __all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
 
@@ -21,7 +22,7 @@ class Dataset(NamedTuple):
     classes: int
 
 
-DATASETS = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100,
+DATASETS = {"digits": digits, "trifeature": trifeature, "cifar10": cifar10, "cifar100": cifar100,
             "imagenet": imagenet}
 
 

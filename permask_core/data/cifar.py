@@ -72,10 +72,14 @@ def _load(name, key, root, download, verify):
             f"{name} is not in {root}: expected the folder {published.base_folder} with the files {', '.join(sums)}; "
             f"missing: {', '.join(missing)}. Load it with download=True, or fetch {published.url} and unpack it in "
             f"{root}; the environment variable PERMASK_DATA names another place")
-    if verify:
-        for file, md5 in sums.items():
-            _check_sum(folder / file, torchvision.datasets.utils.calculate_md5(folder / file), md5)
+    for file, expected in sums.items() if verify else ():
+        found = torchvision.datasets.utils.calculate_md5(folder / file)
+        if found != expected:
+            raise ValueError(f"{folder / file} is not the published file (md5 {found}, expected {expected}): "
+                             "delete it and load the set with download=True, or accept it with verify=False")
     names = _entry(folder / meta["filename"], [meta["key"]])[meta["key"]]
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{meta['key']!r} in {folder / meta['filename']} is {names!r}: expected a list of names")
     train, test = (_images([folder / file for file, _ in files], key, len(names))
                    for files in (published.train_list, published.test_list))
     mean, sd = channel_moments(train[0])
@@ -96,12 +100,6 @@ def _download(published, root, missing):
     except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
         raise OSError(f"cannot download {published.url} into {root} ({error}): where there is no network, fetch it "
                       f"elsewhere and unpack it in {root}") from error
-
-
-def _check_sum(path, found, expected):
-    if found != expected:
-        raise ValueError(f"{path} is not the published file (its md5 sum is {found}, expected {expected}): delete it "
-                         "and load the set with download=True, or accept it as it is with verify=False")
 
 
 def _images(paths, key, classes):

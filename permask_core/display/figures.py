@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.optimize import isotonic_regression
 
 from permask_core.display.control import svg
@@ -239,6 +240,37 @@ def matched_units(source, target, mask, permutation, *, shape, count=8):
     return figure
 
 
+def pictures(splits, *, count=10):
+    """The first images of each split in a row, as a network gets them.
+
+    Parameters
+    ----------
+    splits : dict of str to Split
+        By the name of the row.
+    count : int
+        Images in a row.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, axes = new_figure(len(splits), count, width=7.2, height=0.25 + 0.8 * len(splits), squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0, hspace=0)
+    for line, (name, split) in zip(axes, splits.items()):
+        chosen = torch.arange(min(count, len(split)))
+        (x, labels), = split.batches([chosen])
+        low, high = x.min(), x.max()
+        for axis, image, label in zip(line, ((x - low) / (high - low)).permute(0, 2, 3, 1), labels.tolist()):
+            axis.imshow(image.numpy(), cmap="gray", interpolation="none")
+            axis.set_xlabel(label, fontsize=8, labelpad=1)
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=6, fontsize=9)
+    return figure
+
+
 def mask_pictures(masks, *, xlabel="input unit", ylabel="output unit"):
     """Masks of one layer side by side: kept weights dark, dropped ones light.
 
@@ -261,8 +293,8 @@ def mask_pictures(masks, *, xlabel="input unit", ylabel="output unit"):
     return figure
 
 
-def publish(name, figure, rows, caption, **record):
-    """Leave a result for other pages of the book: ``name.svg``, ``name.md`` (the table) and ``name.json`` (everything).
+def publish(name, figure, rows, caption, *, folder=None, **record):
+    """Leave a result for others: ``name.svg``, ``name.md`` (the table) and ``name.json`` (everything).
 
     Parameters
     ----------
@@ -272,18 +304,20 @@ def publish(name, figure, rows, caption, **record):
         The table, as :func:`permask_core.display.table` takes it.
     caption : str
         What the table shows.
+    folder : path-like, optional
+        Without it, the one that the environment variable ``PERMASK_FIGURES`` names for other pages of the book.
     **record
         What else belongs to the result (settings, seeds, single runs): anything that JSON holds.
 
     Returns
     -------
     pathlib.Path or None
-        The folder, which the environment variable ``PERMASK_FIGURES`` names; None, and nothing written, where it is
-        not set.
+        The folder; None, and nothing written, where there is none.
     """
-    if not os.environ.get("PERMASK_FIGURES"):
+    folder = folder or os.environ.get("PERMASK_FIGURES")
+    if not folder:
         return None
-    folder = Path(os.environ["PERMASK_FIGURES"])
+    folder = Path(folder)
     body = [[str(value).replace("|", "\\|") for value in row.values()] for row in rows]
     lines = ["| " + " | ".join(cells) + " |" for cells in [list(rows[0]), ["---:"] * len(rows[0]), *body]]
     record = {"caption": caption, "table": rows, "versions": versions(), **record}

@@ -68,15 +68,17 @@ def test_standardised_by_the_training_images_and_augmented_in_training_only(tmp_
     assert inputs.mean((0, 2, 3)).abs().max() < 1e-5 and torch.equal(labels, train.y)
 
 
+@pytest.mark.parametrize("order, kind", [(np.ascontiguousarray, "<i8"), (np.asfortranarray, ">i2")])
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_files_of_any_pickle_protocol(tmp_path, protocol):
+def test_files_of_any_pickle_protocol(tmp_path, protocol, order, kind):
     """The helper writes what Python 2 wrote; a set that is changed today is written by today's numpy."""
     folder = write_cifar(tmp_path, "cifar100", 10, 10)
     expected = cifar100(tmp_path, verify=False)
     for file in files(torchvision.datasets.CIFAR100):
         entry = pickle.loads((folder / file).read_bytes(), encoding="latin1")
         if "data" in entry:
-            entry["fine_labels"] = np.array(entry["fine_labels"])
+            entry["data"] = order(entry["data"])
+            entry["fine_labels"] = np.array(entry["fine_labels"], kind)
         (folder / file).write_bytes(pickle.dumps(entry, protocol))
     found = cifar100(tmp_path, verify=False)
     for one, other in zip(expected[:2], found[:2]):
@@ -188,10 +190,18 @@ def test_something_else_than_images_and_labels(tmp_path, entry, message):
         cifar10(tmp_path, verify=False)
 
 
+@pytest.mark.parametrize("names", [[], 10])
+def test_classes_without_names(tmp_path, names):
+    path = write_cifar(tmp_path, "cifar10") / "batches.meta"
+    path.write_bytes(pickle.dumps({"label_names": names}))
+    with pytest.raises(ValueError, match=re.escape(f"'label_names' in {path} is {names!r}: expected a list of names")):
+        cifar10(tmp_path, verify=False)
+
+
 def test_another_set_than_the_published_one(tmp_path, publish):
     folder = write_cifar(tmp_path, "cifar10")
     with pytest.raises(ValueError, match=f"{re.escape(str(folder))}/data_batch_1 is not the published file .*expected "
-                                         "c99cafc152244af753f735de768cd75f.*accept it as it is with verify=False"):
+                                         "c99cafc152244af753f735de768cd75f.*accept it with verify=False"):
         cifar10(tmp_path)
     publish(torchvision.datasets.CIFAR10, folder)
     with open(folder / "batches.meta", "ab") as file:

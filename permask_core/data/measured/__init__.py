@@ -4,6 +4,19 @@ import json
 from importlib.resources import files
 
 
+def measured_noisy_digits():
+    """The permuted-mask experiment on noisy digits, with more seeds, widths and sparsities than a notebook has time
+    for.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``, ``settings``, and ``rows`` as
+        :func:`permask_core.lottery.run` returns them.
+    """
+    return _read("noisy_digits")
+
+
 def measured_torchvision_groups():
     """The permutation groups of torchvision's classification models.
 
@@ -17,4 +30,8 @@ def measured_torchvision_groups():
         ``left_out`` (the smallest such change with one entry left out, at the group ``left_out_at``, of
         ``left_out_groups`` that were tried), and ``commit``, at which it was measured.
     """
-    return json.loads(files(__package__).joinpath("torchvision_groups.json").read_text())
+    return _read("torchvision_groups")
+
+
+def _read(name):
+    return json.loads(files(__package__).joinpath(f"{name}.json").read_text())
