@@ -247,7 +247,8 @@ def _train(fabric, model, train, job, resume, description):
     on_gpu = device.type == "cuda"
     model.to(device, memory_format=torch.channels_last if on_gpu else torch.preserve_format).train()
     train = train.to(device)
-    apply_masks(model, job.masks or {}) if job.masks else None
+    if job.masks:
+        apply_masks(model, job.masks)
     parameters = dict(model.named_parameters())
     masked = [(parameters[name], mask.to(device)) for name, mask in (job.masks or {}).items()]
     weights, keep = [weight for weight, _ in masked], [mask.to(weight.dtype) for weight, mask in masked]
@@ -265,6 +266,9 @@ def _train(fabric, model, train, job, resume, description):
 
     def summed(value):
         return fabric.all_reduce(value, reduce_op="sum") if fabric else value
+
+    def first_says(yes):  # alone, without a word to the device, which would have to finish its work first
+        return summed(torch.tensor(float(yes and rank == 0), device=device)).item() > 0 if fabric else yes
 
     def keep_checkpoints():
         for name in [name for name, step in job.wanted.items() if step == done]:
@@ -311,11 +315,9 @@ def _train(fabric, model, train, job, resume, description):
                 if not math.isfinite(losses[-1]):
                     raise FloatingPointError(f"the training loss is {losses[-1]} in epoch {len(losses)}: try a smaller "
                                              f"learning rate than {recipe.lr}")
-            if resume:
-                due = torch.tensor(float(time.monotonic() - saved >= SAVE_SECONDS and rank == 0), device=device)
-                if summed(due).item():
-                    save()
-                    saved = time.monotonic()
+            if resume and first_says(time.monotonic() - saved >= SAVE_SECONDS):
+                save()
+                saved = time.monotonic()
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():  # the last step may do what no loss has seen
             raise FloatingPointError(f"{name!r} is not finite after the last step: try a smaller learning rate than "

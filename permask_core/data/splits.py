@@ -54,8 +54,9 @@ class Split:
         moving = augmented is not None and (self.pad > 0 or self.flip)
         if moving:
             corners, mirrored = (draw.to(self.x.device) for draw in self._draws(*augmented))
-        for chosen in indices:
-            chosen = chosen.to(self.x.device)
+        indices = list(indices)
+        everything = torch.cat(indices).to(self.x.device)  # at once: a transfer for each batch would make a GPU wait
+        for chosen in everything.split([len(chosen) for chosen in indices]):
             x = self.x[chosen]
             if moving:
                 x = cropped(x, self.pad, corners[chosen], mirrored[chosen])
