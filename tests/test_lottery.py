@@ -238,6 +238,17 @@ def test_a_run_killed_in_the_middle_of_a_training_goes_on_there(finished, tmp_pa
     assert left.name in {path.name for path in (reference.folder / "dense").iterdir()}
 
 
+def test_two_processes_find_the_mask_that_one_finds(finished, tmp_path):
+    store, _ = finished
+    shared = dataclasses.replace(TINY, processes=2)
+    found = ticket(shared, Store(tmp_path), 1, 0.5)
+    assert same(found.masks, ticket(TINY, store, 1, 0.5).masks)
+    one, two = (dense(experiment, where, 1, "a")[0][2] for experiment, where in
+                ((TINY, store), (shared, Store(tmp_path))))
+    assert not same(one, two)  # another order of sums: they were trained apart
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
 @pytest.mark.parametrize("methods", [["dense"], ["lth", "permuted"], lottery.METHODS])
 def test_the_cost_is_what_a_run_trains(tmp_path, monkeypatch, methods):
     epochs = {"dense": 0, "pruning": 0, "sparse": 0}

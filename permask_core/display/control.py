@@ -65,7 +65,8 @@ def explore(draw, *, alt, caption="", start=None, **choices):
     start : dict, optional
         The value each choice begins with; the first one where it is not given.
     **choices : sequence
-        The values of each choice, in the order in which the reader meets them. A dict gives values by label.
+        The values of each choice, in the order in which the reader meets them. A dict gives values by label. Where
+        there is one value, there is nothing to choose and no control.
 
     Returns
     -------
@@ -87,10 +88,14 @@ def explore(draw, *, alt, caption="", start=None, **choices):
             raise ValueError(f"start[{name!r}] is {value!r}: expected one of {values}")
         at[name] = values.index(value)
 
+    fixed = {name: next(iter(values.values())) for name, values in choices.items() if len(values) == 1}
+    choices = {name: values for name, values in choices.items() if name not in fixed}
+
     def frame(values):
+        values = fixed | values
         return _image(draw(**values), alt(**values) if callable(alt) else alt.format(**values))
 
-    make = _widget if choices and is_live() else _page
+    make = _widget if is_live() and choices else _page
     return make(frame, choices, at, caption)
 
 
@@ -182,7 +187,7 @@ def _page(frame, choices, at, caption):
 
 def _control(box, i, name, values, at):
     title, labels = html.escape(name.replace("_", " ")), list(values)
-    if len(labels) > 1 and _is_slider(values.values()):
+    if _is_slider(values.values()):
         return (f'<label class="permask-range" data-choice="{i}"><span class="permask-name">{title}</span>'
                 f'<input type="range" min="0" max="{len(labels) - 1}" step="1" value="{at}" autocomplete="off">'
                 f"<output>{html.escape(labels[at])}</output></label>")

@@ -100,7 +100,9 @@ def _cell(rows, method, matching, **where):
 
 
 def accuracy_by_sparsity(rows):
-    """Test accuracy against sparsity, one line per method, with 95 % intervals over seeds: whole, and its top enlarged.
+    """Test accuracy against sparsity, one line per method, with 95 % intervals over seeds.
+
+    Where some method falls far below LTH and permuted, a second panel enlarges the top.
 
     Parameters
     ----------
@@ -111,36 +113,40 @@ def accuracy_by_sparsity(rows):
     -------
     matplotlib.figure.Figure
     """
-    figure, (whole, top) = new_figure(1, 2, width=7.6, height=4.0)
     sparsities = sorted({row["sparsity"] for row in rows} - {0.0})
     place = {value: -math.log(1 - value) for value in sparsities}
-    labels, floor = [], math.inf
-    for method, matching in series(rows):
-        color, marker, label = look(method)
-        points = [spread(accuracies(rows, method=method, matching=matching, sparsity=s)) for s in sparsities]
-        for axes in (whole, top):
-            _line(axes, [place[s] for s in sparsities], points, color, marker, LINES[matching], clip_on=axes is top)
-        labels.append((points[-1].mean, f"{label}, by {matching}" if matching else label, color))
-        if method in ("lth", "permuted"):
-            floor = min(floor, *(point.low for point in points))
+    lines = {(method, by): [spread(accuracies(rows, method=method, matching=by, sparsity=s)) for s in sparsities]
+             for method, by in series(rows)}
+    labels = [(points[-1].mean, f"{look(method).label}, by {by}" if by else look(method).label, look(method).color)
+              for (method, by), points in lines.items()]
     dense = [row for row in rows if row["method"] == "dense"]
     if dense:
-        mean = accuracies(dense).mean()
-        for axes in (whole, top):
-            axes.axhline(mean, color=look("dense").color, linewidth=1.2, linestyle=(0, (1, 1.5)))
-        labels.append((mean, look("dense").label, look("dense").color))
-    for axes in (whole, top):
+        labels.append((accuracies(dense).mean(), look("dense").label, look("dense").color))
+    ceiling = max(point for point, _, _ in labels)
+    floor = min((point.low for (method, _), points in lines.items() if method in ("lth", "permuted")
+                 for point in points), default=-math.inf)
+    lowest = min((point.mean for points in lines.values() for point in points), default=ceiling)
+    enlarged = math.isfinite(floor) and floor - lowest > (ceiling - floor) / 2
+    figure, panels = new_figure(1, 1 + enlarged, width=7.6 if enlarged else 6.4, height=4.0, squeeze=False)
+    whole, top = panels[0, 0], panels[0, -1]
+    for axes in panels[0]:
+        for (method, by), points in lines.items():
+            color, marker, _ = look(method)
+            _line(axes, [place[s] for s in sparsities], points, color, marker, LINES[by],
+                  clip_on=enlarged and axes is top)
+        if dense:
+            axes.axhline(accuracies(dense).mean(), color=look("dense").color, linewidth=1.2, linestyle=(0, (1, 1.5)))
         axes.set_xticks(list(place.values()), [f"{100 * s:g}" for s in sparsities], fontsize=8)
         axes.minorticks_off()
     whole.set_ylabel("test accuracy (%)")
-    if math.isfinite(floor):
-        ceiling = max(point for point, _, _ in labels)
+    if enlarged:
         top.set_ylim(floor - 0.4, ceiling + 0.15 * (ceiling - floor))
-    whole.set_title("all of it", fontweight="normal")
-    top.set_title("the top, enlarged", fontweight="normal")
+        whole.set_title("all of it", fontweight="normal")
+        top.set_title("the top, enlarged", fontweight="normal")
+        _label_ends(whole, max(place.values()), [label for label in labels if label[0] < top.get_ylim()[0]])
+        labels = [label for label in labels if label[0] >= top.get_ylim()[0]]
     figure.supxlabel("sparsity (% of the prunable weights; spaced by what is left)", fontsize=10)
-    _label_ends(top, max(place.values()), [label for label in labels if label[0] >= top.get_ylim()[0]])
-    _label_ends(whole, max(place.values()), [label for label in labels if label[0] < top.get_ylim()[0]])
+    _label_ends(top, max(place.values()), labels)
     return figure
 
 
