@@ -9,15 +9,13 @@ matching goes. All times are left in results/matching.json. Run it with `python 
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from _machine import device_name, timed
 
 from permask_core import lottery
 from permask_core.data import load_dataset
@@ -86,19 +84,6 @@ def measured(parts, repeats, device="cpu"):
     return seconds
 
 
-def timed(part, device):
-    """(seconds, result) of one call, of the device's work too."""
-    def finish():
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-
-    finish()
-    start = time.perf_counter()
-    result = part()
-    finish()
-    return time.perf_counter() - start, result
-
-
 def staged(part, device):
     """Seconds in each of :data:`STAGES` during one call of ``part``, and in all of it."""
     spent = dict.fromkeys(STAGES, 0.0)
@@ -162,15 +147,6 @@ def print_residual(label, record):
         print(f"    {pair}, {record['sweeps'][pair]} sweeps: "
               + ", ".join(f"{stage} {spent:.2f} s" for stage, spent in stages.items()))
     print(f"    the permuted copy was {'' if record['recovered'] else 'not '}recovered", flush=True)
-
-
-def device_name(device):
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def main():

@@ -8,10 +8,10 @@ permask_core/data/measured/noisy_digits.json. A run that was killed goes on wher
 
 import argparse
 import json
-import subprocess
 from pathlib import Path
 
 import torch
+from _machine import commit
 
 import permask_core
 from permask_core import lottery
@@ -32,12 +32,11 @@ def main():
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = preset("digits", seeds=given.seeds, widths=WIDTHS, sparsities=SPARSITIES)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()
+    chosen = preset("digits", seeds=given.seeds, widths=WIDTHS, sparsities=SPARSITIES,
+                    matchings=["weights", "activations"])
     rows = lottery.run(experiments(chosen), Store(given.runs), seeds=range(FIRST, FIRST + given.seeds),
                        sparsities=SPARSITIES, matchings=chosen.matchings, workers=given.workers)
-    record = {"command": f"python benchmarks/noisy_digits.py --seeds {given.seeds}", "commit": commit or "unknown",
+    record = {"command": f"python benchmarks/noisy_digits.py --seeds {given.seeds}", "commit": commit(),
               "versions": versions(), "device": "CPU, one thread a process",
               "settings": lottery.settings_text(chosen.experiment), "rows": rows}
     given.result.parent.mkdir(parents=True, exist_ok=True)

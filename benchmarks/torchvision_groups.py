@@ -12,12 +12,12 @@ import argparse
 import gc
 import json
 import platform
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
+from _machine import commit
 
 import permask_core
 from permask_core.files import written_whole
@@ -31,7 +31,7 @@ SIDES = {"inception_v3": 96} | {name: 224 for name in ("maxvit_t", "vit_b_16", "
                                                        "vit_l_32")}
 
 
-def measured(name, seconds, commit):
+def measured(name, seconds):
     """A row of the table; ``seconds`` is the time for leaving out entries."""
     model, side = torchvision.models.get_model(name, weights=None), SIDES.get(name, 64)
     example = torch.randn(1, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -56,7 +56,7 @@ def measured(name, seconds, commit):
             "top": sum(group.within is None for group in groups.values()),
             "units": sum(group.size for group in groups.values()), "fixed": fixed, "seconds": traced,
             "change": change, "left_out": min(left_out.values()), "left_out_at": min(left_out, key=left_out.get),
-            "left_out_groups": len(left_out), "commit": commit}
+            "left_out_groups": len(left_out), "commit": commit()}
 
 
 def spread(names):
@@ -72,7 +72,6 @@ def main():
     parser.add_argument("--models", nargs="+", default=models, choices=models, metavar="NAME", help="default: all")
     parser.add_argument("--seconds", type=float, default=15, help="for leaving out entries, in each model")
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     record = {"command": f"python benchmarks/torchvision_groups.py --seconds {options.seconds:g}",
               "versions": versions() | {"torchvision": torchvision.__version__}, "device": platform.machine(),
               "precision": "float64", "rows": []}
@@ -82,7 +81,7 @@ def main():
             record["rows"] = old["rows"]
     done = {row["model"] for row in record["rows"]}
     for name in progress([name for name in options.models if name not in done], "models"):
-        row = measured(name, options.seconds, commit)
+        row = measured(name, options.seconds)
         print(f"{name:22}{row['groups']:6} groups{row['units']:8} units  traced in {row['seconds']:5.1f} s  changed by "
               f"{row['change']:.1e}, with an entry left out at least {row['left_out']:.1e} "
               f"({row['left_out_groups']} tried)", flush=True)

@@ -7,7 +7,8 @@ their public code, for the permuted masks; Lasby et al., ICLR 2024 (arXiv 2305.0
 from dataclasses import fields, replace
 from typing import NamedTuple
 
-from permask_core.lottery import Experiment, training_epochs
+from permask_core.lottery import MATCHINGS, Experiment, training_epochs
+from permask_core.pruning import check_sparsity
 
 
 class Preset(NamedTuple):
@@ -53,7 +54,7 @@ _TRIFEATURE = Experiment(
 
 PRESETS = {
     "digits": Preset(_DIGITS, (0.5,), (2,), 3, (0.9, 0.985), ("weights", "activations")),
-    "trifeature": Preset(_TRIFEATURE, (0.125,), (2,), 2, (0.9,), ("weights", "activations")),
+    "trifeature": Preset(_TRIFEATURE, (0.125,), (2,), 1, (0.9,), ("weights", "activations")),
     "cifar10-resnet20": Preset(_CIFAR, (1, 4, 8, 16), _REWINDS, 3, _SPARSITIES, ("activations",), "ResNet20/CIFAR-10"),
     "cifar100-resnet20": Preset(replace(_CIFAR, dataset="cifar100"), (1, 4, 8, 16), _REWINDS, 3, _SPARSITIES,
                                 ("activations",), "ResNet20/CIFAR-100"),
@@ -81,10 +82,10 @@ def preset(name, **changes):
     name : str
         One of ``PRESETS``.
     **changes
-        Fields of :class:`Preset` or of its :class:`~permask_core.lottery.Experiment`; what is None stays. Another data
-        set drops the options of the preset's own. With another data set, network or number of epochs it
-        reproduces nothing that was published. With other ``epochs``, A and B are matched at their end, and of the
-        epochs that are kept those stay that there still are.
+        Fields of :class:`Preset` or of its :class:`~permask_core.lottery.Experiment`; what is None stays. Its ``width``
+        and ``rewind`` are the first of ``widths`` and ``rewinds``. Another data set drops the options of the preset's
+        own. With another data set, network or number of epochs it reproduces nothing that was published. With other
+        ``epochs``, A and B are matched at their end, and of the epochs that are kept those stay that there still are.
 
     Raises
     ------
@@ -94,16 +95,19 @@ def preset(name, **changes):
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     changes = {key: value for key, value in changes.items() if value is not None}
-    unknown = set(changes) - {field.name for field in fields(Experiment)} - set(Preset._fields[1:-1])
-    if unknown:
-        raise ValueError(f"unknown setting {sorted(unknown)[0]!r}: expected a field of Experiment or one of "
-                         f"{', '.join(Preset._fields[1:-1])}")
+    grid = Preset._fields[1:-1]
+    known = [*grid, *(one.name for one in fields(Experiment) if one.name not in ("width", "rewind"))]
+    for key in changes:
+        if key not in known:
+            raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(known)}")
     chosen = PRESETS[name]
-    grid = {key: changes.pop(key) for key in Preset._fields[1:-1] if key in changes}
+    grid = {key: changes.pop(key) for key in grid if key in changes}
     for key in ("widths", "rewinds", "sparsities", "matchings"):  # before anything counts their letters
         if not isinstance(grid.get(key, ()), (list, tuple)) or key in grid and not grid[key]:
             raise ValueError(f"{key} is {grid[key]!r}: expected a list (papermill takes lists with -y, as in "
                              f"-y '{{{key}: [...]}}')")
+        if any(grid[key].count(value) > 1 for value in grid.get(key, ())):  # runs counted twice would narrow intervals
+            raise ValueError(f"{key} is {grid[key]!r}: expected each value once")
     grid = {key: tuple(value) if isinstance(value, list) else value for key, value in grid.items()}
     experiment = chosen.experiment
     if changes.get("dataset", experiment.dataset) != experiment.dataset:
@@ -115,11 +119,21 @@ def preset(name, **changes):
                          "the last")
     imp_rewind = min(changes.get("imp_rewind", experiment.imp_rewind), epochs - 1)
     kept = {k for k in experiment.checkpoints if k <= epochs} | {*rewinds, imp_rewind, epochs}
-    changes = {"checkpoints": tuple(kept), "rewind": rewinds[0], "imp_rewind": imp_rewind,
+    changes = {"width": grid.get("widths", chosen.widths)[0], "checkpoints": tuple(kept), "rewind": rewinds[0],
+               "imp_rewind": imp_rewind,
                "matched_at": epochs if experiment.matched_at == experiment.epochs else experiment.matched_at, **changes}
     experiment = replace(experiment, **changes)
     same = all(getattr(experiment, key) == getattr(chosen.experiment, key) for key in ("dataset", "model", "epochs"))
-    return chosen._replace(experiment=experiment, **grid, reproduces=chosen.reproduces if same else None)
+    chosen = chosen._replace(experiment=experiment, **grid, reproduces=chosen.reproduces if same else None)
+    if not isinstance(chosen.seeds, int) or chosen.seeds < 1:
+        raise ValueError(f"seeds is {chosen.seeds!r}: expected an integer of at least 1")
+    for value in chosen.matchings:
+        if value not in MATCHINGS:
+            raise ValueError(f"unknown matching {value!r}: expected one of {', '.join(MATCHINGS)}")
+    for value in chosen.sparsities:
+        check_sparsity(value)
+    experiments(chosen)  # refuses what no experiment can have
+    return chosen
 
 
 def experiments(chosen):

@@ -245,7 +245,7 @@ def _train(fabric, model, train, job, resume, description):
     run = of_first(_found, resume, job) if fabric else _found(resume, job)
     device = fabric.device if fabric else next(model.parameters()).device
     on_gpu = device.type == "cuda"
-    model.to(device, memory_format=torch.channels_last if on_gpu else torch.preserve_format).train()
+    _channels_last(model.to(device)).train()
     train = train.to(device)
     if job.masks:
         apply_masks(model, job.masks)
@@ -297,8 +297,7 @@ def _train(fabric, model, train, job, resume, description):
                 with silent:
                     with torch.autocast(device.type, PRECISIONS[recipe.precision],
                                         enabled=recipe.precision != "float32"):
-                        logits = network(x.contiguous(memory_format=torch.channels_last) if on_gpu and x.ndim == 4
-                                         else x)
+                        logits = network(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
                     logits = logits.float() if logits.dtype.itemsize < 4 else logits
                     loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
                     fabric.backward(loss * share) if fabric else (loss * share).backward()
@@ -337,6 +336,14 @@ def _batches(train, job, done, device, rank, ranks):
         stream = train.batches(own, device, augmented=(job.seed, epoch)) if own else None
         for batch in batches:
             yield len(batch), [next(stream) for _ in range(recipe.accumulate)]
+
+
+def _channels_last(model):
+    """The model with the weights of its convolutions in the order in memory that makes them fastest."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def _quantities(optimizer, parameters):

@@ -1,5 +1,7 @@
 """The store as its user meets it: nothing computed twice, nothing stale, nothing half written."""
 
+import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ import torch
 import permask_core
 from permask_core.files import load_tensors, save_tensors
 from permask_core.lottery import run
-from permask_core.store import Store, source_hash
+from permask_core.store import Store, check_folder, source_hash
 
 PACKAGE = Path(permask_core.__file__).parent
 
@@ -201,3 +203,67 @@ def test_an_edit_of_reachable_source_is_another_stage(tmp_path):
 def test_a_record_that_json_cannot_hold_names_its_stage(store):
     with pytest.raises(ValueError, match="the record of the stage 'odd' cannot be written as JSON"):
         store.stage("odd", lambda: ({}, {"value": object()}))
+
+
+@dataclass
+class Rates:
+    """Settings that JSON does not know."""
+
+    lr: float
+    steps: tuple = (1, 2)
+
+
+SETTINGS = {"model": "mlp", "widths": (0.5, 1), "rates": Rates(0.1), "dataset": None}
+
+
+def test_a_folder_takes_the_results_of_one_set_of_settings(tmp_path):
+    folder = tmp_path / "new" / "results"
+    assert check_folder(folder, SETTINGS) == folder
+    expected = {"model": "mlp", "widths": [0.5, 1], "rates": {"lr": 0.1, "steps": [1, 2]}, "dataset": None}
+    assert json.loads((folder / "settings.json").read_text()) == expected
+    before = (folder / "settings.json").stat().st_mtime_ns
+    for same in (SETTINGS, expected, dict(reversed(SETTINGS.items()))):
+        assert check_folder(str(folder), same) == folder
+    assert (folder / "settings.json").stat().st_mtime_ns == before
+    assert [path.name for path in folder.iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model": "vgg11"}, "model 'mlp' (here 'vgg11')"),
+    ({"widths": [1, 0.5]}, "widths [0.5, 1] (here [1, 0.5])"),
+    ({"rates": Rates(0.2)}, "rates {'lr': 0.1, 'steps': [1, 2]} (here {'lr': 0.2, 'steps': [1, 2]})"),
+    ({"dataset": "digits", "model": "cnn"}, "dataset None (here 'digits'), model 'mlp' (here 'cnn')"),
+    ({"seeds": 3}, "seeds None (here 3)"),
+])
+def test_a_folder_of_other_settings_is_refused_with_those_that_differ(tmp_path, change, message):
+    check_folder(tmp_path, SETTINGS)
+    before = (tmp_path / "settings.json").read_bytes()
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} holds results with {message}: give another folder")):
+        check_folder(tmp_path, {**SETTINGS, **change})
+    assert (tmp_path / "settings.json").read_bytes() == before
+
+
+def test_a_setting_that_is_gone_differs(tmp_path):
+    check_folder(tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match=re.escape("holds results with model 'mlp' (here None): give")):
+        check_folder(tmp_path, {name: value for name, value in SETTINGS.items() if name != "model"})
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"\xff"])
+def test_damaged_settings_are_refused(tmp_path, content):
+    (tmp_path / "settings.json").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'settings.json'} is damaged (") + ".*delete it"):
+        check_folder(tmp_path, SETTINGS)
+    assert (tmp_path / "settings.json").read_bytes() == content
+
+
+def test_settings_that_json_cannot_hold_leave_no_folder(tmp_path):
+    with pytest.raises(TypeError, match="is a set"):
+        check_folder(tmp_path / "results", {"widths": {1, 2}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_for_results_lie_where_stores_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("PERMASK_RUNS", str(tmp_path / "base"))
+    assert check_folder("results", SETTINGS) == tmp_path / "base" / "results"
+    assert check_folder(tmp_path / "else", SETTINGS) == tmp_path / "else"

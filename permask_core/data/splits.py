@@ -6,6 +6,7 @@ neither the number of processes nor a restart in the middle changes it.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -99,8 +100,13 @@ def standardised(x, mean, sd):
         x = x.float().div_(255)
     if not mean:
         return x
-    mean, sd = (torch.tensor(value, dtype=x.dtype, device=x.device)[:, None, None] for value in (mean, sd))
+    mean, sd = (_per_channel(values, x.dtype, x.device) for values in (mean, sd))
     return (x - mean) / sd
+
+
+@lru_cache(maxsize=16)
+def _per_channel(values, dtype, device):  # kept, because a GPU would wait for every new one
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 def channel_moments(x):

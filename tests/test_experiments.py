@@ -1,0 +1,281 @@
+"""The notebooks `cifar` and `imagenet`, end to end on tiny files in the published formats: what they leave, the same
+after a kill, and what they refuse before any training."""
+
+import html
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import papermill
+import psutil
+import pytest
+from papermill.exceptions import PapermillExecutionError
+from scipy import stats
+
+from permask_core import presets
+from permask_core.lottery import run
+from permask_core.models import build_model
+from permask_core.pruning import prunable_weights
+from permask_core.store import Store, versions
+from tests.data.files import write_cifar, write_imagenet
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+SMALL = {"epochs": 2, "imp_epochs": 1, "rewinds": [1], "seeds": 1, "sparsities": [0.5, 0.8], "strict": False,
+         "workers": 1}
+CIFAR = {**SMALL, "widths": [0.25], "batch_size": 16, "verify": False}
+PRESETS = {
+    "cifar10-resnet20": {"notebook": "cifar", **CIFAR, "seeds": 2},
+    "cifar100-resnet20": {"notebook": "cifar", **CIFAR},
+    "imagenet-resnet50": {"notebook": "imagenet", **SMALL, "sparsities": [0.3, 0.5], "widths": [0.125], "batch_size": 8,
+                          "image_size": 32, "readers": 0},
+}
+METHODS = [("dense", ""), ("lth", ""), ("permuted", "activations"), ("naive", ""), ("random", "")]
+HEADS = ["dense", "LTH", "permuted (activations)", "naive", "random"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with tiny sets: 100 and 50 images for each of CIFAR's, three classes of ImageNet's."""
+    root = tmp_path_factory.mktemp("data")
+    write_cifar(root, "cifar10")
+    write_cifar(root, "cifar100")
+    write_imagenet(root / "imagenet")
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """One thread for each kernel, and controls that need none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PERMASK_DISPLAY", "static")
+        patch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
+        yield
+
+
+def parameters(preset, data, folder):
+    """The notebook, and what it is given: results go below `folder`."""
+    given = dict(PRESETS[preset])
+    name = given.pop("notebook")
+    root = data / "imagenet" if name == "imagenet" else data
+    places = {"data_root": str(root), "runs": str(folder / "runs"), "output": str(folder / "output")}
+    return NOTEBOOKS / f"{name}.ipynb", {"preset": preset, **places, **given}
+
+
+def execute(notebook, folder, given):
+    """The notebook, executed as the book's are."""
+    folder.mkdir(exist_ok=True)
+    return papermill.execute_notebook(notebook, folder / "executed.ipynb", given, cwd=folder, progress_bar=False,
+                                      extra_arguments=["--log-level=ERROR"])
+
+
+def until(notebook, cell, folder):
+    """A copy of a notebook that ends with a cell: what follows measures nothing of the run."""
+    whole = nbformat.read(notebook, as_version=4)
+    whole.cells = whole.cells[:[one.id for one in whole.cells].index(cell) + 1]
+    nbformat.write(whole, folder / notebook.name)
+    return folder / notebook.name
+
+
+def library(preset, data, store):
+    """The rows of the same run for one pair, by the library alone."""
+    imagenet = "imagenet" in preset
+    options = {"image_size": 32, "workers": 0} if imagenet else {"verify": False}
+    grid = {key: PRESETS[preset][key] for key in ("widths", "rewinds", "sparsities")}
+    changes = {key: PRESETS[preset][key] for key in ("epochs", "imp_epochs", "batch_size")}
+    chosen = presets.preset(preset, options=options, root=str(data / "imagenet" if imagenet else data), **grid,
+                            **changes)
+    return run(presets.experiments(chosen), store, seeds=[0], sparsities=chosen.sparsities,
+               matchings=chosen.matchings)
+
+
+def stages(folder):
+    """The finished stages below a folder, and when each was written."""
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
+def numbers(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def record(folder):
+    return json.loads((folder / "output" / "results.json").read_text())
+
+
+def shown_table(executed, cell):
+    """The rows of the table below a cell, as the reader sees them."""
+    (found,) = [one for one in executed.cells if one.id == cell]
+    page = "".join(output.data["text/html"] for output in found.outputs if "text/html" in output.get("data", {}))
+    return [[html.unescape(text) for text in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
+            for row in re.findall(r"<tr>(.*?)</tr>", page)]
+
+
+def check_results(preset, folder, executed):
+    """Results and table are those of the rows, and these are of every method, sparsity and seed."""
+    given, found = PRESETS[preset], record(folder)
+    assert sorted(path.name for path in (folder / "output").iterdir()) == [
+        "results.json", "results.md", "results.svg", "settings.json"]
+    assert found.keys() == {"caption", "table", "versions", "settings", "runs"} and found["versions"] == versions()
+    (width,), rows = given["widths"], found["runs"]
+    assert found["settings"].startswith(f"dataset {preset.split('-')[0]}, ")
+    assert f"model {preset.split('-')[1]}, width {width}, epochs 2," in found["settings"]
+
+    expected = {(method, by, s, seed) for seed in range(given["seeds"]) for method, by in METHODS
+                for s in ([0.0] if method == "dense" else given["sparsities"])}
+    assert {(row["method"], row["matching"], row["sparsity"], row["seed"]) for row in rows} == expected
+    assert len(rows) == len(expected)
+    shape, classes = {"cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100), "imagenet": ((3, 32, 32), 3)}[
+        preset.split("-")[0]]
+    model = build_model(preset.split("-")[1], shape, classes, width=width)
+    weights = sum(weight.numel() for weight in prunable_weights(model).values())
+    for row in rows:
+        assert (row["width"], row["rewind"], row["matched_at"]) == (width, 1, 2)
+        assert row["achieved"] == pytest.approx(round(row["sparsity"] * weights) / weights, abs=1e-9)
+        assert 0 <= row["accuracy"] <= 1 and 0 < row["loss"] < np.inf
+
+    lines = []
+    for s in given["sparsities"]:
+        line = [f"{100 * s:g}"]
+        for method, by in METHODS:
+            values = [100 * row["accuracy"] for row in rows
+                      if (row["method"], row["matching"], row["sparsity"]) == (method, by, s * (method != "dense"))]
+            half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else None
+            line.append(f"{np.mean(values):.1f}" + (f" ± {half:.1f}" if len(values) > 1 else ""))
+        lines.append(line)
+    assert shown_table(executed, "table") == [["sparsity (%)", *HEADS], *lines]
+    assert [list(line.values()) for line in found["table"]] == lines
+    assert (f"| {' | '.join(lines[0])} |") in (folder / "output" / "results.md").read_text().splitlines()
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    assert [output for cell in code for output in cell.outputs if output.output_type == "error"] == []
+    assert [output.text for cell in code for output in cell.outputs if output.get("name") == "stderr"] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """CIFAR-10 for two pairs, in one go: where it left its files, and the executed notebook."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    notebook, given = parameters("cifar10-resnet20", data, folder)
+    return folder, execute(notebook, folder, given)
+
+
+def test_cifar_ends_in_results_of_every_run(undisturbed):
+    folder, executed = undisturbed
+    check_results("cifar10-resnet20", folder, executed)
+    # Per seed: A and B; 7 full rounds to 80 %; 2 masks; one matching; 2 sparsities by 4 methods.
+    counts = {stage.name: len(list(stage.iterdir())) for stage in (folder / "runs").iterdir()}
+    assert counts == {"dense": 2 * 2, "imp_round": 2 * 7, "ticket": 2 * 2, "matching": 2, "sparse": 2 * 2 * 4}
+
+
+@pytest.fixture(scope="module", params=["cifar100-resnet20", "imagenet-resnet50"])
+def killed(request, data, tmp_path_factory):
+    """A run of a notebook that was killed in the middle and started again: the preset, its folder, the stages before
+    and after, and the executed notebook."""
+    preset, folder = request.param, tmp_path_factory.mktemp("killed")
+    notebook, given = parameters(preset, data, folder)
+    command = [sys.executable, "-m", "papermill", notebook, "killed.ipynb", "-y", json.dumps(given)]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 240
+        while len(stages(folder / "runs")) < 6:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        kernel = psutil.Process(process.pid).children(recursive=True)  # in a process group of its own
+        assert kernel
+        for one in (*kernel, process):
+            one.kill()
+        psutil.wait_procs(kernel)
+    assert not (folder / "output" / "results.json").exists()
+    before = stages(folder / "runs")
+    executed = execute(notebook, folder, given)
+    return preset, folder, before, stages(folder / "runs"), executed
+
+
+def test_killed_and_run_again_it_ends_in_the_same_numbers(killed, data):
+    preset, folder, before, after, executed = killed
+    store = Store(folder / "undisturbed")
+    assert numbers(record(folder)["runs"]) == numbers(library(preset, data, store))
+    assert after.keys() == stages(store.folder).keys()
+    check_results(preset, folder, executed)
+
+
+def test_finished_stages_are_not_computed_again(killed):
+    _, _, before, after, _ = killed
+    assert 6 <= len(before) < len(after)
+    assert {stage: after[stage] for stage in before} == before
+
+
+def test_the_library_finds_what_a_notebook_computed(undisturbed, data):
+    folder, _ = undisturbed
+    store = Store(folder / "runs")
+    rows = library("cifar10-resnet20", data, store)
+    assert rows == [row for row in record(folder)["runs"] if row["seed"] == 0] and store.computed == 0
+
+
+def test_two_processes_are_one_parameter(data, tmp_path):
+    notebook, given = parameters("cifar10-resnet20", data, tmp_path)
+    given |= {"processes": 2, "seeds": 1, "sparsities": [0.2]}
+    executed = execute(until(notebook, "table", tmp_path), tmp_path, given)
+    head, line = shown_table(executed, "table")
+    assert head == ["sparsity (%)", *HEADS] and line[0] == "20"
+    found = record(tmp_path)
+    assert line == list(found["table"][0].values()) and "processes 2," in found["settings"]
+    assert len(found["runs"]) == 5 and all(np.isfinite(row["loss"]) for row in found["runs"])
+
+
+@pytest.mark.parametrize("preset, looked, remedy", [
+    ("cifar10-resnet20", "cifar-10-batches-py", "Load it with download=True, or fetch https://www.cs.toronto.edu"),
+    ("imagenet-resnet50", "train/<class>/*.JPEG", "Fetch ILSVRC2012_img_train.tar"),
+])
+def test_a_notebook_without_its_data_says_where_it_looked_and_how_to_get_it(preset, looked, remedy, data, tmp_path):
+    notebook, given = parameters(preset, data, tmp_path)
+    given["data_root"] = str(tmp_path / "nothing")
+    with pytest.raises(PapermillExecutionError) as caught:
+        execute(notebook, tmp_path, given)
+    assert caught.value.ename == "FileNotFoundError" and f"is not in {tmp_path / 'nothing'}: " in caught.value.evalue
+    assert looked in caught.value.evalue and remedy in caught.value.evalue and "PERMASK_DATA" in caught.value.evalue
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_notebook_refuses_a_folder_with_results_of_other_settings(undisturbed, data, tmp_path):
+    folder, _ = undisturbed
+    notebook, given = parameters("cifar10-resnet20", data, tmp_path)
+    before = (folder / "output" / "results.json").read_bytes()
+    with pytest.raises(PapermillExecutionError) as caught:
+        execute(notebook, tmp_path, {**given, "output": str(folder / "output"), "batch_size": 32, "seeds": 1})
+    assert caught.value.evalue == (f"{folder / 'output'} holds results with batch_size 16 (here 32), seeds 2 (here 1): "
+                                   "give another folder")
+    assert (folder / "output" / "results.json").read_bytes() == before and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("preset", ["cifar10-resnet20", "cifar100-resnet20", "imagenet-resnet50"])
+@pytest.mark.parametrize("changes, error, message", [
+    ({"dataset": "mnist"}, ValueError, "dataset is 'mnist': expected one of digits, trifeature, cifar10, cifar100, im"),
+    ({"widths": [0]}, ValueError, "width is 0: expected a factor above 0"),
+    ({"sparsities": [0.5, 1.5]}, ValueError, "sparsity is 1.5: expected a number in (0, 1)"),
+    ({"sparsities": "[0.5, 0.8]"}, ValueError, "expected a list (papermill takes lists with -y, as in"),
+    ({"root": "nothing"}, FileNotFoundError, f"{os.sep}nothing: expected "),
+    ({"batch_size": 128}, ValueError, "images: expected at least a batch of 128"),
+])
+def test_errors_come_before_any_training(preset, changes, error, message, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = data / "imagenet" if "imagenet" in preset else data
+    options = {"image_size": 32, "workers": 0} if "imagenet" in preset else {"verify": False}
+    own = {"rewinds": [1], "epochs": 2, "widths": [0.125], "root": str(root), "options": options, **changes}
+    with pytest.raises(error, match=re.escape(message)):
+        chosen = presets.preset(preset, **own)
+        run(presets.experiments(chosen), Store("runs"), seeds=range(chosen.seeds), sparsities=chosen.sparsities)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_last_batch_too_small_for_the_processes_is_refused_before_any_starts(data, tmp_path):
+    chosen = presets.preset("cifar10-resnet20", rewinds=[1], epochs=2, widths=[0.25], root=str(data), batch_size=33,
+                            processes=2, options={"verify": False}, sparsities=[0.5])
+    with pytest.raises(ValueError, match="the last of the batches of 33 has 1 images: expected at least 2, one for"):
+        run(chosen.experiment, Store(tmp_path / "runs"), seeds=[0], sparsities=[0.5])
+    assert list(tmp_path.iterdir()) == []
