@@ -47,13 +47,13 @@ _DIGITS = Experiment(
 
 # The chain of ImageNet's experiment in seconds; on so little data nothing can be said about the methods.
 _TRIFEATURE = Experiment(
-    dataset="trifeature", options={"n_train": 1000, "n_test": 500, "label": "colour"}, model="resnet18", epochs=6,
-    lr=0.04, sparse_lr=0.04, momentum=0.9, weight_decay=1e-4, batch_size=64, schedule="step", step_epochs=3,
+    dataset="trifeature", options={"n_train": 500, "n_test": 500, "label": "colour"}, model="resnet18", epochs=6,
+    lr=0.04, sparse_lr=0.04, momentum=0.9, weight_decay=1e-4, batch_size=32, schedule="step", step_epochs=3,
     checkpoints=(0, 2, 6), rewind=2, matched_at=6, imp="finetune", imp_rewind=0, imp_epochs=1, imp_lr=0.004,
-    imp_rate=0.2)
+    imp_rate=0.35)
 
 PRESETS = {
-    "digits": Preset(_DIGITS, (0.5,), (2,), 3, (0.9, 0.985), ("weights", "activations")),
+    "digits": Preset(_DIGITS, (0.5,), (2,), 3, (0.9, 0.985), ("activations",)),
     "trifeature": Preset(_TRIFEATURE, (0.125,), (2,), 1, (0.9,), ("weights", "activations")),
     "cifar10-resnet20": Preset(_CIFAR, (1, 4, 8, 16), _REWINDS, 3, _SPARSITIES, ("activations",), "ResNet20/CIFAR-10"),
     "cifar100-resnet20": Preset(replace(_CIFAR, dataset="cifar100"), (1, 4, 8, 16), _REWINDS, 3, _SPARSITIES,

@@ -41,7 +41,7 @@ PUBLISHED = {
                           "label_smoothing": 0.11, "widths": (1,), "sparsities": (0.8, 0.9)},
 }
 TINY = {"model": "mlp", "options": {}, "epochs": 3, "imp_epochs": 2, "imp_rate": 0.5, "sparsities": [0.5, 0.8],
-        "widths": [0.1, 0.2], "rewinds": [0, 2], "seeds": 2}
+        "widths": [0.1, 0.2], "rewinds": [0, 2], "seeds": 2, "matchings": ["weights", "activations"]}
 SEED_EPOCHS = {"dense": 2 * 3, "pruning": 2 * 2, "sparse": 2 * (3 + 1) * 5}  # worked out by hand: 0.5, 0.75, then 0.8
 
 
