@@ -3,10 +3,10 @@
 The rooms, ground floor first (a module imports only from floors below its own):
 
 0. ``files``, ``vision``, ``progress``
-1. ``masks``, ``statistics``, ``store``
+1. ``masks``, ``statistics``, ``store``, ``resume``, ``processes``
 2. ``models``, ``data``, ``pruning``, ``matching``, ``landscape``
 3. ``training``
-4. ``lottery``, ``display``
+4. ``lottery``, ``presets``, ``display``
 """
 
 __version__ = "0.1.0"

@@ -5,7 +5,6 @@ masks, so that runs that share a checkpoint and a seed differ in nothing but the
 """
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -21,11 +20,11 @@ from torch.nn import functional as F
 
 from permask_core.data import Split
 from permask_core.data.splits import in_order, mixed_seed
-from permask_core.files import load_tensors, save_tensors
 from permask_core.masks import apply_masks, check_fit
 from permask_core.models import evaluating
 from permask_core.processes import check_agreement, launch, of_first
 from permask_core.progress import progress
+from permask_core.resume import Run, digest, found_run, load_run, optimizer_state, restore_optimizer, save_run
 
 SAVE_SECONDS = 60  # between two saves of a run that can be resumed
 
@@ -159,12 +158,12 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
         return _train(None, model, train, job, resume, description)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(resume or Path(folder, "run.safetensors")).absolute()
-        _found(path, job)  # what is wrong with it is said before any process starts
+        found_run(path, job.identity)  # what is wrong with it is said before any process starts
         launch(_train, processes, device, model.cpu(), train, job, path, description)
-        run = of_first(_load, path, job)
-    model.load_state_dict(run.fit.state)
+        run = of_first(load_run, path, job.identity)
+    model.load_state_dict(run.state)
     model.to(device or default_device()).train()
-    return run.fit
+    return Fit(run.state, {name: run.checkpoints[name] for name in job.wanted}, run.losses)
 
 
 class _Job(NamedTuple):
@@ -205,22 +204,12 @@ def _checked(model, train, recipe, seed, masks, checkpoints, processes):
 
 def _identity(model, train, job, processes):
     # What the data are, not where their files lie or how many processes read them.
-    data = {f"data.{name}": _digest({name: value}) if hasattr(value, "dtype") else value
+    data = {f"data.{name}": digest({name: value}) if hasattr(value, "dtype") else value
             for name, value in vars(train).items() if name not in ("root", "workers")}
     identity = {**asdict(job.recipe), "seed": job.seed, "checkpoints": job.wanted, "processes": processes,
-                "images": len(train), **data, "masks": _digest(job.masks or {}),
-                "initial weights": _digest(model.state_dict())}
+                "images": len(train), **data, "masks": digest(job.masks or {}),
+                "initial weights": digest(model.state_dict())}
     return json.loads(json.dumps(identity))
-
-
-def _digest(arrays):
-    digest = hashlib.sha256()
-    for name, array in arrays.items():
-        digest.update(f"{name} {array.dtype} {list(array.shape)}".encode())
-        if isinstance(array, torch.Tensor):  # by its bytes: numpy has no bfloat16
-            array = array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(array)
-    return digest.hexdigest()[:16]
 
 
 def default_device():
@@ -228,21 +217,12 @@ def default_device():
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-class _Run(NamedTuple):
-    """What a saved run holds: how many steps were ``done``, and where they led."""
-
-    fit: Fit
-    optimizer: dict[str, torch.Tensor]  # its state, named "weight/quantity"
-    totals: torch.Tensor  # [processes]: each one's sum of the losses of the epoch that is not finished
-    done: int
-
-
 def _train(fabric, model, train, job, resume, description):
     """Train where the model is, alone or as one of the processes that ``fabric`` (Lightning's) has joined."""
     recipe, rank, ranks = job.recipe, *((fabric.global_rank, fabric.world_size) if fabric else (0, 1))
     if fabric:
         check_agreement(job.identity)
-    run = of_first(_found, resume, job) if fabric else _found(resume, job)
+    run = of_first(found_run, resume, job.identity) if fabric else found_run(resume, job.identity)
     device = fabric.device if fabric else next(model.parameters()).device
     on_gpu = device.type == "cuda"
     _channels_last(model.to(device)).train()
@@ -257,9 +237,10 @@ def _train(fabric, model, train, job, resume, description):
     # Each process adds to a place of its own, so that a run that is resumed adds in the same order.
     kept, losses, done, totals = {}, [], 0, torch.zeros(ranks, device=device)
     if run:
-        model.load_state_dict(run.fit.state)
-        _restore(optimizer, parameters, run.optimizer)
-        kept, losses, done = dict(run.fit.checkpoints), list(run.fit.losses), run.done
+        model.load_state_dict(run.state)
+        restore_optimizer(optimizer, parameters, run.optimizer)
+        kept = {name: run.checkpoints[name] for name in job.wanted if name in run.checkpoints}
+        losses, done = run.losses, run.done
         totals[rank] = run.totals[rank]
     network = fabric.setup_module(model, move_to_device=False) if fabric else model
     saved = time.monotonic()
@@ -277,7 +258,8 @@ def _train(fabric, model, train, job, resume, description):
     def save():
         whole = summed(totals.clone())
         if rank == 0:
-            _save(resume, _Run(Fit(_copied(model), kept, losses), _quantities(optimizer, parameters), whole, done), job)
+            run = Run(_copied(model), kept, losses, optimizer_state(optimizer, parameters), whole, done)
+            save_run(resume, run, job.identity)
 
     if done == 0:
         keep_checkpoints()
@@ -344,52 +326,6 @@ def _channels_last(model):
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
-
-
-def _quantities(optimizer, parameters):
-    return {f"{name}/{key}": value for name, parameter in parameters.items()
-            for key, value in optimizer.state[parameter].items() if value is not None}
-
-
-def _restore(optimizer, parameters, quantities):
-    for name, value in quantities.items():
-        name, key = name.rsplit("/", 1)
-        # AdamW counts its steps in float32 on the device of the weight when it is fused.
-        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
-
-
-def _save(path, run, job):
-    tensors = {f"state/{name}": tensor for name, tensor in run.fit.state.items()}
-    tensors |= {f"checkpoint/{name}/{key}": tensor for name, state in run.fit.checkpoints.items()
-                for key, tensor in state.items()}
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in run.optimizer.items()}
-    save_tensors(path, {**tensors, "totals": run.totals},
-                 {"kind": "run", "identity": job.identity, "losses": run.fit.losses, "done": run.done})
-
-
-def _found(path, job):
-    return _load(path, job) if path and Path(path).exists() else None
-
-
-def _load(path, job):
-    tensors, record = load_tensors(path)
-    if record.get("kind") != "run":
-        raise ValueError(f"{path} holds {record.get('stage') or record.get('kind')!r}: expected a run to resume")
-    differ = [f"{name} {record['identity'].get(name)!r} (here {value!r})" for name, value in job.identity.items()
-              if record["identity"].get(name) != value]
-    if differ:
-        raise ValueError(f"{path} is of a run with {', '.join(differ)}: give another file, or delete it")
-    parts = {"state": {}, "checkpoint": {name: {} for name, step in job.wanted.items() if step <= record["done"]},
-             "optimizer": {}}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        if kind == "checkpoint":
-            checkpoint, _, rest = rest.partition("/")
-            parts[kind][checkpoint][rest] = tensor
-        elif rest:
-            parts[kind][rest] = tensor
-    return _Run(Fit(parts["state"], parts["checkpoint"], record["losses"]), parts["optimizer"], tensors["totals"],
-                record["done"])
 
 
 def throughput(model, input_shape, recipe, *, classes=10, steps=2, device=None):

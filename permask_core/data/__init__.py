@@ -9,7 +9,7 @@ from permask_core.data.imagenet import imagenet
 from permask_core.data.splits import Split
 from permask_core.data.trifeature import trifeature
 
-__all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "check_options", "load_dataset", "options_of"]
 
 
 class Dataset(NamedTuple):

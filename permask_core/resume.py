@@ -1,0 +1,93 @@
+"""A training run on disk: where it is, and of what it is a run, so that it can go on after an interruption."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from permask_core.files import load_tensors, save_tensors
+
+
+class Run(NamedTuple):
+    """A run of which ``done`` steps are done: its ``state``, its ``checkpoints`` by name, the mean ``losses`` of the
+    epochs that are finished, the ``optimizer``'s state named "weight/quantity", and ``totals`` [processes], each one's
+    sum of the losses of the epoch that is not."""
+
+    state: dict[str, torch.Tensor]
+    checkpoints: dict[str, dict[str, torch.Tensor]]
+    losses: list[float]
+    optimizer: dict[str, torch.Tensor]
+    totals: torch.Tensor
+    done: int
+
+
+def save_run(path, run, identity):
+    """Write a run; ``identity`` says what decides about it, as a dict that JSON holds."""
+    tensors = {f"state/{name}": tensor for name, tensor in run.state.items()}
+    tensors |= {f"checkpoint/{name}/{key}": tensor for name, state in run.checkpoints.items()
+                for key, tensor in state.items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in run.optimizer.items()}
+    save_tensors(path, {**tensors, "totals": run.totals},
+                 {"kind": "run", "identity": identity, "losses": run.losses, "done": run.done})
+
+
+def load_run(path, identity):
+    """Read what :func:`save_run` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is damaged, holds something else than a run, or a run of another identity; it says which values
+        differ.
+    """
+    tensors, record = load_tensors(path)
+    if record.get("kind") != "run":
+        raise ValueError(f"{path} holds {record.get('stage') or record.get('kind')!r}: expected a run to resume")
+    differ = [f"{name} {record['identity'].get(name)!r} (here {value!r})" for name, value in identity.items()
+              if record["identity"].get(name) != value]
+    if differ:
+        raise ValueError(f"{path} is of a run with {', '.join(differ)}: give another file, or delete it")
+    state, checkpoints, optimizer = {}, {}, {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "state":
+            state[rest] = tensor
+        elif kind == "optimizer":
+            optimizer[rest] = tensor
+        elif kind == "checkpoint":
+            checkpoint, _, key = rest.partition("/")
+            checkpoints.setdefault(checkpoint, {})[key] = tensor
+    return Run(state, checkpoints, record["losses"], optimizer, tensors["totals"], record["done"])
+
+
+def found_run(path, identity):
+    """:func:`load_run`, or None where there is no path or no file."""
+    return load_run(path, identity) if path and Path(path).exists() else None
+
+
+def digest(arrays):
+    """A short hash of tensors or numpy arrays: their names, types, shapes and values."""
+    summary = hashlib.sha256()
+    for name, array in arrays.items():
+        summary.update(f"{name} {array.dtype} {list(array.shape)}".encode())
+        if isinstance(array, torch.Tensor):  # by its bytes: numpy has no bfloat16
+            array = array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        summary.update(array)
+    return summary.hexdigest()[:16]
+
+
+def optimizer_state(optimizer, parameters):
+    """The state of an optimizer over named parameters, flat: tensors by "weight/quantity"."""
+    return {f"{name}/{key}": value for name, parameter in parameters.items()
+            for key, value in optimizer.state[parameter].items() if value is not None}
+
+
+def restore_optimizer(optimizer, parameters, state):
+    """Put back what :func:`optimizer_state` gave."""
+    for name, value in state.items():
+        name, key = name.rsplit("/", 1)
+        # AdamW counts its steps in float32 on the device of the weight when it is fused.
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
