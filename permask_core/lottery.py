@@ -17,7 +17,6 @@ from functools import lru_cache
 import torch
 
 from permask_core.data import DATASETS, check_options, load_dataset, options_of
-from permask_core.data.root import data_root
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_activations, match_weights, permutation_groups, permute
 from permask_core.models import MODELS, build_model
@@ -32,6 +31,7 @@ from permask_core.pruning import (
     prunable_weights,
     random_masks,
 )
+from permask_core.resume import digest
 from permask_core.store import Store
 from permask_core.training import Recipe, default_device, evaluate, fit
 
@@ -78,8 +78,6 @@ class Experiment:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
         check_options(self.dataset, self.options)
-        if self.options.get("verify") is False:  # what lies there may be anything: its place decides about results
-            object.__setattr__(self, "options", {**self.options, "root": str(data_root(self.root))})
         object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
         for epoch in self.checkpoints:
             if not isinstance(epoch, int) or not 0 <= epoch <= self.epochs:
@@ -109,6 +107,8 @@ class Experiment:
         settings = {name: getattr(self, name) for name in names}
         if "options" in settings:  # how many processes read images decides about nothing
             settings["options"] = {name: value for name, value in self.options.items() if name != "workers"}
+            if self.options.get("verify") is False:  # the files may be any: their content decides
+                settings["options"]["content"] = _content(data(self))
         return settings
 
 
@@ -127,6 +127,11 @@ def data(experiment):
 @lru_cache(maxsize=1)
 def _loaded(name, options):
     return load_dataset(name, **dict(options))
+
+
+@lru_cache(maxsize=1)
+def _content(loaded):
+    return digest({"x": loaded.train.x, "y": loaded.train.y, "test x": loaded.test.x, "test y": loaded.test.y})
 
 
 def network(experiment, state=None, *, seed=0):

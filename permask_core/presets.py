@@ -74,6 +74,11 @@ PRESETS = {
 }
 
 
+# What may differ from the published settings without making a run another experiment.
+FREE = ("root", "width", "rewind", "checkpoints", "imp_rewind", "precision", "processes", "accumulate",
+        "matched_images")
+
+
 def preset(name, **changes):
     """The preset of a name, with changes.
 
@@ -84,7 +89,7 @@ def preset(name, **changes):
     **changes
         Fields of :class:`Preset` or of its :class:`~permask_core.lottery.Experiment`; what is None stays. Its ``width``
         and ``rewind`` are the first of ``widths`` and ``rewinds``. Another data set drops the options of the preset's
-        own. With another data set, network or number of epochs it reproduces nothing that was published. With other
+        own. Where anything differs that decides about accuracies, it reproduces nothing that was published. With other
         ``epochs``, A and B are matched at their end, and of the epochs that are kept those stay that there still are.
 
     Raises
@@ -123,7 +128,8 @@ def preset(name, **changes):
                "imp_rewind": imp_rewind,
                "matched_at": epochs if experiment.matched_at == experiment.epochs else experiment.matched_at, **changes}
     experiment = replace(experiment, **changes)
-    same = all(getattr(experiment, key) == getattr(chosen.experiment, key) for key in ("dataset", "model", "epochs"))
+    same = all(getattr(experiment, field.name) == getattr(chosen.experiment, field.name) for field in fields(Experiment)
+               if field.name not in FREE)
     chosen = chosen._replace(experiment=experiment, **grid, reproduces=chosen.reproduces if same else None)
     if not isinstance(chosen.seeds, int) or chosen.seeds < 1:
         raise ValueError(f"seeds is {chosen.seeds!r}: expected an integer of at least 1")

@@ -2,8 +2,11 @@
 
 import os
 import sys
+import time
 
 from tqdm.auto import tqdm
+
+SECONDS = 60  # between two lines of text
 
 
 def is_live():
@@ -19,9 +22,23 @@ def is_live():
 def progress(iterable, description, total=None):
     """A tqdm bar over ``iterable``, of ``total`` steps if it cannot tell itself.
 
-    It is silent where nobody watches: neither in a live notebook (:func:`is_live`) nor at a terminal; and if
-    ``description`` is None.
+    Where nobody watches, neither in a live notebook (:func:`is_live`) nor at a terminal, long work prints a line a
+    minute, which a notebook run by papermill keeps. With ``PERMASK_DISPLAY=static``, and if ``description`` is None, it
+    is silent.
     """
     at_terminal = os.environ.get("PERMASK_DISPLAY") != "static" and sys.stderr.isatty()
     watched = description is not None and (is_live() or at_terminal)
+    if description is not None and not watched and os.environ.get("PERMASK_DISPLAY") != "static":
+        return _told(iterable, description, total)
     return tqdm(iterable, desc=description, total=total, disable=not watched, leave=False)
+
+
+def _told(iterable, description, total):
+    total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+    start = told = time.monotonic()
+    for done, item in enumerate(iterable, 1):
+        yield item
+        if time.monotonic() - told >= SECONDS:
+            told = time.monotonic()
+            of = f" of {total}" if total else ""
+            print(f"{description}: {done}{of} in {(told - start) / 60:.0f} min", flush=True)

@@ -140,7 +140,7 @@ def check_folder(folder, settings):
         differ = [f"{name} {there.get(name)!r} (here {settings.get(name)!r})" for name in sorted({*there, *settings})
                   if there.get(name) != settings.get(name)]
         if differ:
-            raise ValueError(f"{path.parent} holds results with {', '.join(differ)}: give another folder")
+            raise ValueError(f"{path.parent} was begun with {', '.join(differ)}: give another folder, or delete it")
         return path.parent
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")

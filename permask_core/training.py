@@ -149,7 +149,9 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
     RuntimeError
         If one of several processes failed, with its message.
     """
-    train = train if hasattr(train, "batches") else Split(*train)
+    train = _split(train)
+    if isinstance(checkpoints, str):
+        raise ValueError(f"checkpoints is {checkpoints!r}: expected a list of names")
     job = _checked(model, train, recipe, seed, masks, checkpoints, processes)
     if processes > 1 or resume:
         job = job._replace(identity=_identity(model, train, job, processes))
@@ -164,6 +166,15 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
     model.load_state_dict(run.state)
     model.to(device or default_device()).train()
     return Fit(run.state, {name: run.checkpoints[name] for name in job.wanted}, run.losses)
+
+
+def _split(data):
+    if hasattr(data, "batches"):
+        return data
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, torch.Tensor) for part in data):
+        return Split(*data)
+    raise ValueError(f"got {type(data).__name__} to train on or evaluate: expected a split, as data.train, or two "
+                     "tensors, inputs and labels")
 
 
 class _Job(NamedTuple):
@@ -403,7 +414,7 @@ def evaluate(model, split, *, state=None, batch_size=1000):
     ValueError
         If the split is empty.
     """
-    split = split if hasattr(split, "batches") else Split(*split)
+    split = _split(split)
     if len(split) == 0:
         raise ValueError("the split is empty: expected at least one input")
     if state is not None:

@@ -248,8 +248,8 @@ def test_a_notebook_refuses_a_folder_with_results_of_other_settings(undisturbed,
     before = (folder / "output" / "results.json").read_bytes()
     with pytest.raises(PapermillExecutionError) as caught:
         execute(notebook, tmp_path, {**given, "output": str(folder / "output"), "batch_size": 32, "seeds": 1})
-    assert caught.value.evalue == (f"{folder / 'output'} holds results with batch_size 16 (here 32), seeds 2 (here 1): "
-                                   "give another folder")
+    assert caught.value.evalue == (f"{folder / 'output'} was begun with batch_size 16 (here 32), seeds 2 (here 1): "
+                                   "give another folder, or delete it")
     assert (folder / "output" / "results.json").read_bytes() == before and not (tmp_path / "runs").exists()
 
 

@@ -19,6 +19,7 @@ from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_activations, match_weights, permute
 from permask_core.models import build_model
 from permask_core.store import Store
+from tests.data.files import write_cifar
 
 TINY = Experiment(width=0.1, epochs=2, checkpoints=(0, 1), rewind=1, matched_at=2, imp_rewind=1, imp_epochs=1,
                   imp_rate=0.5)
@@ -265,10 +266,14 @@ def test_the_cost_is_what_a_run_trains(tmp_path, monkeypatch, methods):
     assert lottery.training_epochs(TINY, **GRID, methods=methods) == epochs
 
 
-def test_the_place_of_files_decides_only_where_they_may_be_anything():
-    assert Experiment(root="a") == Experiment(root="a") and "root" not in Experiment(root="a").only(*lottery._DENSE)
-    here, there = (Experiment(dataset="cifar10", options={"verify": False}, root=one) for one in "ab")
-    assert here.only("options") != there.only("options")
+def test_what_files_hold_decides_where_it_may_be_anything_and_their_place_never(tmp_path):
+    def key(place, seed):
+        write_cifar(tmp_path / place, "cifar10", n_train=20, n_test=10, seed=seed)
+        subset = Experiment(dataset="cifar10", options={"verify": False}, root=str(tmp_path / place))
+        return subset.only(*lottery._DENSE)
+
+    assert key("one", 0) == key("other", 0) != key("third", 1)
+    assert "root" not in Experiment(root="a").only(*lottery._DENSE)
     assert "nowhere" not in lottery.settings_text(Experiment(root="/nowhere"))
 
 

@@ -101,8 +101,9 @@ def test_options_are_those_of_the_data_set():
 @pytest.mark.parametrize("changes, kept", [
     ({}, True), ({"widths": [0.25], "seeds": 1, "sparsities": [0.5]}, True), ({"precision": "bf16"}, True),
     ({"dataset": "cifar10"}, True), ({"dataset": "cifar100"}, False), ({"model": "vgg11"}, False),
-    ({"epochs": 201}, False)])
-def test_what_was_published_is_not_of_other_data_networks_or_epochs(changes, kept):
+    ({"epochs": 201}, False), ({"imp_epochs": 1}, False), ({"batch_size": 64}, False),
+    ({"options": {"verify": False}}, False), ({"root": "elsewhere", "rewinds": [7]}, True)])
+def test_what_was_published_is_not_of_other_settings(changes, kept):
     assert preset("cifar10-resnet20", **changes).reproduces == ("ResNet20/CIFAR-10" if kept else None)
 
 

@@ -238,14 +238,14 @@ def test_a_folder_takes_the_results_of_one_set_of_settings(tmp_path):
 def test_a_folder_of_other_settings_is_refused_with_those_that_differ(tmp_path, change, message):
     check_folder(tmp_path, SETTINGS)
     before = (tmp_path / "settings.json").read_bytes()
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} holds results with {message}: give another folder")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} was begun with {message}: give another folder")):
         check_folder(tmp_path, {**SETTINGS, **change})
     assert (tmp_path / "settings.json").read_bytes() == before
 
 
 def test_a_setting_that_is_gone_differs(tmp_path):
     check_folder(tmp_path, SETTINGS)
-    with pytest.raises(ValueError, match=re.escape("holds results with model 'mlp' (here None): give")):
+    with pytest.raises(ValueError, match=re.escape("was begun with model 'mlp' (here None): give")):
         check_folder(tmp_path, {name: value for name, value in SETTINGS.items() if name != "model"})
 
 

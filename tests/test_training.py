@@ -572,3 +572,17 @@ def test_evaluation_standardises_bytes_and_does_not_augment(pictures, trained):
     accuracy, loss = evaluate(trained, pictures)
     assert accuracy == (logits.argmax(1) == pictures.y).double().mean().item()
     assert loss == pytest.approx(F.cross_entropy(logits, pictures.y).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("what", ["dataset", "numpy", "inputs"])
+def test_what_is_no_split_is_refused(digits, net, what):
+    x, y = digits.train.x, digits.train.y
+    data = {"dataset": digits, "numpy": (x.numpy(), y.numpy()), "inputs": x}[what]
+    for use in (lambda: fit(net, data, RECIPE, seed=0), lambda: evaluate(net, data)):
+        with pytest.raises(ValueError, match="got .* to train on or evaluate: expected a split, as data.train"):
+            use()
+
+
+def test_one_name_is_no_list_of_checkpoints(digits, net):
+    with pytest.raises(ValueError, match="checkpoints is 'init': expected a list"):
+        fit(net, digits.train, RECIPE, seed=0, checkpoints="init")
