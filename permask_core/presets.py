@@ -58,6 +58,7 @@ PRESETS = {
     "cifar10-resnet20": Preset(_CIFAR, (1, 4, 8, 16), _REWINDS, 3, _SPARSITIES, ("activations",), "ResNet20/CIFAR-10"),
     "cifar100-resnet20": Preset(replace(_CIFAR, dataset="cifar100"), (1, 4, 8, 16), _REWINDS, 3, _SPARSITIES,
                                 ("activations",), "ResNet20/CIFAR-100"),
+    # Of VGG11 the sources at hand give no settings of its own: those of ResNet20 are taken.
     "cifar10-vgg11": Preset(replace(_CIFAR, model="vgg11"), (1,), _REWINDS, 3, (0.8, 0.9), ("activations",),
                             "VGG11/CIFAR-10"),
     "imagenet-resnet50": Preset(_IMAGENET, (1,), (0, 10, 25, 50), 1, _SPARSITIES, ("activations",)),
