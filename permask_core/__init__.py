@@ -4,7 +4,7 @@ The rooms, ground floor first (a module imports only from floors below its own):
 
 0. ``files``, ``vision``, ``progress``
 1. ``masks``, ``statistics``, ``store``, ``resume``, ``processes``
-2. ``models``, ``data``, ``pruning``, ``matching``, ``landscape``
+2. ``models``, ``data``, ``pruning``, ``matching``, ``sparse``, ``landscape``
 3. ``training``
 4. ``lottery``, ``presets``, ``display``
 """

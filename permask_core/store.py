@@ -21,7 +21,7 @@ from pathlib import Path
 
 from permask_core.files import load_tensors, save_tensors, written_whole
 
-LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn")
+LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn")
 
 
 class Store:

@@ -1,0 +1,398 @@
+"""A linear layer with constant fan-in: each neuron has ``k`` weights, and only these are stored.
+
+Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024, call the form condensed. A mask that
+multiplies weights by zero saves nothing; here weights, gradients and the optimizer's state are all [neurons, k].
+"""
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from permask_core.sparse import kernels
+
+CHUNK = 2 ** 20  # connections at a time where connections are drawn or moved: there may be millions of rows
+
+
+class _FanIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values, bias, layer):
+        ctx.save_for_backward(x, values)
+        ctx.layer, ctx.indices, ctx.bias_type = layer, layer.indices, None if bias is None else bias.dtype
+        return kernels.forward(x, values, layer.indices, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, values = ctx.saved_tensors
+        if ctx.layer.indices is not ctx.indices:
+            raise RuntimeError("the layer was rewired between forward and backward, and the connections whose gradient "
+                               "is asked for are gone: call backward() before rewire()")
+        need_x, need_values, need_bias, _ = ctx.needs_input_grad
+        dx = dvalues = None
+        if need_x or need_values:
+            dx, dvalues = kernels.backward(grad.contiguous(), x, values, ctx.indices, ctx.layer.transposed(),
+                                           need_x=need_x, need_values=need_values)
+        return dx, dvalues, grad.sum(0, dtype=ctx.bias_type) if need_bias else None, None
+
+
+class FanInLinear(nn.Module):
+    """``y = x W^T + bias``, where each active row of W has the same number of weights, ``fan_in``.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    fan_in : int
+        Weights of each neuron, from 1 to ``in_features``.
+    bias : bool
+    indices : torch.Tensor, optional
+        Whole numbers [out_features, fan_in]: the connections, instead of drawn ones.
+    generator : torch.Generator, optional
+        Draws the connections, uniformly without replacement in each row, and the values.
+    device, dtype
+        Of the values and the bias.
+
+    Attributes
+    ----------
+    values : torch.nn.Parameter
+        [n_active, fan_in]; drawn with variance 2 / fan_in (Evci et al., AAAI 2022).
+    indices : torch.Tensor
+        int32 [n_active, fan_in]: the input of each value, ascending in each row.
+    rows : torch.Tensor
+        int64 [n_active], ascending: the neurons that have weights. The output of the others, which are called ablated,
+        is their bias, or 0 without one.
+    bias : torch.nn.Parameter or None
+        [out_features], at first 0.
+
+    Raises
+    ------
+    ValueError
+        If ``fan_in`` or a size is out of range, or an index is, or is repeated in its row; when called, if the last
+        axis of the input is not ``in_features``, or its device or type is not that of the values.
+    """
+
+    def __init__(self, in_features, out_features, fan_in, bias=True, *, indices=None, generator=None, device=None,
+                 dtype=None):
+        super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}: expected an integer of at least 1")
+        if not isinstance(fan_in, int) or not 1 <= fan_in <= in_features:
+            raise ValueError(f"fan_in is {fan_in!r}: expected an integer from 1 to in_features, {in_features}")
+        self.in_features, self.out_features = in_features, out_features
+        if indices is None:
+            indices = sample_columns(out_features, in_features, fan_in, generator=generator, device=device)
+        else:
+            check_indices(indices, (out_features, fan_in), in_features)
+        drawn_on = device if generator is None else generator.device
+        self.values = nn.Parameter(torch.empty(out_features, fan_in, device=drawn_on, dtype=dtype)
+                                   .normal_(0, (2 / fan_in) ** 0.5, generator=generator).to(device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("indices", indices.to(device, torch.int32).sort(1).values)
+        self.register_buffer("rows", torch.arange(out_features, device=device))
+        self._transposed = {}
+
+    @property
+    def fan_in(self):
+        return self.indices.shape[1]
+
+    @property
+    def n_active(self):
+        return self.indices.shape[0]
+
+    def extra_repr(self):
+        ablated = self.out_features - self.n_active
+        return (f"in_features={self.in_features}, out_features={self.out_features}, fan_in={self.fan_in}, "
+                f"bias={self.bias is not None}" + f", ablated={ablated}" * bool(ablated))
+
+    def forward(self, x):
+        """[..., in_features] to [..., out_features]."""
+        values, bias = self.values, self.bias  # each a call of nn.Module, which counts where a layer takes microseconds
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"the input has shape {list(x.shape)}: expected a last axis of {self.in_features}")
+        if x.device != values.device:
+            raise ValueError(f"the input is on {x.device}, the layer on {values.device}: expected one device")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif x.dtype != values.dtype:
+            raise ValueError(f"the input is {x.dtype}, the layer {values.dtype}: expected one type")
+        flat = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        if values.shape[0] == self.out_features:
+            y = self._sums(flat, values, bias)
+        else:
+            bias = values.new_zeros(self.out_features) if bias is None else bias
+            y = self._sums(flat, values, bias[self.rows])
+            y = bias.to(y.dtype).expand(len(y), -1).index_copy(1, self.rows, y)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _sums(self, x, values, bias):
+        trained = torch.is_grad_enabled() and (
+            x.requires_grad or values.requires_grad or bias is not None and bias.requires_grad)
+        return _FanIn.apply(x, values, bias, self) if trained else kernels.forward(x, values, self.indices, bias)
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(cls, linear, mask):
+        """The layer that computes what ``linear`` computes under ``mask``.
+
+        Parameters
+        ----------
+        linear : torch.nn.Linear
+            Is left alone; its device and type are taken over.
+        mask : torch.Tensor
+            bool [out, in], with the same number of True in each row that has any. Rows without are ablated.
+
+        Raises
+        ------
+        ValueError
+            If the mask does not fit or is not of constant fan-in; the message names the first row that differs.
+        """
+        rows, indices = connections(mask, linear.weight.shape)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = linear.weight.shape
+        indices = indices.to(linear.weight.device)
+        layer.values = nn.Parameter(linear.weight.detach()[rows.to(linear.weight.device)].gather(1, indices))
+        layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
+        layer.register_buffer("indices", indices.int())
+        layer.register_buffer("rows", rows.to(linear.weight.device))
+        layer._transposed = {}
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def to_dense(self):
+        """A torch.nn.Linear that computes the same, with zeros where there is no connection."""
+        linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None,
+                                    device=self.values.device, dtype=self.values.dtype)
+        linear.weight.copy_(self._spread(self.values))
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def mask(self):
+        """bool [out_features, in_features]: where the connections are, whatever their values."""
+        return self._spread(torch.ones_like(self.indices, dtype=torch.bool))
+
+    def _spread(self, values):
+        whole = values.new_zeros(self.out_features, self.in_features)
+        whole[self.rows[:, None], self.indices.long()] = values
+        return whole
+
+    def transposed(self, start=0, stop=None):
+        """The :class:`~permask_core.sparse.kernels.Transposed` of the active rows from ``start`` to ``stop``, kept
+        until the indices change."""
+        version = self.indices, self.indices._version
+        if any(kept is not version[0] or count != version[1] for kept, count, _ in self._transposed.values()):
+            self._transposed = {}
+        if (start, stop) not in self._transposed:
+            self._transposed[start, stop] = *version, kernels.transposed(self.indices[start:stop], self.in_features)
+        return self._transposed[start, stop][2]
+
+    @torch.no_grad()
+    def rewire(self, keep, grow, optimizer=None):
+        """Move connections: drop those that are not kept, and add new ones whose value is 0.
+
+        Every neuron must come out with no connection, which ablates it, or with as many as all others. The number of
+        active neurons and the fan-in may change.
+
+        Parameters
+        ----------
+        keep : torch.Tensor
+            bool [n_active, fan_in]: which slots stay.
+        grow : torch.Tensor
+            Whole numbers [m, 2]: neuron and input of each new connection, as ``torch.nonzero`` gives them.
+        optimizer : torch.optim.Optimizer, optional
+            Its state for ``values``, where it has their shape, moves along: kept slots keep theirs, new ones get 0.
+
+        Raises
+        ------
+        ValueError
+            If a shape or index does not fit, a connection would be there twice, or neurons would differ in fan-in; the
+            layer and the optimizer are then as before.
+        """
+        grow = grow.to(self.indices.device, torch.int64)
+        if keep.dtype != torch.bool or keep.shape != self.indices.shape:
+            raise ValueError(f"keep is {keep.dtype} {list(keep.shape)}: expected bool {list(self.indices.shape)}")
+        if grow.ndim != 2 or grow.shape[1] != 2:
+            raise ValueError(f"grow has shape {list(grow.shape)}: expected [connections, 2]")
+        sizes = grow.new_tensor([self.out_features, self.in_features])
+        outside = ((grow < 0) | (grow >= sizes)).any(1)
+        if outside.any():
+            raise ValueError(f"grow has the connection {grow[outside][0].tolist()}: expected a neuron below "
+                             f"{self.out_features} and an input below {self.in_features}")
+        keep, grow = keep.to(grow.device), grow[torch.sort(grow[:, 0], stable=True).indices]
+        counts = torch.bincount(grow[:, 0], minlength=self.out_features)
+        counts[self.rows] += keep.sum(1)
+        rows = counts.nonzero()[:, 0]
+        if not len(rows):
+            raise ValueError("no connection is left: expected at least one neuron with connections")
+        fan_in = int(counts[rows[0]])
+        odd = rows[counts[rows] != fan_in]
+        if len(odd):
+            raise ValueError(f"neuron {odd[0]} would have {counts[odd[0]]} connections and neuron {rows[0]} {fan_in}: "
+                             "expected the same number, or none")
+        self.values.grad, self._transposed = None, {}
+        indices, source = self._rewired(keep, grow, rows, fan_in)
+
+        def moved(tensor):
+            new = tensor.new_empty(source.shape)
+            for old, part in zip(source.split(max(1, CHUNK // fan_in)), new.split(max(1, CHUNK // fan_in))):
+                part.copy_(tensor.flatten()[old.clamp(min=0)]).masked_fill_(old < 0, 0)
+            return new
+
+        state = {} if optimizer is None else optimizer.state.get(self.values, {})
+        for name, tensor in state.items():
+            if isinstance(tensor, torch.Tensor) and tensor.shape == self.values.shape:
+                state[name] = moved(tensor)
+        self._resized(moved(self.values.data))
+        self.indices, self.rows = indices, rows
+
+    def _resized(self, values):
+        # Where the graph of an earlier step is still alive, autograd checks gradients against the shape that it has
+        # seen there, unless the type changes in between.
+        self.values.data = values.new_empty(0, dtype=torch.float16 if values.dtype != torch.float16 else torch.float32)
+        self.values.data, self.values.grad = values, None
+
+    def _rewired(self, keep, grow, rows, fan_in):
+        """The new indices, and for each new slot the old one it comes from, or -1; both [rows, fan_in]."""
+        indices = torch.empty(len(rows), fan_in, dtype=torch.int32, device=rows.device)
+        source = torch.empty(len(rows), fan_in, dtype=torch.int64, device=rows.device)
+        done, step = 0, max(1, CHUNK // fan_in)
+        for start in range(0, self.out_features, step):
+            a, b = torch.searchsorted(self.rows, self.rows.new_tensor([start, start + step])).tolist()
+            slots = keep[a:b].flatten().nonzero()[:, 0] + a * self.fan_in
+            c, d = torch.searchsorted(grow[:, 0].contiguous(), grow.new_tensor([start, start + step])).tolist()
+            neurons = torch.cat([self.rows[slots // self.fan_in], grow[c:d, 0]])
+            keys = neurons * self.in_features + torch.cat([self.indices.flatten()[slots], grow[c:d, 1]])
+            keys, order = keys.sort()
+            twice = keys[1:][keys[1:] == keys[:-1]]
+            if len(twice):
+                neuron, column = divmod(int(twice[0]), self.in_features)
+                raise ValueError(f"neuron {neuron} would have input {column} twice: expected to grow connections that "
+                                 "are not kept")
+            here = slice(done, done + len(keys) // fan_in)
+            indices[here] = (keys % self.in_features).view(-1, fan_in)
+            source[here] = torch.cat([slots, slots.new_full((d - c,), -1)])[order].view(-1, fan_in)
+            done = here.stop
+        return indices, source
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        found = {name: state_dict.get(prefix + name) for name in ("values", "indices", "rows")}
+        if all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+            values, indices, rows = found.values()
+            try:
+                check_indices(indices, values.shape, self.in_features)
+                if rows.shape != values.shape[:1] or rows.min() < 0 or rows.max() >= self.out_features or (
+                        rows[1:] <= rows[:-1]).any():
+                    raise ValueError(f"rows of shape {list(rows.shape)} are not {len(values)} ascending numbers below "
+                                     f"{self.out_features}")
+            except ValueError as error:
+                errors.append(f"{prefix or 'the layer'}: {error}")
+                return
+            if values.shape != self.values.shape:
+                self._resized(self.values.data.new_empty(values.shape))
+                self.indices, self.rows = self.indices.new_empty(indices.shape), self.rows.new_empty(rows.shape)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_transposed": {}}
+
+
+def check_indices(indices, shape, in_features):
+    """Raise ValueError unless ``indices`` are whole numbers of this shape [n, k], at least one, in range, and none
+    twice in a row."""
+    if indices.is_floating_point() or indices.dtype == torch.bool or len(shape) != 2 or indices.shape != shape or \
+            indices.numel() == 0:
+        raise ValueError(f"indices are {indices.dtype} {list(indices.shape)}: expected whole numbers {list(shape)}")
+    outside = indices[(indices < 0) | (indices >= in_features)]
+    if len(outside):
+        raise ValueError(f"indices hold {outside[0]}: expected 0 to {in_features - 1}")
+    ordered = indices.sort(1).values
+    row, place = (ordered[:, 1:] == ordered[:, :-1]).nonzero(as_tuple=True)
+    if len(row):
+        raise ValueError(f"indices have {ordered[row[0], place[0]]} twice in row {row[0]}: expected each input once")
+
+
+def connections(mask, shape):
+    """The rows of a mask that have connections, int64 [n], and their columns, int64 [n, k].
+
+    Raises
+    ------
+    ValueError
+        If the mask is not bool of this shape, is empty, or is not of constant fan-in.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"the mask is {got}: expected bool {list(shape)}")
+    counts = mask.sum(1)
+    rows = counts.nonzero()[:, 0]
+    if not len(rows):
+        raise ValueError("the mask keeps nothing: expected at least one row with connections")
+    odd = rows[counts[rows] != counts[rows[0]]]
+    if len(odd):
+        raise ValueError(
+            f"row {odd[0]} of the mask has {counts[odd[0]]} connections, row {rows[0]} {counts[rows[0]]}: expected a "
+            "constant fan-in. Train with masks that have one (permask_core.sparse.dynamic, method 'srigl'), or keep "
+            "the mask on a dense layer (permask_core.masks.apply_masks)")
+    return rows, mask.nonzero()[:, 1].view(len(rows), -1)
+
+
+def sample_columns(n, in_features, count, *, taken=None, generator=None, device=None):
+    """Draw columns for each of n rows, uniformly and without replacement.
+
+    Parameters
+    ----------
+    n, in_features, count : int
+        Rows, columns to choose from, columns of each row.
+    taken : torch.Tensor, optional
+        Whole numbers [n, k], none twice in a row: columns that are not drawn.
+    generator : torch.Generator, optional
+    device : torch.device, optional
+        Of the result.
+
+    Returns
+    -------
+    torch.Tensor
+        int32 [n, count], ascending in each row.
+
+    Raises
+    ------
+    ValueError
+        If a row has not that many columns to choose from.
+    """
+    if taken is None:
+        taken = torch.empty(n, 0, dtype=torch.int64)
+    if not 0 <= count <= in_features - taken.shape[1]:
+        free = in_features - taken.shape[1]
+        raise ValueError(f"count is {count!r}: expected 0 to {free}, the columns that are not taken")
+    drawn_on = (device or "cpu") if generator is None else generator.device
+    # Of many columns few are drawn twice, and drawing those again takes no array of [n, in_features].
+    few = 4 * (taken.shape[1] + count) <= in_features
+    sample, width = (_redrawn, taken.shape[1] + count) if few else (_largest, in_features)
+    chosen = torch.empty(n, count, dtype=torch.int32, device=drawn_on)
+    step = max(1, CHUNK // max(1, width))
+    for start in range(0, n, step):
+        part = taken[start:start + step].to(drawn_on, torch.int64)
+        chosen[start:start + step] = sample(part, in_features, count, generator)
+    return chosen.to(device) if device is not None else chosen
+
+
+def _redrawn(taken, in_features, count, generator):
+    # Column and, in the last bit, whether it was drawn: of equal columns the drawn one comes last, and is drawn again.
+    def draw(*shape):
+        return 2 * torch.randint(in_features, shape, generator=generator, device=taken.device) + 1
+
+    keys = torch.cat([2 * taken, draw(len(taken), count)], 1).sort(1).values
+    again = torch.arange(len(keys), device=taken.device)
+    while len(again):
+        part = keys[again]
+        twice = torch.zeros_like(part, dtype=torch.bool)
+        twice[:, 1:] = part[:, 1:] // 2 == part[:, :-1] // 2
+        part[twice] = draw(int(twice.sum()))
+        keys[again] = part.sort(1).values
+        again = again[twice.any(1)]
+    return (keys[keys % 2 == 1] // 2).view(len(taken), count)
+
+
+def _largest(taken, in_features, count, generator):
+    scores = torch.rand(len(taken), in_features, generator=generator, device=taken.device).scatter_(1, taken, -1)
+    return scores.topk(count, 1).indices.sort(1).values

@@ -1,0 +1,100 @@
+"""Fan-in arithmetic on a CPU: which loop of :mod:`permask_core.sparse.kernels.simd` for which shape.
+
+A few examples are gathered, each on its own. More are laid out with the examples last, in tiles.
+"""
+
+import os
+import sys
+import threading
+import warnings
+from functools import cache
+
+import numpy as np
+import torch
+
+# Examples in a tile. The forward pass does best with what a second-level cache holds of some thousand inputs; the
+# backward pass sums over a tile's examples for every connection, which weighs less the more they are.
+WIDTHS = {"forward": (8, 16, 32), "backward": (8, 16, 32, 64)}
+_LOCK = threading.Lock()  # not every threading layer of numba lets two threads in
+_PROCESS = os.getpid()
+
+
+@cache
+def _simd():
+    try:
+        import numba
+
+        from permask_core.sparse.kernels import simd  # compiles: only where it is needed
+    except ImportError as error:
+        warnings.warn(f"fan-in layers take the slower path in plain torch: {error}", stacklevel=2)
+        return None
+    threads = torch.get_num_threads()
+    numba.get_num_threads()  # starts numba's threads, which sets OpenMP's number for torch too
+    torch.set_num_threads(threads)
+    return simd
+
+
+def usable():
+    """Whether the compiled loops can run: numba is there, and this is no fork of the process that started their
+    threads, which would have none."""
+    return os.getpid() == _PROCESS and _simd() is not None
+
+
+def _run(loop, *given):
+    # Unsigned, because numba would ask of a signed index whether it counts from the end.
+    arrays = [tensor.detach().numpy() for tensor in given]
+    _call(loop, *(array.view(np.uint32) if array.dtype == np.int32 else array for array in arrays))
+
+
+def _call(loop, *arguments):
+    """Run a loop on as many threads as torch has."""
+    numba = sys.modules["numba"]
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    with _LOCK:
+        if numba.get_num_threads() != threads:
+            numba.set_num_threads(threads)
+        loop(*arguments)
+
+
+def _packed(x, width):
+    tiles = x.new_empty(-(-len(x) // width), x.shape[1], width)
+    _run(_simd().kernels(width)[0], x.contiguous(), tiles)
+    return tiles
+
+
+def _width(batch, way):
+    return next((width for width in WIDTHS[way] if batch <= width), WIDTHS[way][-1])
+
+
+def forward(x, values, indices, bias=None):
+    (batch, inputs), (n, k) = x.shape, values.shape
+    y = x.new_empty(batch, n)
+    # In cycles of a processor, roughly: a product of a gather takes one, a tile of eight two and a half; to lay it out
+    # half a cycle for each number, and to start the threads twice more some thousand.
+    if batch * n * k < 2.5 * n * k + 4 * (inputs + n) + 20_000:
+        x = x.contiguous()
+        _call(_simd().gather(x.itemsize), x.data_ptr(), values.data_ptr(), indices.data_ptr(),
+              0 if bias is None else bias.data_ptr(), y.data_ptr(), batch, inputs, n, k)
+        return y
+    width, bias = _width(batch, "forward"), x.new_zeros(n) if bias is None else bias
+    _, unpack, rows, _ = _simd().kernels(width)
+    out = x.new_empty(-(-batch // width), n, width)
+    _run(rows, _packed(x, width), values, indices, bias, out)
+    _run(unpack, out, y)
+    return y
+
+
+def backward(grad, x, values, indices, transposed, need_x, need_values):
+    simd, width = _simd(), _width(len(x), "backward")
+    _, unpack, _, columns = simd.kernels(width)
+    tiles, given = _packed(grad, width), _packed(x, width)
+    listed, products = (values.new_zeros(values.numel()) for _ in range(2))
+    _run(simd.pick, values.flatten(), transposed.slots, listed)
+    sums = torch.empty_like(given)
+    _run(columns, tiles, given, listed, transposed.pointers, transposed.outputs, sums, products)
+    dx, dvalues = x.new_empty(x.shape) if need_x else None, torch.empty_like(values) if need_values else None
+    if need_x:
+        _run(unpack, sums, dx)
+    if need_values:
+        _run(simd.put, products, transposed.slots, dvalues.view(-1))
+    return dx, dvalues

@@ -1,0 +1,42 @@
+"""Fan-in arithmetic in torch's own operations: for every device and type, and what the fast kernels are tested against.
+
+Rows go through in chunks, because a gather of a whole layer would hold batch x outputs x fan-in numbers at once.
+"""
+
+import torch
+
+CHUNK = 2 ** 22  # numbers gathered at a time
+
+
+def _summed_in(dtype):
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def _chunks(n, batch, k):
+    rows = max(1, CHUNK // max(1, batch * k))
+    return (slice(start, start + rows) for start in range(0, n, rows))
+
+
+def forward(x, values, indices, bias=None):
+    dtype = _summed_in(x.dtype)
+    columns, y = x.to(dtype).t().contiguous(), x.new_empty(len(x), len(values))
+    for rows in _chunks(len(values), len(x), values.shape[1]):
+        # [rows, 1, k] @ [rows, k, batch]
+        part = torch.bmm(values[rows, None].to(dtype), columns[indices[rows].long()])[:, 0].t()
+        y[:, rows] = part if bias is None else part + bias[rows].to(dtype)
+    return y
+
+
+def backward(grad, x, values, indices, transposed, need_x, need_values):
+    dtype, (batch, inputs), k = _summed_in(x.dtype), x.shape, values.shape[1]
+    columns, by_output = (tensor.to(dtype).t().contiguous() for tensor in (x, grad))
+    dx = torch.zeros(inputs, batch, dtype=dtype, device=x.device) if need_x else None
+    dvalues = torch.empty_like(values) if need_values else None
+    for rows in _chunks(len(values), batch, k):
+        chosen = indices[rows].long()
+        if need_values:
+            dvalues[rows] = torch.bmm(columns[chosen], by_output[rows, :, None])[..., 0].to(values.dtype)
+        if need_x:  # unlike index_add_, it adds in a fixed order on a GPU too
+            parts = values[rows, :, None].to(dtype) * by_output[rows, None]
+            dx.index_put_((chosen.flatten(),), parts.flatten(0, 1), accumulate=True)
+    return dx.t().to(x.dtype) if need_x else None, dvalues

@@ -1,0 +1,326 @@
+"""Compiled loops over connections, for :mod:`permask_core.sparse.kernels.cpu`.
+
+A batch is cut into tiles of ``width`` examples, and a tile is stored with its examples last, [features, width]. A
+connection then multiplies one value with ``width`` neighbouring numbers, which is one or a few vector instructions with
+no gather. Numba compiles for the processor at hand and needs no compiler on the machine. Left to itself it would keep
+the sums in memory; so the innermost loops are written in LLVM's vectors, of any width, which it keeps in registers.
+"""
+
+from functools import cache
+
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.core.errors import NumbaTypeError, RequireLiteralValue
+from numba.extending import intrinsic
+
+FAST = ("fast",)  # products may be fused with sums
+INT32, INT64 = ir.IntType(32), ir.IntType(64)
+LINES = 4  # vectors of 64 bytes that a sum is spread over, to hide the latency of one addition
+
+
+def _literal(number):
+    if not isinstance(number, types.IntegerLiteral):
+        raise RequireLiteralValue("expected a constant")
+    return number.literal_value
+
+
+class _Vectors:
+    """What the intrinsics below write LLVM's instructions with: vectors of ``width`` numbers of an array's type."""
+
+    def __init__(self, context, builder, array, width):
+        if array.dtype not in (types.float32, types.float64):
+            raise NumbaTypeError(f"got {array.dtype}: expected float32 or float64")
+        self.context, self.builder, self.width = context, builder, width
+        self.item = context.get_data_type(array.dtype)
+        self.itemsize = array.dtype.bitwidth // 8
+        self.type = ir.VectorType(self.item, width)
+        self.zero = ir.Constant(self.type, None)
+
+    def data(self, array, value, at=None):
+        pointer = self.context.make_array(array)(self.context, self.builder, value).data
+        return pointer if at is None else self.builder.gep(pointer, [at])
+
+    def at(self, pointer, step, i):
+        return self.builder.gep(pointer, [self.builder.mul(step, ir.Constant(INT64, i))])
+
+    def number(self, pointer, i):
+        return self.builder.load(self.builder.gep(pointer, [i]))
+
+    def index(self, pointer, i):
+        number = self.number(pointer, i)
+        return number if number.type == INT64 else self.builder.zext(number, INT64)
+
+    def load(self, pointer):
+        loaded = self.builder.load(self.builder.bitcast(pointer, self.type.as_pointer()))
+        loaded.align = self.itemsize
+        return loaded
+
+    def store(self, vector, pointer):
+        self.builder.store(vector, self.builder.bitcast(pointer, self.type.as_pointer())).align = self.itemsize
+
+    def row(self, pointer, i):
+        return self.load(self.builder.gep(pointer, [self.builder.mul(i, ir.Constant(INT64, self.width))]))
+
+    def splat(self, number):
+        undefined = ir.Constant(self.type, ir.Undefined)
+        first = self.builder.insert_element(undefined, number, ir.Constant(INT32, 0))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(INT32, self.width),
+                                                                         [0] * self.width))
+
+    def fma(self, a, b, c):
+        return self.builder.fadd(self.builder.fmul(a, b, flags=FAST), c, flags=FAST)
+
+    def sum(self, vector):
+        name = f"llvm.vector.reduce.fadd.v{self.width}f{8 * self.itemsize}"
+        reduce = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(self.item, [self.item, self.type]),
+                                                name)
+        return self.builder.call(reduce, [ir.Constant(self.item, 0.0), vector], fastmath=FAST)
+
+    def loop(self, begin, end, body, first, step=1, turns=None):
+        """Sum vectors over begin..end; ``body(i, sum)`` adds ``step`` of them to a sum, of which several take turns.
+        The sum, and where it stopped: fewer than ``step`` before the end."""
+        b, turns = self.builder, turns or max(1, LINES * 64 // (self.width * self.itemsize))
+        sums = [cgutils.alloca_once(b, self.type) for _ in range(turns)]
+        for n, place in enumerate(sums):
+            b.store(first if n == 0 else self.zero, place)
+        rest, last = (b.sub(end, b.srem(b.sub(end, begin), ir.Constant(INT64, size))) for size in (turns * step, step))
+        for start, stop, places in ((begin, rest, sums), (rest, last, sums[:1])):
+            size = ir.Constant(INT64, step * len(places))
+            with cgutils.for_range_slice(b, start, stop, size, intp=INT64) as (i, _):
+                for n, place in enumerate(places):
+                    b.store(body(b.add(i, ir.Constant(INT64, n * step)), b.load(place)), place)
+        total = b.load(sums[0])
+        for place in sums[1:]:
+            total = b.fadd(total, b.load(place), flags=FAST)
+        return total, last
+
+
+@intrinsic
+def row_dot(typing, values, indices, begin, end, x, bias, row, y, place, itemsize):
+    """``y[place] = bias[row] + sum values[s] * x[indices[s]]``, of arrays given by their addresses; a ``bias`` at
+    address 0 is none."""
+    sized = _literal(itemsize)
+
+    def codegen(context, builder, signature, args):
+        values, indices, begin, end, x, bias, row, y, place, _ = args
+        v = _Vectors(context, builder, types.Array(types.float32 if sized == 4 else types.float64, 1, "C"), 8)
+        values, x, bias, y = (builder.inttoptr(address, v.item.as_pointer()) for address in (values, x, bias, y))
+        indices = builder.inttoptr(indices, INT32.as_pointer())
+        zero = ir.Constant(v.item, 0.0)
+        given = cgutils.alloca_once_value(builder, zero)
+        with builder.if_then(builder.icmp_unsigned("!=", builder.ptrtoint(bias, INT64), ir.Constant(INT64, 0))):
+            builder.store(v.number(bias, row), given)
+
+        def body(s, sum):
+            # One load for each: processors' own gathers are slower.
+            inputs = ir.Constant(v.type, ir.Undefined)
+            for i in range(8):
+                number = v.number(x, v.index(indices, builder.add(s, ir.Constant(INT64, i))))
+                inputs = builder.insert_element(inputs, number, ir.Constant(INT32, i))
+            return v.fma(v.load(builder.gep(values, [s])), inputs, sum)
+
+        total, done = v.loop(begin, end, body, v.zero, step=8, turns=2)
+        total = cgutils.alloca_once_value(builder, builder.fadd(builder.load(given), v.sum(total), flags=FAST))
+        with cgutils.for_range_slice(builder, done, end, ir.Constant(INT64, 1), intp=INT64) as (s, _):
+            product = builder.fmul(v.number(values, s), v.number(x, v.index(indices, s)), flags=FAST)
+            builder.store(builder.fadd(builder.load(total), product, flags=FAST), total)
+        builder.store(builder.load(total), builder.gep(y, [place]))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9, itemsize), codegen
+
+
+@intrinsic
+def row_sum(typing, values, indices, begin, end, tile, tile_at, first, out, out_at, width):
+    """``out[out_at:][:width] = first + sum values[s] * tile[tile_at:][indices[s] * width:][:width]``."""
+    sized = _literal(width)
+
+    def codegen(context, builder, signature, args):
+        values, indices, begin, end, tile, tile_at, first, out, out_at, _ = args
+        kinds = signature.args
+        v = _Vectors(context, builder, kinds[4], sized)
+        values, indices = v.data(kinds[0], values), v.data(kinds[1], indices)
+        tile, out = v.data(kinds[4], tile, tile_at), v.data(kinds[7], out, out_at)
+
+        def body(s, sum):
+            return v.fma(v.row(tile, v.index(indices, s)), v.splat(v.number(values, s)), sum)
+
+        v.store(v.loop(begin, end, body, v.splat(first))[0], out)
+        return context.get_dummy_value()
+
+    return types.void(values, indices, types.int64, types.int64, tile, types.int64, tile.dtype, out, types.int64,
+                      width), codegen
+
+
+@intrinsic
+def column_sum(typing, values, outputs, begin, end, tile, tile_at, x, x_at, out, out_at, products, add, width):
+    """``out[out_at:][:width] += sum values[p] * g_p``, and for each p, ``products[p] (+)= g_p . x[x_at:][:width]``.
+
+    ``g_p = tile[tile_at:][outputs[p] * width:][:width]`` is read once for both.
+    """
+    sized = _literal(width)
+
+    def codegen(context, builder, signature, args):
+        values, outputs, begin, end, tile, tile_at, x, x_at, out, out_at, products, add, _ = args
+        kinds = signature.args
+        v = _Vectors(context, builder, kinds[4], sized)
+        values, outputs, products = (v.data(kinds[i], args[i]) for i in (0, 1, 10))
+        tile, out = v.data(kinds[4], tile, tile_at), v.data(kinds[8], out, out_at)
+        x = v.load(v.data(kinds[6], x, x_at))
+
+        def body(p, sum):
+            g, place = v.row(tile, v.index(outputs, p)), builder.gep(products, [p])
+            before = builder.select(add, builder.load(place), ir.Constant(v.item, 0.0))
+            builder.store(builder.fadd(before, v.sum(builder.fmul(g, x, flags=FAST)), flags=FAST), place)
+            return v.fma(g, v.splat(v.number(values, p)), sum)
+
+        v.store(v.loop(begin, end, body, v.load(out))[0], out)
+        return context.get_dummy_value()
+
+    return types.void(values, outputs, types.int64, types.int64, tile, types.int64, x, types.int64, out, types.int64,
+                      products, types.boolean, width), codegen
+
+
+@intrinsic
+def turn(typing, source, source_at, source_step, source_rows, target, target_at, target_step, target_rows, size):
+    """Transpose a block of ``size`` x ``size``, a power of two, of which ``source_rows`` rows are there, the others
+    being 0, and ``target_rows`` are written. The steps are from row to row."""
+    n = _literal(size)
+
+    def codegen(context, builder, signature, args):
+        source, source_at, source_step, source_rows, target, target_at, target_step, target_rows, _ = args
+        v = _Vectors(context, builder, signature.args[0], n)
+        source = v.data(signature.args[0], source, source_at)
+        target = v.data(signature.args[4], target, target_at)
+        there = [builder.icmp_signed("<", ir.Constant(INT64, i), source_rows) for i in range(n)]
+        rows = [builder.select(yes, v.load(builder.select(yes, v.at(source, source_step, i), source)), v.zero)
+                for i, yes in enumerate(there)]
+        # A perfect shuffle of rows i and i + n/2, log2(n) times, is the transpose.
+        low, high = (ir.Constant(ir.VectorType(INT32, n), [place for j in range(start, start + n // 2)
+                                                           for place in (j, n + j)]) for start in (0, n // 2))
+        for _ in range(n.bit_length() - 1):
+            rows = [builder.shuffle_vector(rows[i], rows[i + n // 2], half) for i in range(n // 2)
+                    for half in (low, high)]
+        for i, row in enumerate(rows):
+            with builder.if_then(builder.icmp_signed("<", ir.Constant(INT64, i), target_rows)):
+                v.store(row, v.at(target, target_step, i))
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, types.int64, target, types.int64, types.int64, types.int64,
+                      size), codegen
+
+
+def _compiled(function):
+    options = {"parallel": True, "nogil": True, "fastmath": True}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder in which compiled code could be kept
+        return njit(**options)(function)
+
+
+@cache
+def gather(itemsize):
+    """The forward pass example by example, for float32 (``itemsize`` 4) or float64 (8)."""
+    @_compiled
+    def rows(x, values, indices, bias, y, batch, inputs, n, k):
+        # Addresses instead of arrays, whose unpacking would take as long as the sums of a small layer.
+        for i in prange(n):
+            for b in range(batch):
+                row_dot(values, indices, i * k, i * k + k, x + b * inputs * itemsize, bias, i, y, b * n + i, itemsize)
+
+    return rows
+
+
+@cache
+def kernels(width):
+    """The loops for tiles of ``width`` examples: ``pack``, ``unpack``, ``rows`` and ``columns``."""
+    block = min(width, 16)
+    parts = 256  # features that a task packs
+
+    @_compiled
+    def pack(x, tiles):
+        """[batch, features] to [tiles, features, width]; behind the end of the batch come zeros."""
+        batch, features = x.shape
+        source, target = x.reshape(-1), tiles.reshape(-1)
+        chunks = (features + parts - 1) // parts
+        for task in prange(tiles.shape[0] * chunks):
+            tile, start = task // chunks, task % chunks * parts
+            stop = min(features, start + parts)
+            for b in range(0, width, block):
+                there = max(0, min(block, batch - tile * width - b))
+                base, at = (tile * width + b) * features, tile * features * width + b
+                for j in range(start, stop, block):
+                    j = max(0, min(j, features - block))  # the last block may overlap the one before
+                    if features >= block and there > 0:
+                        turn(source, base + j, features, there, target, at + j * width, width, block, block)
+                    else:
+                        for i in range(j, min(stop, j + block)):
+                            for c in range(block):
+                                target[at + i * width + c] = source[base + c * features + i] if c < there else 0
+
+    @_compiled
+    def unpack(tiles, y):
+        """[tiles, features, width] to [batch, features]."""
+        batch, features = y.shape
+        source, target = tiles.reshape(-1), y.reshape(-1)
+        chunks = (features + parts - 1) // parts
+        for task in prange(tiles.shape[0] * chunks):
+            tile, start = task // chunks, task % chunks * parts
+            stop = min(features, start + parts)
+            for b in range(0, min(width, batch - tile * width), block):
+                there = min(block, batch - tile * width - b)
+                base, at = (tile * width + b) * features, tile * features * width + b
+                for j in range(start, stop, block):
+                    j = max(0, min(j, features - block))
+                    if features >= block:
+                        turn(source, at + j * width, width, block, target, base + j, features, there, block)
+                    else:
+                        for i in range(j, min(stop, j + block)):
+                            for c in range(there):
+                                target[base + c * features + i] = source[at + i * width + c]
+
+    @_compiled
+    def rows(tiles, values, indices, bias, out):
+        """The forward pass: ``tiles`` [tiles, in, width] to ``out`` [tiles, n, width]."""
+        n, k = values.shape
+        v, which, source, target = values.reshape(-1), indices.reshape(-1), tiles.reshape(-1), out.reshape(-1)
+        for task in prange(tiles.shape[0] * n):
+            tile, i = task // n, task % n
+            row_sum(v, which, i * k, i * k + k, source, tile * tiles.shape[1] * width, bias[i], target, task * width,
+                    width)
+
+    @_compiled
+    def columns(tiles, x, values, pointers, outputs, sums, products):
+        """Both gradients in one pass over connections listed by input.
+
+        From the gradient by the output, ``tiles`` [tiles, n, width], and the input ``x`` [tiles, in, width]: into
+        ``sums`` [tiles, in, width] the gradient by the input, into ``products`` [n k], listed like ``values``, that by
+        the values. An input belongs to one thread, which adds in one order.
+        """
+        inputs = x.shape[1]
+        source, given, target = tiles.reshape(-1), x.reshape(-1), sums.reshape(-1)
+        for tile in range(tiles.shape[0]):
+            for block in range(pointers.shape[0]):
+                for j in prange(inputs):
+                    at = (tile * inputs + j) * width
+                    if block == 0:
+                        target[at:at + width] = 0
+                    column_sum(values, outputs, pointers[block, j], pointers[block, j + 1], source,
+                               tile * tiles.shape[1] * width, given, at, target, at, products, tile > 0, width)
+
+    return pack, unpack, rows, columns
+
+
+@_compiled
+def pick(values, slots, out):
+    """``out[p] = values[slots[p]]``."""
+    for p in prange(len(slots)):
+        out[p] = values[slots[p]]
+
+
+@_compiled
+def put(values, slots, out):
+    """``out[slots[p]] = values[p]``."""
+    for p in prange(len(slots)):
+        out[slots[p]] = values[p]
