@@ -12,7 +12,8 @@ from permask_core.files import load_tensors, save_tensors
 class Run(NamedTuple):
     """A run of which ``done`` steps are done: its ``state``, its ``checkpoints`` by name, the mean ``losses`` of the
     epochs that are finished, the ``optimizer``'s state named "weight/quantity", and ``totals`` [processes], each one's
-    sum of the losses of the epoch that is not."""
+    sum of the losses of the epoch that is not. Where connections move, also the present ``masks`` and the history
+    ``fan_in``."""
 
     state: dict[str, torch.Tensor]
     checkpoints: dict[str, dict[str, torch.Tensor]]
@@ -20,6 +21,8 @@ class Run(NamedTuple):
     optimizer: dict[str, torch.Tensor]
     totals: torch.Tensor
     done: int
+    masks: dict[str, torch.Tensor] = {}
+    fan_in: dict[str, torch.Tensor] = {}
 
 
 def save_run(path, run, identity):
@@ -27,7 +30,8 @@ def save_run(path, run, identity):
     tensors = {f"state/{name}": tensor for name, tensor in run.state.items()}
     tensors |= {f"checkpoint/{name}/{key}": tensor for name, state in run.checkpoints.items()
                 for key, tensor in state.items()}
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in run.optimizer.items()}
+    for kind in ("optimizer", "masks", "fan_in"):
+        tensors |= {f"{kind}/{name}": tensor for name, tensor in getattr(run, kind).items()}
     save_tensors(path, {**tensors, "totals": run.totals},
                  {"kind": "run", "identity": identity, "losses": run.losses, "done": run.done})
 
@@ -52,17 +56,15 @@ def load_run(path, identity):
         again = " (a model that was trained already is another start: build it anew)" * any(
             text.startswith("initial weights") for text in differ)
         raise ValueError(f"{path} is of a run with {', '.join(differ)}: give another file, or delete it{again}")
-    state, checkpoints, optimizer = {}, {}, {}
+    parts, checkpoints = {kind: {} for kind in ("state", "optimizer", "masks", "fan_in")}, {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
-        if kind == "state":
-            state[rest] = tensor
-        elif kind == "optimizer":
-            optimizer[rest] = tensor
+        if kind in parts:
+            parts[kind][rest] = tensor
         elif kind == "checkpoint":
             checkpoint, _, key = rest.partition("/")
             checkpoints.setdefault(checkpoint, {})[key] = tensor
-    return Run(state, checkpoints, record["losses"], optimizer, tensors["totals"], record["done"])
+    return Run(checkpoints=checkpoints, losses=record["losses"], totals=tensors["totals"], done=record["done"], **parts)
 
 
 def found_run(path, identity):

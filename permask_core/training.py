@@ -25,6 +25,9 @@ from permask_core.models import evaluating
 from permask_core.processes import check_agreement, launch, of_first
 from permask_core.progress import progress
 from permask_core.resume import Run, digest, found_run, load_run, optimizer_state, restore_optimizer, save_run
+from permask_core.sparse.dynamic import Rewiring, Topology
+from permask_core.sparse.fan_in import FanInLinear
+from permask_core.sparse.optim import SparseOpt
 
 SAVE_SECONDS = 60  # between two saves of a run that can be resumed
 
@@ -45,6 +48,7 @@ class Recipe:
     optimizer: str = "sgd"  # or "adamw"
     accumulate: int = 1  # parts of a batch, one after the other; BatchNorm sees one part at a time
     precision: str = "float32"  # or "bf16": autocast, the weights stay float32
+    sparse_opt: bool = False  # gradients under masks scaled to the sparsity of their neuron (SparseOpt)
 
     def __post_init__(self):
         for name, kind, expected, fits in (
@@ -60,6 +64,7 @@ class Recipe:
             ("optimizer", str, f"one of {', '.join(OPTIMIZERS)}", lambda v: v in OPTIMIZERS),
             ("accumulate", int, "an integer of at least 1", lambda v: v >= 1),
             ("precision", str, f"one of {', '.join(PRECISIONS)}", lambda v: v in PRECISIONS),
+            ("sparse_opt", bool, "True or False", lambda v: True),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind) or not fits(value):
@@ -93,15 +98,18 @@ def learning_rate(recipe, step, steps_per_epoch):
 
 
 class Fit(NamedTuple):
-    """A finished run: the last ``state``, the ``checkpoints`` asked for by name, and the mean training ``losses``
-    [epochs]."""
+    """A finished run: the last ``state``, the ``checkpoints`` asked for by name, the mean training ``losses`` [epochs],
+    and the last ``masks``. With rewiring also ``fan_in``, of each layer int32 [1 + rewirings, out]: the connections of
+    its neurons at the start and after each rewiring."""
 
     state: dict[str, torch.Tensor]
     checkpoints: dict[str, dict[str, torch.Tensor]]
     losses: list[float]
+    masks: dict[str, torch.Tensor] | None = None
+    fan_in: dict[str, torch.Tensor] | None = None
 
 
-def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, processes=1, resume=None,
+def fit(model, train, recipe, *, seed, masks=None, rewiring=None, checkpoints=(), device=None, processes=1, resume=None,
         description="training"):
     """Train a model in place.
 
@@ -113,9 +121,13 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
         What :func:`permask_core.data.load_dataset` gives, or inputs [n, ...] and labels [n].
     recipe : Recipe
     seed : int
-        Of the order of the data, of augmentation and of dropout; the global random state comes back afterwards.
+        Of the order of the data, of augmentation, of dropout and of random growth; the global random state comes back
+        afterwards.
     masks : Masks, optional
         Applied before the first step and after every one: momentum and weight decay would revive weights otherwise.
+    rewiring : Rewiring, optional
+        Moves the connections under the masks, and those of :class:`~permask_core.sparse.FanInLinear` layers. A step
+        that does so changes no weight otherwise.
     checkpoints : sequence of str
         States to keep: ``"init"`` (before the first step, masked if there are masks), ``"epoch K"`` or ``"step K"``
         (after that many).
@@ -142,8 +154,8 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
     ------
     ValueError
         If masks do not fit, a checkpoint has no such name or lies behind the end, there are fewer images than a batch
-        or fewer in the last batch than parts of a batch, processes disagree about what to train, or the file to resume
-        from is of a run with other settings; before any training.
+        or fewer in the last batch than parts of a batch, there is nothing to rewire, processes disagree about what to
+        train, or the file to resume from is of a run with other settings; before any training.
     FloatingPointError
         If the loss of an epoch, or a weight at the end, is not finite.
     RuntimeError
@@ -152,7 +164,7 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
     train = _split(train)
     if isinstance(checkpoints, str):
         raise ValueError(f"checkpoints is {checkpoints!r}: expected a list of names")
-    job = _checked(model, train, recipe, seed, masks, checkpoints, processes)
+    job = _checked(model, train, recipe, seed, masks, rewiring, checkpoints, processes)
     if processes > 1 or resume:
         job = job._replace(identity=_identity(model, train, job, processes))
     if processes == 1:
@@ -165,7 +177,8 @@ def fit(model, train, recipe, *, seed, masks=None, checkpoints=(), device=None, 
         run = of_first(load_run, path, job.identity)
     model.load_state_dict(run.state)
     model.to(device or default_device()).train()
-    return Fit(run.state, {name: run.checkpoints[name] for name in job.wanted}, run.losses)
+    kept = {name: run.checkpoints[name] for name in job.wanted}
+    return Fit(run.state, kept, run.losses, *((run.masks or None, run.fan_in) if rewiring else (masks, None)))
 
 
 def _split(data):
@@ -183,12 +196,13 @@ class _Job(NamedTuple):
     recipe: Recipe
     seed: int
     masks: dict | None
+    rewiring: Rewiring | None
     wanted: dict[str, int]  # steps at which checkpoints are taken, by name
     steps_per_epoch: int
     identity: dict  # all of it in short, by what a reader calls it; empty where nobody compares it
 
 
-def _checked(model, train, recipe, seed, masks, checkpoints, processes):
+def _checked(model, train, recipe, seed, masks, rewiring, checkpoints, processes):
     if not isinstance(processes, int) or processes < 1:
         raise ValueError(f"processes is {processes!r}: expected an integer of at least 1")
     if not isinstance(seed, int) or not 0 <= seed < 2 ** 63:
@@ -210,7 +224,12 @@ def _checked(model, train, recipe, seed, masks, checkpoints, processes):
                              f"{steps_per_epoch} steps")
     if masks is not None:
         check_fit(masks, dict(model.named_parameters()))
-    return _Job(recipe, seed, masks, wanted, steps_per_epoch, {})
+    if rewiring:
+        Topology(model, masks, rewiring, steps=recipe.epochs * steps_per_epoch, seed=seed)
+        if processes > 1 and any(isinstance(module, FanInLinear) for module in model.modules()):
+            raise ValueError(f"processes is {processes}, with rewiring and FanInLinear layers: expected 1, or masks "
+                             "instead, because the engine that averages gradients holds their shapes fixed")
+    return _Job(recipe, seed, masks, rewiring, wanted, steps_per_epoch, {})
 
 
 def _identity(model, train, job, processes):
@@ -219,6 +238,7 @@ def _identity(model, train, job, processes):
             for name, value in vars(train).items() if name not in ("root", "workers")}
     identity = {**asdict(job.recipe), "seed": job.seed, "checkpoints": job.wanted, "processes": processes,
                 "images": len(train), **data, "masks": digest(job.masks or {}),
+                "rewiring": asdict(job.rewiring) if job.rewiring else None,
                 "initial weights": digest(model.state_dict())}
     return json.loads(json.dumps(identity))
 
@@ -241,9 +261,13 @@ def _train(fabric, model, train, job, resume, description):
     if job.masks:
         apply_masks(model, job.masks)
     parameters = dict(model.named_parameters())
-    masked = [(parameters[name], mask.to(device)) for name, mask in (job.masks or {}).items()]
-    weights, keep = [weight for weight, _ in masked], [mask.to(weight.dtype) for weight, mask in masked]
+    steps = recipe.epochs * job.steps_per_epoch
+    topology = Topology(model, job.masks, job.rewiring, steps=steps, seed=job.seed) if job.rewiring else None
+    masks = topology.masks if topology else {name: mask.to(device) for name, mask in (job.masks or {}).items()}
+    weights = [parameters[name] for name in masks]
     optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe)
+    if recipe.sparse_opt:
+        optimizer = SparseOpt(optimizer, model, masks)
 
     # Each process adds to a place of its own, so that a run that is resumed adds in the same order.
     kept, losses, done, totals = {}, [], 0, torch.zeros(ranks, device=device)
@@ -253,6 +277,9 @@ def _train(fabric, model, train, job, resume, description):
         kept = {name: run.checkpoints[name] for name in job.wanted if name in run.checkpoints}
         losses, done = run.losses, run.done
         totals[rank] = run.totals[rank]
+        if topology:
+            topology.restore(run.masks, run.fan_in)
+    keep = [mask.to(weight.dtype) for weight, mask in zip(weights, masks.values())]
     network = fabric.setup_module(model, move_to_device=False) if fabric else model
     saved = time.monotonic()
 
@@ -269,7 +296,8 @@ def _train(fabric, model, train, job, resume, description):
     def save():
         whole = summed(totals.clone())
         if rank == 0:
-            run = Run(_copied(model), kept, losses, optimizer_state(optimizer, parameters), whole, done)
+            moved = (_on_cpu(topology.masks), topology.fan_in) if topology else ({}, {})
+            run = Run(_copied(model), kept, losses, optimizer_state(optimizer, parameters), whole, done, *moved)
             save_run(resume, run, job.identity)
 
     if done == 0:
@@ -278,27 +306,26 @@ def _train(fabric, model, train, job, resume, description):
     batches = _batches(train, job, done, device, rank, ranks)
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         for size, parts in progress(batches, description if rank == 0 else None,
-                                    total=recipe.epochs * job.steps_per_epoch - done):
+                                    total=steps - done):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, done, job.steps_per_epoch)
             # Of the step alone, so that a run that was interrupted needs no memory of the steps before.
             torch.manual_seed(dropout_seed + done)
             optimizer.zero_grad()
-            for i, (x, y) in enumerate(parts, 1):
-                share = ranks * len(y) / size  # a mean over processes follows
-                silent = fabric.no_backward_sync(network, enabled=i < len(parts)) if fabric else nullcontext()
-                with silent:
-                    with torch.autocast(device.type, PRECISIONS[recipe.precision],
-                                        enabled=recipe.precision != "float32"):
-                        logits = network(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
-                    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-                    loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
-                    fabric.backward(loss * share) if fabric else (loss * share).backward()
-                totals[rank] += loss.detach() * len(y)
-            optimizer.step()
-            if weights:
-                with torch.no_grad():
-                    torch._foreach_mul_(weights, keep)
+            with topology.watching(done + 1) if topology else nullcontext():
+                for i, (x, y) in enumerate(parts, 1):
+                    share = ranks * len(y) / size  # a mean over processes follows
+                    silent = fabric.no_backward_sync(network, enabled=i < len(parts)) if fabric else nullcontext()
+                    with silent:
+                        totals[rank] += _backward(fabric, network, x, y, recipe, share) * len(y)
+            if topology and topology.due(done + 1):
+                topology.rewire(done + 1, optimizer)
+                keep = [mask.to(weight.dtype) for weight, mask in zip(weights, masks.values())]
+            else:
+                optimizer.step()
+                if weights:
+                    with torch.no_grad():
+                        torch._foreach_mul_(weights, keep)
             done += 1
             keep_checkpoints()
             if done % job.steps_per_epoch == 0:
@@ -316,7 +343,19 @@ def _train(fabric, model, train, job, resume, description):
                                      f"{recipe.lr}")
     if resume:
         save()
-    return None if fabric else Fit(_copied(model), kept, losses)
+    if not fabric:
+        moved = (_on_cpu(topology.masks) or None, topology.fan_in) if topology else (job.masks, None)
+        return Fit(_copied(model), kept, losses, *moved)
+
+
+def _backward(fabric, network, x, y, recipe, share):
+    """The loss of a part of a batch, whose gradients, times ``share``, are added to those of the weights."""
+    with torch.autocast(x.device.type, PRECISIONS[recipe.precision], enabled=recipe.precision != "float32"):
+        logits = network(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
+    fabric.backward(loss * share) if fabric else (loss * share).backward()
+    return loss.detach()
 
 
 def _batches(train, job, done, device, rank, ranks):
@@ -382,7 +421,11 @@ def checkpoint_step(name, steps_per_epoch):
 
 
 def _copied(model):
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    return _on_cpu(model.state_dict())
+
+
+def _on_cpu(tensors):
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 class Evaluation(NamedTuple):

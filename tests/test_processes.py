@@ -22,6 +22,7 @@ from permask_core.data.splits import Split
 from permask_core.files import load_tensors
 from permask_core.models import build_model
 from permask_core.pruning import magnitude_masks
+from permask_core.sparse.dynamic import METHODS, Rewiring
 from permask_core.training import Recipe, fit
 
 RECIPE = Recipe(2, 0.05, 0.8, 1e-2, 100)
@@ -76,7 +77,7 @@ def disagreements(rank):
         "masks": {"masks": kept}, "seed": {"seed": 5}, "lr": {"recipe": replace(RECIPE, lr=0.04)},
         "checkpoints": {"checkpoints": ["init"]}, "initial weights": {"model": other, "masks": masks()},
         "data.x": {"data": replace(data, x=data.x + 1)}, "images": {"data": Split(data.x[1:], data.y[1:], pad=1)},
-        "accumulate": {"recipe": replace(RECIPE, accumulate=2)},
+        "accumulate": {"recipe": replace(RECIPE, accumulate=2)}, "rewiring": {"rewiring": Rewiring("set")},
     } if rank else {}
 
 
@@ -95,6 +96,8 @@ def refused(**options):
 def main(folder, rank):
     found = {case: trained(recipe, checkpoints=STEPS) for case, recipe in CASES.items()}
     found["again"] = trained(checkpoints=STEPS)
+    for method in METHODS:
+        found[method] = trained(CASES["accumulated"], checkpoints=STEPS, rewiring=Rewiring(method, every=3))
     found["batchnorm"] = trained(model=with_batchnorm(), checkpoints=["epoch 1"])
 
     for name in ("dropout", "dropout again"):
@@ -153,6 +156,18 @@ def test_two_processes_are_one_with_the_same_batch(ranks, case):
     for run in (rank[case] for rank in ranks):
         assert run["losses"] == pytest.approx(alone["losses"], rel=1e-6)
         assert run["losses"][1] < run["losses"][0]
+        for step in STEPS:
+            for name, tensor in alone["checkpoints"][step].items():
+                torch.testing.assert_close(run["checkpoints"][step][name], tensor, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_rewire_like_one(ranks, method):
+    alone = trained(CASES["accumulated"], checkpoints=STEPS, rewiring=Rewiring(method, every=3), processes=1)
+    assert any(not torch.equal(alone["masks"][name], mask) for name, mask in masks().items())
+    for run in (rank[method] for rank in ranks):
+        assert same(run["masks"], alone["masks"]) and same(run["fan_in"], alone["fan_in"])
+        assert run["losses"] == pytest.approx(alone["losses"], rel=1e-6) and same_run(run, ranks[0][method])
         for step in STEPS:
             for name, tensor in alone["checkpoints"][step].items():
                 torch.testing.assert_close(run["checkpoints"][step][name], tensor, atol=1e-9, rtol=1e-9)

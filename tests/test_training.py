@@ -24,6 +24,9 @@ from permask_core.files import load_tensors
 from permask_core.masks import apply_masks, save_masks, sparsity
 from permask_core.models import build_model
 from permask_core.pruning import magnitude_masks
+from permask_core.sparse import FanInLinear
+from permask_core.sparse.dynamic import METHODS, Rewiring, Topology, constant_fan_in_masks
+from permask_core.sparse.optim import SparseOpt
 from permask_core.training import Recipe, checkpoint_step, evaluate, fit, learning_rate
 
 RECIPE = Recipe(epochs=2, lr=0.2, momentum=0.8, weight_decay=1e-2, batch_size=100)
@@ -227,6 +230,7 @@ def test_data_that_do_not_fit_are_refused(digits, net, inputs, labels, message):
     ({"epochs": 5, "warmup": 5}, "warmup is 5: expected a number of epochs below epochs"),
     ({"label_smoothing": 1}, "label_smoothing is 1"), ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
     ({"optimizer": "adam"}, "optimizer is 'adam': expected one of sgd, adamw"),
+    ({"sparse_opt": 1}, "sparse_opt is 1: expected True or False"),
     ({"accumulate": 0}, "accumulate is 0"), ({"accumulate": 1.5}, "accumulate is 1.5"),
     ({"precision": "float16"}, "precision is 'float16': expected one of float32, bf16"),
 ])
@@ -449,6 +453,142 @@ def test_a_run_killed_at_random_steps_ends_in_the_same_bits(pictures, tmp_path, 
     assert all(same(run.checkpoints[name], undisturbed.checkpoints[name]) for name in NAMES)
 
 
+REWIRED = {  # the method; the sizes of batches are odd, so that no step is like another
+    "set": Rewiring("set", every=3, until=0.9), "rigl": Rewiring("rigl", every=4, fraction=0.5),
+    "srigl": Rewiring("srigl", every=2, min_salient=0.6, densities=0.31),
+}
+
+
+def sparse_start(kind="masks", seed=0):
+    """A network with BatchNorm, and its masks of constant fan-in; as FanInLinear layers, without masks."""
+    model = with_dropout(seed)
+    weights = {name: p for name, p in model.named_parameters() if name in ("1.weight", "5.weight")}
+    masks = constant_fan_in_masks(weights, 0.3, seed=seed)
+    if kind == "masks":
+        return model, masks
+    for i in (1, 5):
+        model[i] = FanInLinear.from_dense(model[i], masks[f"{i}.weight"])
+    return model, None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sparse_opt", [False, True])
+def test_rewiring_is_the_loop_written_out(digits, method, sparse_opt):
+    """A step that rewires takes the gradients of its batch, and changes no weight otherwise."""
+    recipe = replace(RECIPE, sparse_opt=sparse_opt)
+    (model, masks), (reference, _) = sparse_start(), sparse_start()
+    for network in (model, reference):
+        network[4].p = 0.0
+    checkpoints = [f"step {i}" for i in range(31)]
+    run = fit(model, digits.train, recipe, seed=7, masks=masks, rewiring=REWIRED[method], checkpoints=checkpoints)
+
+    topology = Topology(apply_masks(reference, masks), masks, REWIRED[method], steps=30, seed=7)
+    optimizer = torch.optim.SGD(reference.parameters(), 0.2, 0.8, weight_decay=1e-2, fused=True)
+    wrapped = SparseOpt(optimizer, reference, topology.masks) if sparse_opt else optimizer
+    order, step = torch.Generator().manual_seed(7), 0
+    for _ in range(2):
+        for batch in torch.randperm(len(digits.train), generator=order).split(100):
+            optimizer.param_groups[0]["lr"] = learning_rate(recipe, step, 15)
+            step += 1
+            optimizer.zero_grad()
+            with topology.watching(step):
+                F.cross_entropy(reference(digits.train.x[batch]), digits.train.y[batch]).backward()
+            if topology.due(step):
+                topology.rewire(step, wrapped)
+            else:
+                wrapped.step()
+                apply_masks(reference, topology.masks)
+            assert same(run.checkpoints[f"step {step}"], copied(reference))
+            assert all((reference.get_parameter(name)[~mask] == 0).all() for name, mask in topology.masks.items())
+    assert same(run.masks, topology.masks) and same(run.fan_in, topology.fan_in)
+    assert any(not torch.equal(run.masks[name], masks[name]) for name in masks)
+    assert len(run.fan_in["1.weight"]) == 1 + {"set": 8, "rigl": 5, "srigl": 10}[method]
+    for name, mask in masks.items():
+        connections = run.fan_in[name].sum(1)
+        assert (connections == mask.sum()).all() if method != "srigl" else (connections[1:] > 0.25 * mask.numel()).all()
+
+
+def test_neurons_are_ablated_while_training_but_never_in_the_last_layer(digits):
+    model, masks = sparse_start()
+    rewiring = replace(REWIRED["srigl"], min_salient=0.95)
+    run = fit(model, digits.train, RECIPE, seed=1, masks=masks, rewiring=rewiring)
+    active = (run.fan_in["1.weight"] > 0).sum(1)
+    assert active[0] == 20 > active[-1] and (run.fan_in["5.weight"] > 0).all()
+    assert torch.equal((run.state["1.weight"] != 0).any(1), run.fan_in["1.weight"][-1] > 0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_fan_in_network_is_trained_and_rewired_like_a_masked_one(digits, accumulate):
+    """In float64, where the order of sums does not show, and in parts whose growth scores are those of the batch."""
+    runs = []
+    for kind, parts in (("masks", 1), ("fan-in", accumulate)):
+        model, masks = sparse_start(kind)
+        model[2], model[4].p = nn.Identity(), 0.0  # BatchNorm sees parts
+        data, model = doubled(digits.train, model)
+        recipe = replace(RECIPE, accumulate=parts)
+        runs.append((model, fit(model, data, recipe, seed=2, masks=masks, rewiring=REWIRED["srigl"])))
+    (masked, one), (condensed, two) = runs
+    assert same(one.fan_in, two.fan_in) and (one.fan_in["1.weight"][-1] == 0).any() and two.masks is None
+    assert one.losses == pytest.approx(two.losses, rel=1e-6)
+    for i in (1, 5):
+        assert torch.equal(condensed[i].mask(), one.masks[f"{i}.weight"])
+        torch.testing.assert_close(condensed[i].to_dense().weight, masked[i].weight, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind, method", [("masks", "set"), ("masks", "rigl"), ("masks", "srigl"), ("fan-in", "set"),
+                                          ("fan-in", "srigl")])
+@pytest.mark.parametrize("case", ["sgd", "adamw"])
+def test_a_rewired_run_that_was_killed_ends_in_the_same_bits(pictures, tmp_path, monkeypatch, kind, method, case):
+    recipe, draw, path = replace(HARD[case], sparse_opt=True), random.Random(5), tmp_path / "run.safetensors"
+    model, masks = sparse_start(kind)
+    options = {"seed": 3, "masks": masks, "checkpoints": NAMES, "rewiring": REWIRED[method]}
+    undisturbed = fit(model, pictures, recipe, **options)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    for _ in range(3):
+        left = 45 - (load_tensors(path)[1]["done"] if path.exists() else 0)
+        model, _ = sparse_start(kind)
+        killed(model, draw.randint(2, left * recipe.accumulate // 2))
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, pictures, recipe, resume=path, **options)
+    assert 0 < load_tensors(path)[1]["done"] < 45
+    for _ in range(2):  # the rest of it, and a run that is found finished
+        run = fit(sparse_start(kind)[0], pictures, recipe, resume=path, **options)
+        assert same(run.state, undisturbed.state) and run.losses == undisturbed.losses
+        assert all(same(run.checkpoints[name], undisturbed.checkpoints[name]) for name in NAMES)
+        assert same(run.fan_in, undisturbed.fan_in) and len(run.fan_in["1.weight"]) > 5
+        assert run.masks is undisturbed.masks is None if kind == "fan-in" else same(run.masks, undisturbed.masks)
+
+
+def test_a_file_of_other_rewiring_is_refused(digits, tmp_path):
+    path, (model, masks) = tmp_path / "run.safetensors", sparse_start()
+    options = {"seed": 1, "masks": masks, "resume": path}
+    fit(model, digits.train, RECIPE, rewiring=REWIRED["rigl"], **options)
+    for rewiring in (None, REWIRED["set"], replace(REWIRED["rigl"], fraction=0.4)):
+        with pytest.raises(ValueError, match="is of a run with rewiring {'method': 'rigl'.*: give another file"):
+            fit(sparse_start()[0], digits.train, RECIPE, rewiring=rewiring, **options)
+
+
+def test_masks_that_stay_are_those_of_the_run(digits, net, masks):
+    run = fit(net, digits.train, RECIPE, seed=0, masks=masks)
+    assert same(run.masks, masks) and run.fan_in is None
+    assert fit(net, digits.train, RECIPE, seed=0).masks is None
+
+
+def test_what_cannot_be_rewired_is_refused_before_training(digits, net, masks):
+    start = copied(net)
+    for options, message in (
+            ({"masks": None}, "there is nothing to rewire"),
+            ({"masks": masks, "rewiring": Rewiring("srigl", unablated=("fc9",))}, "unablated names 'fc9'")):
+        with pytest.raises(ValueError, match=message):
+            fit(net, digits.train, RECIPE, seed=0, **{"rewiring": Rewiring("set"), **options})
+    assert same(copied(net), start)
+    model, _ = sparse_start("fan-in")
+    with pytest.raises(ValueError, match="'1.weight' is a FanInLinear: RigL"):
+        fit(model, digits.train, RECIPE, seed=0, rewiring=Rewiring("rigl"))
+    with pytest.raises(ValueError, match="processes is 2, with rewiring and FanInLinear layers: expected 1, or masks"):
+        fit(model, digits.train, RECIPE, seed=0, rewiring=Rewiring("set"), processes=2)
+
+
 @pytest.fixture
 def finished(digits, net, masks, tmp_path):
     """A run that ended, saved: its file and what it gave."""
@@ -475,6 +615,7 @@ def test_a_finished_run_is_found_finished(digits, masks, finished):
     ("lr", {"recipe": replace(RECIPE, lr=0.1)}), ("epochs", {"recipe": replace(RECIPE, epochs=3)}),
     ("optimizer", {"recipe": replace(RECIPE, optimizer="adamw")}), ("seed", {"seed": 2}), ("masks", {"masks": None}),
     ("masks", {"masks": {"fc1.weight": torch.ones(13, 64).bool()}}), ("checkpoints", {"checkpoints": []}),
+    ("rewiring", {"rewiring": Rewiring("set")}),
 ])
 def test_a_file_of_other_settings_is_refused_by_what_differs(digits, masks, finished, name, change):
     refused(finished[0], name, fresh(), digits.train, {"masks": masks, **change})

@@ -1,0 +1,524 @@
+"""Dynamic sparse training: connections that move while the weights train.
+
+Every few steps each layer drops connections of small magnitude and grows as many elsewhere, new ones with the value 0:
+at random (SET), where the gradient is largest (RigL), or there under the constraint that every neuron keeps the same
+number of connections, or none (SRigL). The three steps are pure functions over lists of connections, so that they are
+the same for a weight under a mask and for a :class:`~permask_core.sparse.FanInLinear`, which has no dense weight. A
+:class:`Topology` applies them to a model; :func:`permask_core.training.fit` does so with ``rewiring``. Equal values are
+ranked by position, earlier first, on every device.
+
+Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
+science", Nature Communications 2018 (SET); Evci et al., "Rigging the Lottery", ICML 2020 (RigL); Lasby et al., "Dynamic
+Sparse Training with Structured Sparsity", ICLR 2024 (SRigL).
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from permask_core.data.splits import mixed_seed
+from permask_core.masks import check_fit
+from permask_core.processes import of_first
+from permask_core.sparse.fan_in import FanInLinear, sample_columns
+
+METHODS = ("set", "rigl", "srigl")
+CHUNK = 2 ** 20  # growth scores formed at a time
+
+
+@dataclass(frozen=True)
+class Rewiring:
+    """How connections move. The defaults are those of SRigL on CIFAR."""
+
+    method: str  # "set", "rigl" or "srigl"
+    every: int = 100  # steps from one rewiring to the next (Delta T)
+    until: float = 0.75  # fraction of all steps from which on the connections stay
+    fraction: float = 0.3  # of a layer's connections, dropped at first (alpha); falls to 0 along a half cosine
+    min_salient: float | None = 0.3  # SRigL: salient weights a neuron needs, of its fan-in; None: no neuron is ablated
+    unablated: tuple[str, ...] | None = None  # SRigL: layers that keep all their neurons; by default the model's last
+    densities: dict[str, float] | float | None = None  # SRigL: of each layer; by default those it starts with
+
+    def __post_init__(self):
+        for name, kind, expected, fits in (
+            ("method", str, f"one of {', '.join(METHODS)}", lambda v: v in METHODS),
+            ("every", int, "an integer of at least 1", lambda v: v >= 1),
+            ("until", (int, float), "a number in (0, 1]", lambda v: 0 < v <= 1),
+            ("fraction", (int, float), "a number in (0, 1]", lambda v: 0 < v <= 1),
+            ("min_salient", (int, float, type(None)), "a number in (0, 1] or None", lambda v: v is None or 0 < v <= 1),
+            ("unablated", (tuple, list, type(None)), "names of layers", lambda v: True),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not fits(value):
+                raise ValueError(f"{name} is {value!r}: expected {expected}")
+        for name in ("unablated", "densities"):
+            if self.method != "srigl" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is {getattr(self, name)!r} with method {self.method!r}: only 'srigl' uses it")
+
+    def due(self, step, steps):
+        """Whether step number ``step`` of ``steps``, counted from 1, moves connections instead of changing weights."""
+        return step % self.every == 0 and step < int(self.until * steps)
+
+    def drop_fraction(self, step, steps):
+        """Of the connections of a layer, in [0, ``fraction``]: a half cosine that ends where rewiring does."""
+        return self.fraction / 2 * (1 + math.cos(math.pi * step / int(self.until * steps)))
+
+
+class Active(NamedTuple):
+    """A layer's connections, row by row and by column within a row: ``rows`` and ``columns`` int64 [nnz],
+    ``magnitudes`` [nnz], the absolute weights; and the ``shape`` (out, in) of the dense weight."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    magnitudes: torch.Tensor
+    shape: tuple[int, int]
+
+
+def set_step(active, fraction, generator=None):
+    """SET over a layer: drop the smallest magnitudes, grow as many connections at random.
+
+    Parameters
+    ----------
+    active : Active
+    fraction : float
+        Of the connections to drop; their number is rounded down.
+    generator : torch.Generator, optional
+        On the CPU.
+
+    Returns
+    -------
+    (torch.Tensor, torch.Tensor)
+        ``keep``, bool [nnz], and ``grow``, int64 [m, 2], the rows and columns of new connections in ascending order. A
+        connection that was just dropped may be grown again, as a new one.
+    """
+    n_drop = int(fraction * len(active.rows))
+    keep = _largest(active.magnitudes, len(active.rows) - n_drop)
+    free = torch.ones(active.shape, dtype=torch.bool, device=keep.device)
+    free[active.rows[keep], active.columns[keep]] = False
+    free = free.flatten().nonzero()[:, 0]
+    return keep, _pairs(free[torch.randperm(len(free), generator=generator)[:n_drop].to(free.device)], active.shape)
+
+
+def set_rows_step(layer, fraction, generator=None):
+    """SET within each row of a :class:`~permask_core.sparse.FanInLinear`, whose fan-in k stays: as :func:`set_step`,
+    but floor(fraction k) connections of every active neuron.
+
+    Parameters
+    ----------
+    layer : FanInLinear
+    fraction : float
+    generator : torch.Generator, optional
+
+    Returns
+    -------
+    (torch.Tensor, torch.Tensor)
+        What :meth:`~permask_core.sparse.FanInLinear.rewire` takes: ``keep``, bool [n_active, k], and ``grow``, int64
+        [m, 2].
+
+    References
+    ----------
+    Ullah et al., "Navigating Extremes", NeurIPS 2024.
+    """
+    (n, k), indices = layer.values.shape, layer.indices
+    n_drop = int(fraction * k)
+    keep = torch.zeros_like(indices, dtype=torch.bool)
+    grow = indices.new_empty(n * n_drop, 2, dtype=torch.int64)
+    step = max(1, CHUNK // k)  # what selects among a million rows would take more memory than they do
+    for start in range(0, n, step):
+        here = slice(start, start + step)
+        order = layer.values[here].detach().abs().sort(dim=1, descending=True, stable=True).indices
+        kept = keep[here].scatter_(1, order[:, :k - n_drop], True)
+        taken = indices[here][kept].view(len(kept), k - n_drop)
+        columns = sample_columns(len(kept), layer.in_features, n_drop, taken=taken, generator=generator,
+                                 device=indices.device)
+        part = grow[start * n_drop:(start + len(kept)) * n_drop]
+        part[:, 0] = layer.rows[here].repeat_interleave(n_drop)
+        part[:, 1] = columns.flatten()
+    return keep, grow
+
+
+def rigl_step(active, scores, fraction):
+    """RigL over a layer: drop the smallest magnitudes, grow as many connections where the gradient is largest.
+
+    Parameters
+    ----------
+    active : Active
+    scores : callable
+        ``scores(start, stop)`` gives the absolute gradients of these rows of the dense weight, [stop - start, in].
+    fraction : float
+        As for :func:`set_step`.
+
+    Returns
+    -------
+    (torch.Tensor, torch.Tensor)
+        As of :func:`set_step`.
+
+    References
+    ----------
+    Evci et al., ICML 2020, algorithm 1; connections that were just dropped compete, as in their code.
+    """
+    n_drop = int(fraction * len(active.rows))
+    keep = _largest(active.magnitudes, len(active.rows) - n_drop)
+    best = _best(scores, active.shape, n_drop, active.rows[keep], active.columns[keep])
+    return keep, _pairs(best, active.shape)
+
+
+def srigl_step(active, scores, fraction, budget, min_salient=None):
+    """SRigL over a layer: every neuron comes out with the same fan-in, or ablated.
+
+    A neuron without enough salient weights loses all, and the others share what it had. Nothing remembers who was
+    ablated: a neuron whose weights have large gradients comes back.
+
+    Parameters
+    ----------
+    active : Active
+        Of any fan-in.
+    scores, fraction
+        As for :func:`rigl_step`.
+    budget : int
+        Connections the layer may have, floor(numel density). Its neurons get floor(budget / active neurons) each, but
+        at least one.
+    min_salient : float, optional
+        Of the fan-in that all neurons together could have, the share of salient weights below which a neuron is
+        ablated (gamma_sal); always at least one weight. Without it no neuron is ablated.
+
+    Returns
+    -------
+    (torch.Tensor, torch.Tensor)
+        As of :func:`set_step`.
+
+    References
+    ----------
+    Lasby et al., ICLR 2024, section 3, and their code.
+    """
+    (rows, columns, magnitudes, shape), (n_out, n_in) = active, active.shape
+    n_drop = int(fraction * len(rows))
+    n_keep = len(rows) - n_drop
+    neurons = torch.ones(n_out, dtype=torch.bool, device=rows.device)
+    if min_salient is not None:
+        strong = _largest(magnitudes, n_keep)
+        none = rows[:0]
+        salient = torch.cat([(rows * n_in + columns)[strong], _best(scores, shape, n_drop, none, none)]).unique()
+        counts = torch.bincount(salient // n_in, minlength=n_out)
+        # As few neurons as can hold the budget stay in any case: those with the most.
+        neurons = (counts >= max(1, int(min_salient * (budget // n_out)))) | _largest(counts, -(-budget // n_in))
+    fan_in = max(1, budget // int(neurons.sum()))
+    candidates = neurons[rows].nonzero()[:, 0]  # an ablated neuron's weights do not compete for a place
+    keep = torch.zeros_like(rows, dtype=torch.bool)
+    kept = candidates[_largest(magnitudes[candidates], n_keep)]
+    keep[kept] = _rank_in_row(rows[kept], magnitudes[kept]) < fan_in
+    missing = neurons * fan_in - torch.bincount(rows[keep], minlength=n_out)
+    grow = [rows[:0]]
+    for start, chunk in _chunks(scores, shape, rows[keep], columns[keep]):
+        wanted = missing[start:start + len(chunk), None]
+        order = chunk.sort(dim=1, descending=True, stable=True).indices[:, :int(wanted.max())]
+        chosen = torch.arange(order.shape[1], device=rows.device) < wanted
+        neuron = torch.arange(start, start + len(chunk), device=rows.device)[:, None]
+        grow.append((neuron * n_in + order)[chosen])
+    return keep, _pairs(torch.cat(grow), shape)
+
+
+def _largest(values, n):
+    """bool: the n largest values; of equal ones the first."""
+    mask = torch.zeros_like(values, dtype=torch.bool)
+    mask[values.sort(descending=True, stable=True).indices[:n]] = True
+    return mask
+
+
+def _rank_in_row(rows, magnitudes):
+    """The rank of each connection among those of its row, 0 for the largest; rows ascending."""
+    order = magnitudes.sort(descending=True, stable=True).indices
+    order = order[rows[order].sort(stable=True).indices]
+    first = torch.searchsorted(rows, rows)  # where a row begins
+    return torch.empty_like(rows).scatter_(0, order, torch.arange(len(rows), device=rows.device) - first)
+
+
+def _pairs(positions, shape):
+    """Rows and columns [m, 2] of positions in a flattened layer, ascending."""
+    positions = positions.sort().values
+    return torch.stack([positions // shape[1], positions % shape[1]], 1)
+
+
+def _chunks(scores, shape, rows, columns):
+    """Growth scores a few rows at a time, as (first row, [rows, in]), with -1 where there is a connection already."""
+    step = max(1, CHUNK // shape[1])
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        a, b = torch.searchsorted(rows, torch.tensor([start, stop], device=rows.device)).tolist()
+        chunk = scores(start, stop)
+        yield start, chunk.index_put((rows[a:b] - start, columns[a:b]), chunk.new_tensor(-1))
+
+
+def _best(scores, shape, n, rows, columns):
+    """The flat positions of a layer's n largest growth scores away from the connections given, found chunk by chunk."""
+    best = positions = None
+    for start, chunk in _chunks(scores, shape, rows, columns):
+        chunk = chunk.flatten()
+        place = torch.arange(len(chunk), device=chunk.device) + start * shape[1]
+        if best is not None:
+            better = chunk > best[-1] if 0 < len(best) == n else slice(None)
+            chunk, place = torch.cat([best, chunk[better]]), torch.cat([positions, place[better]])
+        order = chunk.sort(descending=True, stable=True).indices[:n]
+        best, positions = chunk[order], place[order]
+    return positions
+
+
+class _MaskedLayer:
+    """A weight under a mask, seen as [out, in] whatever its axes."""
+
+    def __init__(self, weight, mask):
+        self.weight, self.mask = weight, mask
+
+    @property
+    def shape(self):
+        return len(self.weight), self.weight[0].numel()
+
+    def active(self):
+        rows, columns = self.mask.flatten(1).nonzero(as_tuple=True)
+        return Active(rows, columns, self.weight.detach().flatten(1)[rows, columns].abs(), self.shape)
+
+    def set_step(self, active, fraction, generator):
+        return set_step(active, fraction, generator)
+
+    def fan_in(self):
+        return self.mask.flatten(1).sum(1)
+
+    def has_gradients(self):
+        return self.weight.grad is not None
+
+    def scores(self, start, stop):
+        return self.weight.grad[start:stop].flatten(1).abs()
+
+    def rewire(self, active, keep, grow, optimizer):
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.mask.device)
+        mask[active.rows[keep], active.columns[keep]] = True
+        dropped = ~mask.view_as(self.mask)
+        state = {} if optimizer is None else optimizer.state.get(self.weight, {})
+        for tensor in (self.weight, *state.values()):
+            if isinstance(tensor, torch.Tensor) and tensor.shape == self.weight.shape:
+                # The optimizer follows weights that are masked, too: what it knows of a new one is from before.
+                tensor.masked_fill_(dropped, 0)
+        mask[grow[:, 0], grow[:, 1]] = True
+        self.mask.copy_(mask.view_as(self.mask))
+
+
+class _FanInLayer:
+    """A FanInLinear; what its dense gradient would be is found from inputs and output gradients."""
+
+    def __init__(self, module):
+        self.module, self.caught = module, []
+
+    @property
+    def shape(self):
+        return self.module.out_features, self.module.in_features
+
+    def active(self):
+        rows = self.module.rows.repeat_interleave(self.module.fan_in)
+        return Active(rows, self.module.indices.flatten().long(), self.module.values.detach().flatten().abs(),
+                      self.shape)
+
+    def set_step(self, active, fraction, generator):
+        return set_rows_step(self.module, fraction, generator)
+
+    def fan_in(self):
+        return self.module.rows.new_zeros(self.shape[0]).index_fill_(0, self.module.rows, self.module.fan_in)
+
+    def watch(self):
+        self.caught = []
+
+        def catch(_, inputs, output):
+            x = inputs[0].detach()
+            output.register_hook(lambda gradient: self.caught.append((x, gradient.detach())))
+
+        return self.module.register_forward_hook(catch)
+
+    def has_gradients(self):
+        return bool(self.caught)
+
+    def scores(self, start, stop):
+        n_out, n_in = self.shape
+        kind = self.module.values.dtype
+        return sum(gradient.reshape(-1, n_out)[:, start:stop].to(kind).T @ x.reshape(-1, n_in).to(kind)
+                   for x, gradient in self.caught).abs()
+
+    def rewire(self, active, keep, grow, optimizer):
+        self.module.rewire(keep.view(self.module.indices.shape), grow, optimizer)
+        self.caught = []  # [batch, out] can be large
+
+
+class Topology:
+    """The connections of a model in training: those of weights under masks and of FanInLinear layers.
+
+    For a training loop of one's own::
+
+        topology = Topology(model, masks, Rewiring("srigl"), steps=1000, seed=0)
+        for step in range(1, 1001):
+            optimizer.zero_grad()
+            with topology.watching(step):
+                loss(model).backward()
+            if topology.due(step):
+                topology.rewire(step, optimizer)
+            else:
+                optimizer.step()
+                apply_masks(model, topology.masks)
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Its weights under masks are already 0 where the masks are.
+    masks : Masks or None
+        At the start; copied to where the weights are.
+    rewiring : Rewiring
+        Layers are called by their dense weight, as ``fc1.weight``, in whatever form they are stored. Those that keep
+        everything are left alone.
+    steps : int
+        Of the whole training.
+    seed : int
+        Of random growth, with the step and the layer.
+
+    Attributes
+    ----------
+    masks : Masks
+        The present ones, changed in place.
+    fan_in : dict of str to torch.Tensor
+        int32 [1 + rewirings, out], on the CPU: the connections of each neuron at the start and after each rewiring.
+
+    Raises
+    ------
+    ValueError
+        If a mask does not fit, there is nothing to rewire, a layer is unknown or its density missing or out of range,
+        or RigL meets a FanInLinear, whose rows it would make unequal.
+    """
+
+    def __init__(self, model, masks, rewiring, *, steps, seed):
+        weights = dict(model.named_parameters())
+        if masks is not None:
+            check_fit(masks, weights)
+        self.masks = {name: mask.to(weights[name].device, copy=True) for name, mask in (masks or {}).items()}
+        modules = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
+        self.layers = {name: _MaskedLayer(weights[name], mask) for name, mask in self.masks.items()}
+        condensed = {name: module for name, module in modules.items() if isinstance(module, FanInLinear)}
+        self.layers |= {name: _FanInLayer(module) for name, module in condensed.items()}
+        self.rewiring, self.steps, self.seed = rewiring, steps, seed
+        if not self.layers:
+            raise ValueError("there is nothing to rewire: expected masks, or a model with FanInLinear layers")
+        if rewiring.method == "rigl" and condensed:
+            raise ValueError(f"{next(iter(condensed))!r} is a FanInLinear: RigL gives neurons different numbers of "
+                             "connections; expected method 'set' or 'srigl', or a linear layer under a mask")
+        matrices = [name for name in modules if name in condensed or (name in weights and weights[name].ndim > 1)]
+        self.unablated = matrices[-1:] if rewiring.unablated is None else rewiring.unablated
+        unknown = set(rewiring.unablated or ()) - set(self.layers)
+        if unknown:
+            raise ValueError(f"unablated names {min(unknown)!r}: expected some of {', '.join(self.layers)}")
+        sizes = {name: math.prod(layer.shape) for name, layer in self.layers.items()}
+        self.budgets = {name: int(layer.fan_in().sum()) for name, layer in self.layers.items()}
+        if rewiring.densities is not None:
+            self.budgets = _budgets(sizes, rewiring.densities)
+        self.moving = [name for name, layer in self.layers.items() if int(layer.fan_in().sum()) < sizes[name]]
+        self.fan_in = {}
+        self._record()
+
+    def restore(self, masks, fan_in):
+        """Go on from these ``masks`` and this history ``fan_in``; FanInLinear layers are in the model's state."""
+        for name, mask in masks.items():
+            self.masks[name].copy_(mask)
+        self.fan_in = dict(fan_in)
+
+    def due(self, step):
+        """:meth:`Rewiring.due`."""
+        return self.rewiring.due(step, self.steps)
+
+    @contextmanager
+    def watching(self, step):
+        """Around the forward and backward passes of a step: where it will rewire, catch what FanInLinear layers need
+        for their growth scores, inputs [batch, in] and gradients of outputs [batch, out]."""
+        caught = self.due(step) and self.rewiring.method == "srigl"
+        layers = [self.layers[name] for name in self.moving] if caught else []
+        hooks = [layer.watch() for layer in layers if isinstance(layer, _FanInLayer)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def rewire(self, step, optimizer=None):
+        """Move the connections, with the gradients of this step where the method needs them.
+
+        Dropped and grown weights are 0 afterwards, and so is the optimizer's state for them; what is kept stays
+        untouched. Of several processes the first decides.
+
+        Raises
+        ------
+        RuntimeError
+            If a layer has no gradients to grow by.
+        """
+        for i, name in enumerate(self.moving):
+            layer = self.layers[name]
+            active = layer.active()
+            keep, grow = (part.to(active.rows.device) for part in of_first(self._step, i, name, active, step))
+            layer.rewire(active, keep, grow, optimizer)
+        self._record()
+
+    def _step(self, i, name, active, step):
+        layer, fraction = self.layers[name], self.rewiring.drop_fraction(step, self.steps)
+        if self.rewiring.method == "set":
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, step, i))
+            keep, grow = layer.set_step(active, fraction, generator)
+        elif not layer.has_gradients():
+            raise RuntimeError(f"{name!r} has no gradients to grow by: expected the forward and backward passes of "
+                               f"step {step} inside watching({step})")
+        elif self.rewiring.method == "rigl":
+            keep, grow = rigl_step(active, layer.scores, fraction)
+        else:
+            min_salient = None if name in self.unablated else self.rewiring.min_salient
+            keep, grow = srigl_step(active, layer.scores, fraction, self.budgets[name], min_salient)
+        return keep.cpu(), grow.cpu()
+
+    def _record(self):
+        for name, layer in self.layers.items():
+            now = layer.fan_in().to("cpu", torch.int32)[None]
+            self.fan_in[name] = torch.cat([self.fan_in[name], now]) if name in self.fan_in else now
+
+
+def constant_fan_in_masks(shapes, densities, *, seed):
+    """Masks with the same number of kept weights in every row, drawn without replacement.
+
+    Parameters
+    ----------
+    shapes : dict of str to torch.Tensor
+        The tensors to mask [out, ...]; only their shapes are used.
+    densities : float or dict of str to float
+        Fraction kept, in (0, 1], for all tensors or by name. A row keeps floor(numel density) / out weights, rounded
+        down, but at least one.
+    seed : int
+
+    Returns
+    -------
+    Masks
+
+    Raises
+    ------
+    ValueError
+        If a density is missing or out of range.
+    """
+    generator, masks = torch.Generator().manual_seed(seed), {}
+    for name, budget in _budgets({name: tensor.numel() for name, tensor in shapes.items()}, densities).items():
+        n_out, n_in = len(shapes[name]), shapes[name][0].numel()
+        columns = sample_columns(n_out, n_in, max(1, budget // n_out), generator=generator).long()
+        mask = torch.zeros(n_out, n_in, dtype=torch.bool).scatter_(1, columns, True)
+        masks[name] = mask.view(shapes[name].shape)
+    return masks
+
+
+def _budgets(sizes, densities):
+    """The number of connections of each layer, floor(size density)."""
+    if not isinstance(densities, dict):
+        densities = dict.fromkeys(sizes, densities)
+    for name in sizes:
+        density = densities.get(name)
+        if not isinstance(density, (int, float)) or not 0 < density <= 1:
+            raise ValueError(f"density of {name!r} is {density!r}: expected a number in (0, 1]")
+    # In floating point 1 - 0.9 is less than 0.1: that must not cost a connection.
+    return {name: int(size * densities[name] + 1e-6) for name, size in sizes.items()}

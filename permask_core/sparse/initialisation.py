@@ -1,0 +1,83 @@
+"""Where sparse training starts: initial weights that fit the number of connections, and what gradient they let through.
+
+A dense initialisation makes a neuron with few connections too quiet, and a network of them lets almost no gradient
+through. Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022.
+"""
+
+import copy
+
+import torch
+from torch.nn import functional as F
+
+from permask_core.masks import apply_masks, check_fit
+
+
+@torch.no_grad()
+def sparse_init(model, masks, *, seed):
+    """Draw the masked weights anew, with variance 2 / fan-in of each neuron's own connections.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Is changed in place; tensors without a mask stay.
+    masks : Masks
+        For linear and convolution weights [out, ...]. Under a full mask this is He's initialisation (``fan_in``, for
+        ReLU); a row without connections is 0.
+    seed : int
+
+    Returns
+    -------
+    torch.nn.Module
+        The model itself.
+
+    Raises
+    ------
+    ValueError
+        If a mask does not fit.
+
+    References
+    ----------
+    Evci et al., AAAI 2022.
+    """
+    weights, generator = dict(model.named_parameters()), torch.Generator().manual_seed(seed)
+    check_fit(masks, weights)
+    for name, mask in masks.items():
+        mask = mask.cpu()
+        fan_in = mask.flatten(1).sum(1).clamp(min=1).view(-1, *[1] * (mask.ndim - 1))
+        drawn = torch.randn(mask.shape, generator=generator) * (2 / fan_in).sqrt()
+        weights[name].copy_(drawn * mask)
+    return model
+
+
+def gradient_flow(model, masks, x, y):
+    """The squared Euclidean norm of the loss's gradient, without the weights that are masked out.
+
+    To first order it is what the loss falls by in a step of gradient descent, divided by the learning rate.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Is left alone. It is evaluated under the masks and in the mode it is in; in training mode BatchNorm uses the
+        statistics of the batch.
+    masks : Masks
+    x, y : torch.Tensor
+        Inputs and labels [n] of the mean cross-entropy.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        If a mask does not fit.
+
+    References
+    ----------
+    Evci et al., AAAI 2022.
+    """
+    model = apply_masks(copy.deepcopy(model), masks)
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(weights.values()), materialize_grads=True)
+    gradients = apply_masks(dict(zip(weights, gradients)), masks)
+    return sum(float(gradient.square().sum()) for gradient in gradients.values())
