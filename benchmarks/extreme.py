@@ -1,0 +1,206 @@
+"""Output layers with fixed fan-in on a long-tailed problem with planted structure: precision, and memory.
+
+All methods share a first layer, the data of a seed and the recipe, and all but the last have as many parameters:
+
+- static: fan-in rows, drawn once
+- set: fan-in rows, rewired by SET
+- set+auxiliary: the same, with the auxiliary objective over clusters of labels (its head is dropped, and not counted)
+- set+intermediate: a dense layer before the fan-in rows, which are shorter by what it costs
+- bottleneck: a dense output layer behind a layer so narrow that it costs no more
+- dense: a dense output layer, whatever it costs
+
+Precision at k is given over all labels, among the most frequent 20 % (head) and among the others (tail). Settings were
+fixed before the run by looking at the dense layer alone. Run it with `python benchmarks/extreme.py`; results in
+results/extreme.json, about ten minutes on a quiet core. `--labels 100000` and `--labels 1000000` are for long runs,
+without the dense layer.
+
+`python benchmarks/extreme.py --memory` measures what two training steps with a million labels take instead, 768 inputs,
+fan-in 32 and Adam, then two with SET; results in results/extreme_memory.json. A peak is the highest resident memory of
+the process minus the resident memory before the model is made, with the data and the compiled kernels in place. It
+needs Linux.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from _machine import commit, device_name
+
+from permask_core.data.extreme import planted
+from permask_core.files import written_whole
+from permask_core.sparse.extreme import (
+    ExtremeClassifier,
+    ExtremeRecipe,
+    best_precision,
+    fit_extreme,
+    head_tail,
+    precisions,
+    training_bytes,
+)
+from permask_core.statistics import paired_comparison
+from permask_core.store import versions
+
+FEATURES, HIDDEN, FAN_IN = 128, 128, 16
+DATA = {10_000: {"n_train": 30_000, "n_clusters": 100}, 100_000: {"n_train": 200_000, "n_clusters": 300},
+        1_000_000: {"n_train": 400_000, "n_clusters": 1000}}
+RECIPE = {"epochs": 8, "auxiliary_epochs": 4}
+MATCHED = ["static", "set", "set+auxiliary", "set+intermediate", "bottleneck"]
+COMPARED = [("set", "static"), ("set+auxiliary", "set"), ("set+intermediate", "set"), ("set", "bottleneck")]
+
+
+def count(model):
+    """Trained numbers, the auxiliary head apart."""
+    return sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("auxiliary"))
+
+
+def classifier(method, labels, clusters, seed):
+    """A model of a method; but for the dense one, with as many parameters as the static one or just fewer."""
+    rows, fan_in, options = labels * FAN_IN, FAN_IN, {}
+    if method == "set+auxiliary":
+        options = {"n_clusters": clusters}
+    elif method == "set+intermediate":
+        options = {"intermediate": HIDDEN}
+        fan_in = (rows - HIDDEN * (HIDDEN + 1)) // labels
+    elif method == "bottleneck":
+        options = {"intermediate": rows // (HIDDEN + 1 + labels)}
+    if method in ("bottleneck", "dense"):
+        fan_in = None
+    return ExtremeClassifier(FEATURES, labels, fan_in, hidden=HIDDEN, **options,
+                             generator=torch.Generator().manual_seed(seed))
+
+
+def trained(method, problem, seed, epochs):
+    """A row of the table."""
+    labels = problem.train.n_labels
+    model = classifier(method, labels, int(problem.train.clusters.max()) + 1, seed)
+    recipe = ExtremeRecipe(**RECIPE | {"epochs": epochs}, auxiliary=0.4 * (method == "set+auxiliary"),
+                           rewire_until=0.66 * (method != "static"))
+    start = time.perf_counter()
+    losses = fit_extreme(model, problem.train, recipe, seed=seed, description=f"{method}, seed {seed}")
+    seconds = time.perf_counter() - start
+    fan_in = getattr(model.head, "fan_in", None)
+    return {"method": method, "seed": seed, "parameters": count(model), "fan_in": fan_in,
+            "intermediate": getattr(model.intermediate, "out_features", None),
+            "output_layer_bytes": training_bytes(model.head.in_features, labels, fan_in), "seconds": seconds,
+            "losses": losses, "precision": precisions(model, problem.test, head_tail(problem.train)._asdict())}
+
+
+def print_summary(rows):
+    print(f"\n{'precision at 1 / 3 / 5':18}{'parameters':>12}{'s':>6}"
+          + "".join(f"{group:>24}" for group in rows[0]["precision"]))
+    by_method = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    for method, runs in by_method.items():
+        line = f"{method:18}{runs[0]['parameters']:>12,}{statistics.mean(run['seconds'] for run in runs):>6.0f}"
+        for group in runs[0]["precision"]:
+            values = [[run["precision"][group][k] for run in runs] for k in (1, 3, 5)]
+            line += f"{' / '.join(f'{statistics.mean(value):.3f}' for value in values):>24}"
+        print(line)
+        if len(runs) > 1:
+            line = f"{'  deviation':36}"
+            for group in runs[0]["precision"]:
+                values = [[run["precision"][group][k] for run in runs] for k in (1, 3, 5)]
+                line += f"{' / '.join(f'{statistics.stdev(value):.3f}' for value in values):>24}"
+            print(line)
+
+
+def compared(rows):
+    """Paired differences of precision at 1 over the seeds."""
+    found = []
+    for a, b in COMPARED:
+        for group in rows[0]["precision"]:
+            values = [[row["precision"][group][1] for row in rows if row["method"] == method] for method in (a, b)]
+            pair = paired_comparison(*values)
+            found.append({"a": a, "b": b, "labels": group, "difference": pair.difference, "low": pair.low,
+                          "high": pair.high, "wins": pair.wins, "n": pair.n})
+            print(f"{a} - {b}, P@1, {group}: {pair.difference:+.3f} [{pair.low:+.3f}, {pair.high:+.3f}], "
+                  f"{pair.wins} of {pair.n} seeds")
+    return found
+
+
+def precision(given, record):
+    data, rows = DATA[given.labels], []
+    methods = MATCHED + ["dense"] * (given.labels == min(DATA))
+    record |= {"labels": given.labels, "data": data | {"n_features": FEATURES}, "hidden": HIDDEN,
+               "recipe": str(ExtremeRecipe(**RECIPE | {"epochs": given.epochs}))}
+    for seed in range(given.seeds):
+        problem = planted(given.labels, n_features=FEATURES, seed=seed, **data)
+        unseen = (problem.train.frequencies[problem.test.labels.long()] == 0).double().mean().item()
+        print(f"seed {seed}: best possible P@k {best_precision(problem.test)}, {unseen:.1%} of test labels never seen")
+        for method in methods:
+            rows.append(trained(method, problem, seed, given.epochs) | {"unseen": unseen})
+            print(f"{method:18}" + json.dumps(rows[-1]["precision"]), flush=True)
+    record["rows"] = rows
+    print_summary(rows)
+    if given.seeds > 1:
+        record["compared"] = compared(rows)
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+def resident(field):
+    """VmRSS or VmHWM of this process, in bytes."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def memory(given, record):
+    inputs, labels, fan_in = 768, 1_000_000, 32
+    train = planted(labels, n_train=2 * given.batch, n_test=1, n_features=inputs, n_clusters=1000).train
+    small = planted(5000, n_train=2 * given.batch, n_test=1, n_features=inputs).train
+    still, moving = (ExtremeRecipe(epochs=1, batch_size=given.batch, rewire_every=1, rewire_until=until)
+                     for until in (0, 1))
+
+    def peak(recipe):
+        start = time.perf_counter()
+        loss, = fit_extreme(model, train, recipe, seed=0, description=None)
+        seconds = time.perf_counter() - start
+        return {"bytes": resident("VmHWM") - before, "seconds_per_step": seconds / 2, "loss": loss}
+
+    fit_extreme(ExtremeClassifier(inputs, 5000, fan_in, hidden=inputs), small, moving, seed=0, description=None)
+    before = resident("VmRSS")
+    model = ExtremeClassifier(inputs, labels, fan_in, hidden=inputs)
+    record |= {"inputs": inputs, "labels": labels, "fan_in": fan_in, "batch": given.batch, "resident_before": before,
+               "training": peak(still), "training_with_set": peak(moving),
+               "computed": {"fan_in": training_bytes(inputs, labels, fan_in), "dense": training_bytes(inputs, labels)}}
+    for name in ("training", "training_with_set"):
+        found = record[name]
+        print(f"{name}: {found['bytes'] / 2**30:.2f} GiB above the data, {found['seconds_per_step']:.1f} s a step")
+    computed = {name: f"{size / 2**30:.2f} GiB" for name, size in record["computed"].items()}
+    print(f"output layer, its gradient and Adam's moments, computed: {computed}")
+
+
+def at_least(least):
+    def number(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
+        return int(text)
+    return number
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--labels", type=int, choices=list(DATA), default=min(DATA))
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--epochs", type=at_least(1), default=RECIPE["epochs"])
+    parser.add_argument("--threads", type=at_least(1), default=1)
+    parser.add_argument("--memory", action="store_true", help="measure memory with a million labels instead")
+    parser.add_argument("--batch", type=at_least(1), default=64, help="points in a step, with --memory")
+    parser.add_argument("--result", type=Path, help="where the JSON goes")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    record = {"command": " ".join(["python benchmarks/extreme.py", *sys.argv[1:]]), "commit": commit(),
+              "machine": device_name("cpu"), "threads": given.threads, "versions": versions()}
+    (memory if given.memory else precision)(given, record)
+    size = "_memory" if given.memory else f"_{given.labels}" * (given.labels != min(DATA))
+    with written_whole(given.result or Path(__file__).parent / "results" / f"extreme{size}.json") as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

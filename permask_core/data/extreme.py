@@ -1,0 +1,234 @@
+"""Multi-label problems with very many labels: one with planted structure, drawn by seed, and a reader of public sets.
+
+Labels of such problems are long-tailed: a few are everywhere, most have a handful of examples. They are kept as a list
+of ids per point, never as an array [points, labels].
+
+Sources: Bhatia et al., "The Extreme Classification Repository: Multi-label Datasets & Code", 2016 (the text format);
+Ullah et al., "Navigating Extremes: Dynamic Sparsity in Large Output Spaces", NeurIPS 2024.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+
+from permask_core.progress import progress
+
+
+@dataclass(frozen=True, eq=False)
+class MultiLabel:
+    """Points with any number of labels each.
+
+    ``features`` are float32 [n, d]: a tensor, or a SciPy CSR array of bags of words. The labels of point i are
+    ``labels[offsets[i]:offsets[i + 1]]``, int32, ascending, none twice; ``offsets`` are int64 [n + 1]. ``clusters``,
+    int64 [n_labels], is the cluster of each label, where that is known.
+    """
+
+    features: torch.Tensor | csr_array
+    offsets: torch.Tensor
+    labels: torch.Tensor
+    n_labels: int
+    clusters: torch.Tensor | None = None
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    @property
+    def frequencies(self):
+        """How many points have each label, int64 [n_labels]."""
+        return torch.bincount(self.labels, minlength=self.n_labels)
+
+    def pairs(self):
+        """Point and label of each positive, int64 [offsets[-1]] both."""
+        return torch.arange(len(self)).repeat_interleave(self.offsets.diff()), self.labels.long()
+
+    def subset(self, chosen):
+        """The points with the indices ``chosen``, int64 [m], in that order."""
+        counts = self.offsets.diff()[chosen]
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        places = torch.arange(offsets[-1]) + (self.offsets[chosen] - offsets[:-1]).repeat_interleave(counts)
+        features = self.features[chosen.numpy() if isinstance(self.features, csr_array) else chosen]
+        return replace(self, features=features, offsets=offsets, labels=self.labels[places])
+
+
+# ---- Planted ---------------------------------------------------------------------------------------------------------
+
+class Planted(NamedTuple):
+    """A problem whose answer is known: ``train`` and ``test`` points; ``latent`` int32 [n_labels, 2 ``per_set``], the
+    latent features of each label; and the ``rotation`` [n_features, n_features] that hides them."""
+
+    train: MultiLabel
+    test: MultiLabel
+    latent: torch.Tensor
+    rotation: torch.Tensor
+
+
+def planted(n_labels=10_000, *, n_train=30_000, n_test=2_000, n_features=128, n_clusters=100, per_set=4, most=3,
+            noise=0.1, zipf=1.0, seed=0):
+    """A long-tailed problem in which a sparse row per label suffices, once a rotation is undone.
+
+    What is drawn, all from the seed:
+
+    1. For each cluster ``per_set`` latent features, for each label its cluster and ``per_set`` latent features of its
+       own, all uniformly and independently: a feature may come twice, and then counts twice.
+    2. The rotation Q, the orthogonal factor of a normal matrix.
+    3. For each point 1 to ``most`` labels, uniformly; each label l with probability proportional to (l + 1)^-``zipf``,
+       independently. One that comes twice counts once.
+    4. The features of a point, x = z Q + e. z_j is how often feature j is among the latent features of its labels and
+       of their clusters; e is normal with standard deviation ``noise``.
+
+    Labels are sorted by expected frequency. In x Q^T a row of ones on a label's latent features is a filter matched to
+    it; but a model is given x.
+
+    Parameters
+    ----------
+    n_labels, n_train, n_test, n_features, n_clusters, per_set, most : int
+    noise, zipf : float
+        At least 0.
+    seed : int
+
+    Returns
+    -------
+    Planted
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+    """
+    for name, value in (("n_labels", n_labels), ("n_train", n_train), ("n_test", n_test), ("n_features", n_features),
+                        ("n_clusters", n_clusters), ("per_set", per_set), ("most", most)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}: expected an integer of at least 1")
+    for name, value in (("noise", noise), ("zipf", zipf)):
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
+    if not isinstance(seed, int) or not 0 <= seed < 2 ** 63:
+        raise ValueError(f"seed is {seed!r}: expected an integer of at least 0 and below 2**63")
+    drawn = torch.Generator().manual_seed(seed)
+    clusters = torch.randint(n_clusters, (n_labels,), generator=drawn)
+    common = torch.randint(n_features, (n_clusters, per_set), generator=drawn, dtype=torch.int32)
+    own = torch.randint(n_features, (n_labels, per_set), generator=drawn, dtype=torch.int32)
+    latent = torch.cat([common[clusters], own], 1)
+    rotation = torch.linalg.qr(torch.randn(n_features, n_features, generator=drawn)).Q
+    share = torch.arange(1, n_labels + 1, dtype=torch.float64).pow(-zipf).cumsum(0)
+
+    def points(n):
+        counts = torch.randint(1, most + 1, (n,), generator=drawn)
+        uniform = torch.rand(int(counts.sum()), generator=drawn, dtype=torch.float64)
+        labels = torch.searchsorted(share, uniform * share[-1], right=True).clamp_(max=n_labels - 1)
+        point, labels, offsets = _merged(torch.arange(n).repeat_interleave(counts), labels, n, n_labels)
+        z = torch.zeros(n, n_features)
+        places = point[:, None] * n_features + latent[labels.long()]
+        z.view(-1).index_add_(0, places.view(-1), torch.ones(places.numel()))
+        x = (z @ rotation).add_(torch.randn(n, n_features, generator=drawn), alpha=noise)
+        return MultiLabel(x, offsets, labels, n_labels, clusters)
+
+    return Planted(points(n_train), points(n_test), latent, rotation)
+
+
+def _merged(point, labels, n, n_labels):
+    """Pairs of point and label sorted, each once: points int64 [m], labels int32 [m], and offsets [n + 1]."""
+    keys = torch.unique(point * n_labels + labels)
+    point = keys // n_labels
+    offsets = torch.zeros(n + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(point, minlength=n), 0, out=offsets[1:])
+    return point, (keys % n_labels).int(), offsets
+
+
+# ---- The repository's text format ------------------------------------------------------------------------------------
+
+def read_sparse_text(path, description=None):
+    """Read a file of the Extreme Classification Repository.
+
+    Its first line is ``points features labels``, three numbers; then follows a line for each point, its labels
+    separated by commas and its features as ``feature:value``, separated by spaces: ``3,17 0:0.5 12:1.25``. Labels and
+    features are counted from 0. A point without labels begins with a space; one without features ends after its labels.
+
+    Parameters
+    ----------
+    path : path-like
+    description : str, optional
+        Shown with a progress bar.
+
+    Returns
+    -------
+    MultiLabel
+        With features as a CSR array [points, features], float32, and no clusters. A label that is there twice counts
+        once; values of a feature that is there twice are added.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is not of that form; the message names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    with path.open(encoding="ascii", errors="backslashreplace") as file:
+        header = file.readline().split()
+        if len(header) != 3 or not all(size.isdecimal() and int(size) > 0 for size in header):
+            raise ValueError(f"line 1 of {path} is {' '.join(header)[:80]!r}: expected three numbers above 0, how many "
+                             "points, features and labels there are")
+        n, n_features, n_labels = map(int, header)
+        labels, columns, values = [], [], []
+        for number, line in enumerate(progress(file, description, total=n), 2):
+            if number > n + 1:
+                if line.strip():
+                    raise ValueError(f"line {number} of {path} is {line.strip()[:80]!r}: expected the end after the "
+                                     f"{n} points that line 1 announces")
+                continue
+            try:
+                for parts, part in zip((labels, columns, values), _point(line, n_features, n_labels)):
+                    parts.append(part)
+            except ValueError as error:
+                raise ValueError(f"line {number} of {path}: {error}") from None
+    if len(labels) < n:
+        raise ValueError(f"{path} ends after line {len(labels) + 1}: expected the {n} points that line 1 announces")
+    indptr = np.cumsum([0, *map(len, columns)])
+    features = csr_array((np.concatenate(values), np.concatenate(columns), indptr), shape=(n, n_features))
+    features.sum_duplicates()
+    counts = torch.tensor([len(part) for part in labels])
+    _, labels, offsets = _merged(torch.arange(n).repeat_interleave(counts), torch.from_numpy(np.concatenate(labels)),
+                                 n, n_labels)
+    return MultiLabel(features, offsets, labels, n_labels)
+
+
+def _point(line, n_features, n_labels):
+    """Labels int64, features int32 and their values float32 of a line."""
+    first, _, rest = line.rstrip().partition(" ")
+    if ":" in first:
+        first, rest = "", line
+    labels = _numbers(first.split(",") if first else [], np.int64, (0, n_labels - 1), "label")
+    pairs = [pair.split(":") for pair in rest.split()]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ValueError(f"{':'.join(pair)!r} is no pair: expected feature:value")
+    columns = _numbers([column for column, _ in pairs], np.int32, (0, n_features - 1), "feature")
+    largest = float(np.finfo(np.float32).max)
+    return labels, columns, _numbers([value for _, value in pairs], np.float32, (-largest, largest), "value")
+
+
+def _numbers(texts, dtype, limits, what):
+    kind = float if dtype is np.float32 else int
+    low, high = limits
+    try:
+        numbers = [kind(text) for text in texts]
+        if all(low <= number <= high for number in numbers):
+            return np.array(numbers, dtype)
+    except ValueError:
+        pass
+    for text in texts:
+        try:
+            wrong = not low <= kind(text) <= high
+        except ValueError:
+            wrong = True
+        if wrong:
+            raise ValueError(f"the {what} is {text!r}: expected "
+                             + ("a finite number" if kind is float else f"a whole number from {low} to {high}"))
