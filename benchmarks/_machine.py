@@ -1,7 +1,9 @@
-"""What the benchmarks share: how long something takes, on which machine, at which commit."""
+"""What the benchmarks share: how long something takes and how much memory, on which machine, at which commit."""
 
+import argparse
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -39,3 +41,17 @@ def commit():
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def resident(field):
+    """``VmRSS``, the resident memory of this process, or ``VmHWM``, its peak, in bytes; Linux alone has them."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def at_least(least):
+    """The type of an argument that is a whole number of at least ``least``."""
+    def number(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
+        return int(text)
+    return number

@@ -22,14 +22,13 @@ needs Linux.
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from _machine import commit, device_name
+from _machine import at_least, commit, device_name, resident
 
 from permask_core.data.extreme import planted
 from permask_core.files import written_whole
@@ -144,11 +143,6 @@ def precision(given, record):
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
 
-def resident(field):
-    """VmRSS or VmHWM of this process, in bytes."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
 def memory(given, record):
     inputs, labels, fan_in = 768, 1_000_000, 32
     train = planted(labels, n_train=2 * given.batch, n_test=1, n_features=inputs, n_clusters=1000).train
@@ -173,14 +167,6 @@ def memory(given, record):
         print(f"{name}: {found['bytes'] / 2**30:.2f} GiB above the data, {found['seconds_per_step']:.1f} s a step")
     computed = {name: f"{size / 2**30:.2f} GiB" for name, size in record["computed"].items()}
     print(f"output layer, its gradient and Adam's moments, computed: {computed}")
-
-
-def at_least(least):
-    def number(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
-        return int(text)
-    return number
 
 
 def main():

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import PIL
 import torch
-from _machine import commit, device_name, timed
+from _machine import at_least, commit, device_name, timed
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -141,14 +141,6 @@ def print_row(row):
     print(f"{row['part']:16}{row['precision']:10}{row['images']:>8,}{permask:>12}{plain:>12}{row['ratio']:>8.2f}"
           f"  ({min(by_round):.2f} to {max(by_round):.2f})"
           + (f"{row['processor_ratio']:>12.2f}" if "processor_ratio" in row else ""), flush=True)
-
-
-def at_least(least):
-    def number(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
-        return int(text)
-    return number
 
 
 def main():

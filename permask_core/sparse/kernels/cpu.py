@@ -15,6 +15,7 @@ import torch
 # Examples in a tile. The forward pass does best with what a second-level cache holds of some thousand inputs; the
 # backward pass sums over a tile's examples for every connection, which weighs less the more they are.
 WIDTHS = {"forward": (8, 16, 32), "backward": (8, 16, 32, 64)}
+ALONE = 30_000  # products that one thread has done before others would have started
 _LOCK = threading.Lock()  # not every threading layer of numba lets two threads in
 _PROCESS = os.getpid()
 
@@ -40,26 +41,24 @@ def usable():
     return os.getpid() == _PROCESS and _simd() is not None
 
 
-def _run(loop, *given):
+def _arrays(*tensors):
     # Unsigned, because numba would ask of a signed index whether it counts from the end.
-    arrays = [tensor.detach().numpy() for tensor in given]
-    _call(loop, *(array.view(np.uint32) if array.dtype == np.int32 else array for array in arrays))
+    arrays = [tensor.detach().numpy() for tensor in tensors]
+    return [array.view(np.uint32) if array.dtype == np.int32 else array for array in arrays]
 
 
-def _call(loop, *arguments):
-    """Run a loop on as many threads as torch has."""
+def _call(products, loop, *arguments):
+    """Run a loop over so many products on as many threads as torch has."""
     numba = sys.modules["numba"]
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if products > ALONE else 1
     with _LOCK:
         if numba.get_num_threads() != threads:
             numba.set_num_threads(threads)
         loop(*arguments)
 
 
-def _packed(x, width):
-    tiles = x.new_empty(-(-len(x) // width), x.shape[1], width)
-    _run(_simd().kernels(width)[0], x.contiguous(), tiles)
-    return tiles
+def _tiles(x, width):
+    return x.new_empty(-(-x.shape[0] // width), x.shape[1], width)
 
 
 def _width(batch, way):
@@ -73,28 +72,20 @@ def forward(x, values, indices, bias=None):
     # half a cycle for each number, and to start the threads twice more some thousand.
     if batch * n * k < 2.5 * n * k + 4 * (inputs + n) + 20_000:
         x = x.contiguous()
-        _call(_simd().gather(x.itemsize), x.data_ptr(), values.data_ptr(), indices.data_ptr(),
+        _call(batch * n * k, _simd().gather(x.itemsize), x.data_ptr(), values.data_ptr(), indices.data_ptr(),
               0 if bias is None else bias.data_ptr(), y.data_ptr(), batch, inputs, n, k)
         return y
     width, bias = _width(batch, "forward"), x.new_zeros(n) if bias is None else bias
-    _, unpack, rows, _ = _simd().kernels(width)
-    out = x.new_empty(-(-batch // width), n, width)
-    _run(rows, _packed(x, width), values, indices, bias, out)
-    _run(unpack, out, y)
+    tiles, out = _tiles(x, width), _tiles(y, width)
+    _call(batch * n * k, _simd().kernels(width)[0], *_arrays(x.contiguous(), values, indices, bias, tiles, out, y))
     return y
 
 
 def backward(grad, x, values, indices, transposed, need_x, need_values):
-    simd, width = _simd(), _width(len(x), "backward")
-    _, unpack, _, columns = simd.kernels(width)
-    tiles, given = _packed(grad, width), _packed(x, width)
-    listed, products = (values.new_zeros(values.numel()) for _ in range(2))
-    _run(simd.pick, values.flatten(), transposed.slots, listed)
-    sums = torch.empty_like(given)
-    _run(columns, tiles, given, listed, transposed.pointers, transposed.outputs, sums, products)
-    dx, dvalues = x.new_empty(x.shape) if need_x else None, torch.empty_like(values) if need_values else None
-    if need_x:
-        _run(unpack, sums, dx)
-    if need_values:
-        _run(simd.put, products, transposed.slots, dvalues.view(-1))
-    return dx, dvalues
+    width = _width(len(x), "backward")
+    dx, dvalues = x.new_empty(x.shape if need_x else (0, 0)), values.new_empty(values.shape if need_values else (0, 0))
+    tiles, given, sums = _tiles(grad, width), _tiles(x, width), _tiles(x, width)
+    listed, products = values.new_empty(values.numel()), values.new_zeros(values.numel())  # 0 where there is no tile
+    _call(len(x) * values.numel(), _simd().kernels(width)[1], *_arrays(
+        grad.contiguous(), x.contiguous(), values, *transposed, tiles, given, listed, sums, products, dx, dvalues))
+    return dx if need_x else None, dvalues if need_values else None

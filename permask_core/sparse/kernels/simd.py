@@ -6,7 +6,7 @@ no gather. Numba compiles for the processor at hand and needs no compiler on the
 the sums in memory; so the innermost loops are written in LLVM's vectors, of any width, which it keeps in registers.
 """
 
-from functools import cache
+from functools import cache, partial
 
 from llvmlite import ir
 from numba import njit, prange, types
@@ -211,8 +211,8 @@ def turn(typing, source, source_at, source_step, source_rows, target, target_at,
                       size), codegen
 
 
-def _compiled(function):
-    options = {"parallel": True, "nogil": True, "fastmath": True}
+def _compiled(function, parallel=True):
+    options = {"parallel": parallel, "nogil": True, "fastmath": True}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder in which compiled code could be kept
@@ -232,9 +232,23 @@ def gather(itemsize):
     return rows
 
 
+@_compiled
+def pick(values, slots, out):
+    """``out[p] = values[slots[p]]``."""
+    for p in prange(len(slots)):
+        out[p] = values[slots[p]]
+
+
+@_compiled
+def put(values, slots, out):
+    """``out[slots[p]] = values[p]``."""
+    for p in prange(len(slots)):
+        out[slots[p]] = values[p]
+
+
 @cache
 def kernels(width):
-    """The loops for tiles of ``width`` examples: ``pack``, ``unpack``, ``rows`` and ``columns``."""
+    """``forward`` and ``backward`` for tiles of ``width`` examples."""
     block = min(width, 16)
     parts = 256  # features that a task packs
 
@@ -309,18 +323,23 @@ def kernels(width):
                     column_sum(values, outputs, pointers[block, j], pointers[block, j + 1], source,
                                tile * tiles.shape[1] * width, given, at, target, at, products, tile > 0, width)
 
-    return pack, unpack, rows, columns
+    # Each is one call: passing arrays from Python takes as long as the arithmetic of a small layer.
 
+    @partial(_compiled, parallel=False)
+    def forward(x, values, indices, bias, tiles, out, y):
+        pack(x, tiles)
+        rows(tiles, values, indices, bias, out)
+        unpack(out, y)
 
-@_compiled
-def pick(values, slots, out):
-    """``out[p] = values[slots[p]]``."""
-    for p in prange(len(slots)):
-        out[p] = values[slots[p]]
+    @partial(_compiled, parallel=False)
+    def backward(grad, x, values, pointers, outputs, slots, tiles, given, listed, sums, products, dx, dvalues):
+        pack(grad, tiles)
+        pack(x, given)
+        pick(values.reshape(-1), slots, listed)
+        columns(tiles, given, listed, pointers, outputs, sums, products)
+        if dx.size > 0:
+            unpack(sums, dx)
+        if dvalues.size > 0:
+            put(products, slots, dvalues.reshape(-1))
 
-
-@_compiled
-def put(values, slots, out):
-    """``out[slots[p]] = values[p]``."""
-    for p in prange(len(slots)):
-        out[slots[p]] = values[p]
+    return forward, backward
