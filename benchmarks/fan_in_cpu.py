@@ -1,8 +1,8 @@
 """A fan-in layer on a CPU beside what else computes it: forward, and forward with backward, by sparsity and batch.
 
-Peers: a dense torch.nn.Linear; the same with its weight multiplied by a mask at every call; CSR matrices of torch and of
-SciPy (forward alone); torch's embedding_bag over the transposed input; the one-line gather, compiled by torch.compile
-where there is a C++ compiler. Every way starts from x [batch, in]: what it must transpose is counted. Outputs and
+Peers: a dense torch.nn.Linear; the same with its weight multiplied by a mask at every call; CSR matrices of torch and
+of SciPy (forward alone); torch's embedding_bag over the transposed input; the one-line gather, compiled by
+torch.compile where there is a C++ compiler. Every way starts from x [batch, in]: what it must transpose is counted. Outputs and
 gradients of the fan-in layer are compared with a dense layer in float64 before anything is timed.
 
 All ways take turns, one call each; medians and ratios of medians are printed. Run it with
@@ -208,7 +208,8 @@ def main():
                 for row in compare(layer, dense, compiled, batch, 0 if given.quick else given.seconds):
                     record["rows"].append({"sparsity": sparsity} | row)
                     ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
-                    print(f"{batch:>5} {row['way']:8}{1e6 * row['median_seconds']['fan-in']:>10.0f} us  {ratios}", flush=True)
+                    ours = 1e6 * row["median_seconds"]["fan-in"]
+                    print(f"{batch:>5} {row['way']:8}{ours:>10.0f} us  {ratios}", flush=True)
             record["memory"].append(memory(inputs, outputs, sparsity))
             print(json.dumps(record["memory"][-1]))
     record["hoped"] = hoped(record["rows"])

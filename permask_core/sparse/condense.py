@@ -9,6 +9,9 @@ from torch import nn
 from permask_core.masks import apply_masks, check_fit
 from permask_core.sparse.fan_in import FanInLinear
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+READERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # of the weights of their linear layers
+
 
 class FanInPointwise(nn.Module):
     """A 1x1 convolution as a :class:`FanInLinear` over channels: [batch, in, height, width] to [batch, out, height /
@@ -24,7 +27,7 @@ class FanInPointwise(nn.Module):
     def forward(self, x):
         if x.ndim not in (3, 4):
             raise ValueError(f"the input has shape {list(x.shape)}: expected [batch, channels, height, width]")
-        return self.linear(x[..., ::self.stride[0], ::self.stride[1]].movedim(-3, -1)).movedim(-1, -3)
+        return self.linear(x[..., ::self.stride[0], ::self.stride[1]].movedim(-3, -1)).movedim(-1, -3).contiguous()
 
 
 @torch.no_grad()
@@ -56,16 +59,17 @@ def condense(model, masks):
     left = {}
     for name, mask in masks.items():
         owner, _, kind = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module, (parent, _, child) = model.get_submodule(owner), owner.rpartition(".")
         try:
-            layer = _replaced(module, kind, mask, uses)
+            if owner and isinstance(model.get_submodule(parent), READERS):
+                raise ValueError(f"a {type(model.get_submodule(parent)).__name__} reads it without calling the layer")
+            layer = _replaced(module, kind, mask.to(module.weight.device) if kind == "weight" else mask, uses)
         except ValueError as error:
             left[name] = str(error)
             continue
         if not owner:
             model = layer
             continue
-        parent, _, child = owner.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     if len(left) == len(masks):
         raise ValueError("no layer can be replaced: " + "; ".join(f"{name}: {why}" for name, why in left.items()))
@@ -79,13 +83,21 @@ def _replaced(module, kind, mask, uses):
         raise ValueError("its weight is shared with another layer")
     if mask.all():
         raise ValueError("its mask keeps every weight")
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        raise ValueError("it has hooks, which would be lost")
     if type(module) is nn.Linear:
-        return FanInLinear.from_dense(module, mask)
+        return _fan_in(module, mask)
     if module.kernel_size != (1, 1) or module.groups > 1 or any(module.padding):
         raise ValueError(f"a convolution with kernel {module.kernel_size}, groups {module.groups} and padding "
                          f"{module.padding}: expected (1, 1), 1 and none")
     mask = mask[:, :, 0, 0]
-    linear = nn.utils.skip_init(nn.Linear, *mask.shape[::-1], module.bias is not None, device=module.weight.device,
-                                dtype=module.weight.dtype)
-    linear.weight, linear.bias = nn.Parameter(module.weight[:, :, 0, 0]), module.bias
-    return FanInPointwise(FanInLinear.from_dense(linear.train(module.training), mask), module.stride)
+    linear = nn.utils.skip_init(nn.Linear, *mask.shape[::-1], bias=False, device=module.weight.device)
+    linear.weight = nn.Parameter(module.weight[:, :, 0, 0], module.weight.requires_grad)
+    linear.bias = module.bias
+    return FanInPointwise(_fan_in(linear.train(module.training), mask), module.stride).train(module.training)
+
+
+def _fan_in(linear, mask):
+    layer = FanInLinear.from_dense(linear, mask)
+    layer.bias = linear.bias  # the parameter itself, which may be another layer's too
+    return layer

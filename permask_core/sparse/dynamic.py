@@ -38,7 +38,8 @@ class Rewiring:
     fraction: float = 0.3  # of a layer's connections, dropped at first (alpha); falls to 0 along a half cosine
     min_salient: float | None = 0.3  # SRigL: salient weights a neuron needs, of its fan-in; None: no neuron is ablated
     unablated: tuple[str, ...] | None = None  # SRigL: layers that keep all their neurons; by default the model's last
-    densities: dict[str, float] | float | None = None  # SRigL: of each layer; by default those it starts with
+    # SRigL: of each layer; by default those it starts with, which constant fan-in has rounded down in each neuron
+    densities: dict[str, float] | float | None = None
 
     def __post_init__(self):
         for name, kind, expected, fits in (

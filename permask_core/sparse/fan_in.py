@@ -16,21 +16,21 @@ CHUNK = 2 ** 20  # connections at a time where connections are drawn or moved: t
 class _FanIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, layer):
-        ctx.save_for_backward(x, values)
-        ctx.layer, ctx.indices, ctx.bias_type = layer, layer.indices, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, values, layer.indices)
+        ctx.layer, ctx.bias_type = layer, None if bias is None else bias.dtype
         return kernels.forward(x, values, layer.indices, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, values = ctx.saved_tensors
-        if ctx.layer.indices is not ctx.indices:
+        x, values, indices = ctx.saved_tensors
+        if ctx.layer.indices is not indices:
             raise RuntimeError("the layer was rewired between forward and backward, and the connections whose gradient "
                                "is asked for are gone: call backward() before rewire()")
         need_x, need_values, need_bias, _ = ctx.needs_input_grad
         dx = dvalues = None
         if need_x or need_values:
-            dx, dvalues = kernels.backward(grad.contiguous(), x, values, ctx.indices, ctx.layer.transposed(),
+            dx, dvalues = kernels.backward(grad.contiguous(), x, values, indices, ctx.layer.transposed(),
                                            need_x=need_x, need_values=need_values)
         return dx, dvalues, grad.sum(0, dtype=ctx.bias_type) if need_bias else None, None
 
@@ -74,9 +74,9 @@ class FanInLinear(nn.Module):
                  dtype=None):
         super().__init__()
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int) or size < 1:
+            if type(size) is not int or size < 1:
                 raise ValueError(f"{name} is {size!r}: expected an integer of at least 1")
-        if not isinstance(fan_in, int) or not 1 <= fan_in <= in_features:
+        if type(fan_in) is not int or not 1 <= fan_in <= in_features:
             raise ValueError(f"fan_in is {fan_in!r}: expected an integer from 1 to in_features, {in_features}")
         self.in_features, self.out_features = in_features, out_features
         if indices is None:
@@ -87,7 +87,7 @@ class FanInLinear(nn.Module):
         self.values = nn.Parameter(torch.empty(out_features, fan_in, device=drawn_on, dtype=dtype)
                                    .normal_(0, (2 / fan_in) ** 0.5, generator=generator).to(device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("indices", indices.to(device, torch.int32).sort(1).values)
+        self.register_buffer("indices", indices.to(device, torch.int32).contiguous().sort(1).values)
         self.register_buffer("rows", torch.arange(out_features, device=device))
         self._transposed = {}
 
@@ -111,7 +111,7 @@ class FanInLinear(nn.Module):
             raise ValueError(f"the input has shape {list(x.shape)}: expected a last axis of {self.in_features}")
         if x.device != values.device:
             raise ValueError(f"the input is on {x.device}, the layer on {values.device}: expected one device")
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         elif x.dtype != values.dtype:
             raise ValueError(f"the input is {x.dtype}, the layer {values.dtype}: expected one type")
@@ -151,8 +151,10 @@ class FanInLinear(nn.Module):
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = linear.weight.shape
         indices = indices.to(linear.weight.device)
-        layer.values = nn.Parameter(linear.weight.detach()[rows.to(linear.weight.device)].gather(1, indices))
-        layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
+        values = linear.weight.detach()[rows.to(linear.weight.device)].gather(1, indices)
+        layer.values = nn.Parameter(values, linear.weight.requires_grad)
+        layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(),
+                                                                   linear.bias.requires_grad)
         layer.register_buffer("indices", indices.int())
         layer.register_buffer("rows", rows.to(linear.weight.device))
         layer._transposed = {}
@@ -209,6 +211,8 @@ class FanInLinear(nn.Module):
             If a shape or index does not fit, a connection would be there twice, or neurons would differ in fan-in; the
             layer and the optimizer are then as before.
         """
+        if grow.is_floating_point() or grow.dtype == torch.bool:
+            raise ValueError(f"grow is {grow.dtype}: expected whole numbers")
         grow = grow.to(self.indices.device, torch.int64)
         if keep.dtype != torch.bool or keep.shape != self.indices.shape:
             raise ValueError(f"keep is {keep.dtype} {list(keep.shape)}: expected bool {list(self.indices.shape)}")
@@ -230,8 +234,10 @@ class FanInLinear(nn.Module):
         if len(odd):
             raise ValueError(f"neuron {odd[0]} would have {counts[odd[0]]} connections and neuron {rows[0]} {fan_in}: "
                              "expected the same number, or none")
-        self.values.grad, self._transposed = None, {}
+        self._transposed = {}
         indices, source = self._rewired(keep, grow, rows, fan_in)
+
+        self.values.grad = None
 
         def moved(tensor):
             new = tensor.new_empty(source.shape)
@@ -276,22 +282,33 @@ class FanInLinear(nn.Module):
         return indices, source
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        found = {name: state_dict.get(prefix + name) for name in ("values", "indices", "rows")}
-        if all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-            values, indices, rows = found.values()
-            try:
-                check_indices(indices, values.shape, self.in_features)
-                if rows.shape != values.shape[:1] or rows.min() < 0 or rows.max() >= self.out_features or (
-                        rows[1:] <= rows[:-1]).any():
-                    raise ValueError(f"rows of shape {list(rows.shape)} are not {len(values)} ascending numbers below "
-                                     f"{self.out_features}")
-            except ValueError as error:
-                errors.append(f"{prefix or 'the layer'}: {error}")
-                return
-            if values.shape != self.values.shape:
-                self._resized(self.values.data.new_empty(values.shape))
-                self.indices, self.rows = self.indices.new_empty(indices.shape), self.rows.new_empty(rows.shape)
+        names = ["values", "indices", "rows"] + ["bias"] * (self.bias is not None)
+        absent = [prefix + name for name in names if prefix + name not in state_dict]
+        if absent:  # a part of a layer is none: it stays as it was
+            missing += absent
+            return
+        values, indices, rows = (state_dict[prefix + name] for name in names[:3])
+        try:
+            check_indices(indices, values.shape, self.in_features)
+            if (indices[:, 1:] <= indices[:, :-1]).any():
+                raise ValueError("indices do not ascend in every row")
+            if rows.is_floating_point() or rows.shape != values.shape[:1] or rows.min() < 0 or (
+                    rows.max() >= self.out_features) or (rows[1:] <= rows[:-1]).any():
+                raise ValueError(f"rows, {rows.dtype} {list(rows.shape)}, are not {len(values)} ascending whole "
+                                 f"numbers below {self.out_features}")
+            if self.bias is not None and state_dict[prefix + "bias"].shape != self.bias.shape:
+                raise ValueError(f"bias has shape {list(state_dict[prefix + 'bias'].shape)}: expected "
+                                 f"{list(self.bias.shape)}")
+        except ValueError as error:
+            errors.append(f"{prefix or 'the layer'}: {error}")
+            return
+        if values.shape != self.values.shape:
+            self._resized(self.values.data.new_empty(values.shape))
+            self.indices, self.rows = self.indices.new_empty(indices.shape), self.rows.new_empty(rows.shape)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        # With assign=True they are the tensors that were given, of whatever layout.
+        self.values.data = self.values.data.contiguous()
+        self.indices, self.rows = self.indices.int().contiguous(), self.rows.long().contiguous()
 
     def __getstate__(self):
         return self.__dict__ | {"_transposed": {}}
@@ -303,6 +320,7 @@ def check_indices(indices, shape, in_features):
     if indices.is_floating_point() or indices.dtype == torch.bool or len(shape) != 2 or indices.shape != shape or \
             indices.numel() == 0:
         raise ValueError(f"indices are {indices.dtype} {list(indices.shape)}: expected whole numbers {list(shape)}")
+    indices = indices.long()  # in a narrower type in_features may not exist
     outside = indices[(indices < 0) | (indices >= in_features)]
     if len(outside):
         raise ValueError(f"indices hold {outside[0]}: expected 0 to {in_features - 1}")
@@ -357,12 +375,14 @@ def sample_columns(n, in_features, count, *, taken=None, generator=None, device=
     Raises
     ------
     ValueError
-        If a row has not that many columns to choose from.
+        If a row has not that many columns to choose from, or ``taken`` has another number of rows.
     """
     if taken is None:
         taken = torch.empty(n, 0, dtype=torch.int64)
-    if not 0 <= count <= in_features - taken.shape[1]:
-        free = in_features - taken.shape[1]
+    if taken.ndim != 2 or len(taken) != n:
+        raise ValueError(f"taken has shape {list(taken.shape)}: expected [{n}, k]")
+    free = in_features - taken.shape[1]
+    if type(count) is not int or not 0 <= count <= free:
         raise ValueError(f"count is {count!r}: expected 0 to {free}, the columns that are not taken")
     drawn_on = (device or "cpu") if generator is None else generator.device
     # Of many columns few are drawn twice, and drawing those again takes no array of [n, in_features].

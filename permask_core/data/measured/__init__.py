@@ -17,6 +17,21 @@ def measured_noisy_digits():
     return _read("noisy_digits")
 
 
+def measured_dynamic_sparse_training():
+    """Static masks against dynamic sparse training on digits, and SparseOpt beside plain SGD.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device`` and ``settings``; ``rows``, a list of dict: ``network``,
+        ``method``, ``sparsity`` (asked for), ``achieved`` (of the masks at the start; not of dense rows), ``seed``,
+        ``accuracy``, and where connections move ``connections`` (at the end) and ``active`` (neurons of each layer
+        that have any then); and ``sparse_opt``, a list of dict: ``masks``, ``sparsity``, ``achieved``, ``seed``,
+        ``sparse_opt`` (whether it was used), ``accuracy``.
+    """
+    return _read("dynamic_sparse_training")
+
+
 def measured_torchvision_groups():
     """The permutation groups of torchvision's classification models.
 

@@ -15,8 +15,9 @@ from permask_core.sparse.kernels.transposing import Transposed, transposed
 __all__ = ["Transposed", "backward", "forward", "transposed"]
 
 
-def _kernels(x, values):
-    fast = x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.dtype == values.dtype and cpu.usable()
+def _kernels(x, values, indices, bias=None):
+    fast = (x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.dtype == values.dtype
+            and indices.dtype == torch.int32 and (bias is None or bias.dtype == x.dtype) and cpu.usable())
     return cpu if fast else eager
 
 
@@ -39,7 +40,7 @@ def forward(x, values, indices, bias=None):
     torch.Tensor
         [batch, n], of the type of ``x``; bfloat16 and float16 are summed in float32.
     """
-    return _kernels(x, values).forward(x, values, indices, bias)
+    return _kernels(x, values, indices, bias).forward(x, values, indices, bias)
 
 
 def backward(grad, x, values, indices, transposed, *, need_x=True, need_values=True):
@@ -60,4 +61,4 @@ def backward(grad, x, values, indices, transposed, *, need_x=True, need_values=T
     (torch.Tensor or None, torch.Tensor or None)
         [batch, in] and [n, k]. Every sum has a fixed order: the same bits again, whatever the number of threads.
     """
-    return _kernels(x, values).backward(grad, x, values, indices, transposed, need_x, need_values)
+    return _kernels(x, values, indices).backward(grad, x, values, indices, transposed, need_x, need_values)

@@ -67,17 +67,17 @@ def _width(batch, way):
 
 def forward(x, values, indices, bias=None):
     (batch, inputs), (n, k) = x.shape, values.shape
-    y = x.new_empty(batch, n)
+    x, values, indices, y = x.contiguous(), values.contiguous(), indices.contiguous(), x.new_empty(batch, n)
+    bias = bias if bias is None else bias.contiguous()
     # In cycles of a processor, roughly: a product of a gather takes one, a tile of eight two and a half; to lay it out
     # half a cycle for each number, and to start the threads twice more some thousand.
     if batch * n * k < 2.5 * n * k + 4 * (inputs + n) + 20_000:
-        x = x.contiguous()
         _call(batch * n * k, _simd().gather(x.itemsize), x.data_ptr(), values.data_ptr(), indices.data_ptr(),
               0 if bias is None else bias.data_ptr(), y.data_ptr(), batch, inputs, n, k)
         return y
     width, bias = _width(batch, "forward"), x.new_zeros(n) if bias is None else bias
     tiles, out = _tiles(x, width), _tiles(y, width)
-    _call(batch * n * k, _simd().kernels(width)[0], *_arrays(x.contiguous(), values, indices, bias, tiles, out, y))
+    _call(batch * n * k, _simd().kernels(width)[0], *_arrays(x, values, indices, bias, tiles, out, y))
     return y
 
 
@@ -85,7 +85,10 @@ def backward(grad, x, values, indices, transposed, need_x, need_values):
     width = _width(len(x), "backward")
     dx, dvalues = x.new_empty(x.shape if need_x else (0, 0)), values.new_empty(values.shape if need_values else (0, 0))
     tiles, given, sums = _tiles(grad, width), _tiles(x, width), _tiles(x, width)
+    if not len(values):
+        sums.zero_()
     listed, products = values.new_empty(values.numel()), values.new_zeros(values.numel())  # 0 where there is no tile
+    grad, x, values = grad.contiguous(), x.contiguous(), values.contiguous()
     _call(len(x) * values.numel(), _simd().kernels(width)[1], *_arrays(
-        grad.contiguous(), x.contiguous(), values, *transposed, tiles, given, listed, sums, products, dx, dvalues))
+        grad, x, values, *transposed, tiles, given, listed, sums, products, dx, dvalues))
     return dx if need_x else None, dvalues if need_values else None

@@ -36,7 +36,10 @@ def backward(grad, x, values, indices, transposed, need_x, need_values):
         chosen = indices[rows].long()
         if need_values:
             dvalues[rows] = torch.bmm(columns[chosen], by_output[rows, :, None])[..., 0].to(values.dtype)
-        if need_x:  # unlike index_add_, it adds in a fixed order on a GPU too
-            parts = values[rows, :, None].to(dtype) * by_output[rows, None]
-            dx.index_put_((chosen.flatten(),), parts.flatten(0, 1), accumulate=True)
+        if need_x:
+            parts, chosen = (values[rows, :, None].to(dtype) * by_output[rows, None]).flatten(0, 1), chosen.flatten()
+            if x.is_cpu:  # each of the two adds in a fixed order on its device alone
+                dx.index_add_(0, chosen, parts)
+            else:
+                dx.index_put_((chosen,), parts, accumulate=True)
     return dx.t().to(x.dtype) if need_x else None, dvalues

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+WIDE = 2 ** 31
 BLOCK = 2048  # outputs; a tile of 64 columns of their gradient takes half a megabyte in float32
 
 
@@ -14,8 +15,8 @@ class Transposed(NamedTuple):
     """Connections by block of outputs, then by input, then by output.
 
     ``pointers`` int64 [blocks, in + 1]: the connections of input j in a block are ``pointers[block, j]`` to
-    ``pointers[block, j + 1]``; ``outputs`` int32 [n k]: the output of each; ``slots`` int64 [n k]: its place in the
-    flattened values.
+    ``pointers[block, j + 1]``; ``outputs`` int32 [n k]: the output of each; ``slots`` [n k]: its place in the
+    flattened values, int32 unless there are 2^31 values or more.
     """
 
     pointers: torch.Tensor
@@ -28,11 +29,14 @@ def transposed(indices, in_features):
     n, k = indices.shape
     starts = range(0, n, BLOCK)
     pointers = torch.zeros(len(starts), in_features + 1, dtype=torch.int64, device=indices.device)
-    slots = torch.empty(n * k, dtype=torch.int64, device=indices.device)
+    wide = n * k >= WIDE
+    slots = torch.empty(n * k, dtype=torch.int64 if wide else torch.int32, device=indices.device)
+    outputs = torch.empty(n * k, dtype=torch.int32, device=indices.device)
     for block, start in enumerate(starts):
         part = indices[start:start + BLOCK].flatten()
         here = slice(start * k, start * k + len(part))
-        torch.add(torch.sort(part, stable=True).indices, start * k, out=slots[here])
+        order = torch.sort(part, stable=True).indices
+        slots[here], outputs[here] = order + start * k, order // k + start
         torch.cumsum(torch.bincount(part, minlength=in_features), 0, out=pointers[block, 1:])
         pointers[block] += start * k
-    return Transposed(pointers, (slots // max(k, 1)).int(), slots)
+    return Transposed(pointers, outputs, slots)

@@ -1,0 +1,165 @@
+"""Masks that stay against connections that move, on digits, at four sparsities; and SparseOpt beside plain SGD.
+
+Too long for a notebook. In each network a seed gives all methods the same data and order of the data, and at a sparsity
+every layer as many connections: what constant fan-in leaves of Erdős-Rényi-Kernel densities, rounded down in each
+neuron, but at least one. Weights start from the sparse initialisation.
+
+- random, fan_in: masks that stay, drawn in a layer as a whole or with equally many connections for each neuron
+- set, rigl: from the random masks
+- srigl, srigl+ablation: from the fan-in masks, and so is all that follows
+- srigl+ablation/erk: with as many connections as the densities allow before rounding, which may be more or fewer
+- set/layers, srigl+ablation/layers: in FanInLinear layers, which store nothing else
+
+SparseOpt runs in the wide network with BatchNorm, from the dense initialisation under a mask: a random one, one in
+which every other neuron of a hidden layer has about nine times as many connections, or RigL's.
+
+The networks were chosen with seeds 0 and 1; the methods keep their published settings, but for a shorter time between
+rewirings; results are of seeds from 100 on, in permask_core/data/measured/dynamic_sparse_training.json. Run it with
+`python benchmarks/dynamic_sparse_training.py`; ten to fifteen minutes on one core.
+"""
+
+import argparse
+import json
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from _machine import commit, device_name
+from torch import nn
+
+import permask_core
+from permask_core.data import load_dataset
+from permask_core.files import written_whole
+from permask_core.masks import layer_sparsity, sparsity
+from permask_core.models import build_model
+from permask_core.progress import progress
+from permask_core.pruning import erk_densities, random_masks
+from permask_core.sparse import FanInLinear
+from permask_core.sparse.dynamic import Rewiring, constant_fan_in_masks
+from permask_core.sparse.initialisation import sparse_init
+from permask_core.store import versions
+from permask_core.training import Recipe, evaluate, fit
+
+RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "dynamic_sparse_training.json"
+FIRST = 100
+SPARSITIES = [0.8, 0.9, 0.95, 0.99]
+NOISY = {"noise": 1.0, "copies": 5}
+NETWORKS = {"narrow": ({}, {"width": 0.5}), "wide": (NOISY, {"width": 2.0}),
+            "deep": (NOISY, {"width": 1.0, "depth": 4})}
+RECIPE = Recipe(epochs=40, batch_size=64)
+EVERY = 20
+SRIGL, ABLATION = Rewiring("srigl", EVERY, min_salient=None), Rewiring("srigl", EVERY)
+METHODS = {"random": None, "fan_in": None, "set": Rewiring("set", EVERY), "rigl": Rewiring("rigl", EVERY),
+           "srigl": SRIGL, "srigl+ablation": ABLATION, "srigl+ablation/erk": ABLATION,
+           "set/layers": Rewiring("set", EVERY), "srigl+ablation/layers": ABLATION}
+UNEQUAL = ("random", "set", "rigl")  # methods whose neurons may differ in fan-in
+MASKS = {"random": None, "uneven": None, "rigl": METHODS["rigl"]}
+
+
+def prunable(model):
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim > 1}
+
+
+def matched_masks(weights, wanted, seed, *, unequal):
+    """Constant fan-in masks, or random ones with as many connections in each layer."""
+    masks = constant_fan_in_masks(weights, erk_densities(weights, 1 - wanted), seed=seed)
+    if not unequal:
+        return masks
+    return random_masks(weights, {name: 1 - s for name, s in layer_sparsity(masks).items()}, seed=seed)
+
+
+def as_layers(model, masks):
+    """The model with a FanInLinear in place of each masked layer."""
+    return nn.Sequential(OrderedDict(
+        (name, FanInLinear.from_dense(module, masks[f"{name}.weight"]) if f"{name}.weight" in masks else module)
+        for name, module in model.named_children()))
+
+
+def trained(network, method, wanted, seed, recipe):
+    data, options = NETWORKS[network]
+    digits = load_dataset("digits", seed=seed, **data)
+    model, masks = build_model("mlp", digits.input_shape, digits.classes, seed=seed, **options), None
+    row = {"network": network, "method": method, "sparsity": wanted, "seed": seed}
+    if method != "dense":
+        masks = matched_masks(prunable(model), wanted, seed, unequal=method in UNEQUAL)
+        sparse_init(model, masks, seed=seed)
+        row["achieved"] = sparsity(masks)
+    if method.endswith("/layers"):
+        model, masks = as_layers(model, masks), None
+    rewiring = METHODS.get(method)
+    if method.endswith("/erk"):
+        rewiring = replace(rewiring, densities=erk_densities(masks, 1 - wanted))
+    run = fit(model, digits.train, recipe, seed=seed, masks=masks, rewiring=rewiring, description=None)
+    if run.fan_in:
+        last = {name: counts[-1] for name, counts in run.fan_in.items()}
+        row |= {"connections": sum(int(counts.sum()) for counts in last.values()),
+                "active": {name: int((counts > 0).sum()) for name, counts in last.items()}}
+    return row | {"accuracy": evaluate(model, digits.test).accuracy}
+
+
+def with_batchnorm(model):
+    """The perceptron with a BatchNorm after each hidden linear layer."""
+    layers = OrderedDict()
+    for name, module in model.named_children():
+        layers[name] = module
+        if name.startswith("fc"):
+            layers[name.replace("fc", "norm")] = nn.BatchNorm1d(module.out_features)
+    return nn.Sequential(layers)
+
+
+def uneven_masks(masks, seed):
+    """Random masks of the same size, where the even neurons have 90 % of a hidden layer's connections, up to all."""
+    generator, uneven = torch.Generator().manual_seed(seed), {}
+    for name, mask in masks.items():
+        shares = torch.tensor([1.8, 0.2] if name != "head.weight" else [1.0, 1.0])
+        wanted = (mask.sum() / len(mask) * shares).round().clamp(1, mask.shape[1]).repeat(len(mask) // 2)
+        rank = torch.rand(mask.shape, generator=generator).argsort(1).argsort(1)
+        uneven[name] = rank < wanted[:, None]
+    return uneven
+
+
+def sparse_opt_trained(kind, wanted, seed, sparse_opt, recipe):
+    data, options = NETWORKS["wide"]
+    digits = load_dataset("digits", seed=seed, **data)
+    model = with_batchnorm(build_model("mlp", digits.input_shape, digits.classes, seed=seed, **options))
+    masks = matched_masks(prunable(model), wanted, seed, unequal=True)
+    if kind == "uneven":
+        masks = uneven_masks(masks, seed)
+    run = fit(model, digits.train, replace(recipe, sparse_opt=sparse_opt), seed=seed, masks=masks,
+              rewiring=MASKS[kind], description=None)
+    return {"masks": kind, "sparsity": wanted, "seed": seed, "sparse_opt": sparse_opt, "achieved": sparsity(run.masks),
+            "accuracy": evaluate(model, digits.test).accuracy}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one epoch at one sparsity: whether it runs")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = replace(RECIPE, epochs=1) if given.quick else RECIPE
+    sparsities = SPARSITIES[-1:] if given.quick else SPARSITIES
+    seeds = range(FIRST, FIRST + given.seeds)
+    runs = [(network, "dense", 0.0, seed) for network in NETWORKS for seed in seeds]
+    runs += [(network, method, s, seed) for network in NETWORKS for s in sparsities for method in METHODS
+             if network == "narrow" or not method.endswith("/layers") for seed in seeds]
+    rows = [trained(*run, recipe) for run in progress(runs, "methods")]
+    pairs = [(kind, s, seed, sparse_opt) for kind in MASKS for s in sparsities[-3:] for seed in seeds
+             for sparse_opt in (False, True)]
+    sparse_opt = [sparse_opt_trained(*pair, recipe) for pair in progress(pairs, "SparseOpt")]
+    settings = {"networks": {name: {"data": data, "model": model} for name, (data, model) in NETWORKS.items()},
+                "recipe": str(recipe), "rewire_every": EVERY}
+    command = "python benchmarks/dynamic_sparse_training.py" + f" --seeds {given.seeds}" * (given.seeds != 5)
+    record = {"command": command, "commit": commit(), "versions": versions(),
+              "device": f"{device_name('cpu')}, one thread", "settings": settings, "rows": rows,
+              "sparse_opt": sparse_opt}
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(given.result) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{len(rows) + len(sparse_opt)} runs in {given.result}")
+
+
+if __name__ == "__main__":
+    main()

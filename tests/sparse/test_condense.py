@@ -1,0 +1,301 @@
+"""condense: the same outputs as the masked model from layers that store nothing else, and what is left, and why."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from permask_core.masks import apply_masks
+from permask_core.models import build_model, evaluating
+from permask_core.sparse import FanInLinear, FanInPointwise, condense
+from permask_core.sparse.dynamic import constant_fan_in_masks
+
+X, WIDE = (2, 5), (2, 4, 6, 5)
+
+
+def masks_of(model, *names, density=0.4, seed=0):
+    """For the weights of linear layers and 1x1 convolutions, or those named."""
+    state = model.state_dict()
+    names = names or [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+                      or isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)]
+    return constant_fan_in_masks({name: state[name] for name in names}, density, seed=seed)
+
+
+def assert_condensed(model, masks, x, left=()):
+    """The condensed copy agrees with the masked model, and the model itself is as before."""
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    condensed, reasons = condense(model, masks)
+    assert set(reasons) == set(left) and all(reasons.values())
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with evaluating(condensed):
+        found = condensed(x)
+    with evaluating(masked := apply_masks(copy.deepcopy(model), masks)):
+        wanted = masked(x)
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    assert not own & {tensor.untyped_storage().data_ptr() for tensor in condensed.state_dict().values()}
+    for name in masks:
+        module = condensed.get_submodule(name.rpartition(".")[0])
+        assert isinstance(module, FanInLinear | FanInPointwise) == (name not in left)
+    return condensed
+
+
+def assert_trains_and_loads(model, masks, condensed, x):
+    """Gradients are those of the masked dense model, a step uses them, and a file goes into another condensed copy."""
+    model, condensed, x = apply_masks(copy.deepcopy(model), masks).double(), condensed.double(), x.double()
+    for network in (model.train(), condensed.train()):
+        nn.functional.cross_entropy(network(x), torch.arange(len(x)) % 3).backward()
+    found, wanted = dict(condensed.named_parameters()), dict(model.named_parameters())
+    layers = {name: module for name, module in condensed.named_modules() if isinstance(module, FanInLinear)}
+    for name, layer in layers.items():
+        grad = wanted.pop(f"{name.removesuffix('.linear')}.weight").grad.flatten(1)
+        torch.testing.assert_close(layer.values.grad, grad[layer.rows].gather(1, layer.indices.long()))
+        assert layer.values.grad.any() or not grad.any()
+        del found[f"{name}.values"]
+    for name, parameter in wanted.items():
+        owner, _, kind = name.rpartition(".")
+        twin = found.get(name, found.get(f"{owner}.linear.{kind}"))
+        torch.testing.assert_close(twin.grad, parameter.grad)
+    before = [layer.values.detach().clone() for layer in layers.values()]
+    torch.optim.SGD(condensed.parameters(), 0.01, momentum=0.9).step()
+    for old, layer in zip(before, layers.values()):
+        torch.testing.assert_close(layer.values, old - 0.01 * layer.values.grad)
+    file = io.BytesIO()
+    torch.save(condensed.state_dict(), file)
+    file.seek(0)
+    other, _ = condense(model, {name: mask.roll(1, 1) for name, mask in masks.items()})
+    other.load_state_dict(torch.load(file, weights_only=True))
+    with evaluating(condensed, other):
+        assert torch.equal(condensed(x), other(x)) and condensed(x).isfinite().all()
+
+
+def test_mlp():
+    model = build_model("mlp", (1, 8, 8), 10, width=0.2)
+    masks, x = masks_of(model), torch.randn(5, 1, 8, 8)
+    assert list(masks) == ["fc1.weight", "fc2.weight", "head.weight"]
+    condensed = assert_condensed(model, masks, x)
+    for name, mask in masks.items():
+        layer = condensed.get_submodule(name.removesuffix(".weight"))
+        assert torch.equal(layer.mask(), mask)
+    assert_trains_and_loads(model, masks, condensed, x)
+    sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert not [t for t in condensed.state_dict().values() if t.ndim == 2 and t.shape in sizes.values()]
+
+
+def test_vit_keeps_its_attention():
+    model = build_model("vit_b_16", (3, 32, 32), 4, width=1 / 12)
+    nn.init.normal_(model.heads.head.weight)  # torchvision's is 0, behind which nothing could go wrong
+    weights = [name for name, tensor in model.named_parameters() if tensor.ndim == 2]
+    masks, x = masks_of(model, *weights), torch.randn(2, 3, 32, 32)
+    left = [name for name in weights if "in_proj" in name or "out_proj" in name]
+    assert left and len(left) < len(weights)
+    condensed = assert_condensed(model, masks, x, left)
+    assert_trains_and_loads(model, masks, condensed, x)
+    reasons = condense(model, masks)[1]
+    assert all("MultiheadAttention" in reasons[name] for name in left if "in_proj" in name)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_resnet50_with_its_strided_1x1_convolutions(seed):
+    model = build_model("resnet50", (3, 32, 32), 4, width=0.125)
+    torch.manual_seed(seed)
+    x = torch.randn(3, 3, 32, 32)
+    model(x)  # moves the statistics of batch normalisation
+    masks = masks_of(model, seed=seed)
+    strides = {model.get_submodule(name.removesuffix(".weight")).stride for name in masks if "fc" not in name
+               and isinstance(model.get_submodule(name.removesuffix(".weight")), nn.Conv2d)}
+    assert strides == {(1, 1), (2, 2)}
+    conv = next(name + ".weight" for name, module in model.named_modules()
+                if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3))
+    masks |= constant_fan_in_masks({conv: model.state_dict()[conv]}, 0.4, seed=0)
+    condensed = assert_condensed(model, masks, x, [conv])
+    assert "kernel (3, 3)" in condense(model, masks)[1][conv]
+    if seed == 0:
+        assert_trains_and_loads(model, masks, condensed, x)
+
+
+@pytest.mark.parametrize("stride", [1, 2, (2, 1), (1, 3)])
+@pytest.mark.parametrize("shape", [(2, 4, 7, 6), (4, 7, 6), (0, 4, 3, 3), (1, 4, 1, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_pointwise_is_its_convolution_with_gradients(stride, shape, bias):
+    conv = nn.Conv2d(4, 6, 1, stride=stride, bias=bias)
+    mask = masks_of(nn.Sequential(conv))["0.weight"]
+    mask[3] = False
+    layer, _ = condense(nn.Sequential(conv), {"0.weight": mask})
+    apply_masks(nn.Sequential(conv), {"0.weight": mask})
+    x, grad = torch.randn(shape), None
+    given, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, right = layer(given), conv(other)
+    grad = torch.randn_like(right)
+    torch.testing.assert_close(y, right)
+    y.backward(grad)
+    right.backward(grad)
+    torch.testing.assert_close(given.grad, other.grad)
+    linear = layer[0].linear
+    torch.testing.assert_close(linear.values.grad, conv.weight.grad[:, :, 0, 0][linear.rows].gather(
+        1, linear.indices.long()))
+    if bias:
+        torch.testing.assert_close(linear.bias.grad, conv.bias.grad)
+
+
+def test_a_model_that_is_one_layer():
+    for layer, x in ((nn.Linear(5, 4), torch.randn(X)), (nn.Conv2d(4, 3, 1), torch.randn(WIDE))):
+        condensed, left = condense(layer, masks := constant_fan_in_masks({"weight": layer.weight}, 0.4, seed=0))
+        assert not left and isinstance(condensed, FanInLinear | FanInPointwise)
+        torch.testing.assert_close(condensed(x), apply_masks(layer, masks)(x))
+
+
+def test_every_reason_to_leave_a_layer():
+    model = nn.ModuleDict({
+        "good": nn.Linear(5, 4), "full": nn.Linear(5, 4), "jagged": nn.Linear(5, 4), "none": nn.Linear(5, 4),
+        "wide": nn.Conv2d(4, 4, 3), "groups": nn.Conv2d(4, 4, 1, groups=2), "padded": nn.Conv2d(4, 4, 1, padding=1),
+        "norm": nn.LayerNorm(5), "embedding": nn.Embedding(5, 4), "subclass": type("Mine", (nn.Linear,), {})(5, 4)})
+    masks = {f"{name}.weight": torch.zeros_like(module.weight, dtype=torch.bool) for name, module in model.items()}
+    for mask in masks.values():
+        mask.view(len(mask), -1)[:, 0] = True
+    masks["full.weight"][:] = True
+    masks["none.weight"][:] = False
+    masks["jagged.weight"][1, :3] = True
+    masks["good.bias"] = torch.tensor([True, False, True, False])
+    before = copy.deepcopy(model.state_dict())
+    condensed, left = condense(model, masks)
+    assert set(masks) - set(left) == {"good.weight"}
+    for name, reason in {"full.weight": "keeps every weight", "jagged.weight": "row 1 of the mask has 3",
+                         "none.weight": "keeps nothing", "wide.weight": "kernel (3, 3)", "groups.weight": "groups 2",
+                         "padded.weight": "padding (1, 1)", "norm.weight": "LayerNorm", "embedding.weight": "Embedding",
+                         "subclass.weight": "Mine", "good.bias": "bias"}.items():
+        assert reason in left[name], name
+    for name, mask in masks.items():  # what is left is masked
+        if name in left and name != "good.bias":
+            tensor = condensed.state_dict()[name]
+            assert torch.equal(tensor, before[name].masked_fill(~mask, 0)), name
+    assert torch.equal(condensed["good"].bias, before["good.bias"] * masks["good.bias"])
+    x = torch.randn(X)
+    with torch.no_grad():
+        torch.testing.assert_close(condensed["good"](x), apply_masks(copy.deepcopy(model), masks)["good"](x))
+
+
+def test_nothing_to_replace_is_an_error_with_the_reasons():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3))
+    masks = {name: torch.ones_like(model.state_dict()[name], dtype=torch.bool) for name in ("0.weight", "1.weight")}
+    masks["1.weight"][:, 0] = False
+    with pytest.raises(ValueError, match="no layer can be replaced: 0.weight: .*every weight; 1.weight: .*kernel"):
+        condense(model, masks)
+    with pytest.raises(ValueError, match="masks are empty"):
+        condense(model, {})
+    with pytest.raises(ValueError, match="'2.weight'"):
+        condense(model, {"2.weight": torch.ones(4, 5).bool()})
+    with pytest.raises(ValueError, match=r"'0.weight' has shape \[5, 4\]"):
+        condense(model, {"0.weight": torch.ones(5, 4).bool()})
+
+
+def test_tied_weights_stay_tied():
+    for tie in ("weight", "module"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+        if tie == "weight":
+            model[2].weight = model[0].weight
+        else:
+            model[2] = model[0]
+        masks = masks_of(model, "0.weight", "1.weight")
+        condensed = assert_condensed(model, masks, torch.randn(3, 4), ["0.weight"])
+        assert condensed[0].weight is condensed[2].weight and "shared" in condense(model, masks)[1]["0.weight"]
+
+
+def test_tied_biases_stay_tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].bias = model[0].bias
+    condensed, _ = condense(model, masks_of(model))
+    assert condensed[0].bias is condensed[2].bias
+
+
+def mixed():
+    return nn.Sequential(nn.Conv2d(4, 4, 1), nn.Dropout(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(24, 3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_and_types_are_kept(training):
+    model = mixed().double().train(training)
+    model[1].train(not training)
+    condensed, left = condense(model, masks_of(model))
+    assert not left and condensed(torch.randn(2, 4, 3, 2, dtype=torch.float64)).dtype == torch.float64
+    assert [module.training for module in condensed] == [module.training for module in model]
+    assert {module.training for module in condensed[0].modules()} == {training}
+    assert {parameter.dtype for parameter in condensed.parameters()} == {torch.float64}
+
+
+def test_frozen_parameters_stay_frozen():
+    model = mixed()
+    model[0].requires_grad_(False)
+    model[4].bias.requires_grad_(False)
+    condensed, _ = condense(model, masks_of(model))
+    assert not any(parameter.requires_grad for parameter in condensed[0].parameters())
+    assert all(parameter.requires_grad for parameter in condensed[2].parameters())
+    assert condensed[4].values.requires_grad and not condensed[4].bias.requires_grad
+
+
+def test_a_model_on_another_device_stays_there():
+    model = nn.Sequential(nn.Linear(5, 4).to("meta"), nn.Linear(4, 3))
+    condensed, left = condense(model, masks_of(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), "1.weight"))
+    assert condensed[0].weight.is_meta and condensed[1].values.device.type == "cpu" and not left
+
+
+class Viewing(nn.Module):
+    """A network that views what a convolution gives, which needs its order of memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(4, 6, 1), nn.Linear(6 * 30, 3)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.head(y.view(len(y), -1))
+
+
+def test_outputs_of_convolutions_can_be_viewed_as_before():
+    model = Viewing()
+    assert_condensed(model, masks_of(model), torch.randn(WIDE))
+
+
+def test_layers_whose_weight_another_module_reads_are_left():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)).eval()
+    masks, x = masks_of(model, "0.linear1.weight", "0.linear2.weight", "1.weight"), torch.randn(2, 4, 8)
+    condensed, _ = condense(model, masks)
+    with torch.no_grad():
+        torch.testing.assert_close(condensed(x), apply_masks(copy.deepcopy(model), masks)(x))
+
+
+def test_hooks_are_not_lost():
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    model[0].register_forward_hook(lambda module, args, y: y + 1)
+    model[1].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    masks, x = masks_of(model), torch.randn(X)
+    try:
+        condensed, _ = condense(model, masks)
+    except ValueError:
+        return  # nothing could be replaced
+    with torch.no_grad():
+        torch.testing.assert_close(condensed(x), apply_masks(copy.deepcopy(model), masks)(x))
+
+
+def test_parametrised_layers_are_left():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Linear(4, 3))
+    name = next(name for name in model.state_dict() if name.endswith("original1"))
+    masks = masks_of(model, name, "1.weight")
+    condensed, left = condense(model, masks)
+    assert list(left) == [name]
+    with torch.no_grad():
+        x = torch.randn(X)
+        torch.testing.assert_close(condensed(x), apply_masks(copy.deepcopy(model), masks)(x))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4), (1, 2, 4, 3, 3)])
+def test_pointwise_refuses_what_is_no_image(shape):
+    layer, _ = condense(nn.Conv2d(4, 3, 1), {"weight": torch.eye(4)[:3, :, None, None].bool()})
+    with pytest.raises(ValueError, match="expected .*channels, height, width"):
+        layer(torch.ones(shape))
+    with pytest.raises(ValueError, match="expected"):
+        layer(torch.ones(2, 3, 5, 5))  # three channels instead of four

@@ -1,0 +1,386 @@
+"""Fan-in kernels, the compiled and the plain ones, against dense float64 arithmetic with bounds on rounding errors."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from permask_core.sparse import kernels
+from permask_core.sparse.kernels import cpu, eager, transposing
+
+BATCHES = [0, 1, 2, 3, 8, 9, 33, 64, 65, 130]
+NAN, INF = float("nan"), float("inf")
+both = pytest.mark.parametrize("kernel", [cpu, eager], ids=["cpu", "eager"])
+
+
+def connected(n, inputs, k):
+    return torch.rand(n, inputs).argsort(1)[:, :k].sort(1).values.int()
+
+
+def case(batch, n, inputs, k, dtype=torch.float32):
+    """x, values, indices, bias and a gradient by the output."""
+    return (torch.randn(batch, inputs, dtype=dtype), torch.randn(n, k, dtype=dtype), connected(n, inputs, k),
+            torch.randn(n, dtype=dtype), torch.randn(batch, n, dtype=dtype))
+
+
+def dense(values, indices, inputs):
+    return torch.zeros(len(values), inputs, dtype=torch.float64).scatter_(1, indices.long(), values.double())
+
+
+def exact(x, values, indices, bias, grad):
+    """The output and the gradients by x and values, each with the sum of the magnitudes of its terms."""
+    n, inputs = len(values), x.shape[1]
+
+    def results(x, weight, bias, grad):
+        return x @ weight.t() + bias, grad @ weight, (grad.t() @ x).gather(1, indices.long())
+
+    given = x.double(), dense(values, indices, inputs), bias.double(), grad.double()
+    terms = values.shape[1] + 1, n, len(x)
+    return list(zip(results(*given), results(*(tensor.abs() for tensor in given)), terms))
+
+
+def assert_rounded(results, references, dtype):
+    """Within what sums in any order, rounded once to ``dtype``, may be off; half precision is summed in float32."""
+    unit = torch.finfo(dtype).eps / 2 if dtype.itemsize < 4 else 0
+    summed = torch.finfo(torch.float32 if dtype.itemsize < 4 else dtype).eps
+    for result, (right, magnitude, terms) in zip(results, references):
+        assert result.dtype == dtype and result.shape == right.shape
+        bound = 1.01 * (summed * (terms + 2) * magnitude + unit * right.abs()) + torch.finfo(dtype).smallest_normal
+        assert ((result.double() - right).abs() <= bound).all()
+
+
+def run(kernel, x, values, indices, bias, grad):
+    dx, dvalues = kernel.backward(grad, x, values, indices, kernels.transposed(indices, x.shape[1]), True, True)
+    return kernel.forward(x, values, indices, bias), dx, dvalues
+
+
+sizes = st.integers(1, 40) | st.integers(1, 40) | st.sampled_from([64, 65, 256, 257, 300])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([torch.float32, torch.float64]), sizes, sizes, st.data(), st.integers(1, 70),
+       st.integers(0, 2 ** 31))
+def test_both_kernels_are_the_dense_products(dtype, n, inputs, data, block, seed):
+    torch.manual_seed(seed)
+    # Each width of tile is compiled for each type: of float64 only the narrowest and the widest.
+    batch = data.draw(st.sampled_from(BATCHES if dtype == torch.float32 else [0, 1, 2, 3, 8, 65, 130]))
+    k = data.draw(st.integers(1, inputs) | st.just(inputs))
+    given = case(batch, n, inputs, k, dtype)
+    references = exact(*given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transposing, "BLOCK", block)
+        patch.setattr(eager, "CHUNK", data.draw(st.integers(1, 50_000)))
+        for kernel in (cpu, eager):
+            assert_rounded(run(kernel, *given), references, dtype)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_tiles_of_every_width_are_right_where_gathering_is_not_worth_it(batch):
+    given = case(batch, 700, 531, 100)
+    assert_rounded(run(cpu, *given), exact(*given), torch.float32)
+
+
+@both
+def test_half_precision_is_summed_in_float32_and_rounded_once(kernel):
+    for dtype in (torch.bfloat16, torch.float16):
+        for batch in (1, 3, 65):
+            given = case(batch, 30, 50, 20, dtype)
+            y, dx, dvalues = kernels.forward(*given[:4]), *kernels.backward(
+                given[4], *given[:3], kernels.transposed(given[2], 50))
+            assert_rounded((y, dx, dvalues), exact(*given), dtype)
+
+
+def test_a_sum_of_many_numbers_in_bfloat16_would_be_far_off():
+    n = 4096
+    x, values, indices = (torch.ones(1, n).bfloat16(), torch.full((1, n), 0.1).bfloat16(),
+                          torch.arange(n, dtype=torch.int32)[None])
+    references = exact(x, values, indices, torch.zeros(1), torch.zeros(1, 1))[:1]
+    running = torch.zeros(1, 1).bfloat16()
+    for value in values[0]:
+        running += value
+    with pytest.raises(AssertionError):
+        assert_rounded([running], references, torch.bfloat16)
+    assert_rounded([kernels.forward(x, values, indices)], references, torch.bfloat16)
+    # The same for the gradients: by an input of all outputs, and by a value over the batch.
+    given = torch.ones(n, 1).bfloat16(), torch.full((n, 1), 0.1).bfloat16(), torch.zeros(n, 1, dtype=torch.int32)
+    for x, grad in ((given[0][:1], torch.ones(1, n)), (given[0], torch.full((n, n), 0.1))):
+        grad = grad.bfloat16()
+        found = kernels.backward(grad, x, *given[1:], kernels.transposed(given[2], 1))
+        assert_rounded(found, exact(x, *given[1:], torch.zeros(n), grad)[1:], torch.bfloat16)
+
+
+@both
+@pytest.mark.parametrize("need", [(True, False), (False, True), (False, False)])
+def test_what_is_not_needed_is_none_and_the_rest_as_ever(kernel, need):
+    x, values, indices, _, grad = case(33, 20, 30, 7)
+    transposed = kernels.transposed(indices, 30)
+    whole = kernel.backward(grad, x, values, indices, transposed, True, True)
+    part = kernel.backward(grad, x, values, indices, transposed, *need)
+    for wanted, one, other in zip(need, whole, part):
+        assert torch.equal(one, other) if wanted else other is None
+
+
+@pytest.fixture
+def unfilled_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("unfilled_memory_is_nan")
+@both
+@pytest.mark.parametrize("batch", [1, 3, 40, 70])
+@pytest.mark.parametrize("rows", [slice(0, 0), slice(3, 3), slice(0, 1), slice(5, 17), slice(11, 20)])
+def test_a_slice_of_rows_is_a_smaller_layer(kernel, batch, rows):
+    x, values, indices, bias, grad = case(batch, 20, 30, 7)
+    part = x, values[rows], indices[rows], bias[rows], grad[:, rows].contiguous()
+    assert_rounded(run(kernel, *part), exact(*part), torch.float32)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 65])
+@pytest.mark.parametrize("argument", [0, 1, 2, 3, 4])
+def test_tensors_that_are_not_contiguous_are_read_right_or_refused(batch, argument):
+    given = list(case(batch, 80, 90, 70))
+    references = exact(*given)
+    strided = torch.stack([given[argument], torch.zeros_like(given[argument])], -1)[..., 0]
+    assert not strided.is_contiguous()
+    given[argument] = strided
+    try:
+        results = run(cpu, *given)
+    except Exception:  # numba refuses in its own words
+        return
+    assert_rounded(results, references, torch.float32)
+
+
+@pytest.mark.parametrize("batch", [1, 65])
+@pytest.mark.parametrize("change", [{2: torch.int64}, {3: torch.float64}], ids=["int64 indices", "float64 bias"])
+def test_other_types_are_read_right_or_refused(batch, change):
+    given = list(case(batch, 80, 90, 70))
+    references = exact(*given)[:1]
+    for argument, dtype in change.items():
+        given[argument] = given[argument].to(dtype)
+    try:
+        results = [kernels.forward(*given[:4])]
+    except Exception:
+        return
+    assert_rounded(results, references, torch.float32)
+
+
+@both
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+@pytest.mark.parametrize("batch, k", [(1, 5), (2, 30), (3, 9), (9, 60), (65, 5), (65, 60)])
+def test_what_is_not_finite_reaches_only_what_it_is_connected_to(kernel, poison, batch, k):
+    x, values, indices, bias, grad = case(batch, 100, 80, k)
+    clean = run(kernel, x, values, indices, bias, grad)
+    example, column, neuron = batch - 1, int(indices[0, -1]), 99
+    to_column = indices == column
+    bad = x.clone()
+    bad[example, column] = poison
+    y, dx, dvalues = run(kernel, bad, values, indices, bias, grad)
+    hit = torch.zeros_like(y, dtype=torch.bool)
+    hit[example] = to_column.any(1)
+    assert hit.any() and not y[hit].isfinite().any() and torch.equal(y[~hit], clean[0][~hit])
+    assert torch.equal(dx, clean[1])
+    assert not dvalues[to_column].isfinite().any() and torch.equal(dvalues[~to_column], clean[2][~to_column])
+    bad = grad.clone()
+    bad[example, neuron] = poison
+    _, dx, dvalues = run(kernel, x, values, indices, bias, bad)
+    hit = torch.zeros_like(dx, dtype=torch.bool)
+    hit[example, indices[neuron].long()] = True
+    assert not dx[hit].isfinite().any() and torch.equal(dx[~hit], clean[1][~hit])
+    assert not dvalues[neuron].isfinite().any() and torch.equal(dvalues[:neuron], clean[2][:neuron])
+
+
+@both
+@pytest.mark.parametrize("batch, k", [(1, 8), (65, 60)])
+def test_a_value_of_exactly_0_stays_a_connection(kernel, batch, k):
+    x, values, indices, bias, grad = case(batch, 100, 80, k)
+    values[:] = 0
+    y, dx, dvalues = run(kernel, x, values, indices, bias, grad)
+    assert torch.equal(y, bias.expand(batch, -1)) and (dx == 0).all() and (dvalues != 0).all()
+    x[0, indices[7, 3]] = INF
+    assert kernel.forward(x, values, indices, bias)[0, 7].isnan()
+
+
+@pytest.mark.usefixtures("unfilled_memory_is_nan")
+@both
+def test_inputs_without_a_connection_have_a_gradient_of_0(kernel):
+    x, values, indices, bias, grad = case(40, 10, 5, 2)
+    wide = torch.randn(40, 1000)
+    _, dx, _ = run(kernel, wide, values, indices + 500, bias, grad)
+    assert (dx[:, :500] == 0).all() and (dx[:, 505:] == 0).all() and dx[:, 500:505].any()
+
+
+class Largest(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel] + [leaf.untyped_storage().nbytes() // leaf.itemsize for leaf in tree_leaves(out)
+                                         if isinstance(leaf, torch.Tensor)])
+        return out
+
+
+def test_the_plain_kernel_never_gathers_a_whole_layer(monkeypatch):
+    given = case(32, 600, 500, 40)
+    references = exact(*given)
+    monkeypatch.setattr(eager, "CHUNK", 2 ** 14)
+    with Largest() as largest:
+        results = run(eager, *given)
+    assert_rounded(results, references, torch.float32)
+    assert largest.numel == 600 * 40  # the values themselves; 32 times as many would be the gather
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 30), st.integers(1, 30), st.data(), st.integers(0, 2 ** 31))
+def test_transposed_lists_each_connection_once_in_its_block_by_input_then_output(n, inputs, block, data, seed):
+    torch.manual_seed(seed)
+    k = data.draw(st.integers(1, inputs))
+    indices = connected(n, inputs, k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transposing, "BLOCK", block)
+        patch.setattr(transposing, "WIDE", 100)  # instead of 2^31
+        pointers, outputs, slots = kernels.transposed(indices, inputs)
+    assert (pointers.dtype, outputs.dtype) == (torch.int64, torch.int32)
+    assert slots.dtype == (torch.int32 if n * k < 100 else torch.int64)
+    given = torch.randn(9, inputs), torch.randn(n, k), indices, kernels.Transposed(pointers, outputs, slots)
+    grad = torch.randn(9, n)
+    for found, expected in zip(cpu.backward(grad, *given, True, True), eager.backward(grad, *given, True, True)):
+        assert torch.allclose(found, expected, atol=1e-4)
+    listed = [(b, j, int(outputs[p]), int(slots[p])) for b in range(len(pointers)) for j in range(inputs)
+              for p in range(pointers[b, j], pointers[b, j + 1])]
+    assert listed == sorted((i // block, int(indices[i, s]), i, i * k + s) for i in range(n) for s in range(k))
+
+
+SETUP = """
+import hashlib, os, sys, warnings
+import torch
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)).hexdigest()
+
+def case(batch, n, inputs, k, dtype=torch.float32):
+    torch.manual_seed(0)
+    indices = torch.rand(n, inputs).argsort(1)[:, :k].sort(1).values.int()
+    x, values, bias, grad = torch.randn(batch, inputs), torch.randn(n, k), torch.randn(n), torch.randn(batch, n)
+    return x.to(dtype), values.to(dtype), indices, bias.to(dtype), grad.to(dtype)
+
+def run(kernel, x, values, indices, bias, grad):
+    copy = kernels.transposed(indices, x.shape[1])
+    y = kernel.forward(x, values, indices, bias)
+    return y, *kernel.backward(grad, x, values, indices, copy, need_x=True, need_values=True)
+
+def error(given):
+    x, values, indices, bias, grad = given
+    weight = torch.zeros(len(values), x.shape[1]).scatter_(1, indices.long(), values)
+    right = x @ weight.t() + bias, grad @ weight, (grad.t() @ x).gather(1, indices.long())
+    return max((a - b).abs().max().item() for a, b in zip(run(kernels, *given), right))
+"""
+
+
+def script(body, **environment):
+    """Run it in a fresh process, with two threads unless its environment says otherwise."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"} | environment
+    done = subprocess.run([sys.executable, "-c", SETUP + textwrap.dedent(body)], text=True, timeout=120,
+                          capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_follow_torch_and_starting_them_changes_nothing():
+    script("""
+        torch.set_num_threads(1)
+        from permask_core.sparse import kernels
+        import numba
+        kernels.forward(*case(1, 5, 6, 2)[:4])
+        assert torch.get_num_threads() == 1, torch.get_num_threads()
+        for threads in (2, 1, 2):
+            torch.set_num_threads(threads)
+            run(kernels, *case(200, 600, 400, 100))
+            assert (numba.get_num_threads(), torch.get_num_threads()) == (threads, threads), numba.get_num_threads()
+    """)
+
+
+def test_the_same_bits_again_and_for_any_number_of_threads():
+    script("""
+        from permask_core.sparse import kernels
+        from permask_core.sparse.kernels import eager
+        seen = {}
+        for batch, n, inputs, k in ((1, 500, 400, 40), (70, 512, 256, 32)):
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                given = case(batch, n, inputs, k, dtype)
+                for threads in (1, 2, 2, 2):
+                    torch.set_num_threads(threads)
+                    for kernel in (kernels, eager):
+                        for name, tensor in zip(("y", "dx", "dvalues"), run(kernel, *given)):
+                            seen.setdefault((kernel.__name__, batch, dtype, name), set()).add(digest([tensor]))
+        varied = [key for key, digests in seen.items() if len(digests) > 1]
+        assert not varied, varied
+    """)
+
+
+@pytest.mark.parametrize("parent", ["kernels.forward(*case(65, 200, 100, 50)[:4])", "pass"],
+                         ids=["after use", "before use"])
+def test_a_forked_child_computes_the_same(parent):
+    script(f"""
+        from permask_core.sparse import kernels
+        torch.randn(600, 600) @ torch.randn(600, 600)
+        {parent}
+        child = os.fork()
+        if not child:
+            torch.set_num_threads(1)  # as in the workers of a DataLoader
+            os._exit(0 if error(case(65, 200, 100, 50)) < 1e-4 and error(case(1, 20, 10, 5)) < 1e-4 else 3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert error(case(65, 200, 100, 50)) < 1e-4
+    """)
+
+
+def test_more_threads_in_torch_than_numba_has_are_no_error():
+    script("""
+        from permask_core.sparse import kernels
+        torch.set_num_threads(4)
+        assert error(case(65, 200, 100, 50)) < 1e-4 and torch.get_num_threads() == 4
+    """, NUMBA_NUM_THREADS="1")
+
+
+def test_without_numba_one_warning_and_the_plain_kernels():
+    script("""
+        sys.modules["numba"] = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            from permask_core.sparse import FanInLinear, kernels
+            assert not caught
+            for given in (case(1, 20, 10, 5), case(65, 200, 100, 50)):
+                assert error(given) < 1e-4
+            layer = FanInLinear(10, 4, 2)
+            layer(torch.randn(3, 10)).sum().backward()
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == 1 and "numba" in messages[0], messages
+    """)
+
+
+def test_python_threads_at_once_do_not_disturb_each_other():
+    givens = [case(batch, 90 + batch, 70, 30) for batch in (1, 8, 33, 65)]
+    alone = [run(cpu, *given) for given in givens]
+    wrong, start = [], threading.Barrier(len(givens))
+
+    def work(given, right):
+        start.wait()
+        for _ in range(30):
+            wrong.extend(not torch.equal(a, b) for a, b in zip(run(cpu, *given), right))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(givens, alone)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 30 * 3 * len(givens) and not any(wrong)
