@@ -10,14 +10,14 @@ All methods share a first layer, the data of a seed and the recipe, and all but 
 - dense: a dense output layer, whatever it costs
 
 Precision at k is given over all labels, among the most frequent 20 % (head) and among the others (tail). Settings were
-fixed before the run by looking at the dense layer alone. Run it with `python benchmarks/extreme.py`; results in
-results/extreme.json, about ten minutes on a quiet core. `--labels 100000` and `--labels 1000000` are for long runs,
-without the dense layer.
+fixed before the run by looking at the dense layer alone. Run it with `python benchmarks/extreme.py`, about ten minutes
+on one core; results in permask_core/data/measured/extreme.json. `--labels 100000` and `--labels 1000000` are for long
+runs, without the dense layer.
 
 `python benchmarks/extreme.py --memory` measures what two training steps with a million labels take instead, 768 inputs,
-fan-in 32 and Adam, then two with SET; results in results/extreme_memory.json. A peak is the highest resident memory of
-the process minus the resident memory before the model is made, with the data and the compiled kernels in place. It
-needs Linux.
+fan-in 32 and Adam, then two with SET; results in extreme_memory.json beside the other. A peak is the highest resident
+memory of the process minus the resident memory before the model is made, with the data and the compiled kernels in
+place. It needs Linux.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from _machine import at_least, commit, device_name, resident
 
+import permask_core
 from permask_core.data.extreme import planted
 from permask_core.files import written_whole
 from permask_core.sparse.extreme import (
@@ -44,6 +45,7 @@ from permask_core.sparse.extreme import (
 from permask_core.statistics import paired_comparison
 from permask_core.store import versions
 
+MEASURED = Path(permask_core.__file__).parent / "data" / "measured"
 FEATURES, HIDDEN, FAN_IN = 128, 128, 16
 DATA = {10_000: {"n_train": 30_000, "n_clusters": 100}, 100_000: {"n_train": 200_000, "n_clusters": 300},
         1_000_000: {"n_train": 400_000, "n_clusters": 1000}}
@@ -184,7 +186,7 @@ def main():
               "machine": device_name("cpu"), "threads": given.threads, "versions": versions()}
     (memory if given.memory else precision)(given, record)
     size = "_memory" if given.memory else f"_{given.labels}" * (given.labels != min(DATA))
-    with written_whole(given.result or Path(__file__).parent / "results" / f"extreme{size}.json") as path:
+    with written_whole(given.result or MEASURED / f"extreme{size}.json") as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
 
 

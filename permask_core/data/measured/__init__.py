@@ -32,6 +32,20 @@ def measured_dynamic_sparse_training():
     return _read("dynamic_sparse_training")
 
 
+def measured_extreme():
+    """Output layers for 10,000 labels: static rows of fixed fan-in, SET, its helpers, and dense layers.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``machine``, ``labels``, ``data``, ``recipe``; ``rows``, a list of dict:
+        ``method``, ``seed``, ``parameters``, ``fan_in``, ``intermediate``, ``output_layer_bytes``, ``seconds``,
+        ``losses``, ``precision`` (by group of labels, then by k as text), ``unseen`` (share of test labels that no
+        training point has); and ``compared``, paired differences of precision at 1.
+    """
+    return _read("extreme")
+
+
 def measured_torchvision_groups():
     """The permutation groups of torchvision's classification models.
 
