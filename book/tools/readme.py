@@ -1,8 +1,8 @@
-"""Bring the README's picture and table up to date with the last build: `make readme`.
+"""Bring the README's picture and tables up to date: `make readme`.
 
-The notebook left them in build/source/book/results; copies go to book/readme, so that the repository's page shows what
-a build measured, with the numbers of every run, the versions and the commit beside it. Nothing in the README's table is
-typed by hand.
+The notebook left picture and results in build/source/book/results; copies go to book/readme, so that the repository's
+page shows what a build measured, with the numbers of every run, the versions and the commit beside it. Times are those
+that benchmarks/fan_in_cpu.py kept. Nothing in the README's tables is typed by hand.
 """
 
 import json
@@ -14,24 +14,42 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "book" / "readme"
-SECTION = re.compile(r"(<!-- results:[^>]*-->\n).*?(<!-- /results -->)", re.DOTALL)
+TIMES = ROOT / "benchmarks" / "results" / "fan_in_cpu.json"
+SPARSITY, BATCHES = 0.9, (1, 64, 256, 2048)
 
 
-def with_table(readme: str, table: str) -> str:
-    """Return the text of the README with `table` between its two result marks.
+def with_table(readme: str, mark: str, table: str) -> str:
+    """Return the text of the README with `table` between its two marks of a name.
 
     Raises
     ------
     ValueError
         If the marks are not there.
     """
-    if not SECTION.search(readme):
-        raise ValueError("README.md has no section between <!-- results: ... --> and <!-- /results -->")
-    return SECTION.sub(lambda match: f"{match[1]}\n{table}\n{match[2]}", readme)
+    section = re.compile(rf"(<!-- {mark}:[^>]*-->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    if not section.search(readme):
+        raise ValueError(f"README.md has no section between <!-- {mark}: ... --> and <!-- /{mark} -->")
+    return section.sub(lambda match: f"{match[1]}\n{table}\n{match[2]}", readme)
+
+
+def speed_table(record: dict) -> str:
+    """How many times as long other layers took as the fan-in layer, by the record of benchmarks/fan_in_cpu.py."""
+    heads = ["in x out", "pass", "peer", *(f"batch {batch}" for batch in BATCHES)]
+    lines = [heads, ["---:"] * len(heads)]
+    rows = {(row["inputs"], row["outputs"], row["way"], row["batch"]): row["ratios"]
+            for row in record["rows"] if row["sparsity"] == SPARSITY}
+    for inputs, outputs in dict.fromkeys(place[:2] for place in rows):
+        for way, peer in (("forward", "dense"), ("forward", "torch CSR"), ("both", "dense")):
+            found = [rows[inputs, outputs, way, batch][peer] for batch in BATCHES]
+            lines.append([f"{inputs} x {outputs}", way, peer, *(f"{ratio:.1f}" for ratio in found)])
+    caption = (f"Time of the other layer divided by that of `FanInLinear` at {100 * SPARSITY:.0f} % sparsity, medians, "
+               f"{record['precision']}, {record['threads']} threads, {record['device']}; `{record['command']}`, "
+               f"commit {record['commit']}, torch {record['versions']['torch']}. *Both*: forward and backward.")
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{caption}\n"
 
 
 def main() -> None:
-    """Copy the results and rewrite the README."""
+    """Copy the results and rewrite the tables of the README."""
     built = ROOT / "build" / "source" / "book" / "results"
     if not (built / "permuted_masks.md").exists():
         sys.exit(f"{built} holds no results: run make first")
@@ -44,8 +62,8 @@ def main() -> None:
     record = {"command": "make readme", "commit": commit or "unknown", **record}
     (KEPT / "permuted_masks.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
     readme = ROOT / "README.md"
-    table = (KEPT / "permuted_masks.md").read_text(encoding="utf8")
-    readme.write_text(with_table(readme.read_text(encoding="utf8"), table), encoding="utf8")
+    text = with_table(readme.read_text(encoding="utf8"), "results", (KEPT / "permuted_masks.md").read_text("utf8"))
+    readme.write_text(with_table(text, "speed", speed_table(json.loads(TIMES.read_text("utf8")))), encoding="utf8")
 
 
 if __name__ == "__main__":

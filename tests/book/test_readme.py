@@ -10,16 +10,21 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "book" / "readme"
+README = (ROOT / "README.md").read_text(encoding="utf8")
+TIMES = json.loads((ROOT / "benchmarks" / "results" / "fan_in_cpu.json").read_text(encoding="utf8"))
 RECORD = json.loads((KEPT / "permuted_masks.json").read_text(encoding="utf8"))
 COLUMNS = {"LTH": ("lth", ""), "permuted (weights)": ("permuted", "weights"),
            "permuted (activations)": ("permuted", "activations"), "naive": ("naive", ""), "random": ("random", "")}
 
 
+def section(mark):
+    """What stands between the two marks of a name."""
+    return re.search(rf"<!-- {mark}:[^>]*-->\n(.*?)<!-- /{mark} -->", README, re.DOTALL)[1]
+
+
 def test_the_table_is_the_kept_one():
-    readme = (ROOT / "README.md").read_text(encoding="utf8")
-    section = re.search(r"<!-- results:[^>]*-->\n(.*?)<!-- /results -->", readme, re.DOTALL)[1]
-    assert section.strip() == (KEPT / "permuted_masks.md").read_text(encoding="utf8").strip()
-    assert "book/readme/permuted_masks.svg" in readme and (KEPT / "permuted_masks.svg").stat().st_size > 10_000
+    assert section("results").strip() == (KEPT / "permuted_masks.md").read_text(encoding="utf8").strip()
+    assert "book/readme/permuted_masks.svg" in README and (KEPT / "permuted_masks.svg").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("row", RECORD["table"], ids=lambda row: row["sparsity (%)"])
@@ -38,3 +43,17 @@ def test_every_entry_follows_from_the_runs(row):
 def test_the_record_says_how_it_was_made():
     assert RECORD["command"] == "make readme"
     assert RECORD["commit"] and RECORD["versions"]["torch"] and RECORD["settings"]
+
+
+def test_every_ratio_is_one_of_medians():
+    heads, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")]
+                        for line in section("speed").splitlines() if line.startswith("|")]
+    batches = [int(head.removeprefix("batch ")) for head in heads[3:]]
+    assert len(lines) == 6 and {1, 64, 256} < set(batches)
+    for shape, way, peer, *ratios in lines:
+        inputs, outputs = map(int, shape.split(" x "))
+        for batch, ratio in zip(batches, ratios):
+            medians, = (row["median_seconds"] for row in TIMES["rows"] if row["sparsity"] == 0.9
+                        and (row["inputs"], row["outputs"], row["way"], row["batch"]) == (inputs, outputs, way, batch))
+            assert abs(float(ratio) - medians[peer] / medians["fan-in"]) < 0.051
+    assert "dirty" not in TIMES["commit"] and TIMES["commit"] in section("speed")

@@ -46,6 +46,19 @@ def measured_extreme():
     return _read("extreme")
 
 
+def measured_extreme_memory():
+    """Peak memory of training with a million labels.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``machine``, ``inputs``, ``labels``, ``fan_in``, ``batch``;
+        ``training`` and ``training_with_set``, with ``bytes`` above the data and ``seconds_per_step``; and
+        ``computed``, bytes of the output layer in training, ``fan_in`` and ``dense``.
+    """
+    return _read("extreme_memory")
+
+
 def measured_torchvision_groups():
     """The permutation groups of torchvision's classification models.
 
