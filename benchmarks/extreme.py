@@ -88,7 +88,7 @@ def trained(method, problem, seed, epochs):
     return {"method": method, "seed": seed, "parameters": count(model), "fan_in": fan_in,
             "intermediate": getattr(model.intermediate, "out_features", None),
             "output_layer_bytes": training_bytes(model.head.in_features, labels, fan_in), "seconds": seconds,
-            "losses": losses, "precision": precisions(model, problem.test, head_tail(problem.train)._asdict())}
+            "losses": losses, "precision": precisions(model, problem.test, head_tail(problem.train))}
 
 
 def print_summary(rows):

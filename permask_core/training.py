@@ -224,6 +224,8 @@ def _checked(model, train, recipe, seed, masks, rewiring, checkpoints, processes
                              f"{steps_per_epoch} steps")
     if masks is not None:
         check_fit(masks, dict(model.named_parameters()))
+    if rewiring is not None and not isinstance(rewiring, Rewiring):
+        raise ValueError(f"rewiring is {rewiring!r}: expected a Rewiring, as Rewiring('set')")
     if rewiring:
         Topology(model, masks, rewiring, steps=recipe.epochs * steps_per_epoch, seed=seed)
         if processes > 1 and any(isinstance(module, FanInLinear) for module in model.modules()):

@@ -578,15 +578,16 @@ def test_what_cannot_be_rewired_is_refused_before_training(digits, net, masks):
     start = copied(net)
     for options, message in (
             ({"masks": None}, "there is nothing to rewire"),
-            ({"masks": masks, "rewiring": Rewiring("srigl", unablated=("fc9",))}, "unablated names 'fc9'")):
+            ({"masks": masks, "rewiring": "set"}, "rewiring is 'set': expected a Rewiring"),
+            ({"masks": masks, "rewiring": Rewiring("srigl", 1, unablated=("fc9",))}, "unablated names 'fc9'")):
         with pytest.raises(ValueError, match=message):
-            fit(net, digits.train, RECIPE, seed=0, **{"rewiring": Rewiring("set"), **options})
+            fit(net, digits.train, RECIPE, seed=0, **{"rewiring": Rewiring("set", 1), **options})
     assert same(copied(net), start)
     model, _ = sparse_start("fan-in")
     with pytest.raises(ValueError, match="'1.weight' is a FanInLinear: RigL"):
         fit(model, digits.train, RECIPE, seed=0, rewiring=Rewiring("rigl"))
     with pytest.raises(ValueError, match="processes is 2, with rewiring and FanInLinear layers: expected 1, or masks"):
-        fit(model, digits.train, RECIPE, seed=0, rewiring=Rewiring("set"), processes=2)
+        fit(model, digits.train, RECIPE, seed=0, rewiring=Rewiring("set", 1), processes=2)
 
 
 @pytest.fixture
@@ -615,7 +616,7 @@ def test_a_finished_run_is_found_finished(digits, masks, finished):
     ("lr", {"recipe": replace(RECIPE, lr=0.1)}), ("epochs", {"recipe": replace(RECIPE, epochs=3)}),
     ("optimizer", {"recipe": replace(RECIPE, optimizer="adamw")}), ("seed", {"seed": 2}), ("masks", {"masks": None}),
     ("masks", {"masks": {"fc1.weight": torch.ones(13, 64).bool()}}), ("checkpoints", {"checkpoints": []}),
-    ("rewiring", {"rewiring": Rewiring("set")}),
+    ("rewiring", {"rewiring": Rewiring("set", 1)}),
 ])
 def test_a_file_of_other_settings_is_refused_by_what_differs(digits, masks, finished, name, change):
     refused(finished[0], name, fresh(), digits.train, {"masks": masks, **change})

@@ -177,6 +177,9 @@ def read_sparse_text(path, description=None):
             raise ValueError(f"line 1 of {path} is {' '.join(header)[:80]!r}: expected three numbers above 0, how many "
                              "points, features and labels there are")
         n, n_features, n_labels = map(int, header)
+        if max(n_features, n_labels) >= 2 ** 31:
+            raise ValueError(f"line 1 of {path} announces {n_features} features and {n_labels} labels: expected fewer "
+                             "than 2^31")
         labels, columns, values = [], [], []
         for number, line in enumerate(progress(file, description, total=n), 2):
             if number > n + 1:

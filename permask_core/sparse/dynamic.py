@@ -13,6 +13,7 @@ Sparse Training with Structured Sparsity", ICLR 2024 (SRigL).
 """
 
 import math
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -76,6 +77,13 @@ class Active(NamedTuple):
     shape: tuple[int, int]
 
 
+def _dropped(fraction, n):
+    """How many of n connections a step drops."""
+    if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+        raise ValueError(f"fraction is {fraction!r}: expected a number in [0, 1]")
+    return int(fraction * n)
+
+
 def set_step(active, fraction, generator=None):
     """SET over a layer: drop the smallest magnitudes, grow as many connections at random.
 
@@ -83,7 +91,7 @@ def set_step(active, fraction, generator=None):
     ----------
     active : Active
     fraction : float
-        Of the connections to drop; their number is rounded down.
+        In [0, 1], of the connections to drop; their number is rounded down.
     generator : torch.Generator, optional
         On the CPU.
 
@@ -92,8 +100,13 @@ def set_step(active, fraction, generator=None):
     (torch.Tensor, torch.Tensor)
         ``keep``, bool [nnz], and ``grow``, int64 [m, 2], the rows and columns of new connections in ascending order. A
         connection that was just dropped may be grown again, as a new one.
+
+    Raises
+    ------
+    ValueError
+        If the fraction is out of range.
     """
-    n_drop = int(fraction * len(active.rows))
+    n_drop = _dropped(fraction, len(active.rows))
     keep = _largest(active.magnitudes, len(active.rows) - n_drop)
     free = torch.ones(active.shape, dtype=torch.bool, device=keep.device)
     free[active.rows[keep], active.columns[keep]] = False
@@ -122,7 +135,7 @@ def set_rows_step(layer, fraction, generator=None):
     Ullah et al., "Navigating Extremes", NeurIPS 2024.
     """
     (n, k), indices = layer.values.shape, layer.indices
-    n_drop = int(fraction * k)
+    n_drop = _dropped(fraction, k)
     keep = torch.zeros_like(indices, dtype=torch.bool)
     grow = indices.new_empty(n * n_drop, 2, dtype=torch.int64)
     step = max(1, CHUNK // k)  # what selects among a million rows would take more memory than they do
@@ -159,7 +172,7 @@ def rigl_step(active, scores, fraction):
     ----------
     Evci et al., ICML 2020, algorithm 1; connections that were just dropped compete, as in their code.
     """
-    n_drop = int(fraction * len(active.rows))
+    n_drop = _dropped(fraction, len(active.rows))
     keep = _largest(active.magnitudes, len(active.rows) - n_drop)
     best = _best(scores, active.shape, n_drop, active.rows[keep], active.columns[keep])
     return keep, _pairs(best, active.shape)
@@ -189,12 +202,21 @@ def srigl_step(active, scores, fraction, budget, min_salient=None):
     (torch.Tensor, torch.Tensor)
         As of :func:`set_step`.
 
+    Raises
+    ------
+    ValueError
+        If the fraction, the budget or the share is out of range.
+
     References
     ----------
     Lasby et al., ICLR 2024, section 3, and their code.
     """
     (rows, columns, magnitudes, shape), (n_out, n_in) = active, active.shape
-    n_drop = int(fraction * len(rows))
+    n_drop = _dropped(fraction, len(rows))
+    if not isinstance(budget, int) or not 1 <= budget <= n_out * n_in:
+        raise ValueError(f"budget is {budget!r}: expected an integer from 1 to {n_out * n_in}")
+    if min_salient is not None and not 0 < min_salient <= 1:
+        raise ValueError(f"min_salient is {min_salient!r}: expected a number in (0, 1] or None")
     n_keep = len(rows) - n_drop
     neurons = torch.ones(n_out, dtype=torch.bool, device=rows.device)
     if min_salient is not None:
@@ -362,7 +384,7 @@ class Topology:
                 topology.rewire(step, optimizer)
             else:
                 optimizer.step()
-                apply_masks(model, topology.masks)
+                apply_masks(model, topology.masks)  # not where all is in FanInLinear layers
 
     Parameters
     ----------
@@ -390,9 +412,16 @@ class Topology:
     ValueError
         If a mask does not fit, there is nothing to rewire, a layer is unknown or its density missing or out of range,
         or RigL meets a FanInLinear, whose rows it would make unequal.
+
+    Warns
+    -----
+    UserWarning
+        If no connection will ever move: training is too short, or SET would drop less than one of a row.
     """
 
     def __init__(self, model, masks, rewiring, *, steps, seed):
+        if type(steps) is not int or steps < 1:
+            raise ValueError(f"steps is {steps!r}: expected an integer of at least 1")
         weights = dict(model.named_parameters())
         if masks is not None:
             check_fit(masks, weights)
@@ -417,6 +446,14 @@ class Topology:
         if rewiring.densities is not None:
             self.budgets = _budgets(sizes, rewiring.densities)
         self.moving = [name for name, layer in self.layers.items() if int(layer.fan_in().sum()) < sizes[name]]
+        if not any(map(self.due, range(1, steps + 1))):
+            warnings.warn(f"no connection will move: rewiring every {rewiring.every} steps ends before step "
+                          f"{int(rewiring.until * steps)} of {steps}", stacklevel=2)
+        still = [name for name, module in condensed.items()
+                 if rewiring.method == "set" and not _dropped(rewiring.fraction, module.fan_in)]
+        if still:
+            warnings.warn(f"the connections of {', '.join(map(repr, still))} will not move: a fraction of "
+                          f"{rewiring.fraction} of each row, rounded down, is none", stacklevel=2)
         self.fan_in = {}
         self._record()
 

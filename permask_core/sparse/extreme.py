@@ -10,7 +10,6 @@ al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse Conne
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -160,7 +159,7 @@ class ExtremeClassifier(nn.Module):
                 raise ValueError(f"{name} is {size!r}: expected an integer of at least 1")
         if bags and hidden is None:
             raise ValueError("bags of words come without hidden: expected the number of outputs of their embedding")
-        self.bags, width = bags, hidden or features
+        self.features, self.bags, width = features, bags, hidden or features
         if bags:
             self.first = nn.EmbeddingBag(features, hidden, mode="sum", include_last_offset=True)
             nn.init.normal_(self.first.weight, generator=generator)  # rows of norm 1 give a variance of 1
@@ -179,6 +178,11 @@ class ExtremeClassifier(nn.Module):
     def encode(self, x):
         """What the output layer is given, [n, width]; ``x`` float32 [n, features], or a CSR array of bags."""
         device = self.head.bias.device
+        if self.bags == isinstance(x, torch.Tensor):
+            raise ValueError(f"the features are a {type(x).__name__} and bags is {self.bags}: expected bags=True for "
+                             "CSR arrays and bags=False for tensors")
+        if x.shape[1] != self.features:
+            raise ValueError(f"the points have {x.shape[1]} features: expected {self.features}")
         if self.bags:
             columns, offsets, values = (torch.from_numpy(part).to(device) for part in (
                 x.indices, x.indptr.astype(x.indices.dtype), x.data))
@@ -388,9 +392,14 @@ def top_labels(model, data, k=5, *, among=None, batch_size=1000, chunk=None):
     Raises
     ------
     ValueError
-        If there are fewer than k labels to choose from.
+        If there are fewer than k labels to choose from, or a size is out of range.
     """
     head, n_labels = model.head, model.head.out_features
+    for name, size in (("batch_size", batch_size), ("chunk", chunk)):
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name} is {size!r}: expected an integer of at least 1")
+    if among is not None and (among.dtype != torch.bool or among.shape != (n_labels,)):
+        raise ValueError(f"among is {among.dtype} {list(among.shape)}: expected bool [{n_labels}]")
     available = n_labels if among is None else int(among.sum())
     if not isinstance(k, int) or not 1 <= k <= available:
         raise ValueError(f"k is {k!r}: expected an integer from 1 to {available}, the labels to choose from")
@@ -427,6 +436,8 @@ def precision_at(ranked, data, ks=(1, 3, 5)):
     dict of int to float
         It divides by k even where a point has fewer than k labels, as the literature does: see :func:`best_precision`.
     """
+    if min(ks) < 1:
+        raise ValueError(f"ks are {list(ks)}: expected integers of at least 1")
     if len(ranked) != len(data) or len(data) == 0 or ranked.shape[1] < max(ks):
         raise ValueError(f"ranked is {list(ranked.shape)}: expected [{len(data)}, at least {max(ks)}], at least one "
                          "point")
@@ -442,20 +453,13 @@ def best_precision(data, ks=(1, 3, 5)):
     return {k: (counts.clamp(max=k).double().mean() / k).item() for k in ks}
 
 
-class HeadTail(NamedTuple):
-    """Labels by their frequency in training, bool [n_labels] both: ``head``, the most frequent 20 %, and ``tail``, the
-    rest."""
-
-    head: torch.Tensor
-    tail: torch.Tensor
-
-
 def head_tail(train, share=0.2):
-    """Split labels into head and tail; of equally frequent labels, those with the lower ids come first."""
+    """Groups of labels by their frequency in training, bool [n_labels] both: ``head``, the most frequent ``share`` of
+    them, and ``tail``, the rest. Of equally frequent labels those with the lower ids come first."""
     order = torch.argsort(train.frequencies, descending=True, stable=True)
     head = torch.zeros(train.n_labels, dtype=torch.bool)
     head[order[:math.ceil(share * train.n_labels)]] = True
-    return HeadTail(head, ~head)
+    return {"head": head, "tail": ~head}
 
 
 def precisions(model, data, groups, ks=(1, 3, 5)):

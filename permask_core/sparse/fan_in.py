@@ -38,6 +38,13 @@ class _FanIn(torch.autograd.Function):
 class FanInLinear(nn.Module):
     """``y = x W^T + bias``, where each active row of W has the same number of weights, ``fan_in``.
 
+    It is called as torch.nn.Linear is, and has no ``weight``: what reads a layer's weight instead of calling it, such
+    as torch.nn.TransformerEncoderLayer in evaluation mode, cannot use it. Gradients are of first order; torch.func,
+    torch.export and the meta device are not supported.
+
+    A state with another number of active neurons or another fan-in can be loaded; the layer takes its shape, and an
+    optimizer has to be made anew. Which ``in_features`` it was for is not stored.
+
     Parameters
     ----------
     in_features, out_features : int
@@ -110,6 +117,8 @@ class FanInLinear(nn.Module):
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"the input has shape {list(x.shape)}: expected a last axis of {self.in_features}")
         if x.device != values.device:
+            if not isinstance(x, torch.Tensor):
+                raise ValueError(f"the input is a {type(x).__name__}: expected a torch.Tensor")
             raise ValueError(f"the input is on {x.device}, the layer on {values.device}: expected one device")
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -144,8 +153,11 @@ class FanInLinear(nn.Module):
         Raises
         ------
         ValueError
-            If the mask does not fit or is not of constant fan-in; the message names the first row that differs.
+            If ``linear`` is of another kind, or the mask does not fit or is not of constant fan-in; the message names
+            the first row that differs.
         """
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"got a {type(linear).__name__}: expected a torch.nn.Linear")
         rows, indices = connections(mask, linear.weight.shape)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -203,14 +215,23 @@ class FanInLinear(nn.Module):
         grow : torch.Tensor
             Whole numbers [m, 2]: neuron and input of each new connection, as ``torch.nonzero`` gives them.
         optimizer : torch.optim.Optimizer, optional
-            Its state for ``values``, where it has their shape, moves along: kept slots keep theirs, new ones get 0.
+            Its state for ``values``, which must have their shape, as that of SGD and Adam and their kin has, moves
+            along: kept slots keep theirs, new ones get 0.
 
         Raises
         ------
         ValueError
-            If a shape or index does not fit, a connection would be there twice, or neurons would differ in fan-in; the
-            layer and the optimizer are then as before.
+            If a shape or index does not fit, a connection would be there twice, neurons would differ in fan-in, or the
+            optimizer's state has another shape; the layer and the optimizer are then as before.
         """
+        for name, given in (("keep", keep), ("grow", grow)):
+            if not isinstance(given, torch.Tensor):
+                raise ValueError(f"{name} is a {type(given).__name__}: expected a torch.Tensor")
+        state = {} if optimizer is None else optimizer.state.get(self.values, {})
+        for name, given in state.items():
+            if isinstance(given, torch.Tensor) and given.ndim and given.shape != self.values.shape:
+                raise ValueError(f"the optimizer keeps {name!r} of shape {list(given.shape)} for values "
+                                 f"{list(self.values.shape)}: expected the same shape, as SGD and Adam have it")
         if grow.is_floating_point() or grow.dtype == torch.bool:
             raise ValueError(f"grow is {grow.dtype}: expected whole numbers")
         grow = grow.to(self.indices.device, torch.int64)
@@ -245,9 +266,8 @@ class FanInLinear(nn.Module):
                 part.copy_(tensor.flatten()[old.clamp(min=0)]).masked_fill_(old < 0, 0)
             return new
 
-        state = {} if optimizer is None else optimizer.state.get(self.values, {})
         for name, tensor in state.items():
-            if isinstance(tensor, torch.Tensor) and tensor.shape == self.values.shape:
+            if isinstance(tensor, torch.Tensor) and tensor.ndim:
                 state[name] = moved(tensor)
         self._resized(moved(self.values.data))
         self.indices, self.rows = indices, rows

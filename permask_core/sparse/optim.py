@@ -20,7 +20,7 @@ class SparseOpt:
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        One that takes gradients as they are, without a closure; everything else is asked of it.
+        One that takes gradients as they are, without a closure. Schedulers are given it, not the SparseOpt.
     model : torch.nn.Module
     masks : Masks
         Read at every step, so that masks changed in place count at once.
@@ -28,10 +28,12 @@ class SparseOpt:
     Raises
     ------
     ValueError
-        If a mask does not fit.
+        If masks are none, or one does not fit.
     """
 
     def __init__(self, optimizer, model, masks):
+        if not isinstance(masks, dict):
+            raise ValueError(f"masks are {type(masks).__name__}: expected a dict of bool tensors, which may be empty")
         self.optimizer, self.masks, self.weights = optimizer, masks, dict(model.named_parameters())
         if masks:
             check_fit(masks, self.weights)

@@ -130,7 +130,8 @@ def test_what_was_written_at_random_is_read(written):
 
 
 @pytest.mark.parametrize("number, line, message", [
-    (0, "5 6", "line 1 of .* is '5 6': expected three numbers"), (0, "5 6 0", "line 1 of .* is '5 6 0'"),
+    (0, "5 6", "line 1 of .* is '5 6': expected three numbers"),
+    (0, "1 5 2147483648", "expected fewer than 2.31"), (0, "5 6 0", "line 1 of .* is '5 6 0'"),
     (0, "0,1 2:3", "line 1 of "), (1, "4 0:1", "line 2 of .*: the label is '4': expected a whole number from 0 to 3"),
     (2, "1,x 0:1", "line 3 of .*: the label is 'x'"), (2, "1,, 0:1", "line 3 of .*: the label is ''"),
     (3, "1 6:1", "line 4 of .*: the feature is '6': expected a whole number from 0 to 5"),

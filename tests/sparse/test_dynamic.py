@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -471,17 +472,17 @@ def test_the_budget_is_that_of_the_density_or_of_the_start():
     linear = nn.Linear(7, 5)
     masks = constant_fan_in_masks({"weight": linear.weight}, 0.5, seed=0)
     for densities, budget in ((None, 15), (0.5, 17), ({"weight": 0.6, "other": 1}, 21)):
-        topology = Topology(linear, masks, Rewiring("srigl", densities=densities), steps=10, seed=0)
+        topology = Topology(linear, masks, Rewiring("srigl", 1, densities=densities), steps=10, seed=0)
         assert topology.budgets == {"weight": budget}
 
 
 def test_the_last_layer_is_not_ablated_unless_asked():
     model, masks = model_and_masks("linear", "srigl")
-    assert Topology(model, masks, Rewiring("srigl"), steps=9, seed=0).unablated == ["head.weight"]
+    assert Topology(model, masks, Rewiring("srigl", 1), steps=9, seed=0).unablated == ["head.weight"]
     del masks["head.weight"]
-    assert Topology(model, masks, Rewiring("srigl"), steps=9, seed=0).unablated == ["head.weight"]
+    assert Topology(model, masks, Rewiring("srigl", 1), steps=9, seed=0).unablated == ["head.weight"]
     chosen = ("fc1.weight",)
-    assert Topology(model, masks, Rewiring("srigl", unablated=chosen), steps=9, seed=0).unablated == chosen
+    assert Topology(model, masks, Rewiring("srigl", 1, unablated=chosen), steps=9, seed=0).unablated == chosen
 
 
 def ablated(unablated):
@@ -561,3 +562,33 @@ def test_growth_without_gradients_is_refused(fan_in):
     topology = Topology(model, masks, replace(Rewiring("srigl"), **ALWAYS), steps=10, seed=0)
     with pytest.raises(RuntimeError, match=r"'0.weight' has no gradients to grow by: .* step 4 inside watching\(4\)"):
         topology.rewire(4)
+
+
+@pytest.mark.parametrize("fraction", [-0.3, 1.5, float("nan"), "0.3"])
+def test_a_fraction_that_is_none_is_refused_by_every_step(fraction):
+    layer, message = FanInLinear(9, 4, 3), "fraction is .*: expected a number in"
+    linear = layer.to_dense()
+    rows, columns = layer.mask().nonzero(as_tuple=True)
+    active = Active(rows, columns, linear.weight.detach()[rows, columns].abs(), (4, 9))
+    calls = (lambda: set_step(active, fraction), lambda: set_rows_step(layer, fraction),
+             lambda: rigl_step(active, None, fraction), lambda: srigl_step(active, None, fraction, 12))
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+    for budget, share, named in ((0, 0.3, "budget is 0"), (37, 0.3, "expected an integer from 1 to 36"),
+                                 (12.0, 0.3, "budget is 12.0"), (12, 5, "min_salient is 5")):
+        with pytest.raises(ValueError, match=named):
+            srigl_step(active, None, 0.3, budget, share)
+
+
+def test_connections_that_will_never_move_are_said():
+    model = nn.Sequential(FanInLinear(9, 4, 3))
+    with pytest.warns(UserWarning, match="every 100 steps ends before step 60 of 80"):
+        Topology(model, None, Rewiring("srigl"), steps=80, seed=0)
+    with pytest.warns(UserWarning, match="connections of '0.weight' will not move: a fraction of 0.3"):
+        Topology(model, None, Rewiring("set", 1), steps=80, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Topology(model, None, Rewiring("set", 1, fraction=0.4), steps=80, seed=0)
+    with pytest.raises(ValueError, match="steps is 0"):
+        Topology(model, None, Rewiring("set", 1), steps=0, seed=0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
 from torch import nn
 from torch.nn import functional as F
 
@@ -351,14 +352,14 @@ def test_precision_is_counted_by_hand(problem):
 
 def test_head_and_tail_apart(problem):
     groups = head_tail(problem.train)
-    assert groups.head.sum() == 60 and (groups.head ^ groups.tail).all()
+    assert groups["head"].sum() == 60 and (groups["head"] ^ groups["tail"]).all()
     frequencies = problem.train.frequencies
-    assert frequencies[groups.head].min() >= frequencies[groups.tail].max()
+    assert frequencies[groups["head"]].min() >= frequencies[groups["tail"]].max()
     model = ExtremeClassifier(32, 300, 4, hidden=16)
     logits = model(problem.test.features).detach()
-    found = precisions(model, problem.test, groups._asdict())
+    found = precisions(model, problem.test, groups)
     assert list(found) == ["all", "head", "tail"]
-    for name, group in groups._asdict().items():
+    for name, group in groups.items():
         hits = points = 0
         for i, labels in enumerate(lists_of(problem.test)):
             true = [label for label in labels if group[label]]
@@ -410,3 +411,25 @@ def test_the_benchmark_writes_what_it_found(benchmark, monkeypatch, tmp_path, ca
     found = next(pair for pair in record["compared"] if (pair["a"], pair["b"]) == ("set", "static"))
     assert found["difference"] == pytest.approx(sum(first[seed] - other[seed] for seed in first) / 2)
     assert "precision at 1 / 3 / 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"chunk": -1}, "chunk is -1"), ({"batch_size": 0}, "batch_size is 0"),
+    ({"k": 301}, "k is 301: expected .* to 300"),
+    ({"among": torch.tensor([1, 2, 5])}, r"among is torch.int64 \[3\]: expected bool \[300\]"),
+    ({"among": torch.ones(300, dtype=torch.int64)}, "among is torch.int64"),
+])
+def test_a_ranking_that_cannot_be_is_refused(problem, options, message):
+    with pytest.raises(ValueError, match=message):
+        top_labels(ExtremeClassifier(32, 300, 4), problem.test, **options)
+    with pytest.raises(ValueError, match=re.escape("ks are [0]")):
+        precision_at(torch.zeros(len(problem.test), 5), problem.test, [0])
+
+
+def test_features_that_do_not_fit_the_classifier_are_refused(problem):
+    with pytest.raises(ValueError, match="the points have 32 features: expected 40"):
+        ExtremeClassifier(40, 300, 4)(problem.test.features)
+    with pytest.raises(ValueError, match="the features are a Tensor and bags is True"):
+        ExtremeClassifier(32, 300, 4, hidden=8, bags=True)(problem.test.features)
+    with pytest.raises(ValueError, match="the features are a csr_array and bags is False"):
+        ExtremeClassifier(32, 300, 4)(csr_array(problem.test.features.numpy()))

@@ -838,3 +838,33 @@ def test_counts_that_do_not_fit_are_refused(count, taken, message):
 def test_taken_columns_of_other_rows_are_refused(taken):
     with pytest.raises(ValueError, match="taken"):
         sample_columns(3, 20, 2, taken=taken)
+
+
+def test_what_is_no_tensor_or_no_linear_layer_is_named():
+    layer = drawn_layer(8, 10, 3)
+    with pytest.raises(ValueError, match="the input is a ndarray: expected a torch.Tensor"):
+        layer(torch.ones(2, 10).numpy())
+    with pytest.raises(ValueError, match="got a FanInLinear: expected a torch.nn.Linear"):
+        FanInLinear.from_dense(layer, layer.mask())
+    with pytest.raises(ValueError, match="grow is a list: expected a torch.Tensor"):
+        layer.rewire(torch.ones(8, 3, dtype=torch.bool), [[0, 1]])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.LBFGS])
+def test_an_optimizer_whose_state_cannot_move_along_is_refused_and_nothing_changes(kind):
+    layer = drawn_layer(8, 10, 3)
+    optimizer = kind(layer.parameters())
+
+    def loss():
+        optimizer.zero_grad()
+        total = layer(torch.ones(2, 10)).square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    before = everything(layer)
+    keep = torch.ones(8, 3, dtype=torch.bool)
+    keep[0] = False
+    with pytest.raises(ValueError, match="the optimizer keeps .* of shape .* for values .*: expected the same shape"):
+        layer.rewire(keep, torch.empty(0, 2, dtype=torch.int64), optimizer)
+    assert_untouched(layer, before)

@@ -138,3 +138,19 @@ def test_masks_that_do_not_fit_are_refused():
     model, masks, *_ = uneven()
     with pytest.raises(ValueError, match=re.escape("mask '3.weight' has shape [1], its tensor [5, 24]")):
         SparseOpt(sgd(model.parameters()), model, masks | {"3.weight": torch.ones(1, dtype=torch.bool)})
+
+
+def test_masks_that_are_none_are_refused_when_it_is_made():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="masks are NoneType"):
+        SparseOpt(torch.optim.SGD(model.parameters(), 0.1), model, None)
+
+
+def test_a_scheduler_of_the_optimizer_inside_changes_its_learning_rate():
+    model = nn.Linear(3, 2)
+    wrapped = SparseOpt(torch.optim.SGD(model.parameters(), 0.1), model, {})
+    scheduler = torch.optim.lr_scheduler.StepLR(wrapped.optimizer, 1, 0.5)
+    model(torch.ones(1, 3)).sum().backward()
+    wrapped.step()
+    scheduler.step()
+    assert wrapped.param_groups[0]["lr"] == 0.05
