@@ -21,7 +21,13 @@ from permask_core.sparse import kernels
 from permask_core.sparse.dynamic import set_rows_step
 from permask_core.sparse.fan_in import FanInLinear
 
-CHUNK = 2 ** 18  # logits at a time: a megabyte, which stays in a processor's cache
+# Logits at a time: a megabyte, which stays in a processor's cache; on a GPU as many as keep all of it busy.
+CHUNK = {"cpu": 2 ** 18, "cuda": 2 ** 24}
+
+
+def _chunk(device, points):
+    """Labels at a time."""
+    return max(1, CHUNK.get(torch.device(device).type, CHUNK["cpu"]) // max(1, points))
 
 
 # ---- Loss in chunks --------------------------------------------------------------------------------------------------
@@ -29,16 +35,17 @@ CHUNK = 2 ** 18  # logits at a time: a megabyte, which stays in a processor's ca
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, head, point, labels, chunk):
-        chunk = chunk or max(1, CHUNK // max(1, len(x)))
+        chunk = chunk or _chunk(x.device, len(x))
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         total = x.new_zeros((), dtype=torch.float64)
         dx = torch.zeros_like(x) if need_x else None
         dweight = torch.empty_like(weight) if need_weight else None
         dbias = torch.empty_like(bias) if need_bias else None
-        for start in range(0, head.out_features, chunk):
+        starts = torch.arange(0, head.out_features + chunk, chunk, device=labels.device)
+        bounds = torch.searchsorted(labels, starts).tolist()  # at once: a GPU is waited for
+        for start, a, b in zip(range(0, head.out_features, chunk), bounds, bounds[1:]):
             stop = min(start + chunk, head.out_features)
             z = _logits(head, x, start, stop)
-            a, b = torch.searchsorted(labels, labels.new_tensor([start, stop])).tolist()
             there = point[a:b], labels[a:b] - start
             total += F.softplus(z).sum(dtype=torch.float64) - z[there].sum(dtype=torch.float64)
             grad = z.sigmoid_().div_(len(x))  # of the mean over points
@@ -92,7 +99,7 @@ def chunked_loss(head, x, offsets, labels, chunk=None):
         int64 [n + 1] and integers [offsets[-1]]: the labels of each point, none twice, as
         :class:`permask_core.data.extreme.MultiLabel` has them.
     chunk : int, optional
-        Labels at a time; by default so many that a chunk has 2^18 logits.
+        Labels at a time; by default so many that a chunk has 2^18 logits, on a GPU 2^24.
 
     Returns
     -------
@@ -340,7 +347,7 @@ def fit_extreme(model, train, recipe, *, seed, description="training"):
                 for batch in torch.randperm(len(train), generator=order).split(recipe.batch_size))
     total = 0.0
     # The same for a shorter last batch: the layer keeps a transposed copy of the indices of each chunk.
-    chunk = max(1, CHUNK // recipe.batch_size)
+    chunk = _chunk(model.head.bias.device, recipe.batch_size)
     model.train()
     for chosen in progress(shuffled, description, total=steps):
         for group in optimizer.param_groups:
@@ -382,7 +389,7 @@ def top_labels(model, data, k=5, *, among=None, batch_size=1000, chunk=None):
     batch_size : int
         Points at a time.
     chunk : int, optional
-        Labels at a time; by default so many that a chunk has 2^18 logits.
+        Labels at a time; by default so many that a chunk has 2^18 logits, on a GPU 2^24.
 
     Returns
     -------
@@ -403,7 +410,7 @@ def top_labels(model, data, k=5, *, among=None, batch_size=1000, chunk=None):
     available = n_labels if among is None else int(among.sum())
     if not isinstance(k, int) or not 1 <= k <= available:
         raise ValueError(f"k is {k!r}: expected an integer from 1 to {available}, the labels to choose from")
-    chunk = chunk or max(1, CHUNK // batch_size)
+    chunk = chunk or _chunk(head.bias.device, batch_size)
     ranked = torch.empty(len(data), k, dtype=torch.int64)
     for chosen in torch.arange(len(data)).split(batch_size):
         x = model.encode(data.subset(chosen).features)

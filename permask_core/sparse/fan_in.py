@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from permask_core.sparse import kernels
+from permask_core.sparse.kernels import operator
 
 CHUNK = 2 ** 20  # connections at a time where connections are drawn or moved: there may be millions of rows
 
@@ -96,7 +97,6 @@ class FanInLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("indices", indices.to(device, torch.int32).contiguous().sort(1).values)
         self.register_buffer("rows", torch.arange(out_features, device=device))
-        self._transposed = {}
 
     @property
     def fan_in(self):
@@ -134,6 +134,8 @@ class FanInLinear(nn.Module):
         return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _sums(self, x, values, bias):
+        if torch.compiler.is_compiling():
+            return operator.fan_in(x, values, self.indices, bias)
         trained = torch.is_grad_enabled() and (
             x.requires_grad or values.requires_grad or bias is not None and bias.requires_grad)
         return _FanIn.apply(x, values, bias, self) if trained else kernels.forward(x, values, self.indices, bias)
@@ -169,7 +171,6 @@ class FanInLinear(nn.Module):
                                                                    linear.bias.requires_grad)
         layer.register_buffer("indices", indices.int())
         layer.register_buffer("rows", rows.to(linear.weight.device))
-        layer._transposed = {}
         return layer.train(linear.training)
 
     @torch.no_grad()
@@ -194,12 +195,8 @@ class FanInLinear(nn.Module):
     def transposed(self, start=0, stop=None):
         """The :class:`~permask_core.sparse.kernels.Transposed` of the active rows from ``start`` to ``stop``, kept
         until the indices change."""
-        version = self.indices, self.indices._version
-        if any(kept is not version[0] or count != version[1] for kept, count, _ in self._transposed.values()):
-            self._transposed = {}
-        if (start, stop) not in self._transposed:
-            self._transposed[start, stop] = *version, kernels.transposed(self.indices[start:stop], self.in_features)
-        return self._transposed[start, stop][2]
+        return kernels.kept(self.indices, (start, stop), lambda: kernels.transposed(
+            self.indices[start:stop], self.in_features))
 
     @torch.no_grad()
     def rewire(self, keep, grow, optimizer=None):
@@ -255,7 +252,7 @@ class FanInLinear(nn.Module):
         if len(odd):
             raise ValueError(f"neuron {odd[0]} would have {counts[odd[0]]} connections and neuron {rows[0]} {fan_in}: "
                              "expected the same number, or none")
-        self._transposed = {}
+        kernels.forget(self.indices)
         indices, source = self._rewired(keep, grow, rows, fan_in)
 
         self.values.grad = None
@@ -329,9 +326,6 @@ class FanInLinear(nn.Module):
         # With assign=True they are the tensors that were given, of whatever layout.
         self.values.data = self.values.data.contiguous()
         self.indices, self.rows = self.indices.int().contiguous(), self.rows.long().contiguous()
-
-    def __getstate__(self):
-        return self.__dict__ | {"_transposed": {}}
 
 
 def check_indices(indices, shape, in_features):

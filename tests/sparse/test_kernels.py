@@ -1,5 +1,9 @@
-"""Fan-in kernels, the compiled and the plain ones, against dense float64 arithmetic with bounds on rounding errors."""
+"""Fan-in kernels, the compiled and the plain ones, against dense float64 arithmetic with bounds on rounding errors.
 
+Where there is no GPU, those for a GPU are interpreted.
+"""
+
+import importlib
 import os
 import subprocess
 import sys
@@ -8,7 +12,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,7 +22,45 @@ from permask_core.sparse.kernels import cpu, eager, transposing
 
 BATCHES = [0, 1, 2, 3, 8, 9, 33, 64, 65, 130]
 NAN, INF = float("nan"), float("inf")
-both = pytest.mark.parametrize("kernel", [cpu, eager], ids=["cpu", "eager"])
+
+
+class OnGpu:
+    """The kernels for a GPU, for tensors that are elsewhere."""
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def __init__(self, module):
+        self.module = module
+
+    def call(self, function, *given):
+        moved = [type(one)(*(tensor.to(self.device) for tensor in one)) if isinstance(one, tuple) else
+                 one.to(self.device) if isinstance(one, torch.Tensor) else one for one in given]
+        results = function(*moved)
+        return [None if one is None else one.cpu() for one in results] if isinstance(results, tuple) else results.cpu()
+
+    def forward(self, *given):
+        return self.call(self.module.forward, *given)
+
+    def backward(self, *given):
+        return self.call(self.module.backward, *given)
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """Where continuous integration asks for them they may not be missing."""
+    try:
+        module = importlib.import_module("permask_core.sparse.kernels.triton")
+    except ImportError as error:
+        (pytest.fail if os.environ.get("PERMASK_REQUIRE_TRITON") == "1" else pytest.skip)(f"no Triton: {error}")
+    if OnGpu.device == "cpu":  # larger programs, since each is interpreted
+        rule = module.rule
+        monkeypatch.setattr(module, "rule", lambda batch, listed: rule(batch, listed, size=2 ** 14, examples=32))
+    return OnGpu(module)
+
+
+@pytest.fixture(params=["cpu", "eager", "triton"])
+def kernel(request):
+    return {"cpu": cpu, "eager": eager}.get(request.param) or request.getfixturevalue("triton")
 
 
 def connected(n, inputs, k):
@@ -82,14 +124,28 @@ def test_both_kernels_are_the_dense_products(dtype, n, inputs, data, block, seed
             assert_rounded(run(kernel, *given), references, dtype)
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.sampled_from([0, 1, 2, 3, 9, 33]),
+       st.integers(1, 25), st.integers(1, 25), st.data(), st.integers(0, 2 ** 31))
+def test_kernels_for_a_gpu_are_the_dense_products_for_every_plan(triton, dtype, batch, n, inputs, data, seed):
+    torch.manual_seed(seed)
+    given = case(batch, n, inputs, data.draw(st.integers(1, inputs) | st.just(inputs)), dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transposing, "BLOCK", data.draw(st.integers(1, 70)))
+        patch.setattr(transposing, "WIDE", data.draw(st.sampled_from([100, 2 ** 31])))
+        sizes = [data.draw(st.sampled_from(drawn)) for drawn in ([1, 4, 32], [2, 8, 32], [4, 16, 64])]
+        plan = triton.module.Plan(*sizes, 4, data.draw(st.booleans()))
+        patch.setattr(triton.module, "rule", lambda batch, listed: plan)
+        assert_rounded(run(triton, *given), exact(*given), dtype)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 def test_tiles_of_every_width_are_right_where_gathering_is_not_worth_it(batch):
     given = case(batch, 700, 531, 100)
     assert_rounded(run(cpu, *given), exact(*given), torch.float32)
 
 
-@both
-def test_half_precision_is_summed_in_float32_and_rounded_once(kernel):
+def test_half_precision_is_summed_in_float32_and_rounded_once():
     for dtype in (torch.bfloat16, torch.float16):
         for batch in (1, 3, 65):
             given = case(batch, 30, 50, 20, dtype)
@@ -117,7 +173,6 @@ def test_a_sum_of_many_numbers_in_bfloat16_would_be_far_off():
         assert_rounded(found, exact(x, *given[1:], torch.zeros(n), grad)[1:], torch.bfloat16)
 
 
-@both
 @pytest.mark.parametrize("need", [(True, False), (False, True), (False, False)])
 def test_what_is_not_needed_is_none_and_the_rest_as_ever(kernel, need):
     x, values, indices, _, grad = case(33, 20, 30, 7)
@@ -136,7 +191,6 @@ def unfilled_memory_is_nan():
 
 
 @pytest.mark.usefixtures("unfilled_memory_is_nan")
-@both
 @pytest.mark.parametrize("batch", [1, 3, 40, 70])
 @pytest.mark.parametrize("rows", [slice(0, 0), slice(3, 3), slice(0, 1), slice(5, 17), slice(11, 20)])
 def test_a_slice_of_rows_is_a_smaller_layer(kernel, batch, rows):
@@ -174,7 +228,6 @@ def test_other_types_are_read_right_or_refused(batch, change):
     assert_rounded(results, references, torch.float32)
 
 
-@both
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @pytest.mark.parametrize("batch, k", [(1, 5), (2, 30), (3, 9), (9, 60), (65, 5), (65, 60)])
 def test_what_is_not_finite_reaches_only_what_it_is_connected_to(kernel, poison, batch, k):
@@ -199,7 +252,6 @@ def test_what_is_not_finite_reaches_only_what_it_is_connected_to(kernel, poison,
     assert not dvalues[neuron].isfinite().any() and torch.equal(dvalues[:neuron], clean[2][:neuron])
 
 
-@both
 @pytest.mark.parametrize("batch, k", [(1, 8), (65, 60)])
 def test_a_value_of_exactly_0_stays_a_connection(kernel, batch, k):
     x, values, indices, bias, grad = case(batch, 100, 80, k)
@@ -211,7 +263,6 @@ def test_a_value_of_exactly_0_stays_a_connection(kernel, batch, k):
 
 
 @pytest.mark.usefixtures("unfilled_memory_is_nan")
-@both
 def test_inputs_without_a_connection_have_a_gradient_of_0(kernel):
     x, values, indices, bias, grad = case(40, 10, 5, 2)
     wide = torch.randn(40, 1000)

@@ -2,20 +2,41 @@
 indices name.
 
 ``forward`` and ``backward`` pick a kernel by device, type and shape: on a CPU those of :mod:`.cpu` for float32 and
-float64, elsewhere :mod:`.eager`, which needs nothing but torch. Neither is differentiable by itself;
-:class:`~permask_core.sparse.FanInLinear` makes them so. Both take any slice of rows of a layer, so that a caller can go
-through millions of outputs a few thousand at a time.
+float64, on a GPU those of :mod:`.triton` for float32 and half precision, elsewhere :mod:`.eager`, which needs nothing
+but torch. Neither is differentiable by itself: :class:`~permask_core.sparse.FanInLinear` makes them so, and for
+``torch.compile`` :mod:`.operator`. Both take any slice of rows of a layer, so that a caller can go through millions of
+outputs a few thousand at a time.
 """
+
+import importlib
+import os
+import shutil
+import warnings
+from functools import cache
 
 import torch
 
 from permask_core.sparse.kernels import cpu, eager
-from permask_core.sparse.kernels.transposing import Transposed, transposed
+from permask_core.sparse.kernels.transposing import Transposed, forget, kept, transposed
 
-__all__ = ["Transposed", "backward", "forward", "transposed"]
+__all__ = ["Transposed", "backward", "forget", "forward", "kept", "transposed"]
+
+
+@cache
+def _triton():
+    """The module, or None, said once, where it cannot run."""
+    try:
+        if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+            raise ImportError("Triton needs a C compiler, cc, gcc or clang")
+        return importlib.import_module("permask_core.sparse.kernels.triton")
+    except ImportError as error:
+        warnings.warn(f"fan-in layers on a GPU take the slower path in plain torch: {error}", stacklevel=2)
+        return None
 
 
 def _kernels(x, values, indices, bias=None):
+    if x.is_cuda and torch.float64 not in (x.dtype, values.dtype):
+        return _triton() or eager
     fast = (x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.dtype == values.dtype
             and indices.dtype == torch.int32 and (bias is None or bias.dtype == x.dtype) and cpu.usable())
     return cpu if fast else eager

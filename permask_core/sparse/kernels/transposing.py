@@ -1,11 +1,13 @@
 """The connections of a fan-in layer listed by input: what the gradient by the input runs over.
 
-The list is cut into blocks of outputs, so that what a block reads of the gradient stays in a processor's cache.
+The list is cut into blocks of outputs, so that what a block reads of the gradient stays in a processor's cache. What
+is made of the indices is kept for as long as they live and do not change.
 """
 
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 WIDE = 2 ** 31
 BLOCK = 2048  # outputs; a tile of 64 columns of their gradient takes half a megabyte in float32
@@ -29,14 +31,35 @@ def transposed(indices, in_features):
     n, k = indices.shape
     starts = range(0, n, BLOCK)
     pointers = torch.zeros(len(starts), in_features + 1, dtype=torch.int64, device=indices.device)
+    inputs = torch.arange(in_features, dtype=indices.dtype, device=indices.device)
     wide = n * k >= WIDE
     slots = torch.empty(n * k, dtype=torch.int64 if wide else torch.int32, device=indices.device)
     outputs = torch.empty(n * k, dtype=torch.int32, device=indices.device)
     for block, start in enumerate(starts):
         part = indices[start:start + BLOCK].flatten()
         here = slice(start * k, start * k + len(part))
-        order = torch.sort(part, stable=True).indices
+        part, order = torch.sort(part, stable=True)
         slots[here], outputs[here] = order + start * k, order // k + start
-        torch.cumsum(torch.bincount(part, minlength=in_features), 0, out=pointers[block, 1:])
+        pointers[block, 1:] = torch.searchsorted(part, inputs, right=True)  # bincount would wait for a GPU
         pointers[block] += start * k
     return Transposed(pointers, outputs, slots)
+
+
+_kept = WeakTensorKeyDictionary()  # by the indices: their version, and what was made of that by its name
+
+
+def kept(indices, name, make):
+    """What ``make()`` gives, made once for these indices and this name; again where they were written to since."""
+    version = None if indices.is_inference() else indices._version
+    entry = _kept.get(indices)
+    if entry is None or entry[0] != version:
+        entry = _kept[indices] = version, {}
+    made = entry[1]
+    if name not in made:
+        made[name] = make()
+    return made[name]
+
+
+def forget(indices):
+    """Give the memory back before the indices themselves go."""
+    _kept.pop(indices, None)
