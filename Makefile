@@ -82,8 +82,8 @@ build/permask-book.zip: $(BOOK)/index.html book/tools/pack.py
 readme: book ## bring the picture and the table in README.md up to date
 	$(BIN)/python book/tools/readme.py
 
-bench: $(READY) ## run the benchmarks, one after the other
-	@for script in $(wildcard benchmarks/[!_]*.py); do \
+bench: $(READY) ## run the benchmarks, one after the other; that of the GPU where there is one
+	@for script in $(filter-out $(if $(shell command -v nvidia-smi),,%_gpu.py),$(wildcard benchmarks/[!_]*.py)); do \
 		printf '\n== %s\n' "$$script"; $(BIN)/python "$$script" || exit 1; \
 	done
 

@@ -2,11 +2,14 @@
 
 import importlib
 import json
+import os
 import statistics
 import subprocess
 import sys
+import time
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,3 +107,245 @@ def test_a_fan_in_layer_that_is_wrong_is_not_timed(monkeypatch):
     exact.weight.data[3, layer.indices[3, 0]] += 0.01
     with pytest.raises(SystemExit, match="the fan-in layer is off by"):
         benchmark.check(layer, dense, torch.randn(7, 30))
+
+
+@pytest.fixture
+def fan_in_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("PERMASK_TUNE", "0")
+    return importlib.import_module("fan_in_gpu")
+
+
+@pytest.fixture
+def without_gpu(fan_in_gpu, monkeypatch):
+    """The script with a CPU in place of the device, and calls in place of graphs."""
+    def elapsed(call, repeats):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+    triton = SimpleNamespace(rule=lambda batch, listed, **options: options)
+    for name, stand_in in {
+        "DEVICE": "cpu", "elapsed": elapsed, "captured": lambda name, call, graphs: call, "free_bytes": lambda: 2 ** 34,
+        "machine": lambda: {"device": "none", "versions": {}},
+    }.items():
+        monkeypatch.setattr(fan_in_gpu, name, stand_in)
+    monkeypatch.setattr(fan_in_gpu.kernels, "_triton", lambda: triton)
+    for name, result in (("memory_allocated", 1000), ("max_memory_allocated", 1500), ("reset_peak_memory_stats", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda result=result: result)
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield fan_in_gpu
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_what_must_be_moved_on_a_gpu(fan_in_gpu):
+    shape = 3072, 768, 307, 256
+    data = 4 * 256 * (3072 + 768)
+    assert fan_in_gpu.moved_bytes("fan-in", *shape) == 768 * 307 * 6 + data == 5_346_816
+    assert fan_in_gpu.moved_bytes("fan-in, tuned", *shape) == 5_346_816
+    assert fan_in_gpu.moved_bytes("fan-in bf16", *shape) == 768 * 307 * 4 + data // 2
+    assert fan_in_gpu.moved_bytes("plain torch", *shape) == 768 * 307 * 8 + data
+    assert fan_in_gpu.moved_bytes("CSR fp32", *shape) == 768 * 307 * 8 + 769 * 4 + data
+    for name in ("dense fp32", "dense TF32"):
+        assert fan_in_gpu.moved_bytes(name, *shape) == 4 * 768 * 3072 + data
+    assert fan_in_gpu.moved_bytes("dense bf16", *shape) == 2 * 768 * 3072 + data // 2
+    # of four weights two, of two bytes, and four bits
+    assert fan_in_gpu.moved_bytes("2:4 bf16, 50 %", *shape) == 768 * 3072 // 4 * 4.5 + data // 2
+    # more inputs than int16 can name
+    assert fan_in_gpu.moved_bytes("fan-in", 40_000, 10, 3, 1) == 10 * 3 * 8 + 4 * 40_010
+
+
+def test_what_a_way_needs_on_a_gpu(fan_in_gpu):
+    data = 4 * 2048 * (768 + 1_000_000)
+    weight = 4 * 768 * 1_000_000
+    assert fan_in_gpu.needed_bytes("dense fp32", 768, 1_000_000, 77, 2048, "forward") == weight + 2 * data
+    assert fan_in_gpu.needed_bytes("dense fp32", 768, 1_000_000, 77, 2048, "both") == 2 * weight + 3 * data
+    assert fan_in_gpu.needed_bytes("fan-in", 768, 1_000_000, 77, 2048, "both") == 77_000_000 * (12 + 8) + 3 * data
+    assert fan_in_gpu.needed_bytes("2:4 bf16, 50 %", 64, 32, 6, 0, "forward") == 64 * 32 * (1.125 + 2)
+
+
+def test_what_is_compared_on_a_gpu(fan_in_gpu):
+    everything = set(fan_in_gpu.PRECISION)
+    tiled = {"fan-in, tiled by 64", "fan-in, tiled by 16"}
+    forward_alone = {"CSR fp32", "2:4 bf16, 50 %"}
+    assert set(fan_in_gpu.names(0.9, 256, "forward")) == everything
+    assert set(fan_in_gpu.names(0.9, 64, "both")) == everything - forward_alone - {"fan-in, tiled by 64"}
+    assert set(fan_in_gpu.names(0.95, 2048, "forward")) == everything - tiled
+
+
+def test_what_a_way_runs_under(without_gpu):
+    def state(name):
+        without_gpu.settle(name)
+        return (torch.backends.cuda.matmul.allow_tf32, os.environ["PERMASK_TUNE"],
+                without_gpu.kernels._triton().rule(256, 307))
+
+    assert state("dense TF32") == (True, "0", {})
+    assert state("fan-in, tiled by 16") == (False, "0", {"examples": 16, "tiled": True})
+    assert state("fan-in, tiled by 64") == (False, "0", {"examples": 64, "tiled": True})
+    assert state("fan-in bf16, tuned") == (False, "1", {})
+
+
+def test_gpu_speeds_but_for_the_gpu(without_gpu, tmp_path, monkeypatch, capsys):
+    result = tmp_path / "fan_in_gpu.json"
+    monkeypatch.setattr(sys, "argv", ["fan_in_gpu.py", "--quick", "--result", str(result)])
+    without_gpu.main()
+    record, printed = json.loads(result.read_text()), capsys.readouterr().out
+    assert len(record["rows"]) == 4 * 2 * 2 * 2  # sparsities, batches, ways, in a graph or not
+    for row in record["rows"]:
+        ways = set(without_gpu.names(row["sparsity"], row["batch"], row["way"])) - {"2:4 bf16, 50 %"}
+        assert row["median_seconds"].keys() == row["errors"].keys() == row["quartiles_seconds"].keys() == ways
+        assert row["turns"] >= 5
+        ours = row["median_seconds"]["fan-in"]
+        assert row["ratios"] == pytest.approx({name: median / ours for name, median in row["median_seconds"].items()
+                                               if name != "fan-in"})
+        for name, fraction in row["bandwidth_fraction"].items():
+            assert fraction == pytest.approx(row["counted_bytes"][name] / row["median_seconds"][name]
+                                             / record["copy_bytes_per_second"])
+        assert row["counted_bytes"].keys() == (ways if row["way"] == "forward" else set())
+    # torch has 2:4 sparsity for a GPU alone
+    assert len(record["skipped"]) == 4 * 2 * 2
+    assert {row["left_out"] for row in record["skipped"]} == {"2:4 bf16, 50 %"}
+    assert "left out: 2:4 bf16, 50 %: Error original_tensor.device= cpu is not supported" in printed
+    assert record["memory"]["peak_bytes"] == {"fan-in": 500, "dense": 500}
+    assert record["memory"]["computed_bytes"]["dense"] == 16 * 5000 * 769
+    assert record["hoped"] == []
+
+
+def gpu_row(without_gpu, skip, **changed):
+    layer = without_gpu.FanInLinear(96, 64, 10)
+    torch.nn.init.normal_(layer.bias)
+    at = {"inputs": 96, "outputs": 64, "sparsity": 0.9, "fan_in": 10, "batch": 3, "way": "forward", "graph": False}
+    return without_gpu.compare(layer, at | changed, 1e9, 0, skip)
+
+
+def test_what_does_not_fit_on_a_gpu_is_left_out(without_gpu, monkeypatch):
+    left_out = {}
+    data = 4 * 3 * (96 + 64)
+    monkeypatch.setattr(without_gpu, "free_bytes", lambda: 2 * 4 * 96 * 64 + 3 * data - 1)
+    row = gpu_row(without_gpu, left_out.__setitem__, way="both")
+    assert row["median_seconds"].keys() == {"fan-in", "fan-in, tuned", "fan-in bf16", "fan-in bf16, tuned",
+                                            "dense bf16"}
+    assert left_out.keys() == {"dense fp32", "dense TF32", "plain torch"}
+    assert left_out["dense fp32"] == "it needs 0.00 GiB, of 0.00 that are free"
+
+    monkeypatch.setattr(without_gpu, "free_bytes", lambda: 2 ** 34)
+    monkeypatch.setattr(without_gpu, "GATHERED", 64 * 10 * 3 - 1)
+    gpu_row(without_gpu, left_out.__setitem__)
+    assert left_out["plain torch"] == "it would gather 1.9e+03 numbers"
+
+    monkeypatch.setattr(without_gpu, "LONG", -1.0)
+    row = gpu_row(without_gpu, left_out.__setitem__)
+    assert left_out["fan-in"] == "a call takes 0.0 s"
+    assert row["ratios"] == row["median_seconds"] == {} and row["turns"] == 0
+    assert without_gpu.line(row) == "    3 forward calls"
+
+    def full(*given):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nOf what was there")
+
+    monkeypatch.setattr(without_gpu, "made", full)
+    gpu_row(without_gpu, left_out.__setitem__)
+    assert left_out["fan-in"] == "CUDA out of memory."
+
+
+def test_what_fails_on_a_gpu_stops_the_script_unless_a_library_lacks_it(without_gpu, monkeypatch):
+    made, left_out = without_gpu.made, {}
+
+    def failing(failed):
+        def make(name, layer):
+            if name == failed:
+                raise RuntimeError("no such kernel")
+            return made(name, layer)
+        monkeypatch.setattr(without_gpu, "made", make)
+
+    failing("CSR fp32")
+    gpu_row(without_gpu, left_out.__setitem__)
+    assert left_out["CSR fp32"] == "no such kernel"
+    failing("dense fp32")
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        gpu_row(without_gpu, left_out.__setitem__)
+
+
+@pytest.mark.parametrize("way, wrong", [("forward", 0), ("both", 0), ("both", 1), ("both", 2)])
+@pytest.mark.parametrize("value", [0.1, float("nan")])
+def test_a_layer_that_is_wrong_on_a_gpu_is_not_timed(way, wrong, value, without_gpu, monkeypatch):
+    made = without_gpu.made
+
+    def changed(name, layer):
+        forward, both, weight = made(name, layer)
+
+        def other(*given):
+            results = (forward(*given),) if way == "forward" else both(*given)
+            results[wrong].detach().view(-1)[-1] += value
+            return results[0] if way == "forward" else results
+        return (other, both, weight) if way == "forward" else (forward, other, weight)
+
+    monkeypatch.setattr(without_gpu, "made", changed)
+    with pytest.raises(SystemExit, match="fan-in is off by"):
+        gpu_row(without_gpu, None, way=way)
+
+
+def test_what_is_printed_of_a_row(fan_in_gpu):
+    row = {"batch": 256, "way": "forward", "graph": True, "median_seconds": {"fan-in": 2e-5, "dense fp32": 5e-5},
+           "bandwidth_fraction": {"fan-in": 0.254}, "ratios": {"dense fp32": 2.5}}
+    assert fan_in_gpu.line(row) == "  256 forward graph        20.0 us, 25% of the bandwidth  dense fp32 2.50"
+    row |= {"way": "both", "graph": False, "bandwidth_fraction": {}}
+    assert fan_in_gpu.line(row) == "  256 both    calls        20.0 us  dense fp32 2.50"
+
+
+def test_what_was_hoped_for_on_a_gpu(fan_in_gpu):
+    row = {"inputs": 3072, "outputs": 768, "sparsity": 0.9, "batch": 256, "way": "forward", "graph": True,
+           "median_seconds": {"fan-in": 2.0, "dense fp32": 4.0, "CSR fp32": 25.0, "fan-in, tuned": 1.0}}
+    others = [row | change for change in ({"graph": False}, {"way": "both"}, {"batch": 16}, {"sparsity": 0.8},
+                                          {"inputs": 768, "outputs": 131_072})]
+    fast = row | {"sparsity": 0.99, "median_seconds": {"fan-in bf16": 2.0, "dense bf16": 1.9}}
+    peaks = {"labels": 1_000_000, "peak_bytes": {"fan-in": 9 * 2 ** 30}}
+    found = fan_in_gpu.hoped([row, *others, fast], peaks)
+    assert [(one["found"], one["hoped"], one["met"]) for one in found] == [
+        (2.0, "at least 2", True), (4.0, "at least 2", True), (12.5, "at least 13", False), (25.0, "at least 13", True),
+        (0.95, "at least 1", False), (9.0, "below 8", False)]
+    assert found[2]["what"] == "3072 -> 768, 90%, batch 256, forward in a graph: fan-in faster than CSR fp32, times"
+    assert fan_in_gpu.hoped(others, {"labels": 5000, "peak_bytes": {"fan-in": 1}}) == []
+
+
+@pytest.mark.parametrize("given, said", [
+    (["--seconds", "-1"], "'-1': expected an integer of at least 0"),
+    (["--only", "3x4"], "invalid choice: '3x4'"),
+    (["--result", str(BENCHMARKS)], "is a folder: expected a file")])
+def test_gpu_options_out_of_range_are_named(given, said, fan_in_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fan_in_gpu.py", *given])
+    with pytest.raises(SystemExit):
+        fan_in_gpu.main()
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_script_says_so(tmp_path):
+    run = subprocess.run([sys.executable, BENCHMARKS / "fan_in_gpu.py", "--result", tmp_path / "none.json"],
+                         capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert run.returncode == 1
+    assert run.stderr.strip() == "fan_in_gpu.py measures a GPU, and torch finds no CUDA device here"
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_triton_the_script_says_so(fan_in_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fan_in_gpu.kernels, "_triton", lambda: None)
+    with pytest.raises(SystemExit, match="needs Triton and a C compiler"):
+        fan_in_gpu.machine()
+
+
+def test_a_row_that_does_not_fit_on_a_gpu_does_not_end_the_script(without_gpu, tmp_path, monkeypatch, capsys):
+    def full(*given):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    result = tmp_path / "fan_in_gpu.json"
+    monkeypatch.setattr(without_gpu, "compare", full)
+    monkeypatch.setattr(without_gpu, "free_bytes", lambda: 16 * 5000 * 769 - 1)
+    monkeypatch.setattr(sys, "argv", ["fan_in_gpu.py", "--quick", "--result", str(result)])
+    without_gpu.main()
+    record = json.loads(result.read_text())
+    assert record["rows"] == [] and record["memory"]["peak_bytes"] == {"fan-in": 500}
+    assert [row["left_out"] for row in record["skipped"]] == ["all"] * 32 + ["dense"]
+    assert record["skipped"][0] == {"inputs": 96, "outputs": 64, "sparsity": 0.8, "fan_in": 19, "batch": 1,
+                                    "way": "forward", "graph": False, "left_out": "all",
+                                    "reason": "CUDA out of memory."}
