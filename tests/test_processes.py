@@ -275,6 +275,16 @@ if __name__ in ("__main__", "__mp_main__"):
     torch.set_num_threads(1)
 if __name__ == "__mp_main__":  # a process that fit has started from this file
     training.SAVE_SECONDS = 0
+
+    class Slow:
+        """The clock that every step reads: on a busy machine the run would be over before it is killed."""
+
+        @staticmethod
+        def monotonic():
+            time.sleep(0.02)
+            return time.monotonic()
+
+    training.time = Slow
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     if "RANK" in os.environ:

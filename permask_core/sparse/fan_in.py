@@ -17,15 +17,16 @@ CHUNK = 2 ** 20  # connections at a time where connections are drawn or moved: t
 class _FanIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, layer):
-        ctx.save_for_backward(x, values, layer.indices)
-        ctx.layer, ctx.bias_type = layer, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, values)
+        ctx.layer, ctx.indices, ctx.version = layer, layer.indices, kernels.version(layer.indices)
+        ctx.bias_type = None if bias is None else bias.dtype
         return kernels.forward(x, values, layer.indices, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, values, indices = ctx.saved_tensors
-        if ctx.layer.indices is not indices:
+        (x, values), indices = ctx.saved_tensors, ctx.indices
+        if ctx.layer.indices is not indices or ctx.version != kernels.version(indices):
             raise RuntimeError("the layer was rewired between forward and backward, and the connections whose gradient "
                                "is asked for are gone: call backward() before rewire()")
         need_x, need_values, need_bias, _ = ctx.needs_input_grad
@@ -322,6 +323,7 @@ class FanInLinear(nn.Module):
         if values.shape != self.values.shape:
             self._resized(self.values.data.new_empty(values.shape))
             self.indices, self.rows = self.indices.new_empty(indices.shape), self.rows.new_empty(rows.shape)
+        kernels.forget(self.indices)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         # With assign=True they are the tensors that were given, of whatever layout.
         self.values.data = self.values.data.contiguous()

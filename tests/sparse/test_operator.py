@@ -89,3 +89,25 @@ def test_only_the_gradients_that_are_needed_are_there(needed):
     x, values, bias = (tensor.clone().requires_grad_(need) for tensor, need in zip(given, needed))
     fan_in(x, values, layer.indices, bias).sum().backward()
     assert [tensor.grad is not None for tensor in (x, values, bias)] == list(needed)
+
+
+def test_other_sizes_of_a_batch_compile_nothing_anew():
+    model, graphs = network(), []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counted)
+    with torch.no_grad():
+        for batch in (3, 4, 7, 20):
+            assert compiled(torch.randn(batch, 12)).shape == (batch, 6)
+    assert len(graphs) == 1
+
+
+def test_hooks_that_save_tensors_elsewhere_change_no_gradient():
+    model, x = network(), torch.randn(4, 12)
+    plain = gradients(model, model, x)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        moved = gradients(model, model, x)
+    assert all(torch.equal(a, b) for a, b in zip(plain, moved))

@@ -17,19 +17,22 @@ from functools import cache
 import torch
 
 from permask_core.sparse.kernels import cpu, eager
-from permask_core.sparse.kernels.transposing import Transposed, forget, kept, transposed
+from permask_core.sparse.kernels.transposing import Transposed, forget, kept, transposed, version
 
-__all__ = ["Transposed", "backward", "forget", "forward", "kept", "transposed"]
+__all__ = ["Transposed", "backward", "forget", "forward", "kept", "transposed", "version"]
 
 
 @cache
 def _triton():
     """The module, or None, said once, where it cannot run."""
     try:
-        if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
-            raise ImportError("Triton needs a C compiler, cc, gcc or clang")
-        return importlib.import_module("permask_core.sparse.kernels.triton")
-    except ImportError as error:
+        if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
+            raise ImportError("Triton needs a C compiler, gcc or clang")
+        module = importlib.import_module("permask_core.sparse.kernels.triton")
+        if torch.cuda.is_available():
+            module.triton.runtime.driver.active.get_current_device()  # compiled here, which is where that would fail
+        return module
+    except Exception as error:  # whatever a compiler says
         warnings.warn(f"fan-in layers on a GPU take the slower path in plain torch: {error}", stacklevel=2)
         return None
 

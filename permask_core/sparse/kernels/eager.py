@@ -3,6 +3,8 @@
 Rows go through in chunks, because a gather of a whole layer would hold batch x outputs x fan-in numbers at once.
 """
 
+from functools import wraps
+
 import torch
 
 CHUNK = 2 ** 22  # numbers gathered at a time
@@ -17,6 +19,16 @@ def _chunks(n, batch, k):
     return (slice(start, start + rows) for start in range(0, n, rows))
 
 
+def _as_given(kernel):
+    """Without autocast, which would multiply in half precision what is to be summed in float32."""
+    @wraps(kernel)
+    def exact(first, *given, **named):
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *given, **named)
+    return exact
+
+
+@_as_given
 def forward(x, values, indices, bias=None):
     dtype = _summed_in(x.dtype)
     columns, y = x.to(dtype).t().contiguous(), x.new_empty(len(x), len(values))
@@ -27,6 +39,7 @@ def forward(x, values, indices, bias=None):
     return y
 
 
+@_as_given
 def backward(grad, x, values, indices, transposed, need_x, need_values):
     dtype, (batch, inputs), k = _summed_in(x.dtype), x.shape, values.shape[1]
     columns, by_output = (tensor.to(dtype).t().contiguous() for tensor in (x, grad))

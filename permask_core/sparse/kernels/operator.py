@@ -1,6 +1,8 @@
 """Forward and backward pass as operators that torch.compile takes as a whole: ``permask::fan_in``, with its derivative.
 
 Calling one costs some ten microseconds more than an autograd function, so that a layer uses them only in compiled code.
+In a CUDA graph that torch.compile makes of its own (``mode="reduce-overhead"``) they are left out: what they keep about
+the indices would lie in memory that belongs to the graph.
 """
 
 import torch
@@ -8,18 +10,20 @@ from torch import Tensor
 
 from permask_core.sparse import kernels
 
+TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
 
-@torch.library.custom_op("permask::fan_in", mutates_args=())
+
+@torch.library.custom_op("permask::fan_in", mutates_args=(), tags=TAGS)
 def fan_in(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
     return kernels.forward(x, values, indices, bias)
 
 
 @fan_in.register_fake
 def _(x, values, indices, bias):
-    return x.new_empty(len(x), len(values))
+    return x.new_empty(x.shape[0], values.shape[0])
 
 
-@torch.library.custom_op("permask::fan_in_backward", mutates_args=())
+@torch.library.custom_op("permask::fan_in_backward", mutates_args=(), tags=TAGS)
 def fan_in_backward(grad: Tensor, x: Tensor, values: Tensor, indices: Tensor, need_x: bool,
                     need_values: bool) -> tuple[Tensor, Tensor]:
     listed = kernels.kept(indices, (0, None), lambda: kernels.transposed(indices, x.shape[1]))

@@ -48,15 +48,27 @@ def transposed(indices, in_features):
 _kept = WeakTensorKeyDictionary()  # by the indices: their version, and what was made of that by its name
 
 
+def version(indices):
+    """Another number after each change in place; None where torch does not count."""
+    return None if indices.is_inference() else indices._version
+
+
 def kept(indices, name, make):
-    """What ``make()`` gives, made once for these indices and this name; again where they were written to since."""
-    version = None if indices.is_inference() else indices._version
+    """What ``make()`` gives, made once for these indices and this name; again where they were written to since.
+
+    What a CUDA graph would make while it is captured has no numbers yet, and is not kept: call the layer once before.
+    """
     entry = _kept.get(indices)
-    if entry is None or entry[0] != version:
-        entry = _kept[indices] = version, {}
+    if entry is None or entry[0] != version(indices):
+        entry = _kept[indices] = version(indices), {}
     made = entry[1]
     if name not in made:
-        made[name] = make()
+        if indices.is_cuda and torch.cuda.is_current_stream_capturing():
+            return make()
+        new = make()
+        if indices.is_cuda:  # the next who asks may work on another stream
+            torch.cuda.current_stream(indices.device).synchronize()
+        made[name] = new
     return made[name]
 
 

@@ -45,16 +45,17 @@ def _transpose(source, target, rows, columns, width, SIDE: tl.constexpr):
 
 
 @triton.jit
-def _forward(table, values, indices, bias, y, batch, n, k, width, step, stride,
+def _forward(table, values, indices, bias, y, batch, n, k, width, step, room, stride,
              BIAS: tl.constexpr, OUTPUTS: tl.constexpr, CHUNK: tl.constexpr, EXAMPLES: tl.constexpr):
     """y [n, batch] = values x table; a program does every ``stride``-th block of outputs for a tile of examples.
 
-    Rows of the table lie ``width`` apart, tiles ``step``.
+    Rows of the table lie ``width`` apart, tiles ``step``; it has ``room`` for more examples than there are, so that
+    reads are aligned whatever the batch.
     """
     tile, lane = (tl.program_id(0) // stride).to(tl.int64), tl.arange(0, EXAMPLES)
     example = tile * EXAMPLES + lane
     table += tile * step
-    here = (example < batch)[None, None, :]
+    here = (example < room)[None, None, :]
     for block in range(tl.program_id(0) % stride, tl.cdiv(n, OUTPUTS), stride):
         output = (block * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
         sums = tl.zeros((OUTPUTS, CHUNK, EXAMPLES), tl.float32)
@@ -75,17 +76,17 @@ def _forward(table, values, indices, bias, y, batch, n, k, width, step, stride,
 
 
 @triton.jit
-def _by_input(table, values, pointers, outputs, slots, dx, batch, inputs, width, step, blocks, stride,
+def _by_input(table, values, pointers, outputs, slots, dx, batch, inputs, width, step, room, blocks, stride,
               CHUNK: tl.constexpr, EXAMPLES: tl.constexpr):
     """dx [inputs, batch] from table, the gradient; a program does every ``stride``-th input."""
     tile, lane = (tl.program_id(0) // stride).to(tl.int64), tl.arange(0, EXAMPLES)
     example = tile * EXAMPLES + lane
     table += tile * step
-    here = (example < batch)[None, :]
+    here = (example < room)[None, :]
     for input in range(tl.program_id(0) % stride, inputs, stride):
         sums = tl.zeros((CHUNK, EXAMPLES), tl.float32)
         for block in range(0, blocks):
-            pointer = pointers + block * (inputs + 1) + input
+            pointer = pointers + tl.cast(block, tl.int64) * (inputs + 1) + input
             end = tl.load(pointer + 1)
             for first in range(tl.load(pointer), end, CHUNK):
                 at = first + tl.arange(0, CHUNK)
@@ -99,21 +100,21 @@ def _by_input(table, values, pointers, outputs, slots, dx, batch, inputs, width,
 
 
 @triton.jit
-def _by_value(x, grad, indices, dvalues, batch, n, k,
+def _by_value(x, grad, indices, dvalues, n, k, room,
               OUTPUTS: tl.constexpr, CHUNK: tl.constexpr, EXAMPLES: tl.constexpr):
-    """dvalues [n, k] from the tables of x and of the gradient, which have the whole batch in a row."""
+    """dvalues [n, k] from the tables of x and of the gradient, which have the whole batch in a row, and then zeros."""
     output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
     slot = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     there = (output < n)[:, None] & (slot < k)[None, :]
     at = output[:, None] * k + slot[None, :]
     index = tl.load(indices + at, mask=there, other=0).to(tl.int64)
     sums = tl.zeros((OUTPUTS, CHUNK, EXAMPLES), tl.float32)
-    for first in range(0, batch, EXAMPLES):
+    for first in range(0, room, EXAMPLES):
         example = first + tl.arange(0, EXAMPLES)
-        here = (example < batch)[None, None, :]
-        row = tl.load(x + index[:, :, None] * batch + example[None, None, :], mask=there[:, :, None] & here, other=0)
-        given = tl.load(grad + output[:, None] * batch + example[None, :],
-                        mask=(output < n)[:, None] & (example < batch)[None, :], other=0)
+        here = (example < room)[None, None, :]
+        row = tl.load(x + index[:, :, None] * room + example[None, None, :], mask=there[:, :, None] & here, other=0)
+        given = tl.load(grad + output[:, None] * room + example[None, :],
+                        mask=(output < n)[:, None] & (example < room)[None, :], other=0)
         sums += given.to(tl.float32)[:, None, :] * row.to(tl.float32)
     tl.store(dvalues + at, tl.sum(sums, 2).to(dvalues.dtype.element_ty), mask=there)
 
@@ -129,15 +130,23 @@ class Plan(NamedTuple):
 
 
 def rule(batch, listed, size=2048, examples=64, warps=4, tiled=False):
-    """The plan for lists of so many connections that holds ``size`` products, and is not measured."""
+    """The plan for lists of so many connections that holds ``size`` products, and is not measured.
+
+    For one example a warp does a few outputs on its own: summing over several would cost more than it brings.
+    """
+    if batch == 1:
+        size, warps = 512, 1
     examples = min(triton.next_power_of_2(batch), examples)
-    chunk = min(triton.next_power_of_2(listed), max(1, size // examples))
+    chunk = min(triton.next_power_of_2(listed), max(1, size // examples), 64 if batch == 1 else size)
     return Plan(max(1, size // (chunk * examples)), chunk, examples, warps, tiled and examples < batch)
 
 
 def _candidates(batch, listed):
-    options = product((1024, 2048, 4096), (16, 64, 128), (4, 8), (False, True))
-    return list(dict.fromkeys(rule(batch, listed, *option) for option in options))
+    """Plans to measure: few connections of many examples or the reverse, and tiles of several sizes."""
+    options = [*product((1024, 2048), (16, 32, 64, 128), (4,), (False,)), (4096, 64, 8, False), (4096, 128, 8, False),
+               *product((2048, 8192), (8, 16, 32), (4, 16), (True,))]
+    one = [Plan(max(1, 2048 // chunk), chunk, 1) for chunk in (128, 512) if chunk < 2 * listed] if batch == 1 else []
+    return list(dict.fromkeys([rule(batch, listed, *option) for option in options] + one))
 
 
 _measured = {}
@@ -175,19 +184,26 @@ def _turned(source, width):
     rows, columns = source.shape
     if 1 in (rows, columns) and width == rows:
         return source
-    target = source.new_empty(triton.cdiv(rows, width), columns, width)
+    target = (source.new_zeros if rows % width else source.new_empty)(triton.cdiv(rows, width), columns, width)
     _transpose[triton.cdiv(rows, SIDE) * triton.cdiv(columns, SIDE),](source, target, rows, columns, width, SIDE)
     return target
 
 
 def _layout(batch, rows, plan):
-    """How far apart rows of a table lie, and tiles of examples."""
-    return (plan.examples, rows * plan.examples) if plan.tiled else (batch, plan.examples)
+    """How far apart rows of a table lie, and tiles of examples, and for how many examples there is room."""
+    if plan.tiled:
+        return plan.examples, rows * plan.examples, triton.cdiv(batch, plan.examples) * plan.examples
+    return _room(batch), plan.examples, _room(batch)
+
+
+def _room(batch):
+    """Rows of a table begin at multiples of 16 numbers, which Triton knows to read many at a time."""
+    return batch if batch == 1 else triton.cdiv(batch, 16) * 16
 
 
 def _narrow(indices, inputs):
     """As int16 where that suffices; for one example they are a third of what is read. Made once, so not of a slice."""
-    if inputs > 2 ** 15 or indices._is_view():
+    if inputs > 2 ** 15 or indices.dtype == torch.int16 or indices._is_view():
         return indices
     return kept(indices, "int16", indices.short)
 
@@ -195,9 +211,9 @@ def _narrow(indices, inputs):
 def _programs(x, batch, plan, outputs):
     """Programs for one tile of examples, and the grid of them all."""
     tiles, stride = triton.cdiv(batch, plan.examples), triton.cdiv(outputs, plan.outputs)
-    if plan.tiled:  # few enough that they all run at once, each on its tile
+    if plan.tiled:  # one on each processor, so that a cache has one tile
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-        stride = min(stride, max(1, 2 * processors // tiles))
+        stride = min(stride, max(1, processors // tiles))
     return stride, (stride * tiles,)
 
 
@@ -209,10 +225,11 @@ def forward(x, values, indices, bias=None):
     bias = bias if bias is None else bias.contiguous()
 
     def run(plan):
-        y, (width, step) = x.new_empty(n, batch, dtype=_stored(x.dtype)), _layout(batch, inputs, plan)
+        y, layout = x.new_empty(n, batch, dtype=_stored(x.dtype)), _layout(batch, inputs, plan)
         stride, grid = _programs(x, batch, plan, n)
-        _forward[grid](_turned(x, width), values, indices, values if bias is None else bias, y, batch, n, k, width,
-                       step, stride, bias is not None, plan.outputs, plan.chunk, plan.examples, num_warps=plan.warps)
+        _forward[grid](_turned(x, layout[0]), values, indices, values if bias is None else bias, y, batch, n, k,
+                       *layout, stride, bias is not None, plan.outputs, plan.chunk, plan.examples,
+                       num_warps=plan.warps)
         return _turned(y, n).view(batch, n).to(x.dtype)
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -227,21 +244,21 @@ def backward(grad, x, values, indices, transposed, need_x, need_values):
     indices = _narrow(indices.contiguous(), inputs)
 
     def by_input(plan):
-        dx, (width, step) = x.new_empty(inputs, batch, dtype=_stored(x.dtype)), _layout(batch, n, plan)
+        dx, layout = x.new_empty(inputs, batch, dtype=_stored(x.dtype)), _layout(batch, n, plan)
         stride, grid = _programs(x, batch, plan._replace(outputs=1), inputs)
-        _by_input[grid](_turned(grad, width) if plan.tiled else plain, values, *transposed, dx, batch, inputs, width,
-                        step, len(transposed.pointers), stride, plan.chunk, plan.examples, num_warps=plan.warps)
+        _by_input[grid](_turned(grad, layout[0]) if plan.tiled else plain, values, *transposed, dx, batch, inputs,
+                        *layout, len(transposed.pointers), stride, plan.chunk, plan.examples, num_warps=plan.warps)
         return _turned(dx, inputs).view(batch, inputs).to(x.dtype)
 
     def by_value(plan):
         dvalues = torch.empty_like(values, dtype=_stored(values.dtype))
         _by_value[triton.cdiv(n, plan.outputs), triton.cdiv(k, plan.chunk)](
-            _turned(x, batch), plain, indices, dvalues, batch, n, k, plan.outputs, plan.chunk, plan.examples,
-            num_warps=plan.warps)
+            _turned(x, _room(batch)), plain, indices, dvalues, n, k, _room(batch), plan.outputs, plan.chunk,
+            plan.examples, num_warps=plan.warps)
         return dvalues.to(values.dtype)
 
     listed = triton.cdiv(n * k, inputs * len(transposed.pointers))
     with torch.cuda.device_of(x):
-        plain = _turned(grad, batch)
+        plain = _turned(grad, _room(batch))
         return (by_input(_plan("by input", by_input, x, batch, listed, n, inputs)) if need_x else None,
                 by_value(_plan("by value", by_value, x, batch, k, n, inputs)) if need_values else None)
