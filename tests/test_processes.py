@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -246,7 +247,10 @@ def test_a_file_of_another_number_of_processes_is_refused_before_any_starts(tmp_
 def test_processes_that_fit_starts_are_torchruns_killed_and_resumed_in_a_notebook_on_a_cluster(
         ranks, tmp_path, monkeypatch):
     path, model = tmp_path / "run.safetensors", net()
-    with subprocess.Popen([sys.executable, __file__, tmp_path], env=ENVIRONMENT, stdout=subprocess.PIPE) as running:
+    # Its processes hear of its end by an interrupt, which a shell has its background jobs ignore.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([sys.executable, __file__, tmp_path], env=ENVIRONMENT, stdout=subprocess.PIPE,
+                          preexec_fn=heard) as running:
         while not path.exists() or load_tensors(path)[1]["done"] < 3:
             assert running.poll() is None
             time.sleep(0.005)
@@ -275,16 +279,6 @@ if __name__ in ("__main__", "__mp_main__"):
     torch.set_num_threads(1)
 if __name__ == "__mp_main__":  # a process that fit has started from this file
     training.SAVE_SECONDS = 0
-
-    class Slow:
-        """The clock that every step reads: on a busy machine the run would be over before it is killed."""
-
-        @staticmethod
-        def monotonic():
-            time.sleep(0.02)
-            return time.monotonic()
-
-    training.time = Slow
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     if "RANK" in os.environ:
