@@ -435,3 +435,10 @@ def test_python_threads_at_once_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert len(wrong) == 30 * 3 * len(givens) and not any(wrong)
+
+
+def test_autocast_does_not_reach_into_the_plain_kernel():
+    given = case(33, 20, 30, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = run(eager, *given)
+    assert_rounded(results, exact(*given), torch.float32)

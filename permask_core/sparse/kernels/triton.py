@@ -152,7 +152,7 @@ def _candidates(batch, listed):
 _measured = {}
 
 
-def _kept():
+def _plans_file():
     return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache") / "permask_plans.json"
 
 
@@ -162,15 +162,15 @@ def _plan(kind, run, x, batch, listed, n, inputs):
         return rule(batch, listed)
     key = " ".join(map(str, (kind, torch.cuda.get_device_name(x.device), triton.__version__, x.dtype,
                              triton.next_power_of_2(batch), listed, n, inputs)))
-    if not _measured and _kept().exists():
-        _measured.update(json.loads(_kept().read_text()))
+    if not _measured and _plans_file().exists():
+        _measured.update(json.loads(_plans_file().read_text()))
     if key not in _measured:
         if torch.cuda.is_current_stream_capturing():
             return rule(batch, listed)
         plans = [plan for plan in _candidates(batch, listed) if kind != "by value" or not plan.tiled]
         _measured[key] = min(plans, key=lambda plan: triton.testing.do_bench(lambda: run(plan), 5, 20))
-        _kept().parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(_kept()) as path:
+        _plans_file().parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(_plans_file()) as path:
             path.write_text(json.dumps(_measured, indent=1))
     return Plan(*_measured[key])
 
