@@ -237,7 +237,7 @@ def _checked(model, train, recipe, seed, masks, rewiring, checkpoints, processes
 def _identity(model, train, job, processes):
     # What the data are, not where their files lie or how many processes read them.
     data = {f"data.{name}": digest({name: value}) if hasattr(value, "dtype") else value
-            for name, value in vars(train).items() if name not in ("root", "workers")}
+            for name, value in vars(train).items() if name not in ("root", "workers", "attributes")}
     identity = {**asdict(job.recipe), "seed": job.seed, "checkpoints": job.wanted, "processes": processes,
                 "images": len(train), **data, "masks": digest(job.masks or {}),
                 "rewiring": asdict(job.rewiring) if job.rewiring else None,

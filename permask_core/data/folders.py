@@ -6,12 +6,13 @@ epoch of a set too large for memory takes minutes.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from permask_core.data.attributes import Attribute
 from permask_core.data.splits import mixed_seed, standardised
 
 
@@ -22,7 +23,7 @@ class Folder:
     Batches are like those of :class:`~permask_core.data.splits.Split`, with images of ``image_size`` x ``image_size``
     pixels, standardised by ``mean`` and ``sd`` of each channel. Augmented, an image is a crop of 8 to 100 % of the area
     and 3:4 to 4:3, resized, and mirrored in half of the cases; otherwise it is the centre, 224/256 of the shorter side.
-    ``workers`` processes read ahead; with 0 this process reads.
+    ``workers`` processes read ahead; with 0 this process reads. ``attributes`` are as a Split's.
     """
 
     root: Path
@@ -32,6 +33,7 @@ class Folder:
     workers: int
     mean: tuple[float, ...]
     sd: tuple[float, ...]
+    attributes: dict[str, Attribute] = field(default_factory=dict)
 
     def __len__(self):
         return len(self.y)

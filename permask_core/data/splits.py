@@ -5,11 +5,13 @@ to an image in an epoch is a function of the seed, the epoch and the image's ind
 neither the number of processes nor a restart in the middle changes it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
+
+from permask_core.data.attributes import Attribute
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +20,8 @@ class Split:
 
     uint8 images are divided by 255; ``mean`` and ``sd`` of each channel, where given, then standardise. ``pad`` and
     ``flip`` are the augmentation: crops of the image's own size from the image with that many black pixels around it,
-    and the mirror image of half of them.
+    and the mirror image of half of them. ``attributes``, by name, say what else is known of each image; nothing is
+    trained on them.
     """
 
     x: torch.Tensor
@@ -27,6 +30,7 @@ class Split:
     sd: tuple[float, ...] = ()
     pad: int = 0
     flip: bool = False
+    attributes: dict[str, Attribute] = field(default_factory=dict)
 
     def __len__(self):
         return len(self.y)
