@@ -6,17 +6,11 @@ from a checkpoint of B under A's mask, permuted or not. Each function is one sta
 it, so that any order of calls, a kill, or another worker leads to the same files.
 """
 
-import multiprocessing
-import os
-import threading
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 
 import torch
 
-from permask_core.data import DATASETS, check_options, load_dataset, options_of
+from permask_core.data import DATASETS, check_options
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_activations, match_weights, permutation_groups, permute
 from permask_core.models import MODELS, build_model
@@ -31,8 +25,7 @@ from permask_core.pruning import (
     prunable_weights,
     random_masks,
 )
-from permask_core.resume import digest
-from permask_core.store import Store
+from permask_core.stages import data, in_parallel, options_that_decide, trained
 from permask_core.training import Recipe, default_device, evaluate, fit
 
 METHODS = ("dense", "lth", "permuted", "naive", "random")
@@ -104,34 +97,13 @@ class Experiment:
 
     def only(self, *names):
         """Some of the settings as a dict: what a stage depends on."""
-        settings = {name: getattr(self, name) for name in names}
-        if "options" in settings:  # how many processes read images decides about nothing
-            settings["options"] = {name: value for name, value in self.options.items() if name != "workers"}
-            if self.options.get("verify") is False:  # the files may be any: their content decides
-                settings["options"]["content"] = _content(data(self))
-        return settings
+        return {name: options_that_decide(self) if name == "options" else getattr(self, name) for name in names}
 
 
 _TRAINING = ("momentum", "weight_decay", "batch_size", "schedule", "step_epochs", "warmup", "label_smoothing",
              "optimizer", "accumulate", "precision")
 _DENSE = ("dataset", "options", "model", "width", "epochs", "lr", "processes", "checkpoints", *_TRAINING)
 _IMP = (*_DENSE, "imp", "imp_rewind", "imp_epochs", "imp_lr", "imp_rate")
-
-
-def data(experiment):
-    """The experiment's data set; the last one loaded stays in memory."""
-    rooted = {"root": experiment.root} if "root" in options_of(experiment.dataset) else {}
-    return _loaded(experiment.dataset, tuple(sorted({**rooted, **experiment.options}.items())))
-
-
-@lru_cache(maxsize=1)
-def _loaded(name, options):
-    return load_dataset(name, **dict(options))
-
-
-@lru_cache(maxsize=1)
-def _content(loaded):
-    return digest({"x": loaded.train.x, "y": loaded.train.y, "test x": loaded.test.x, "test y": loaded.test.y})
 
 
 def network(experiment, state=None, *, seed=0):
@@ -146,18 +118,6 @@ def network(experiment, state=None, *, seed=0):
 def groups(experiment):
     """The permutation groups of the experiment's network."""
     return permutation_groups(network(experiment), torch.zeros(2, *data(experiment).input_shape))
-
-
-def _trained(store, name, train, **parameters):
-    """A stage that trains: ``train`` is given a file from which a run goes on that was interrupted."""
-    unfinished = store.path(name, train, **parameters).with_suffix(".unfinished")
-
-    def compute():
-        return train(unfinished)
-
-    result = store.stage(name, compute, **parameters)
-    unfinished.unlink(missing_ok=True)
-    return result
 
 
 def dense(experiment, store, seed, which):
@@ -182,7 +142,7 @@ def dense(experiment, store, seed, which):
                   for key, tensor in run.checkpoints[name].items()}
         return states, evaluate(model, data(experiment).test)._asdict()
 
-    tensors, record = _trained(store, "dense", train, seed=own, **experiment.only(*_DENSE))
+    tensors, record = trained(store, "dense", train, seed=own, **experiment.only(*_DENSE))
     states = {epoch: {} for epoch in experiment.checkpoints}
     for name, tensor in tensors.items():
         epoch, key = name.split("/", 1)
@@ -213,7 +173,7 @@ def ticket(experiment, store, seed, target):
                           description=f"pruning round {rounds}, seed {seed}")
                 return run.state, {"sparsity": sparsity(masks)}
 
-            return _trained(store, "imp_round", train_round, seed=seed, round=rounds, **experiment.only(*_IMP))[0]
+            return trained(store, "imp_round", train_round, seed=seed, round=rounds, **experiment.only(*_IMP))[0]
 
         (_, found), = iterative_magnitude_pruning(
             train, states[experiment.epochs], [target], flavour=experiment.imp, rate=experiment.imp_rate,
@@ -293,7 +253,7 @@ def sparse(experiment, store, seed, target, method, by=None):
 
     settings = experiment.only(*_IMP, "sparse_lr", "rewind", *(["matched_at"] if method == "permuted" else []),
                                *(["matched_images"] if by == "activations" else []))
-    return _trained(store, "sparse", train, seed=seed, target=target, method=method, by=by, **settings)
+    return trained(store, "sparse", train, seed=seed, target=target, method=method, by=by, **settings)
 
 
 def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1):
@@ -349,7 +309,7 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     runs = [(method, by, target) for method, by in runs for target in (sparsities if method != "dense" else [0.0])]
     jobs = [(experiment, seed, runs) for experiment in experiments for seed in seeds]
     if workers > 1:
-        return _in_parallel(jobs, store, workers)
+        return in_parallel(_rows, jobs, store, workers)
     rows = (row for job in jobs for row in _rows(store, *job))
     return list(progress(rows, "runs", total=len(jobs) * len(runs)))
 
@@ -357,43 +317,6 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
 def _one_of(what, value, known):
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
-
-
-def _in_parallel(jobs, store, workers):
-    # A server that has imported the library once forks each worker; a fork of this process could inherit held locks.
-    known = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(["permask_core.lottery"])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
-        # Each worker counts in a copy of the store that starts from zero.
-        futures = [pool.submit(_counted_rows, Store(store.folder), *job) for job in jobs]
-        try:
-            for future in progress(as_completed(futures), "seeds", total=len(futures)):
-                _, computed, found = future.result()
-                store.computed, store.found = store.computed + computed, store.found + found
-        except BrokenProcessPool as error:
-            raise RuntimeError("a worker process died. A script must call this below `if __name__ == \"__main__\":`, "
-                               "because every worker imports it again; workers=1 needs no other process") from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # seeds that wait are not begun
-            raise
-        return [row for future in futures for row in future.result()[0]]
-
-
-def _begin_worker():
-    torch.set_num_threads(1)
-    os.environ["PERMASK_DISPLAY"] = "static"  # bars of several workers would overwrite one another
-
-    def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)  # the parent was killed; what is written is whole, and nobody waits for the rest
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _counted_rows(store, *job):
-    return list(_rows(store, *job)), store.computed, store.found
 
 
 def _rows(store, experiment, seed, runs):

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,8 +109,8 @@ class Fit(NamedTuple):
     fan_in: dict[str, torch.Tensor] | None = None
 
 
-def fit(model, train, recipe, *, seed, masks=None, rewiring=None, checkpoints=(), device=None, processes=1, resume=None,
-        description="training"):
+def fit(model, train, recipe, *, seed, loss=None, masks=None, rewiring=None, checkpoints=(), device=None, processes=1,
+        resume=None, description="training"):
     """Train a model in place.
 
     Parameters
@@ -123,6 +123,10 @@ def fit(model, train, recipe, *, seed, masks=None, rewiring=None, checkpoints=()
     seed : int
         Of the order of the data, of augmentation, of dropout and of random growth; the global random state comes back
         afterwards.
+    loss : callable, optional
+        ``loss(logits, targets)``, a mean over the images of a batch, where ``targets`` are what the split's batches
+        have beside their inputs; by default the cross-entropy. A run is found again by the loss's name, or by the
+        ``repr`` of one that has settings.
     masks : Masks, optional
         Applied before the first step and after every one: momentum and weight decay would revive weights otherwise.
     rewiring : Rewiring, optional
@@ -153,18 +157,19 @@ def fit(model, train, recipe, *, seed, masks=None, rewiring=None, checkpoints=()
     Raises
     ------
     ValueError
-        If masks do not fit, a checkpoint has no such name or lies behind the end, there are fewer images than a batch
-        or fewer in the last batch than parts of a batch, there is nothing to rewire, processes disagree about what to
-        train, or the file to resume from is of a run with other settings; before any training.
+        If masks do not fit, a recipe smooths labels beside a loss of its own, a checkpoint has no such name or lies
+        behind the end, there are fewer images than a batch or fewer in the last batch than parts of a batch, there is
+        nothing to rewire, processes disagree about what to train, or the file to resume from is of a run with other
+        settings; before any training.
     FloatingPointError
         If the loss of an epoch, or a weight at the end, is not finite.
     RuntimeError
         If one of several processes failed, with its message.
     """
-    train = _split(train)
+    train = as_split(train)
     if isinstance(checkpoints, str):
         raise ValueError(f"checkpoints is {checkpoints!r}: expected a list of names")
-    job = _checked(model, train, recipe, seed, masks, rewiring, checkpoints, processes)
+    job = _checked(model, train, recipe, seed, loss, masks, rewiring, checkpoints, processes)
     if processes > 1 or resume:
         job = job._replace(identity=_identity(model, train, job, processes))
     if processes == 1:
@@ -181,7 +186,8 @@ def fit(model, train, recipe, *, seed, masks=None, rewiring=None, checkpoints=()
     return Fit(run.state, kept, run.losses, *((run.masks or None, run.fan_in) if rewiring else (masks, None)))
 
 
-def _split(data):
+def as_split(data):
+    """A split as it is, or one made of inputs and labels; ValueError for anything else."""
     if hasattr(data, "batches"):
         return data
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, torch.Tensor) for part in data):
@@ -195,6 +201,7 @@ class _Job(NamedTuple):
 
     recipe: Recipe
     seed: int
+    loss: object  # a function of logits and targets, or None for the recipe's cross-entropy
     masks: dict | None
     rewiring: Rewiring | None
     wanted: dict[str, int]  # steps at which checkpoints are taken, by name
@@ -202,11 +209,13 @@ class _Job(NamedTuple):
     identity: dict  # all of it in short, by what a reader calls it; empty where nobody compares it
 
 
-def _checked(model, train, recipe, seed, masks, rewiring, checkpoints, processes):
+def _checked(model, train, recipe, seed, loss, masks, rewiring, checkpoints, processes):
     if not isinstance(processes, int) or processes < 1:
         raise ValueError(f"processes is {processes!r}: expected an integer of at least 1")
     if not isinstance(seed, int) or not 0 <= seed < 2 ** 63:
         raise ValueError(f"seed is {seed!r}: expected an integer of at least 0 and below 2**63")
+    if loss and recipe.label_smoothing:
+        raise ValueError(f"label_smoothing is {recipe.label_smoothing} beside a loss of its own: expected 0")
     n, parts = len(train), processes * recipe.accumulate
     if isinstance(train, Split) and len(train.x) != n:
         raise ValueError(f"got {len(train.x)} inputs and {n} labels: expected as many of each")
@@ -231,18 +240,29 @@ def _checked(model, train, recipe, seed, masks, rewiring, checkpoints, processes
         if processes > 1 and any(isinstance(module, FanInLinear) for module in model.modules()):
             raise ValueError(f"processes is {processes}, with rewiring and FanInLinear layers: expected 1, or masks "
                              "instead, because the engine that averages gradients holds their shapes fixed")
-    return _Job(recipe, seed, masks, rewiring, wanted, steps_per_epoch, {})
+    return _Job(recipe, seed, loss, masks, rewiring, wanted, steps_per_epoch, {})
 
 
 def _identity(model, train, job, processes):
-    # What the data are, not where their files lie or how many processes read them.
-    data = {f"data.{name}": digest({name: value}) if hasattr(value, "dtype") else value
-            for name, value in vars(train).items() if name not in ("root", "workers", "attributes")}
+    data = {f"data.{name}": value for name, value in _described(train).items()}
+    loss = {"loss": getattr(job.loss, "__qualname__", repr(job.loss))} if job.loss else {}
     identity = {**asdict(job.recipe), "seed": job.seed, "checkpoints": job.wanted, "processes": processes,
-                "images": len(train), **data, "masks": digest(job.masks or {}),
+                "images": len(train), **data, **loss, "masks": digest(job.masks or {}),
                 "rewiring": asdict(job.rewiring) if job.rewiring else None,
                 "initial weights": digest(model.state_dict())}
     return json.loads(json.dumps(identity))
+
+
+def _described(value):
+    """What data are in short: not where their files lie, how many processes read them, or what nobody trains on."""
+    if isinstance(value, torch.nn.Module):
+        return digest(value.state_dict())
+    if hasattr(value, "dtype"):
+        return digest({"": value})
+    if is_dataclass(value):
+        return {name: _described(part) for name, part in vars(value).items()
+                if name not in ("root", "workers", "attributes")}
+    return value
 
 
 def default_device():
@@ -315,11 +335,11 @@ def _train(fabric, model, train, job, resume, description):
             torch.manual_seed(dropout_seed + done)
             optimizer.zero_grad()
             with topology.watching(done + 1) if topology else nullcontext():
-                for i, (x, y) in enumerate(parts, 1):
-                    share = ranks * len(y) / size  # a mean over processes follows
+                for i, (x, targets) in enumerate(parts, 1):
+                    share = ranks * len(x) / size  # a mean over processes follows
                     silent = fabric.no_backward_sync(network, enabled=i < len(parts)) if fabric else nullcontext()
                     with silent:
-                        totals[rank] += _backward(fabric, network, x, y, recipe, share) * len(y)
+                        totals[rank] += _backward(fabric, network, x, targets, job, share) * len(x)
             if topology and topology.due(done + 1):
                 topology.rewire(done + 1, optimizer)
                 keep = [mask.to(weight.dtype) for weight, mask in zip(weights, masks.values())]
@@ -350,14 +370,21 @@ def _train(fabric, model, train, job, resume, description):
         return Fit(_copied(model), kept, losses, *moved)
 
 
-def _backward(fabric, network, x, y, recipe, share):
+def _backward(fabric, network, x, targets, job, share):
     """The loss of a part of a batch, whose gradients, times ``share``, are added to those of the weights."""
-    with torch.autocast(x.device.type, PRECISIONS[recipe.precision], enabled=recipe.precision != "float32"):
+    recipe = job.recipe
+    with autocast(x.device, recipe.precision):
         logits = network(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
+    loss = (job.loss(logits, targets) if job.loss else
+            F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing))
     fabric.backward(loss * share) if fabric else (loss * share).backward()
     return loss.detach()
+
+
+def autocast(device, precision):
+    """The context in which a network computes in a recipe's precision."""
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "float32")
 
 
 def _batches(train, job, done, device, rank, ranks):
@@ -459,17 +486,46 @@ def evaluate(model, split, *, state=None, batch_size=1000):
     ValueError
         If the split is empty.
     """
-    split = _split(split)
+    model, batches = _to_evaluate(model, split, state, batch_size)
+    hits = loss = n = 0
+    with evaluating(model):
+        for x, y in batches:
+            logits = model(x)
+            hits += (logits.argmax(1) == y).sum().item()
+            loss += F.cross_entropy(logits, y, reduction="sum").item()
+            n += len(y)
+    return Evaluation(hits / n, loss / n)
+
+
+def predict(model, split, *, state=None, batch_size=1000):
+    """The logits of a split's inputs from first to last, none of them augmented.
+
+    Parameters
+    ----------
+    model, split, state, batch_size
+        As for :func:`evaluate`.
+
+    Returns
+    -------
+    torch.Tensor
+        [n, classes], on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the split is empty.
+    """
+    model, batches = _to_evaluate(model, split, state, batch_size)
+    with evaluating(model):
+        return torch.cat([model(x).cpu() for x, _ in batches])
+
+
+def _to_evaluate(model, split, state, batch_size):
+    """The model with the weights of ``state``, if there are any, and the split's batches where the model is."""
+    split = as_split(split)
     if len(split) == 0:
         raise ValueError("the split is empty: expected at least one input")
     if state is not None:
         model = copy.deepcopy(model)
         model.load_state_dict(state)
-    device = next(model.parameters()).device
-    hits = loss = 0
-    with evaluating(model):
-        for x, y in split.batches(in_order(split, batch_size), device):
-            logits = model(x)
-            hits += (logits.argmax(1) == y).sum().item()
-            loss += F.cross_entropy(logits, y, reduction="sum").item()
-    return Evaluation(hits / len(split), loss / len(split))
+    return model, split.batches(in_order(split, batch_size), next(model.parameters()).device)

@@ -34,6 +34,7 @@ class Folder:
     mean: tuple[float, ...]
     sd: tuple[float, ...]
     attributes: dict[str, Attribute] = field(default_factory=dict)
+    augments = True  # whether an augmented image differs from the plain one
 
     def __len__(self):
         return len(self.y)

@@ -35,6 +35,11 @@ class Split:
     def __len__(self):
         return len(self.y)
 
+    @property
+    def augments(self):
+        """Whether an augmented image differs from the plain one."""
+        return self.pad > 0 or self.flip
+
     def to(self, device):
         """The split with its images and labels on a device."""
         return replace(self, x=self.x.to(device), y=self.y.to(device))
@@ -56,7 +61,7 @@ class Split:
         (torch.Tensor, torch.Tensor)
             Inputs, float32, and labels.
         """
-        moving = augmented is not None and (self.pad > 0 or self.flip)
+        moving = augmented is not None and self.augments
         if moving:
             corners, mirrored = (draw.to(self.x.device) for draw in self._draws(*augmented))
         indices = list(indices)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from permask_core.data.attributes import attribute
 from permask_core.data.splits import Split, channel_moments
 
 # The source's lengths, in pixels of its images: the image, the square a shape is drawn in, a texture's period.
@@ -117,11 +118,12 @@ def period(texture, image_size=IMAGE):
 
 # ---- The data set ----------------------------------------------------------------------------------------------------
 
-def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape x texture", seed=0):
+def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape x texture", correlated=None, match=0.5,
+               augment=True, seed=0):
     """Trifeature as a classification task, balanced: every class, and as evenly as the numbers allow every combination
-    of shape, texture and colour, is there equally often in both splits.
+    of shape, texture and colour, is there equally often in both splits, unless the training images' are to go together.
 
-    Which shape, texture and colour the images of a split have is ``attributes(len(split), seed)``.
+    The splits have the attributes ``shape``, ``texture`` and ``colour``.
 
     Parameters
     ----------
@@ -135,6 +137,14 @@ def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape
         their noise; of the background, next to nothing is clipped at 1, about a sixth of the pixels at 3.
     label : {"shape x texture", "shape", "texture", "colour"}
         What to tell apart: 100 classes, 10 shape + texture, or the 10 of one feature.
+    correlated : {"shape", "texture", "colour"}, optional
+        A feature that goes with the label in the training images: see :func:`matched`. With 100 classes it is the
+        colour, which goes with the shape. The test images are balanced as ever.
+    match : float
+        How often it does, 0.1 to 1; 0.1 is chance.
+    augment : bool
+        Whether training images are augmented, by crops from image_size / 8 black pixels around and by mirror images,
+        which leave every class as it is.
     seed : int
         Of everything random, 0 to 2^63 - 1.
 
@@ -142,8 +152,7 @@ def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape
     -------
     (Split, Split, tuple of int, int)
         Training and test split, uint8 images of [3, image_size, image_size] standardised by the channels of the
-        training images without noise, the training split augmented by crops from image_size / 8 black pixels around
-        and by mirror images, which leave every class as it is; that shape; the number of classes.
+        training images without noise; that shape; the number of classes.
 
     Raises
     ------
@@ -157,16 +166,30 @@ def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape
             raise ValueError(f"{name} is {n!r}: expected an integer of at least {CLASSES[label]}, one a class")
     if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
         raise ValueError(f"noise is {noise!r}: expected a standard deviation of at least 0")
+    if not isinstance(augment, bool):
+        raise ValueError(f"augment is {augment!r}: expected True or False")
+    leading = label.split(" x ")[0]
+    free = [name for name in Attributes._fields if name not in label]
+    if correlated is not None and correlated not in free:
+        raise ValueError(f"correlated is {correlated!r}: expected {' or '.join(free)}, which the label leaves "
+                         "open")
     index = torch.arange(n_train + n_test).split([n_train, n_test])
     kinds = [attributes(n, seed) for n in (n_train, n_test)]
+    if correlated:
+        kinds[0] = matched(kinds[0], index[0], leading, correlated, match, seed)
     images = [draw(*kind, chosen, seed, image_size) for kind, chosen in zip(kinds, index)]
     mean, sd = channel_moments(images[0])
     if noise:
         deviation = [255 * noise * value for value in sd]
         images = [add_noise(x, chosen, deviation, seed) for x, chosen in zip(images, index)]
     labels = [10 * kind.shape + kind.texture if label == "shape x texture" else getattr(kind, label) for kind in kinds]
-    train = Split(images[0], labels[0], mean, sd, pad=image_size // 8, flip=True)
-    return train, Split(images[1], labels[1], mean, sd), (3, image_size, image_size), CLASSES[label]
+    names = [list(values) for values in (SHAPES, TEXTURES, COLOURS)]
+    known = [{name: attribute(groups, values) for name, groups, values in zip(kind._fields, names, kind)}
+             for kind in kinds]
+    train = Split(images[0], labels[0], mean, sd, pad=image_size // 8 if augment else 0, flip=augment,
+                  attributes=known[0])
+    test = Split(images[1], labels[1], mean, sd, attributes=known[1])
+    return train, test, (3, image_size, image_size), CLASSES[label]
 
 
 class Attributes(NamedTuple):
@@ -208,6 +231,42 @@ def attributes(n, seed=0):
     # from one hundred to the next colour moves against both.
     turns = ones, (ones + tens) % 10, (ones + 2 * tens + hundreds) % 10
     return Attributes(*(values[turn] for values, turn in zip(order, turns)))
+
+
+def matched(kinds, index, leading, following, match, seed=0):
+    """Attributes of which one goes with another: with its number k, in a share ``match`` of the images.
+
+    In some images, drawn by index, the following feature takes the number of the leading one; in the others it stays
+    what it was, which is the same number in one of ten. All of the source's correlated sets have two features that go
+    together in this way; what the shares of the pairs are is a matter of chance, within its limits.
+
+    Parameters
+    ----------
+    kinds : Attributes
+        Balanced, as :func:`attributes` gives them.
+    index : torch.Tensor
+        int64 [n]: which images they are.
+    leading, following : {"shape", "texture", "colour"}
+    match : float
+        Probability that the two have the same number, 0.1 to 1.
+    seed : int
+
+    Returns
+    -------
+    Attributes
+
+    Raises
+    ------
+    ValueError
+        If ``match`` is out of range.
+    """
+    if not isinstance(match, (int, float)) or not 0.1 <= match <= 1:
+        raise ValueError(f"match is {match!r}: expected a probability from 0.1, which is chance, to 1")
+    # What is matched by chance counts: m = q + (1 - q) / 10.
+    share = (match - 0.1) / 0.9
+    drawn = _draws(_keys(index, seed), torch.tensor([_MATCH], device=index.device))[:, 0] >> 39 < share * 2 ** 24
+    values = torch.where(drawn, getattr(kinds, leading), getattr(kinds, following))
+    return kinds._replace(**{following: values})
 
 
 # ---- Drawing ---------------------------------------------------------------------------------------------------------
@@ -401,7 +460,7 @@ def _cos_sin(angle):
 # ---- Random numbers by place (torch's int64 wraps around as C's uint64 does) -----------------------------------------
 
 _GOLDEN, _FIRST, _SECOND = (factor - 2 ** 64 for factor in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_CELLS, _NOISE = 2 ** 8, 2 ** 48  # where in an image's stream they begin; the pose is before
+_MATCH, _CELLS, _NOISE = 2 ** 7, 2 ** 8, 2 ** 48  # where in an image's stream they begin; the pose is before
 
 
 def _keys(index, seed):

@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from permask_core.data.trifeature import SHAPES, TEXTURES, add_noise, attributes, draw, period, poses, trifeature
+from permask_core.data.trifeature import (
+    COLOURS,
+    SHAPES,
+    TEXTURES,
+    add_noise,
+    attributes,
+    draw,
+    matched,
+    period,
+    poses,
+    trifeature,
+)
 
 module = import_module("permask_core.data.trifeature")  # in its package, the function has the name
 SHAPE, TEXTURE = ({name: number for number, name in enumerate(names)} for names in (SHAPES, TEXTURES))
@@ -229,6 +240,48 @@ def test_splits_hold_what_their_attributes_say(label, classes):
         assert split.sd == pytest.approx(pixels.std(1, correction=0).tolist())
 
 
+def test_attributes_stand_beside_the_labels():
+    for split in trifeature(230, 120, label="texture", image_size=16, seed=5)[:2]:
+        kinds = attributes(len(split), seed=5)
+        assert [one.groups for one in split.attributes.values()] == [tuple(SHAPES), tuple(TEXTURES), tuple(COLOURS)]
+        for name, one in split.attributes.items():
+            assert (one.member.sum(1) == 1).all() and torch.equal(one.member.int().argmax(1), getattr(kinds, name))
+
+
+@pytest.mark.parametrize("label, leading, following", [
+    ("shape", "shape", "colour"), ("shape", "shape", "texture"), ("texture", "texture", "shape"),
+    ("colour", "colour", "texture"), ("shape x texture", "shape", "colour")])
+def test_a_feature_goes_with_the_label_in_training_alone(label, leading, following):
+    train, test, _, _ = trifeature(3000, 1000, 16, label=label, correlated=following, match=0.7, seed=2)
+    plain = trifeature(3000, 1000, 16, label=label, seed=2)
+    numbers = {name: one.member.int().argmax(1) for name, one in train.attributes.items()}
+    assert torch.equal(train.y, plain[0].y) and torch.equal(test.x, plain[1].x)
+    third, = {"shape", "texture", "colour"} - {leading, following}
+    assert torch.equal(numbers[third], plain[0].attributes[third].member.int().argmax(1))
+    same = numbers[leading] == numbers[following]
+    assert abs(same.double().mean() - 0.7) < 4 * math.sqrt(0.7 * 0.3 / 3000)
+    # Where they do not go together, the nine others are equally likely.
+    offset = (numbers[following] - numbers[leading])[~same] % 10
+    assert stats.chisquare(torch.bincount(offset, minlength=10)[1:].numpy()).pvalue > 0.001
+    expected = draw(numbers["shape"], numbers["texture"], numbers["colour"], torch.arange(3000), 2, 16)
+    assert torch.equal(train.x, expected)
+
+
+def test_chance_changes_nothing_and_certainty_everything():
+    kinds, index = attributes(500, seed=1), torch.arange(500)
+    assert all(map(torch.equal, matched(kinds, index, "shape", "colour", 0.1, 1), kinds))
+    assert torch.equal(matched(kinds, index, "shape", "colour", 1, 1).colour, kinds.shape)
+    # A function of the index: any part of the images is matched as in the whole.
+    part = type(kinds)(*(values[200:300] for values in kinds))
+    whole = matched(kinds, index, "shape", "colour", 0.5, 1).colour
+    assert torch.equal(matched(part, index[200:300], "shape", "colour", 0.5, 1).colour, whole[200:300])
+
+
+def test_training_images_may_stay_as_they_are():
+    plain, augmented = (trifeature(100, 100, 16, augment=augment)[0] for augment in (False, True))
+    assert not plain.augments and augmented.augments and torch.equal(plain.x, augmented.x)
+
+
 def test_no_test_image_is_a_training_image():
     train, test, _, _ = trifeature(1000, 1000, noise=0)
     seen = {image.tobytes() for image in train.x.numpy()}
@@ -285,6 +338,11 @@ def zeros(*shape, dtype=torch.int64):
     ({"n_test": 2e3}, "n_test is 2000.0"),
     ({"noise": -0.1}, "noise is -0.1"), ({"noise": math.inf}, "noise is inf"), ({"noise": math.nan}, "noise is nan"),
     ({"noise": "1"}, "noise is '1'"),
+    ({"correlated": "size"}, "correlated is 'size': expected colour, which the label leaves open"),
+    ({"correlated": "shape", "label": "shape"}, "correlated is 'shape': expected texture or colour, which the label"),
+    ({"correlated": "colour", "match": 0.05}, "match is 0.05: expected a probability from 0.1"),
+    ({"correlated": "colour", "match": 1.2}, "match is 1.2"), ({"correlated": "colour", "match": "1"}, "match is '1'"),
+    ({"augment": 1}, "augment is 1: expected True or False"),
     ({"image_size": 15}, "image_size is 15: expected an integer of at least 16"), ({"image_size": 32.0}, "is 32.0"),
     ({"seed": -1}, "seed is -1"), ({"seed": 2 ** 63}, "seed is 9223372036854775808"), ({"seed": 0.5}, "seed is 0.5"),
 ])

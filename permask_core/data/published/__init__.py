@@ -18,7 +18,52 @@ def published_permuted_masks():
     Adnan et al., "Sparse Training from Random Initialization: Aligning Lottery Ticket Masks using Weight Symmetry",
     ICML 2025, arXiv 2505.05143.
     """
-    with files(__package__).joinpath("permuted_masks.csv").open() as file:
-        return [{"setting": row["setting"], "width": int(row["width"]), "sparsity": int(row["sparsity"]) / 100,
-                 "method": row["method"], "rewind": int(row["rewind_k"]) if row["rewind_k"] else None,
-                 "accuracy": float(row["test_acc"]) / 100} for row in csv.DictReader(file)]
+    return [{"setting": row["setting"], "width": int(row["width"]), "sparsity": int(row["sparsity"]) / 100,
+             "method": row["method"], "rewind": int(row["rewind_k"]) if row["rewind_k"] else None,
+             "accuracy": float(row["test_acc"]) / 100} for row in _rows("permuted_masks")]
+
+
+def published_affected_classes():
+    """How many classes distillation affects, as Mohammadshahi and Ioannou count them, of five initialisations.
+
+    Returns
+    -------
+    list of dict
+        ``setting`` (teacher → student/dataset), ``temperature``, ``student_classes`` (#SC: of the distilled student
+        against the student without a teacher), ``teacher_classes`` (#TC: against the teacher), and the test accuracies
+        ``teacher_accuracy`` and ``student_accuracy`` (without a teacher) in [0, 1].
+
+    References
+    ----------
+    Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledge Transfer Impacts Fairness and Bias", TMLR
+    2025, arXiv 2410.08407.
+    """
+    return [{"setting": row["setting"], "temperature": int(row["temperature"]),
+             **{name: int(row[name]) for name in ("student_classes", "teacher_classes")},
+             **{name: float(row[name]) / 100 for name in ("teacher_accuracy", "student_accuracy")}}
+            for row in _rows("affected_classes")]
+
+
+def published_fairness():
+    """Group and individual fairness of teachers and students, from the same source; it gives no deviations.
+
+    Returns
+    -------
+    list of dict
+        ``dataset``, ``attribute`` ("" where there is none), ``measure`` ("DPD", "EOD", "individual" or "accuracy"),
+        ``role`` ("teacher", "student" or "distilled"), ``temperature`` (None but for distilled students), ``value`` (a
+        fraction; of "individual", whose unit the source does not state, as published), and ``read_from``, a "table" or
+        a "figure", whose values are less exact.
+
+    References
+    ----------
+    As for :func:`published_affected_classes`.
+    """
+    return [row | {"temperature": int(row["temperature"]) if row["temperature"] else None,
+                   "value": float(row["value"]) / (1 if row["measure"] == "individual" else 100)}
+            for row in _rows("fairness")]
+
+
+def _rows(name):
+    with files(__package__).joinpath(f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,181 @@
+"""Knowledge distillation: a student is trained on the labels and on what a teacher makes of the same inputs.
+
+Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531. The weights of
+the two parts of the loss are those of Mohammadshahi and Ioannou, TMLR 2025, arXiv 2410.08407.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional as F
+
+from permask_core.models import evaluating
+from permask_core.training import as_split, autocast, default_device, fit, predict
+
+
+def distillation_loss(student_logits, teacher_logits, labels, *, temperature, alpha=0.8, scale_by_t2=True):
+    """The loss of a student: alpha T^2 KL(teacher || student), both at temperature T, + (1 - alpha) cross-entropy.
+
+    The labels' part is at temperature 1. Both are means over the inputs, in nats.
+
+    Parameters
+    ----------
+    student_logits, teacher_logits : torch.Tensor
+        [n, classes]; the teacher's get no gradient.
+    labels : torch.Tensor
+        int64 [n].
+    temperature : float
+        T above 0: logits are divided by it.
+    alpha : float
+        Weight of the teacher's part, 0 to 1.
+    scale_by_t2 : bool
+        Whether T^2 is there. The gradient of the teacher's part falls like 1 / T^2; with the factor its size hardly
+        depends on T, and at alpha = 1 it tends to (student - teacher) / (n classes), both logits centred, as T grows.
+
+    Returns
+    -------
+    torch.Tensor
+        A scalar.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, a logit is not finite, a label is none of the classes, or a number is out of range.
+
+    References
+    ----------
+    Hinton, Vinyals and Dean, 2015, section 2 (the limit is their equation 4).
+
+    Examples
+    --------
+    >>> teacher, labels = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([0])
+    >>> round(distillation_loss(teacher, teacher, labels, temperature=4, alpha=1).item(), 6)
+    0.0
+    """
+    loss = Distillation(temperature, alpha, scale_by_t2)
+    if student_logits.dim() != 2 or 0 in student_logits.shape:
+        raise ValueError(f"student_logits are {list(student_logits.shape)}: expected [n, classes]")
+    if labels.shape != student_logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}: expected int64 [{len(student_logits)}]")
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        _check_finite(name, logits)
+    wrong = labels[(labels < 0) | (labels >= student_logits.shape[1])]
+    if len(wrong):
+        raise ValueError(f"labels has {int(wrong[0])}: expected 0 to {student_logits.shape[1] - 1}")
+    return loss(student_logits, (labels, teacher_logits))
+
+
+def _check_finite(name, logits):
+    if not logits.isfinite().all():
+        row, column = (~logits.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{name}[{row}, {column}] is {logits[row, column].item()}: expected finite logits")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """:func:`distillation_loss` as ``loss(student_logits, (labels, teacher_logits))``, for
+    :func:`permask_core.training.fit`; it looks at no values, for which a GPU would have to wait."""
+
+    temperature: float
+    alpha: float = 0.8
+    scale_by_t2: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature!r}: expected a number above 0")
+        if not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha!r}: expected a number from 0 to 1")
+        if not isinstance(self.scale_by_t2, bool):
+            raise ValueError(f"scale_by_t2 is {self.scale_by_t2!r}: expected True or False")
+
+    def __call__(self, student_logits, targets):
+        labels, teacher_logits = targets
+        if teacher_logits.shape != student_logits.shape:
+            raise ValueError(f"student_logits are {list(student_logits.shape)} and teacher_logits "
+                             f"{list(teacher_logits.shape)}: expected [n, classes] of both")
+        student, teacher = (F.log_softmax(logits / self.temperature, 1)
+                            for logits in (student_logits, teacher_logits.detach().to(student_logits.dtype)))
+        # batchmean: "mean" would divide by the number of classes as well.
+        divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        factor = self.temperature ** 2 if self.scale_by_t2 else 1
+        return self.alpha * factor * divergence + (1 - self.alpha) * F.cross_entropy(student_logits, labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Taught:
+    """A split whose batches have, beside the inputs, the labels and the teacher's logits: those in ``logits``
+    [n, classes], or what the ``teacher`` makes of the very inputs, augmented as they are."""
+
+    split: object
+    teacher: torch.nn.Module | None = None
+    logits: torch.Tensor | None = None
+    precision: str = "float32"
+
+    def __len__(self):
+        return len(self.split)
+
+    def to(self, device):
+        """The split, its teacher and its logits on a device."""
+        return replace(self, split=self.split.to(device), teacher=self.teacher and self.teacher.to(device),
+                       logits=None if self.logits is None else self.logits.to(device))
+
+    def batches(self, indices, device="cpu", augmented=None):
+        """Batches as :meth:`permask_core.data.splits.Split.batches` has them, with pairs of labels and logits."""
+        indices = list(indices)
+        for chosen, (x, y) in zip(indices, self.split.batches(indices, device, augmented)):
+            if self.logits is not None:
+                logits = self.logits[chosen.to(self.logits.device)].to(device)
+            else:
+                with evaluating(self.teacher), autocast(x.device, self.precision):
+                    logits = self.teacher(x)
+            yield x, (y, logits)
+
+
+def distil(student, teacher, train, recipe, *, seed, temperature, alpha=0.8, scale_by_t2=True, device=None,
+           **how_to_fit):
+    """Train a student in place on the labels and a teacher's logits.
+
+    Where the split augments nothing, the teacher sees each input once. Where it does, teacher and student see the same
+    augmented inputs, the teacher in evaluation mode: its weights and buffers stay as they are.
+
+    Parameters
+    ----------
+    student : torch.nn.Module
+    teacher : torch.nn.Module or torch.Tensor
+        Of the student's classes. Instead of the network its logits for the inputs of ``train``, [n, classes], as
+        :func:`permask_core.training.predict` gives them: a sweep over temperatures needs them ten times.
+    train, recipe, seed, device, **how_to_fit
+        As for :func:`permask_core.training.fit`.
+    temperature, alpha, scale_by_t2
+        As for :func:`distillation_loss`.
+
+    Returns
+    -------
+    Fit
+
+    Raises
+    ------
+    ValueError
+        As :func:`permask_core.training.fit`; or if the teacher's logits do not fit the data, are not finite, or were
+        given although the split augments its inputs.
+    FloatingPointError
+        As :func:`permask_core.training.fit`.
+    """
+    loss = Distillation(temperature, alpha, scale_by_t2)
+    train = as_split(train)
+    if isinstance(teacher, torch.nn.Module):
+        device = device or default_device()
+        logits = None if train.augments else predict(teacher.to(device), train)
+    elif train.augments:
+        raise ValueError("teacher is a tensor of logits, and the split augments its inputs: expected the network, "
+                         "because its logits are others in every epoch")
+    else:
+        teacher, logits = None, teacher
+    if logits is not None:
+        if logits.dim() != 2 or len(logits) != len(train):
+            raise ValueError(f"the teacher's logits are {list(logits.shape)}: expected [{len(train)}, classes]")
+        _check_finite("teacher", logits)
+        teacher = None
+    taught = Taught(train, teacher, logits, recipe.precision)
+    return fit(student, taught, recipe, seed=seed, loss=loss, device=device, **how_to_fit)

@@ -1,0 +1,209 @@
+"""What a student gets from its teacher, in stages that are stored and found again.
+
+Per seed: train a teacher; train a student on the labels alone; train a distilled student at each temperature. Their
+answers on the test images are kept, for everything that can be asked about them: which classes they get wrong, and
+whose inputs.
+
+Source: Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledge Transfer Impacts Fairness and Bias",
+TMLR 2025, arXiv 2410.08407, which has "non-distilled" for the student and "distilled" for the distilled student.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from permask_core.data import DATASETS, check_options
+from permask_core.distillation import Distillation, distil
+from permask_core.models import MODELS, build_model
+from permask_core.progress import progress
+from permask_core.stages import data, in_parallel, options_that_decide, trained
+from permask_core.training import Recipe, default_device, evaluate, fit, predict
+
+ROLES = ("teacher", "student", "distilled")
+# Of T, in the source's fairness results; those on classes begin with 2 and end with 10.
+TEMPERATURES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 30, 40)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The settings of one experiment; everything that its results depend on but the seed, the role and the
+    temperature."""
+
+    dataset: str = "digits"
+    options: dict = field(default_factory=dict)  # of the data set: see permask_core.data.load_dataset
+    root: str | None = None  # where the files of the data set lie, if it has any; decides about nothing else
+    teacher: str = "mlp"
+    teacher_options: dict = field(default_factory=dict)  # of the network: see permask_core.models.build_model
+    teacher_recipe: Recipe = Recipe()
+    student: str = "mlp"
+    student_options: dict = field(default_factory=dict)
+    student_recipe: Recipe = Recipe()  # with and without a teacher
+    alpha: float = 0.8  # weight of the teacher's part of the loss
+    scale_by_t2: bool = True
+    processes: int = 1  # that share each batch: see permask_core.training.fit
+
+    def __post_init__(self):
+        for name, known in (("dataset", DATASETS), ("teacher", MODELS), ("student", MODELS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        check_options(self.dataset, self.options)
+        Distillation(1.0, self.alpha, self.scale_by_t2)
+
+    def only(self, *names):
+        """Some of the settings as a dict: what a stage depends on."""
+        return {name: options_that_decide(self) if name == "options" else getattr(self, name) for name in names}
+
+
+_DATA = ("dataset", "options", "processes")
+_TEACHER = (*_DATA, "teacher", "teacher_options", "teacher_recipe")
+_STUDENT = (*_DATA, "student", "student_options", "student_recipe")
+
+
+def network(experiment, role, state=None, *, seed=0):
+    """The network of a role, freshly initialised from ``seed`` or with the weights of ``state``."""
+    kind = "teacher" if role == "teacher" else "student"
+    _, _, _, input_shape, classes = data(experiment)
+    model = build_model(getattr(experiment, kind), input_shape, classes, seed=seed,
+                        **getattr(experiment, f"{kind}_options"))
+    if state is not None:
+        model.load_state_dict(state)
+    return model
+
+
+def trained_network(experiment, store, seed, role, temperature=None):
+    """Train the network of a role, or find it trained.
+
+    Networks of different roles share nothing that is random, so that they can be compared as independent samples; a
+    distilled student has the teacher of its seed, and students of one seed at different temperatures differ in the
+    temperature alone.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    store : permask_core.store.Store
+    seed : int
+    role : {"teacher", "student", "distilled"}
+    temperature : float, optional
+        For the distilled student, and no other.
+
+    Returns
+    -------
+    (dict of str to torch.Tensor, torch.Tensor, dict)
+        The state; logits [n, classes] on the test inputs; the record with the test ``accuracy`` and ``loss``.
+
+    Raises
+    ------
+    ValueError
+        If the role is unknown, or has no temperature that it should have, or the other way round.
+    """
+    check_role(role, temperature)
+    own = len(ROLES) * seed + ROLES.index(role)
+    recipe = experiment.teacher_recipe if role == "teacher" else experiment.student_recipe
+    name = f"{role}, seed {seed}" if temperature is None else f"{role} at T = {temperature:g}, seed {seed}"
+
+    def train(unfinished):
+        model, task = network(experiment, role, seed=own), data(experiment)
+        how = {"seed": own, "processes": experiment.processes, "resume": unfinished, "description": name}
+        if role == "distilled":
+            distil(model, _teaching(experiment, store, seed), task.train, recipe, temperature=temperature,
+                   alpha=experiment.alpha, scale_by_t2=experiment.scale_by_t2, **how)
+        else:
+            fit(model, task.train, recipe, **how)
+        tensors = {f"state/{key}": tensor for key, tensor in model.state_dict().items()}
+        return tensors | {"logits": predict(model, task.test)}, evaluate(model, task.test)._asdict()
+
+    settings = experiment.only(*(_TEACHER if role == "teacher" else _STUDENT))
+    if role == "distilled":
+        settings |= experiment.only(*_TEACHER, "alpha", "scale_by_t2") | {"temperature": float(temperature)}
+    tensors, record = trained(store, role, train, seed=seed, **settings)
+    logits = tensors.pop("logits")
+    return {key.removeprefix("state/"): tensor for key, tensor in tensors.items()}, logits, record
+
+
+def check_role(role, temperature):
+    """Raise ValueError unless there is such a role, and a temperature if it is the distilled student's and not else."""
+    if role not in ROLES:
+        raise ValueError(f"unknown role {role!r}: expected one of {', '.join(ROLES)}")
+    if role == "distilled":
+        Distillation(temperature)
+    elif temperature is not None:
+        raise ValueError(f"temperature is {temperature!r} for the role {role!r}: expected none")
+
+
+def _teaching(experiment, store, seed):
+    """The teacher of a seed, or its logits for the training inputs where these do not change from epoch to epoch."""
+    def teacher():
+        return network(experiment, "teacher", trained_network(experiment, store, seed, "teacher")[0])
+
+    def compute():
+        return {"logits": predict(teacher().to(default_device()), data(experiment).train)}, {}
+
+    if data(experiment).train.augments:
+        return teacher()
+    return store.stage("teacher_logits", compute, seed=seed, **experiment.only(*_TEACHER))[0]["logits"]
+
+
+def run(experiment, store, *, seeds, temperatures, workers=1):
+    """Train teachers, students and distilled students over seeds and temperatures, and tell their answers as rows.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    store : permask_core.store.Store
+    seeds : sequence of int
+    temperatures : sequence of float
+        Of the distilled students.
+    workers : int
+        Processes that share the work, seed by seed; with more than one, each computes with one thread, and a script
+        must call this below ``if __name__ == "__main__":``.
+
+    Returns
+    -------
+    list of dict
+        One row per run: ``role``, ``temperature`` (None but for distilled students), ``seed``, test ``accuracy`` in
+        [0, 1], ``loss`` in nats, ``seconds`` of training, and ``predictions``, int64 [n], the classes named for the
+        test inputs.
+
+    Raises
+    ------
+    ValueError
+        If anything is unknown or out of range, before any training.
+    RuntimeError
+        If a worker process died.
+    """
+    seeds, temperatures = list(seeds), list(temperatures)
+    for value in seeds:
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"seed is {value!r}: expected an integer of at least 0")
+    runs = [("teacher", None), ("student", None), *(("distilled", value) for value in temperatures)]
+    for one in runs:
+        check_role(*one)
+    if not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers is {workers!r}: expected an integer of at least 1")
+    for role in ROLES[:2]:
+        network(experiment, role)  # one that does not fit the data is refused here
+    jobs = [(experiment, seed, runs) for seed in seeds]
+    if workers > 1:
+        return in_parallel(_rows, jobs, store, workers)
+    return list(progress((row for job in jobs for row in _rows(store, *job)), "runs", total=len(jobs) * len(runs)))
+
+
+def _rows(store, experiment, seed, runs):
+    for role, temperature in runs:
+        _, logits, record = trained_network(experiment, store, seed, role, temperature)
+        yield {"role": role, "temperature": temperature, "seed": seed, **record, "predictions": logits.argmax(1)}
+
+
+def answers(rows, role, temperature=None):
+    """The predictions of a role, int64 numpy [seeds, n], in the order of the seeds.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    found = sorted((row["seed"], i) for i, row in enumerate(rows)
+                   if (row["role"], row["temperature"]) == (role, temperature))
+    if not found:
+        raise ValueError(f"no run of the role {role!r} at temperature {temperature!r}")
+    return np.stack([rows[i]["predictions"].numpy() for _, i in found])
