@@ -8,7 +8,7 @@ Source: Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledg
 TMLR 2025, arXiv 2410.08407, which has "non-distilled" for the student and "distilled" for the distilled student.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -57,6 +57,66 @@ class Experiment:
 _DATA = ("dataset", "options", "processes")
 _TEACHER = (*_DATA, "teacher", "teacher_options", "teacher_recipe")
 _STUDENT = (*_DATA, "student", "student_options", "student_recipe")
+
+
+_SMALL_IMAGES = Recipe(epochs=200)
+_IMAGENET = Recipe(epochs=90, weight_decay=1e-4, batch_size=256, schedule="step", precision="bf16")
+_VIT = Recipe(epochs=300, lr=0.003, weight_decay=0.3, batch_size=4096, accumulate=16, warmup=30, optimizer="adamw",
+              precision="bf16")
+_TEXT = Recipe(epochs=5, lr=3e-5, weight_decay=0.01, batch_size=32, warmup=0.5, optimizer="adamw", precision="bf16")
+
+
+def _with(recipe, dataset, teacher, student, options=None):
+    return Experiment(dataset, options or {}, teacher=teacher, teacher_recipe=recipe, student=student,
+                      student_recipe=recipe)
+
+
+# The source's pairs, and stand-ins for them that run in seconds. The source names networks, data sets, temperatures and
+# alpha; how long and with which learning rates is ours.
+PAIRS = {
+    "digits": Experiment(
+        "digits", {"noise": 1.0, "copies": 5}, teacher="mlp", student="mlp", student_options={"width": 0.0625}),
+    "svhn": _with(_SMALL_IMAGES, "svhn", "resnet56", "resnet20"),
+    "cifar10": _with(_SMALL_IMAGES, "cifar10", "resnet56", "resnet20"),
+    "cifar100": _with(_SMALL_IMAGES, "cifar100", "resnet56", "resnet20"),
+    "cifar100-densenet": _with(_SMALL_IMAGES, "cifar100", "densenet169_cifar", "densenet121_cifar"),
+    "tiny_imagenet": _with(_SMALL_IMAGES, "tiny_imagenet", "resnet50", "resnet18"),
+    "imagenet": _with(_IMAGENET, "imagenet", "resnet50", "resnet18"),
+    "imagenet-vit": _with(_VIT, "imagenet", "vit_b_16", "tiny_vit_5m"),
+    "celeba": _with(Recipe(epochs=10, lr=0.05, precision="bf16"), "celeba", "resnet50", "resnet18"),
+    "hatexplain": _with(_TEXT, "hatexplain", "bert", "distilbert"),
+}
+
+
+def pair(name, *, options=None, recipe=None, **changes):
+    """The experiment of a name, with changes.
+
+    Parameters
+    ----------
+    name : str
+        One of ``PAIRS``.
+    options : dict, optional
+        Of the data set, beside or instead of the pair's own.
+    recipe : dict, optional
+        Changes of both recipes, such as ``{"epochs": 2}``.
+    **changes
+        Fields of :class:`Experiment`; what is None stays.
+
+    Raises
+    ------
+    ValueError
+        If there is no such pair or field, or a value is out of range.
+    """
+    if name not in PAIRS:
+        raise ValueError(f"unknown pair {name!r}: expected one of {', '.join(PAIRS)}")
+    chosen = PAIRS[name]
+    for given, known in ((recipe or {}, Recipe), (changes, Experiment)):
+        for key in given:
+            if key not in known.__dataclass_fields__:
+                raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(known.__dataclass_fields__)}")
+    recipes = {key: replace(getattr(chosen, key), **(recipe or {})) for key in ("teacher_recipe", "student_recipe")}
+    return replace(chosen, options={**chosen.options, **(options or {})}, **recipes,
+                   **{key: value for key, value in changes.items() if value is not None})
 
 
 def network(experiment, role, state=None, *, seed=0):
