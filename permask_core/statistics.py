@@ -1,14 +1,23 @@
-"""Comparisons over seeds: means with intervals, and differences between methods that share their seeds.
+"""Comparisons over seeds, of whole methods and class by class: means with intervals, and differences.
 
-Two methods run from the same seed share the dense networks, the data order and the split. The seed is therefore a
-block, and what is compared is the difference within it.
+Two methods run from the same seed share the dense networks, the data order and the split. The seed is then a block, and
+what is compared is the difference within it. Methods that share nothing are compared by their means. Which classes a
+method changes is asked one class at a time, and chance alone answers a few times in a hundred: the count comes with
+what chance gives.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
+
+NORMALIZATIONS = {"ratio": lambda accuracy, overall: accuracy / overall,
+                  "difference": lambda accuracy, overall: accuracy - overall,
+                  "none": lambda accuracy, overall: accuracy}
+CORRECTIONS = ("none", "bh", "by")
+ROUNDING = 1e-12  # equal values differ by about 1e-16 of their size after some arithmetic
 
 
 class Interval(NamedTuple):
@@ -37,6 +46,43 @@ class Paired(NamedTuple):
     p: float
     p_sign: float
     n: int
+
+
+class Unpaired(NamedTuple):
+    """An unpaired comparison a - b of ``n_a`` and ``n_b`` values.
+
+    ``difference`` is that of the means with its interval [low, high]; ``effect`` is Hedges' g (the difference over the
+    pooled standard deviation, corrected for small n); ``p`` belongs to Welch's t-test, ``p_permutation`` to the exact
+    permutation test, which assumes no normal distribution.
+    """
+
+    difference: float
+    low: float
+    high: float
+    effect: float
+    p: float
+    p_permutation: float
+    n_a: int
+    n_b: int
+
+
+class Affected(NamedTuple):
+    """The classes on which two models differ, a - b, with everything by class in arrays [classes].
+
+    ``count`` classes are ``affected``, by their ``adjusted`` p; ``p`` is that of each class alone. ``differences`` are
+    those of the means, in the unit of the normalised accuracies, and ``effects`` their Hedges' g. ``expected`` is how
+    many would have p below alpha if no class differed, counted as if the test were exact. ``constant`` classes have
+    one value throughout, the same in both models: they have p = 1, and are not among the expected.
+    """
+
+    count: int
+    affected: np.ndarray
+    p: np.ndarray
+    adjusted: np.ndarray
+    differences: np.ndarray
+    effects: np.ndarray
+    expected: float
+    constant: int
 
 
 def mean_interval(values, confidence=0.95):
@@ -96,14 +142,45 @@ def paired_comparison(a, b, confidence=0.95):
         raise ValueError(f"a has {len(a)} values, b has {len(b)}: a paired comparison needs one of each per block")
     differences = a - b
     mean, sd, low, high, n = mean_interval(differences, confidence)
-    # Rounding leaves equal differences a spread of about 1e-16 of their size.
-    if sd <= 1e-12 * max(np.abs(a).max(), np.abs(b).max()):
-        same = bool(np.allclose(mean, 0, atol=1e-12 * max(np.abs(a).max(), np.abs(b).max(), 1e-300)))
+    if sd <= ROUNDING * max(np.abs(a).max(), np.abs(b).max()):
+        same = bool(np.allclose(mean, 0, atol=ROUNDING * max(np.abs(a).max(), np.abs(b).max(), 1e-300)))
         effect, p = (0.0, 1.0) if same else (math.copysign(math.inf, mean), 0.0)
     else:
-        effect = mean / sd * (1 - 3 / (4 * (n - 1) - 1))
+        effect = mean / sd * _small_sample(n - 1)
         p = float(stats.ttest_rel(a, b).pvalue)
     return Paired(mean, low, high, int((differences > 0).sum()), effect, p, _sign_flip(differences), n)
+
+
+def welch_comparison(a, b, confidence=0.95):
+    """Compare two methods over seeds that they do not share.
+
+    Parameters
+    ----------
+    a, b : array-like, shapes [n_a] and [n_b]
+        At least two values each; the numbers may differ.
+    confidence : float
+        In (0, 1).
+
+    Returns
+    -------
+    Unpaired
+        ``p_permutation`` enumerates all ways to deal the values out to a and b (two-sided, by the difference of the
+        means): with five and five its smallest possible value is 2 / 252 = 0.0079. Where there are more than 65,536
+        ways it uses that many seeded draws. If neither method varies, ``effect`` is 0 and ``p`` one where they are the
+        same, infinite and zero where not; then ``p_permutation`` is the one to read.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two values, or one is not finite.
+
+    References
+    ----------
+    Welch, "The generalization of 'Student's' problem when several different population variances are involved", 1947.
+    """
+    a, b = _checked(a, confidence), _checked(b, confidence)
+    difference, half, effect, p = (float(value) for value in _welch(a, b, confidence))
+    return Unpaired(difference, difference - half, difference + half, effect, p, _permuted(a, b), len(a), len(b))
 
 
 def proportion_interval(successes, n, confidence=0.95):
@@ -134,6 +211,180 @@ def proportion_interval(successes, n, confidence=0.95):
     return Interval(p, math.sqrt(p * (1 - p)), float(ci.low), float(ci.high), int(n))
 
 
+# ---- Class by class --------------------------------------------------------------------------------------------------
+
+def class_accuracies(y_true, y_pred, classes):
+    """The accuracy on each class.
+
+    Parameters
+    ----------
+    y_true : array-like of int, shape [n]
+        0 to ``classes`` - 1.
+    y_pred : array-like of int, shape [n] or [seeds, n]
+        What one model predicts, or several.
+    classes : int
+
+    Returns
+    -------
+    numpy.ndarray, shape [classes] or [seeds, classes]
+        In [0, 1]; NaN for a class without an input.
+
+    Raises
+    ------
+    ValueError
+        If a label is out of range or no integer, or the shapes do not fit.
+    """
+    y_true, y_pred = as_labels("y_true", y_true, classes), as_labels("y_pred", y_pred, classes, stacked=True)
+    if y_true.shape != y_pred.shape[-1:]:
+        raise ValueError(f"y_true has {len(y_true)} labels, y_pred has {y_pred.shape[-1]}: expected as many")
+    hits = [np.bincount(y_true[row == y_true], minlength=classes) for row in np.atleast_2d(y_pred)]
+    with np.errstate(invalid="ignore"):
+        return np.reshape(hits / np.bincount(y_true, minlength=classes), (*y_pred.shape[:-1], classes))
+
+
+def affected_classes(a, b, *, normalize="ratio", alpha=0.05, correction="none", weights=None):
+    """The classes on which two models differ by more than their seeds explain: Welch's t-test on each.
+
+    An accuracy on a class is first related to the overall accuracy of the same seed, so that a model that is better
+    on all classes alike differs on none. What some classes lose, the others win by this: where the first are many, or
+    the seeds agree well, the others may be affected as well.
+
+    Parameters
+    ----------
+    a, b : array-like, shapes [seeds of a, classes] and [seeds of b, classes]
+        Accuracy on each class, as from :func:`class_accuracies`; at least two seeds each.
+    normalize : {"ratio", "difference", "none"}
+        The class's accuracy over the seed's overall accuracy, minus it, or as it is.
+    alpha : float
+        In (0, 1): a class is affected if its adjusted p is below.
+    correction : {"none", "bh", "by"}
+        For the number of classes: none, as in the source; Benjamini and Hochberg's, or Benjamini and Yekutieli's, which
+        holds for classes that depend on each other in any way. Both bound the expected share of false ones among the
+        affected.
+    weights : array-like, shape [classes], optional
+        The classes' sizes in the test set, which make the overall accuracy; without them all are equal.
+
+    Returns
+    -------
+    Affected
+        A class on which neither model varies has p = 1 where they agree, and p = 0 and an infinite effect where not.
+        Few seeds make the test conservative: without any effect, 5 and 5 flag about 4 of 100 classes, not 5.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit, there are fewer than two seeds, a value is not finite or an option unknown, or if an
+        overall accuracy of 0 would be divided by.
+
+    References
+    ----------
+    Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledge Transfer Impacts Fairness and Bias", TMLR
+    2025, arXiv 2410.08407.
+    """
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize is {normalize!r}: expected one of {', '.join(NORMALIZATIONS)}")
+    if correction not in CORRECTIONS:
+        raise ValueError(f"correction is {correction!r}: expected one of {', '.join(CORRECTIONS)}")
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is {alpha}: expected a number in (0, 1)")
+    a, b = _accuracies("a", a), _accuracies("b", b)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"a has {a.shape[1]} classes, b has {b.shape[1]}: expected the same")
+    weights = np.ones(a.shape[1]) if weights is None else np.asarray(weights, dtype=float)
+    if weights.shape != a.shape[1:] or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise ValueError(f"weights is {weights}: expected {a.shape[1]} numbers of at least 0, not all of them 0")
+    a, b = (_normalized(name, values, normalize, weights) for name, values in (("a", a), ("b", b)))
+    differences, _, effects, p = _welch(a, b)
+    adjusted = p if correction == "none" else stats.false_discovery_control(p, method=correction)
+    constant = int((_constant(a, b) & (p == 1)).sum())
+    return Affected(int((adjusted < alpha).sum()), adjusted < alpha, p, adjusted, differences, effects,
+                    alpha * (len(p) - constant), constant)
+
+
+def disagreement_matrix(a, b, classes):
+    """Into which classes two models put the inputs on which they differ.
+
+    Parameters
+    ----------
+    a, b : array-like of int, shape [n] or [seeds, n]
+        Predictions for the same inputs, 0 to ``classes`` - 1; of several seeds, one of a beside one of b.
+    classes : int
+
+    Returns
+    -------
+    numpy.ndarray, shape [classes, classes]
+        Entry (i, j) is the share of all inputs that a puts into class i and b into class j, a mean over the seeds. The
+        diagonal, where they agree, is NaN; the sum of the others is the share on which they differ.
+
+    Raises
+    ------
+    ValueError
+        If a label is out of range or no integer, or the shapes differ.
+    """
+    a, b = (as_labels(name, values, classes, stacked=True) for name, values in (("a", a), ("b", b)))
+    if a.shape != b.shape:
+        raise ValueError(f"a has the shape {list(a.shape)}, b has {list(b.shape)}: expected the same")
+    rates = np.bincount((a * classes + b).ravel(), minlength=classes**2).reshape(classes, classes) / a.size
+    np.fill_diagonal(rates, np.nan)
+    return rates
+
+
+def as_labels(name, values, classes=None, *, stacked=False):
+    """Labels as an array of int64, from a list, an array or a tensor on any device.
+
+    Parameters
+    ----------
+    name : str
+        What an error calls them.
+    values : array-like of int, shape [n], or with ``stacked`` also [seeds, n]
+    classes : int, optional
+        Their number, where labels are 0 to ``classes`` - 1; without it any integers are labels.
+    stacked : bool
+
+    Returns
+    -------
+    numpy.ndarray
+
+    Raises
+    ------
+    ValueError
+        If there are none, a value is no integer or out of range, or the shape is another.
+    """
+    labels = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
+    if labels.ndim not in ((1, 2) if stacked else (1,)):
+        raise ValueError(f"{name} has the shape {list(labels.shape)}: expected [n]{' or [seeds, n]' * stacked}")
+    if not labels.size:
+        raise ValueError(f"{name} is empty: expected at least one label")
+    if labels.dtype.kind not in "biu":
+        raise ValueError(f"{name} is {labels.dtype}: expected integer labels")
+    labels = labels.astype(np.int64)
+    if classes is not None and not 0 <= labels.min() <= labels.max() < classes:
+        wrong = labels[(labels < 0) | (labels >= classes)][0]
+        raise ValueError(f"{name} has the label {wrong}: expected 0 to {classes - 1}")
+    return labels
+
+
+def _accuracies(name, values):
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 2 or len(values) < 2 or not values.shape[1]:
+        raise ValueError(f"{name} has the shape {list(values.shape)}: expected [seeds, classes], at least two seeds")
+    if not np.isfinite(values).all():
+        seed, column = np.argwhere(~np.isfinite(values))[0]
+        raise ValueError(f"{name} is {values[seed, column]} for seed {seed} and class {column}: expected an accuracy "
+                         "(leave out classes without an input)")
+    return values
+
+
+def _normalized(name, values, normalize, weights):
+    overall = (values @ weights / weights.sum())[:, None]  # each seed's own, not the mean over the seeds
+    if normalize == "ratio" and not overall.all():
+        raise ValueError(f"the overall accuracy of seed {int(np.argmin(overall != 0))} of {name} is 0: expected more, "
+                         "to divide by it")
+    return NORMALIZATIONS[normalize](values, overall)
+
+
+# ---- Shared ----------------------------------------------------------------------------------------------------------
+
 def _checked(values, confidence):
     _check_confidence(confidence)
     values = np.asarray(values, dtype=float)
@@ -158,3 +409,47 @@ def _sign_flip(differences):
         signs[0] = 1  # the observed one always counts
     means = np.abs(signs @ differences)
     return float((means >= means[0] * (1 - 1e-12)).mean())
+
+
+def _welch(a, b, confidence=0.95):
+    """Of each column of a and b [seeds, ...]: the difference of the means, half its interval, Hedges' g, Welch's p."""
+    difference = a.mean(0) - b.mean(0)
+    spread_a, spread_b = a.var(0, ddof=1), b.var(0, ddof=1)
+    error_a, error_b = spread_a / len(a), spread_b / len(b)
+    more_a, more_b = len(a) - 1, len(b) - 1
+    with np.errstate(invalid="ignore", divide="ignore"):
+        pooled = np.sqrt((more_a * spread_a + more_b * spread_b) / (more_a + more_b))
+        effect = difference / pooled * _small_sample(more_a + more_b)
+        error = np.sqrt(error_a + error_b)
+        t = stats.t((error_a + error_b) ** 2 / (error_a**2 / more_a + error_b**2 / more_b))
+        half, p = t.ppf((1 + confidence) / 2) * error, 2 * t.sf(np.abs(difference) / error)
+    constant = _constant(a, b)
+    same = np.abs(difference) <= ROUNDING * _largest(a, b)
+    sure = np.where(same, 0.0, np.copysign(np.inf, difference))
+    return (difference, np.where(constant, 0.0, half), np.where(constant, sure, effect),
+            np.where(constant, same.astype(float), p))
+
+
+def _largest(a, b):
+    return np.maximum(np.abs(a).max(0), np.abs(b).max(0))
+
+
+def _constant(a, b):
+    """Which columns vary neither in a nor in b, but for rounding."""
+    return np.maximum(np.ptp(a, axis=0), np.ptp(b, axis=0)) <= ROUNDING * _largest(a, b)
+
+
+def _small_sample(df):
+    """Hedges' correction of an effect for its degrees of freedom."""
+    return 1 - 3 / (4 * df - 1)
+
+
+def _permuted(a, b):
+    values = np.concatenate([a, b]) - np.mean([*a, *b])
+    if math.comb(len(values), len(a)) <= 2**16:
+        dealt = np.array(list(itertools.combinations(range(len(values)), len(a))))  # the observed one first
+    else:
+        dealt = np.random.default_rng(0).permuted(np.tile(np.arange(len(values)), (2**16, 1)), axis=1)[:, : len(a)]
+        dealt[0] = range(len(a))  # the observed one always counts
+    distances = np.abs(values[dealt].sum(1))  # the values add up to 0: a's sum says how far the means are apart
+    return float((distances >= distances[0] - ROUNDING * _largest(a, b)).mean())
