@@ -1,0 +1,104 @@
+"""Teachers, students and distilled students on Trifeature, at 32 pixels: class by class, by group and by individual.
+
+Too long for a notebook. Three tasks, each with ten seeds (all fixed before the run; the recipes were chosen on other
+seeds, by the accuracy of teacher and student alone):
+
+- groups: tell shapes apart, with colours and textures balanced, at all the source's temperatures
+- correlated: the same, but in half of the training images the colour goes with the shape; the test stays balanced
+- classes: tell 100 combinations of shape and texture apart
+
+Results go to permask_core/data/measured/distillation.json. A run that was killed goes on where it was. Run it with
+`python benchmarks/distillation.py`; about an hour on two cores.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from _machine import at_least, commit, device_name
+
+import permask_core
+from permask_core.fairness import (
+    chance_level,
+    demographic_parity_difference,
+    equalized_odds_difference,
+    individual_fairness,
+)
+from permask_core.files import written_whole
+from permask_core.progress import progress
+from permask_core.statistics import class_accuracies
+from permask_core.store import Store, versions
+from permask_core.training import Recipe
+from permask_core.transfer import TEMPERATURES, Experiment, data, run, trained_network
+
+RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "distillation.json"
+FIRST = 100
+MEASURES = {"DPD": demographic_parity_difference, "EOD": equalized_odds_difference}
+IMAGES = {"n_train": 4000, "n_test": 2000, "image_size": 32, "augment": False}
+FEW = (1, 2, 4, 10, 40)
+TASKS = {
+    "groups": ({"label": "shape"}, TEMPERATURES),
+    "correlated": ({"label": "shape", "correlated": "colour", "match": 0.5}, FEW),
+    "classes": ({"label": "shape x texture", "n_train": 5000}, FEW),
+}
+TEACHER = Recipe(epochs=15, lr=0.05)
+STUDENT = Recipe(epochs=20, lr=0.002, batch_size=64, weight_decay=0.01, optimizer="adamw")
+
+
+def experiment(task, quick):
+    options = IMAGES | TASKS[task][0] | ({"n_train": 100, "n_test": 100, "image_size": 16} if quick else {})
+    few = {"epochs": 1} if quick else {}
+    teacher, student = (Recipe(**asdict(recipe) | few) for recipe in (TEACHER, STUDENT))
+    return Experiment("trifeature", options, teacher="resnet20", teacher_options={"width": 0.125 if quick else 0.5},
+                      teacher_recipe=teacher, student="lenet5", student_recipe=student)
+
+
+def measured(task, chosen, store, row):
+    """What is kept of a run: accuracies of classes; of the tasks with groups also what fairness says of it."""
+    test, classes = data(chosen).test, data(chosen).classes
+    found = {key: row[key] for key in ("role", "temperature", "seed", "accuracy", "loss", "seconds")}
+    found["class_accuracies"] = class_accuracies(test.y, row["predictions"], classes).round(5).tolist()
+    if task == "classes":
+        return found
+    _, logits, _ = trained_network(chosen, store, row["seed"], row["role"], row["temperature"])
+    alike = individual_fairness(logits.softmax(1), test.x.float() / 255)
+    found["individual"] = round(alike.mean, 7)
+    for name in ("colour", "texture"):
+        given = test.y, row["predictions"]
+        for short, measure in MEASURES.items():
+            about = {"sensitive_features": test.attributes[name]}
+            chance = chance_level(measure, *given, **about, draws=200)
+            found[f"{name} {short}"] = [round(value, 5) for value in (measure(*given, **about), *chance)]
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=at_least(1), default=10)
+    parser.add_argument("--workers", type=at_least(1), default=2)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--quick", action="store_true", help="tiny images and one epoch: whether it runs")
+    parser.add_argument("--runs", default="build/distillation", help="folder of finished stages")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    tasks, store = {}, Store(given.runs)
+    for task in given.tasks:
+        chosen, temperatures = experiment(task, given.quick), TASKS[task][1][:2] if given.quick else TASKS[task][1]
+        rows = run(chosen, store, seeds=range(FIRST, FIRST + given.seeds), temperatures=temperatures,
+                   workers=given.workers)
+        tasks[task] = {"settings": json.loads(json.dumps(asdict(chosen))), "rows": [
+            measured(task, chosen, store, row) for row in progress(rows, f"measuring, {task}")]}
+    command = "python benchmarks/distillation.py" + (f" --seeds {given.seeds}" if given.seeds != 10 else "")
+    record = {"command": command, "commit": commit(), "versions": versions(),
+              "device": f"{device_name('cpu')}, one thread a process", "tasks": tasks}
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(given.result) as path:
+        path.write_text(json.dumps(record) + "\n")
+    print(f"{sum(len(one['rows']) for one in tasks.values())} runs in {given.result}")
+
+
+if __name__ == "__main__":
+    main()
