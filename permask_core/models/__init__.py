@@ -5,15 +5,19 @@ from contextlib import contextmanager
 
 import torch
 
+from permask_core.models.densenet import densenet121, densenet121_cifar, densenet169, densenet169_cifar
 from permask_core.models.feedforward import lenet5, mlp, vgg11
 from permask_core.models.residual import resnet8, resnet18, resnet18_cifar, resnet20, resnet50, resnet56
-from permask_core.models.transformer import vit_b_16
+from permask_core.models.transformer import tiny_vit_5m, vit_b_16
 
 MODELS = {"mlp": mlp, "lenet5": lenet5, "vgg11": vgg11, "resnet8": resnet8, "resnet20": resnet20, "resnet56": resnet56,
-          "resnet18": resnet18, "resnet18_cifar": resnet18_cifar, "resnet50": resnet50, "vit_b_16": vit_b_16}
+          "resnet18": resnet18, "resnet18_cifar": resnet18_cifar, "resnet50": resnet50, "densenet121": densenet121,
+          "densenet121_cifar": densenet121_cifar, "densenet169": densenet169, "densenet169_cifar": densenet169_cifar,
+          "vit_b_16": vit_b_16, "tiny_vit_5m": tiny_vit_5m}
 
-__all__ = ["MODELS", "build_model", "evaluating", "lenet5", "mlp", "resnet8", "resnet18", "resnet18_cifar", "resnet20",
-           "resnet50", "resnet56", "vgg11", "vit_b_16"]
+__all__ = ["MODELS", "build_model", "densenet121", "densenet121_cifar", "densenet169", "densenet169_cifar",
+           "evaluating", "lenet5", "mlp", "resnet8", "resnet18", "resnet18_cifar", "resnet20", "resnet50",
+           "resnet56", "tiny_vit_5m", "vgg11", "vit_b_16"]
 
 
 def build_model(name, input_shape, classes, *, seed=0, **options):
@@ -22,7 +26,8 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     Parameters
     ----------
     name : str
-        One of mlp, lenet5, vgg11, resnet8, resnet20, resnet56, resnet18, resnet18_cifar, resnet50, vit_b_16.
+        One of mlp, lenet5, vgg11, resnet8, resnet20, resnet56, resnet18, resnet18_cifar, resnet50, densenet121,
+        densenet121_cifar, densenet169, densenet169_cifar, vit_b_16, tiny_vit_5m.
     input_shape : tuple of int
         Shape of one input: (channels, height, width).
     classes : int
@@ -30,8 +35,9 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     seed : int
         Of the initialisation; the global random state is left alone.
     **options
-        What the network itself takes: ``width`` (a factor on all hidden widths, in vit_b_16 on the number of heads),
-        ``depth`` (mlp), ``batch_norm`` (vgg11), ``shortcut`` (resnet8, resnet20, resnet56).
+        What the network itself takes: ``width`` (a factor on all hidden widths, in vit_b_16 and tiny_vit_5m on the
+        number of heads), ``depth`` (mlp), ``batch_norm`` (vgg11), ``shortcut`` (resnet8, resnet20,
+        resnet56).
 
     Returns
     -------
@@ -41,6 +47,8 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     ------
     ValueError
         If the name or an option is unknown, or the inputs do not fit the network.
+    ImportError
+        If the network comes from a library that is not installed.
 
     Examples
     --------

@@ -1,6 +1,10 @@
 """Networks against published counts of parameters, torchvision's VGG11 and closed forms."""
 
+import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import permask_core
 from permask_core.models import build_model, evaluating
 from permask_core.vision import torchvision
 
@@ -57,7 +62,8 @@ def test_vgg11_takes_larger_images(shape, features):
 
 @pytest.mark.parametrize("name, shape", [
     ("mlp", (1, 8, 8)), ("lenet5", (1, 8, 8)), ("vgg11", (3, 32, 32)), ("resnet20", (1, 8, 8)),
-    ("resnet18", (3, 32, 32)), ("resnet18_cifar", (3, 8, 8)), ("vit_b_16", (1, 16, 16))])
+    ("resnet18", (3, 32, 32)), ("resnet18_cifar", (3, 8, 8)), ("densenet121", (3, 32, 32)),
+    ("densenet169_cifar", (1, 8, 8)), ("vit_b_16", (1, 16, 16)), ("tiny_vit_5m", (3, 32, 32))])
 def test_the_seed_decides_and_the_global_random_state_stays(name, shape):
     torch.manual_seed(1)
     random_state = torch.get_rng_state()
@@ -85,6 +91,21 @@ def test_the_seed_decides_and_the_global_random_state_stays(name, shape):
 def test_bad_input_is_named(arguments, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build_model(*arguments, **options)
+
+
+def test_networks_of_other_libraries_reach_a_new_process(tmp_path):
+    """Which need not know how torchvision is to be imported: fit sends networks to the processes that it starts."""
+    shape = (3, 32, 32)
+    names = "resnet18", "densenet121", "vit_b_16", "tiny_vit_5m"
+    models = [build_model(name, shape, 4, width=0.05) for name in names]
+    code = "import pickle, sys; [print(model.eval()(x).tolist()) for model, x in pickle.load(open(sys.argv[1], 'rb'))]"
+    inputs = [torch.randn(1, *shape)] * 4
+    with evaluating(*models):
+        outputs = [str(model(x).tolist()) for model, x in zip(models, inputs)]
+    (tmp_path / "models").write_bytes(pickle.dumps(list(zip(models, inputs))))
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "models"], capture_output=True, text=True,
+                          cwd=Path(permask_core.__file__).parent.parent)
+    assert done.stdout.splitlines() == outputs, done.stderr
 
 
 def test_evaluating_restores_every_modules_mode_after_an_error_too():
