@@ -1,5 +1,6 @@
 """Networks against published counts of parameters, torchvision's VGG11 and closed forms."""
 
+import json
 import pickle
 import re
 import subprocess
@@ -78,7 +79,9 @@ def test_the_seed_decides_and_the_global_random_state_stays(name, shape):
     (("resnet", (1, 8, 8), 10), {}, "unknown model 'resnet': expected one of mlp, lenet5, vgg11, resnet8"),
     (("mlp", (1, 8, 8), 10), {"heads": 2}, "mlp has no option 'heads': expected one of width, depth"),
     (("lenet5", (1, 8, 8), 10), {"depth": 2}, "lenet5 has no option 'depth'"),
-    (("mlp", (64,), 10), {}, "input_shape is (64,): expected (channels, height, width)"),
+    (("mlp", (64,), 10), {}, "input_shape is (64,): expected (channels, height, width) of images, as mlp takes them"),
+    (("bert", (3, 32, 32), 2), {}, "input_shape is (3, 32, 32): expected (length,) of texts, as bert takes them"),
+    (("distilbert", (0,), 2), {}, "input_shape is (0,): expected (length,)"),
     (("mlp", (1, 0, 8), 10), {}, "input_shape is (1, 0, 8)"), (("mlp", (1, 8, 8), 1), {}, "classes is 1"),
     (("mlp", (1, 8, 8), 2.5), {}, "classes is 2.5"), (("mlp", (1, 8, 8), 10), {"width": 0}, "width is 0"),
     (("mlp", (1, 8, 8), 10), {"width": "2"}, "width is '2'"),
@@ -96,10 +99,12 @@ def test_bad_input_is_named(arguments, options, message):
 def test_networks_of_other_libraries_reach_a_new_process(tmp_path):
     """Which need not know how torchvision is to be imported: fit sends networks to the processes that it starts."""
     shape = (3, 32, 32)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 12, "num_hidden_layers": 1}))
     names = "resnet18", "densenet121", "vit_b_16", "tiny_vit_5m"
     models = [build_model(name, shape, 4, width=0.05) for name in names]
+    models.append(build_model("bert", (8,), 4, source=tmp_path, pretrained=False))
     code = "import pickle, sys; [print(model.eval()(x).tolist()) for model, x in pickle.load(open(sys.argv[1], 'rb'))]"
-    inputs = [torch.randn(1, *shape)] * 4
+    inputs = [torch.randn(1, *shape)] * 4 + [torch.arange(8)[None]]
     with evaluating(*models):
         outputs = [str(model(x).tolist()) for model, x in zip(models, inputs)]
     (tmp_path / "models").write_bytes(pickle.dumps(list(zip(models, inputs))))
