@@ -5,15 +5,21 @@ from contextlib import contextmanager
 
 import torch
 
+from permask_core.models.densenet import densenet121, densenet121_cifar, densenet169, densenet169_cifar
 from permask_core.models.feedforward import lenet5, mlp, vgg11
+from permask_core.models.language import bert, distilbert
 from permask_core.models.residual import resnet8, resnet18, resnet18_cifar, resnet20, resnet50, resnet56
-from permask_core.models.transformer import vit_b_16
+from permask_core.models.transformer import tiny_vit_5m, vit_b_16
 
 MODELS = {"mlp": mlp, "lenet5": lenet5, "vgg11": vgg11, "resnet8": resnet8, "resnet20": resnet20, "resnet56": resnet56,
-          "resnet18": resnet18, "resnet18_cifar": resnet18_cifar, "resnet50": resnet50, "vit_b_16": vit_b_16}
+          "resnet18": resnet18, "resnet18_cifar": resnet18_cifar, "resnet50": resnet50, "densenet121": densenet121,
+          "densenet121_cifar": densenet121_cifar, "densenet169": densenet169, "densenet169_cifar": densenet169_cifar,
+          "vit_b_16": vit_b_16, "tiny_vit_5m": tiny_vit_5m, "bert": bert, "distilbert": distilbert}
+OF_TEXTS = ("bert", "distilbert")
 
-__all__ = ["MODELS", "build_model", "evaluating", "lenet5", "mlp", "resnet8", "resnet18", "resnet18_cifar", "resnet20",
-           "resnet50", "resnet56", "vgg11", "vit_b_16"]
+__all__ = ["MODELS", "bert", "build_model", "densenet121", "densenet121_cifar", "densenet169", "densenet169_cifar",
+           "distilbert", "evaluating", "lenet5", "mlp", "resnet8", "resnet18", "resnet18_cifar", "resnet20", "resnet50",
+           "resnet56", "tiny_vit_5m", "vgg11", "vit_b_16"]
 
 
 def build_model(name, input_shape, classes, *, seed=0, **options):
@@ -22,16 +28,18 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     Parameters
     ----------
     name : str
-        One of mlp, lenet5, vgg11, resnet8, resnet20, resnet56, resnet18, resnet18_cifar, resnet50, vit_b_16.
+        One of mlp, lenet5, vgg11, resnet8, resnet20, resnet56, resnet18, resnet18_cifar, resnet50, densenet121,
+        densenet121_cifar, densenet169, densenet169_cifar, vit_b_16, tiny_vit_5m, bert, distilbert.
     input_shape : tuple of int
-        Shape of one input: (channels, height, width).
+        Shape of one input: (channels, height, width) of an image; (length,) of a text for bert and distilbert.
     classes : int
         Number of outputs.
     seed : int
         Of the initialisation; the global random state is left alone.
     **options
-        What the network itself takes: ``width`` (a factor on all hidden widths, in vit_b_16 on the number of heads),
-        ``depth`` (mlp), ``batch_norm`` (vgg11), ``shortcut`` (resnet8, resnet20, resnet56).
+        What the network itself takes: ``width`` (a factor on all hidden widths, in vit_b_16 and tiny_vit_5m on the
+        number of heads; not for texts), ``depth`` (mlp), ``batch_norm`` (vgg11), ``shortcut`` (resnet8, resnet20,
+        resnet56), ``source``, ``pretrained`` and ``download`` (bert, distilbert).
 
     Returns
     -------
@@ -41,6 +49,10 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     ------
     ValueError
         If the name or an option is unknown, or the inputs do not fit the network.
+    ImportError
+        If the network comes from a library that is not installed.
+    FileNotFoundError
+        If the files of a text classifier are not there.
 
     Examples
     --------
@@ -54,8 +66,9 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}: expected one of {', '.join(known)}")
-    if len(input_shape) != 3 or min(input_shape) < 1:
-        raise ValueError(f"input_shape is {tuple(input_shape)}: expected (channels, height, width)")
+    axes, expected = (1, "(length,) of texts") if name in OF_TEXTS else (3, "(channels, height, width) of images")
+    if len(input_shape) != axes or min(input_shape) < 1:
+        raise ValueError(f"input_shape is {tuple(input_shape)}: expected {expected}, as {name} takes them")
     if not isinstance(classes, int) or classes < 2:
         raise ValueError(f"classes is {classes!r}: expected an integer of at least 2")
     with torch.random.fork_rng(devices=[]):

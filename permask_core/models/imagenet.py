@@ -1,4 +1,10 @@
-"""torchvision's ResNet with its widths times a factor; a module of its own, because torchvision is slow to import."""
+"""torchvision's networks with their widths times a factor.
+
+A module of its own, because torchvision is slow to import. The classes are ours, so that a process that is sent such a
+network imports this module, and with it torchvision in the one way that works everywhere.
+"""
+
+import math
 
 from torch import nn
 
@@ -29,3 +35,33 @@ class ScaledResNet(torchvision.models.ResNet):
             if self.small_images:
                 self.maxpool = nn.Identity()
         return super()._make_layer(block, planes, *arguments, **options)
+
+
+class ScaledDenseNet(torchvision.models.DenseNet):
+    """torchvision's DenseNet with its growth rate of 32 and the 64 channels of its stem times ``width``.
+
+    ``blocks`` is the number of layers in each of the four dense blocks. With ``small_images`` the stem keeps the size
+    of the image: a 3x3 convolution, and no pooling.
+    """
+
+    def __init__(self, blocks, channels, classes, width, *, small_images=False):
+        growth, first = scaled(width, 32, 64)
+        super().__init__(growth, blocks, first, num_classes=classes)
+        if small_images:
+            self.features.pool0 = nn.Identity()
+        if small_images or channels != 3:  # drawn as the others
+            kernel, stride = (3, 1) if small_images else (7, 2)
+            self.features.conv0 = nn.Conv2d(channels, first, kernel, stride, padding=kernel // 2, bias=False)
+            nn.init.kaiming_normal_(self.features.conv0.weight)
+
+
+class ScaledVisionTransformer(torchvision.models.VisionTransformer):
+    """torchvision's ViT-B/16 for images of ``side`` x ``side`` with ``heads`` heads instead of 12, of 64 units each."""
+
+    def __init__(self, channels, side, classes, heads):
+        super().__init__(image_size=side, patch_size=16, num_layers=12, num_heads=heads, hidden_dim=64 * heads,
+                         mlp_dim=256 * heads, num_classes=classes)
+        if channels != 3:  # torchvision has colour images only; drawn as there
+            self.conv_proj = nn.Conv2d(channels, 64 * heads, 16, 16)
+            nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / (channels * 16 * 16)))
+            nn.init.zeros_(self.conv_proj.bias)

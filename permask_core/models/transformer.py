@@ -1,12 +1,10 @@
-"""The Vision Transformer: torchvision's ViT-B/16 with a width.
+"""Vision Transformers with a width: torchvision's ViT-B/16 and timm's TinyViT-5M.
 
-Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021: section 3.1, and table 1 for the base model.
+Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021: section 3.1, and table 1 for the base model. Wu et al.,
+"TinyViT: Fast Pretraining Distillation for Small Vision Transformers", ECCV 2022: section 3.3.
 """
 
-import math
-
-from torch import nn
-
+from permask_core.models.extras import check_extra
 from permask_core.models.feedforward import scaled
 
 
@@ -36,13 +34,36 @@ def vit_b_16(input_shape, classes, *, width=1.0):
         raise ValueError(f"input_shape is {input_shape}: vit_b_16 cuts the image into patches of 16x16 and needs a "
                          "square one whose side is a multiple of 16")
     (heads,) = scaled(width, 12)
-    from permask_core.vision import torchvision  # here, because it takes a second to import
+    from permask_core.models.imagenet import ScaledVisionTransformer  # here: torchvision takes a second to import
 
-    model = torchvision.models.VisionTransformer(
-        image_size=side, patch_size=16, num_layers=12, num_heads=heads, hidden_dim=64 * heads, mlp_dim=256 * heads,
-        num_classes=classes)
-    if channels != 3:  # torchvision has colour images only; drawn as there
-        model.conv_proj = nn.Conv2d(channels, 64 * heads, 16, 16)
-        nn.init.trunc_normal_(model.conv_proj.weight, std=math.sqrt(1 / (channels * 16 * 16)))
-        nn.init.zeros_(model.conv_proj.bias)
-    return model
+    return ScaledVisionTransformer(channels, side, classes, heads)
+
+
+def tiny_vit_5m(input_shape, classes, *, width=1.0):
+    """timm's TinyViT with 5 million parameters, and 2, 4, 5 and 10 x ``width`` heads, at least one, in its four stages.
+
+    A stage has 32 channels for each of its heads; the first, of convolutions, has the channels alone. Layer names,
+    initialisation and ``forward`` are timm's own, so that its published weights load at width 1 and 224x224. There the
+    windows of attention have 7x7, 14x14 and 7x7 places. In smaller images they are no larger than what is left of the
+    image: most of a window would be padding otherwise. The first convolution takes the channels of ``input_shape``.
+
+    Raises
+    ------
+    ImportError
+        If timm, which the extra ``permask[vision]`` installs, is not there.
+    ValueError
+        If the images are smaller than 32x32.
+
+    References
+    ----------
+    Wu et al., "TinyViT: Fast Pretraining Distillation for Small Vision Transformers", ECCV 2022.
+    """
+    channels, height, side = input_shape
+    if min(height, side) < 32:
+        raise ValueError(f"input_shape is {input_shape}: tiny_vit_5m halves the image five times and needs at least "
+                         "32x32")
+    heads = scaled(width, 2, 4, 5, 10)
+    check_extra("tiny_vit_5m", "timm", "vision")
+    from permask_core.models.tiny_vit import ScaledTinyVit
+
+    return ScaledTinyVit(channels, max(height, side), classes, heads)

@@ -1,6 +1,11 @@
 """Networks against published counts of parameters, torchvision's VGG11 and closed forms."""
 
+import json
+import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import permask_core
 from permask_core.models import build_model, evaluating
 from permask_core.vision import torchvision
 
@@ -57,7 +63,8 @@ def test_vgg11_takes_larger_images(shape, features):
 
 @pytest.mark.parametrize("name, shape", [
     ("mlp", (1, 8, 8)), ("lenet5", (1, 8, 8)), ("vgg11", (3, 32, 32)), ("resnet20", (1, 8, 8)),
-    ("resnet18", (3, 32, 32)), ("resnet18_cifar", (3, 8, 8)), ("vit_b_16", (1, 16, 16))])
+    ("resnet18", (3, 32, 32)), ("resnet18_cifar", (3, 8, 8)), ("densenet121", (3, 32, 32)),
+    ("densenet169_cifar", (1, 8, 8)), ("vit_b_16", (1, 16, 16)), ("tiny_vit_5m", (3, 32, 32))])
 def test_the_seed_decides_and_the_global_random_state_stays(name, shape):
     torch.manual_seed(1)
     random_state = torch.get_rng_state()
@@ -72,7 +79,9 @@ def test_the_seed_decides_and_the_global_random_state_stays(name, shape):
     (("resnet", (1, 8, 8), 10), {}, "unknown model 'resnet': expected one of mlp, lenet5, vgg11, resnet8"),
     (("mlp", (1, 8, 8), 10), {"heads": 2}, "mlp has no option 'heads': expected one of width, depth"),
     (("lenet5", (1, 8, 8), 10), {"depth": 2}, "lenet5 has no option 'depth'"),
-    (("mlp", (64,), 10), {}, "input_shape is (64,): expected (channels, height, width)"),
+    (("mlp", (64,), 10), {}, "input_shape is (64,): expected (channels, height, width) of images, as mlp takes them"),
+    (("bert", (3, 32, 32), 2), {}, "input_shape is (3, 32, 32): expected (length,) of texts, as bert takes them"),
+    (("distilbert", (0,), 2), {}, "input_shape is (0,): expected (length,)"),
     (("mlp", (1, 0, 8), 10), {}, "input_shape is (1, 0, 8)"), (("mlp", (1, 8, 8), 1), {}, "classes is 1"),
     (("mlp", (1, 8, 8), 2.5), {}, "classes is 2.5"), (("mlp", (1, 8, 8), 10), {"width": 0}, "width is 0"),
     (("mlp", (1, 8, 8), 10), {"width": "2"}, "width is '2'"),
@@ -85,6 +94,23 @@ def test_the_seed_decides_and_the_global_random_state_stays(name, shape):
 def test_bad_input_is_named(arguments, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build_model(*arguments, **options)
+
+
+def test_networks_of_other_libraries_reach_a_new_process(tmp_path):
+    """Which need not know how torchvision is to be imported: fit sends networks to the processes that it starts."""
+    shape = (3, 32, 32)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 12, "num_hidden_layers": 1}))
+    names = "resnet18", "densenet121", "vit_b_16", "tiny_vit_5m"
+    models = [build_model(name, shape, 4, width=0.05) for name in names]
+    models.append(build_model("bert", (8,), 4, source=tmp_path, pretrained=False))
+    code = "import pickle, sys; [print(model.eval()(x).tolist()) for model, x in pickle.load(open(sys.argv[1], 'rb'))]"
+    inputs = [torch.randn(1, *shape)] * 4 + [torch.arange(8)[None]]
+    with evaluating(*models):
+        outputs = [str(model(x).tolist()) for model, x in zip(models, inputs)]
+    (tmp_path / "models").write_bytes(pickle.dumps(list(zip(models, inputs))))
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "models"], capture_output=True, text=True,
+                          cwd=Path(permask_core.__file__).parent.parent)
+    assert done.stdout.splitlines() == outputs, done.stderr
 
 
 def test_evaluating_restores_every_modules_mode_after_an_error_too():
