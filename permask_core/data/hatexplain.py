@@ -11,6 +11,7 @@ Transfer Impacts Fairness and Bias", TMLR 2025.
 """
 
 import json
+import os
 from collections import Counter
 from typing import NamedTuple
 
@@ -59,11 +60,12 @@ def hatexplain(root=None, tokenizer="bert-base-uncased", length=128, attributes=
     Raises
     ------
     FileNotFoundError
-        If a file is missing or there is no such tokenizer.
+        If a file is missing, or there is no such tokenizer or no network to fetch it.
     ImportError
         If the package transformers is not installed.
     ValueError
-        If an option is out of range, a file is damaged, or the tokenizer cannot pad, mark or tell words.
+        If an option is out of range, a file or the tokenizer is damaged, or the tokenizer cannot mark beginning, end
+        and padding.
     """
     check_attributes(attributes, ATTRIBUTES)
     if not isinstance(length, int) or length < 3:
@@ -94,7 +96,7 @@ def _judged(folder):
                          "names of posts")
     unknown, shared = set().union(*listed) - set(posts), set(listed[0]) & set(listed[1])
     if unknown or shared:
-        raise ValueError(f"{folder / DIVISIONS} lists posts that are not in {POSTS}: {some(unknown)}; in both train and "
+        raise ValueError(f"{folder / DIVISIONS} lists posts that are not in {POSTS}: {some(unknown)}; in train and in "
                          f"test: {some(shared)}: expected none of either")
     both = [[post for name in names if (post := _post(name, posts[name], folder / POSTS)).toxic is not None]
             for names in listed]
@@ -148,10 +150,10 @@ def _tokenizer(name, length):
     try:
         made = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises what the files lead it to
-        raise FileNotFoundError(
-            f"there is no tokenizer {str(name)!r}, neither as a folder nor on the Hugging Face hub ({error}): where "
-            "there is no network, copy the tokenizer's files (such as tokenizer_config.json and vocab.txt) from "
-            "elsewhere and name their folder") from error
+        raise (ValueError if os.path.isdir(name) else FileNotFoundError)(
+            f"cannot load the tokenizer {str(name)!r} ({error}): expected a folder with its files, such as "
+            "tokenizer_config.json and vocab.txt, or its name on the Hugging Face hub; where there is no network, "
+            "fetch the files elsewhere and name their folder") from error
     # Without its vocabulary's file, a tokenizer knows its special tokens alone and takes all words for one.
     if len(made) <= len(made.all_special_ids):
         raise ValueError(f"the tokenizer {str(name)!r} has no vocabulary: expected a file such as vocab.txt or "

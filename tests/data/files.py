@@ -1,8 +1,12 @@
 """Tiny data sets on disk, in the formats of the published files, of images and texts that can be learned."""
 
+import functools
+import http.server
 import io
 import json
 import pickle
+import threading
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -208,6 +212,7 @@ def write_hatexplain(root, n_train=120, n_val=10, n_test=60, seed=0, posts=None)
     posts = posts or {f"{1000 + i}_{'gab' if i < n else 'twitter'}": _post(rng, torn=i >= n) for i in range(n + n // 9)}
     names = list(posts)
     divisions = {"train": names[:n_train], "val": names[n_train:n_train + n_val], "test": names[n_train + n_val:n]}
+    posts = {name: {"post_id": name, **one} for name, one in posts.items()}
     for file, content in (("dataset", posts), ("post_id_divisions", divisions)):
         (root / "hatexplain" / f"{file}.json").write_text(json.dumps(content))
     return root / "hatexplain"
@@ -227,7 +232,7 @@ def post(labels, targets, words):
     """A post of HateXplain as it stands in the file, from its annotators' labels and targets and its words."""
     annotators = [{"label": label, "annotator_id": i + 1, "target": target}
                   for i, (label, target) in enumerate(zip(labels, targets, strict=True))]
-    return {"post_id": "", "annotators": annotators, "rationales": [], "post_tokens": words}
+    return {"annotators": annotators, "rationales": [], "post_tokens": words}
 
 
 def write_tokenizer(folder):
@@ -244,9 +249,8 @@ def write_tokenizer(folder):
     """
     folder.mkdir(parents=True, exist_ok=True)
     letters = "abcdefghijklmnopqrstuvwxyz<>"
-    words = [word for tone in TONES.values() for word in tone] + FILLERS + [target.lower() for kind in TARGETS for target in kind]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters),
-                  *(word for word in words if word != "<user>"), "user"]
+    words = [word.lower().strip("<>") for part in (*TONES.values(), FILLERS, *TARGETS) for word in part]
+    vocabulary = [*("[PAD] [UNK] [CLS] [SEP] [MASK]".split()), *letters, *(f"##{letter}" for letter in letters), *words]
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}))
@@ -266,6 +270,21 @@ def pictures(labels, classes, height, width, seed):
     rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
     images = patterns[labels][:, :, rows][..., columns] + rng.normal(0, 20, (len(labels), 3, height, width))
     return images.clip(0, 255).astype(np.uint8), labels
+
+
+@contextmanager
+def serving(folder):
+    """The address under which this machine serves the files of a folder."""
+    handler = functools.partial(_Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
 
 
 def python2_pickle(value):
