@@ -1,29 +1,36 @@
-"""Data sets by name, in one form: two splits that hand out batches, the shape of an image, the number of classes."""
+"""Data sets by name, in one form: two splits that hand out batches, the shape of an input, the number of classes."""
 
 import inspect
 from typing import NamedTuple
 
+from permask_core.data.celeba import celeba
 from permask_core.data.cifar import cifar10, cifar100
 from permask_core.data.digits import digits
+from permask_core.data.folders import Folder
+from permask_core.data.hatexplain import hatexplain
 from permask_core.data.imagenet import imagenet
 from permask_core.data.splits import Split
+from permask_core.data.svhn import svhn
+from permask_core.data.tiny_imagenet import tiny_imagenet
 from permask_core.data.trifeature import trifeature
 
 __all__ = ["DATASETS", "Dataset", "check_options", "load_dataset", "options_of"]
 
 
 class Dataset(NamedTuple):
-    """A data set: its ``name``, ``train`` and ``test`` splits, the shape of one input, and the number of classes."""
+    """A data set: its ``name``, ``train`` and ``test`` splits, the shape of one input (channels, height and width
+    of an image, the length of a text), and the number of classes."""
 
     name: str
-    train: Split
-    test: Split
-    input_shape: tuple[int, int, int]
+    train: Split | Folder
+    test: Split | Folder
+    input_shape: tuple[int, ...]
     classes: int
 
 
 DATASETS = {"digits": digits, "trifeature": trifeature, "cifar10": cifar10, "cifar100": cifar100,
-            "imagenet": imagenet}
+            "imagenet": imagenet, "svhn": svhn, "tiny_imagenet": tiny_imagenet, "celeba": celeba,
+            "hatexplain": hatexplain}
 
 
 def load_dataset(name, **options):
@@ -31,7 +38,7 @@ def load_dataset(name, **options):
 
     Parameters
     ----------
-    name : {"digits", "trifeature", "cifar10", "cifar100", "imagenet"}
+    name : {"digits", "trifeature", "cifar10", "cifar100", "imagenet", "svhn", "tiny_imagenet", "celeba", "hatexplain"}
     **options
         What the data set itself takes: see the function of that name below.
 
@@ -45,6 +52,8 @@ def load_dataset(name, **options):
         If the name or an option is unknown, an option is out of range, or a file is damaged.
     FileNotFoundError
         If the files of a data set are not there; it says where they were looked for and how to get them.
+    ImportError
+        If a data set needs a package that is not installed.
     """
     check_options(name, options)
     train, test, input_shape, classes = DATASETS[name](**options)

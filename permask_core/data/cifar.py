@@ -7,17 +7,13 @@ set in the same format is as safe.
 Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
-import http.client
 import io
-import os
 import pickle
-import tarfile
-import tempfile
 
 import numpy as np
 import torch
 
-from permask_core.data.root import data_root
+from permask_core.data.root import data_root, published_files
 from permask_core.data.splits import Split, channel_moments
 
 
@@ -64,19 +60,12 @@ def _load(name, key, root, download, verify):
     folder = root / published.base_folder
     meta = published.meta
     sums = dict([*published.train_list, *published.test_list, (meta["filename"], meta["md5"])])
-    missing = [file for file in sums if not (folder / file).is_file()]
-    if missing and download:
-        _download(published, root, missing)
-    elif missing:
-        raise FileNotFoundError(
-            f"{name} is not in {root}: expected the folder {published.base_folder} with the files {', '.join(sums)}; "
-            f"missing: {', '.join(missing)}. Load it with download=True, or fetch {published.url} and unpack it in "
-            f"{root}; the environment variable PERMASK_DATA names another place")
-    for file, expected in sums.items() if verify else ():
-        found = torchvision.datasets.utils.calculate_md5(folder / file)
-        if found != expected:
-            raise ValueError(f"{folder / file} is not the published file (md5 {found}, expected {expected}): "
-                             "delete it and load the set with download=True, or accept it with verify=False")
+
+    def fetch(to, missing):
+        torchvision.datasets.utils.download_and_extract_archive(published.url, to.parent, md5=published.tgz_md5)
+
+    published_files(name, folder, sums, download, verify, source=published.url, place=f"unpack it in {root}",
+                    fetch=fetch)
     names = _entry(folder / meta["filename"], [meta["key"]])[meta["key"]]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{meta['key']!r} in {folder / meta['filename']} is {names!r}: expected a list of names")
@@ -84,22 +73,6 @@ def _load(name, key, root, download, verify):
                    for files in (published.train_list, published.test_list))
     mean, sd = channel_moments(train[0])
     return Split(*train, mean, sd, pad=4, flip=True), Split(*test, mean, sd), (3, 32, 32), len(names)
-
-
-def _download(published, root, missing):
-    """Fetch a set into a temporary folder and move what is missing: a file is there whole or not at all."""
-    from permask_core.vision import torchvision
-
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{published.base_folder}.", dir=root) as temporary:
-            torchvision.datasets.utils.download_and_extract_archive(published.url, temporary, md5=published.tgz_md5)
-            (root / published.base_folder).mkdir(exist_ok=True)
-            for file in missing:
-                os.replace(os.path.join(temporary, published.base_folder, file), root / published.base_folder / file)
-    except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
-        raise OSError(f"cannot download {published.url} into {root} ({error}): where there is no network, fetch it "
-                      f"elsewhere and unpack it in {root}") from error
 
 
 def _images(paths, key, classes):

@@ -6,6 +6,7 @@ epoch of a set too large for memory takes minutes.
 """
 
 import functools
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +22,9 @@ class Folder:
     """Image files below ``root``: their ``names`` [n] relative to it, and labels ``y`` [n], int64.
 
     Batches are like those of :class:`~permask_core.data.splits.Split`, with images of ``image_size`` x ``image_size``
-    pixels, standardised by ``mean`` and ``sd`` of each channel. Augmented, an image is a crop of 8 to 100 % of the area
-    and 3:4 to 4:3, resized, and mirrored in half of the cases; otherwise it is the centre, 224/256 of the shorter side.
-    ``workers`` processes read ahead; with 0 this process reads. ``attributes`` are as a Split's.
+    pixels, standardised by ``mean`` and ``sd`` of each channel. Augmented, an image is a crop of at least ``smallest``
+    of the area and 3:4 to 4:3, resized, and mirrored in half of the cases; otherwise it is the centre, 224/256 of the
+    shorter side. ``workers`` processes read ahead; with 0 this process reads. ``attributes`` are as a Split's.
     """
 
     root: Path
@@ -33,6 +34,7 @@ class Folder:
     workers: int
     mean: tuple[float, ...]
     sd: tuple[float, ...]
+    smallest: float = 0.08  # the share that ImageNet's recipes have
     attributes: dict[str, Attribute] = field(default_factory=dict)
     augments = True  # whether an augmented image differs from the plain one
 
@@ -69,8 +71,8 @@ class _Pictures(torch.utils.data.Dataset):
     augmented: tuple[int, int] | None
 
     def __getitem__(self, index):
-        image = _opened(self.split.root / self.split.names[index])
-        moved, plain = _transforms(self.split.image_size)
+        image = opened(self.split.root / self.split.names[index])
+        moved, plain = _transforms(self.split.image_size, self.split.smallest)
         if self.augmented is None:
             return plain(image)
         # torchvision's transforms draw from torch's global generator. Only the CPU's is seeded and given back:
@@ -80,22 +82,51 @@ class _Pictures(torch.utils.data.Dataset):
             return moved(image)
 
 
-def _opened(path):
+def opened(path):
+    """An image file as a PIL image in RGB, whatever the file is.
+
+    Raises
+    ------
+    ValueError
+        If it is no readable image.
+    """
     from permask_core.vision import torchvision
 
     try:
-        return torchvision.datasets.folder.pil_loader(path)  # RGB, whatever the file is
+        return torchvision.datasets.folder.pil_loader(path)
     except Exception as error:  # PIL's formats raise what they like
         raise ValueError(f"{path} is no readable image ({error}): replace or delete it") from error
 
 
+def check_image_size(image_size):
+    """Raise ValueError unless it is an integer of at least 1."""
+    if not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size is {image_size!r}: expected an integer of at least 1")
+
+
+def readers(workers=None):
+    """How many processes or threads read images: ``workers``, or without it one for each core, at most 8.
+
+    Raises
+    ------
+    ValueError
+        If ``workers`` is no integer of at least 0.
+    """
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(8, cores)
+    if not isinstance(workers, int) or workers < 0:
+        raise ValueError(f"workers is {workers!r}: expected an integer of at least 0")
+    return workers
+
+
 @functools.cache
-def _transforms(image_size):
+def _transforms(image_size, smallest):
     """From a PIL image to uint8, augmented and plain. Made where they are used: to unpickle them, a new process would
     import torchvision directly."""
     from permask_core.vision import torchvision
 
     made = torchvision.transforms
-    moved = [made.RandomResizedCrop(image_size), made.RandomHorizontalFlip()]
+    moved = [made.RandomResizedCrop(image_size, scale=(smallest, 1)), made.RandomHorizontalFlip()]
     plain = [made.Resize(round(image_size * 256 / 224)), made.CenterCrop(image_size)]
     return tuple(made.Compose([*steps, made.PILToTensor()]) for steps in (moved, plain))

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from permask_core.data.folders import Folder
-from permask_core.data.root import data_root
+from permask_core.data.folders import Folder, check_image_size, readers
+from permask_core.data.root import data_root, some
 
 # Of the training images' channels in units of 255, as used by torchvision's published models.
 MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,13 +48,8 @@ def imagenet(root=None, image_size=224, workers=None):
         If the two folders have different classes, or some that ``meta.bin``, where there is one, does not know; or
         an argument is out of range.
     """
-    if not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"image_size is {image_size!r}: expected an integer of at least 1")
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(8, cores)
-    if not isinstance(workers, int) or workers < 0:
-        raise ValueError(f"workers is {workers!r}: expected an integer of at least 0")
+    check_image_size(image_size)
+    workers = readers(workers)
     root = Path(root).expanduser().absolute() if root else data_root() / "imagenet"
     _unpack(root)
     classes = _classes(root)
@@ -94,7 +89,7 @@ def _classes(root):
     train, val = ({entry.name for entry in os.scandir(root / name) if entry.is_dir()} for name in ("train", "val"))
     if train != val or not train:
         raise ValueError(f"{root} has {len(train)} classes in train and {len(val)} in val; only in train: "
-                         f"{_some(train - val)}; only in val: {_some(val - train)}: expected the same, at least one")
+                         f"{some(train - val)}; only in val: {some(val - train)}: expected the same, at least one")
     meta = root / torchvision.datasets.imagenet.META_FILE
     if meta.is_file():
         try:
@@ -102,14 +97,9 @@ def _classes(root):
         except Exception as error:  # torch.load raises what the bytes lead it to
             raise ValueError(f"{meta} is damaged ({error}): delete it") from error
         if not train <= known:
-            raise ValueError(f"{meta} does not know {_some(train - known)}: expected names of ImageNet's classes, such "
+            raise ValueError(f"{meta} does not know {some(train - known)}: expected names of ImageNet's classes, such "
                              "as n01440764")
     return sorted(train)
-
-
-def _some(names):
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "") or "none"
 
 
 def _files(folder, classes):

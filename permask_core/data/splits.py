@@ -16,11 +16,12 @@ from permask_core.data.attributes import Attribute
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images in memory: ``x`` [n, channels, height, width], float32 or uint8, and labels ``y`` [n], int64.
+    """Inputs in memory, ``x``, and labels ``y`` [n], int64. Images are [n, channels, height, width], float32 or uint8;
+    texts are the numbers of their tokens [n, length], int64, which are handed out as they are.
 
     uint8 images are divided by 255; ``mean`` and ``sd`` of each channel, where given, then standardise. ``pad`` and
     ``flip`` are the augmentation: crops of the image's own size from the image with that many black pixels around it,
-    and the mirror image of half of them. ``attributes``, by name, say what else is known of each image; nothing is
+    and the mirror image of half of them. ``attributes``, by name, say what else is known of each input; nothing is
     trained on them.
     """
 
@@ -59,7 +60,7 @@ class Split:
         Yields
         ------
         (torch.Tensor, torch.Tensor)
-            Inputs, float32, and labels.
+            Inputs, float32 (int64 if they are tokens), and labels.
         """
         moving = augmented is not None and self.augments
         if moving:
@@ -126,12 +127,11 @@ def channel_moments(x):
     ValueError
         If a channel has one value only: it cannot be standardised.
     """
-    pixels = x.transpose(0, 1).flatten(1)
     # Of how often each value occurs: exact, and small however many images there are.
-    counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels]).double()
-    values = torch.arange(256).double() / 255
-    mean = (counts * values).sum(1) / pixels.shape[1]
-    sd = ((counts * (values - mean[:, None]) ** 2).sum(1) / pixels.shape[1]).sqrt()
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in x.transpose(0, 1)]).double()
+    values, pixels = torch.arange(256).double() / 255, counts[0].sum()
+    mean = (counts * values).sum(1) / pixels
+    sd = ((counts * (values - mean[:, None]) ** 2).sum(1) / pixels).sqrt()
     if not sd.all():
         raise ValueError(f"the deviations of the images' channels are {sd.tolist()}: expected numbers above 0")
     return tuple(mean.tolist()), tuple(sd.tolist())

@@ -1,13 +1,10 @@
 """CIFAR's files: the images that torchvision reads, without running what a file asks for; clear errors otherwise."""
 
-import functools
-import http.server
 import pickle
 import re
 import subprocess
 import sys
 import tarfile
-import threading
 from hashlib import md5
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from permask_core.data.cifar import cifar10, cifar100
 from permask_core.data.root import data_root
 from permask_core.data.splits import channel_moments, in_order
 from permask_core.vision import torchvision
-from tests.data.files import write_cifar
+from tests.data.files import serving, write_cifar
 
 NAMES = {"cifar10": (cifar10, torchvision.datasets.CIFAR10), "cifar100": (cifar100, torchvision.datasets.CIFAR100)}
 
@@ -244,20 +241,12 @@ def served(tmp_path, monkeypatch, publish):
     archive = tmp_path / "made" / "cifar-10-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, folder.name)
-    handler = functools.partial(Quiet, directory=archive.parent)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(archive.parent) as address:
         published = torchvision.datasets.CIFAR10
-        monkeypatch.setattr(published, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+        monkeypatch.setattr(published, "url", f"{address}/{archive.name}")
         monkeypatch.setattr(published, "tgz_md5", md5(archive.read_bytes()).hexdigest())
         publish(published, folder)
         yield archive
-        server.shutdown()
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
 
 
 def test_download(tmp_path, served):
@@ -293,7 +282,8 @@ def test_no_network(tmp_path, monkeypatch):
         cifar100(tmp_path, download=True)
 
 
-def test_torchvision_is_not_imported_before_it_is_needed():
-    code = "import sys, permask_core.data.cifar, permask_core.data.imagenet; print(sorted(sys.modules))"
+def test_what_is_slow_to_import_is_not_imported_before_it_is_needed():
+    code = "import sys, permask_core.data; print(sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "'permask_core.data.folders'" in modules and "'torchvision'" not in modules
+    assert "'permask_core.data.hatexplain'" in modules
+    assert "'torchvision'" not in modules and "'transformers'" not in modules

@@ -1,0 +1,175 @@
+"""HateXplain: 20,148 posts of Twitter and Gab, each judged by three people, as token numbers with a label of toxic or
+not and the groups of people that a post is about.
+
+Whether a post is toxic is the majority's word on the three published labels, as in the published code for measuring
+bias: hatespeech, offensive and normal are counted before the first two are merged, or posts on which all three differ
+would count as toxic.
+
+Source: Mathew et al., "HateXplain: A Benchmark Dataset for Explainable Hate Speech Detection", AAAI 2021. The two
+attributes that come by default are those of Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledge
+Transfer Impacts Fairness and Bias", TMLR 2025.
+"""
+
+import json
+import os
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from permask_core.data.attributes import Attribute, check_attributes
+from permask_core.data.root import check_there, data_root, some
+from permask_core.data.splits import Split
+
+POSTS, DIVISIONS = "dataset.json", "post_id_divisions.json"
+TOXIC = {"hatespeech": 1, "offensive": 1, "normal": 0}
+# The source's groups; its remaining targets (Refugee, Indigenous, Nonreligious, Other, ...) belong to none of these.
+ATTRIBUTES = {
+    "gender": ("Men", "Women"),
+    "race": ("African", "Arab", "Asian", "Caucasian", "Hispanic"),
+    "religion": ("Buddhism", "Christian", "Hindu", "Islam", "Jewish"),
+    "sexual_orientation": ("Asexual", "Bisexual", "Heterosexual", "Homosexual"),
+}
+
+
+def hatexplain(root=None, tokenizer="bert-base-uncased", length=128, attributes=("gender", "race")):
+    """HateXplain as a classification task of two classes: 0 is normal, 1 toxic.
+
+    A post belongs to the groups that were named at least twice by its three annotators together: to several, or, as
+    most posts do, to none. Posts on which the three labels all differ are left out; the published divisions have none.
+    The division for validation is not used: nothing is selected on it.
+
+    Parameters
+    ----------
+    root : path-like, optional
+        The folder with ``hatexplain`` in it, and there ``dataset.json`` and ``post_id_divisions.json``: see
+        :func:`permask_core.data.root.data_root`.
+    tokenizer : str or path-like
+        A folder with a tokenizer of the package transformers, or the name of one on the Hugging Face hub. It has to be
+        the one of the network that is trained.
+    length : int
+        Number of tokens: longer posts are cut, shorter ones padded. The first and last mark the beginning and the end.
+    attributes : sequence of str
+        Some of gender, race, religion, sexual_orientation.
+
+    Returns
+    -------
+    (Split, Split, tuple of int, int)
+        Training and test split, int64 tokens; the shape [length]; the number of classes, 2.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing, or there is no such tokenizer or no network to fetch it.
+    ImportError
+        If the package transformers is not installed.
+    ValueError
+        If an option is out of range, a file or the tokenizer is damaged, or the tokenizer cannot mark beginning, end
+        and padding.
+    """
+    check_attributes(attributes, ATTRIBUTES)
+    if not isinstance(length, int) or length < 3:
+        raise ValueError(f"length is {length!r}: expected an integer of at least 3")
+    folder = data_root(root) / "hatexplain"
+    check_there("HateXplain", folder, [POSTS, DIVISIONS],
+                f"Fetch both from the folder Data of https://github.com/hate-alert/HateXplain and put them in {folder}")
+    tokenizer = _tokenizer(tokenizer, length)
+    train, test = (_split(posts, tokenizer, length, attributes) for posts in _judged(folder))
+    return train, test, (length,), 2
+
+
+class Post(NamedTuple):
+    """What is used of a post: its ``text``, whether it is ``toxic`` (None where no two annotators agree), and the
+    ``targets`` that were named at least twice."""
+
+    text: str
+    toxic: int | None
+    targets: frozenset[str]
+
+
+def _judged(folder):
+    """The posts of the training and the test division on which two annotators agree."""
+    posts, divisions = (_read(folder / file) for file in (POSTS, DIVISIONS))
+    listed = [divisions.get(name) for name in ("train", "test")]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in listed):
+        raise ValueError(f"{folder / DIVISIONS} has the keys {some(divisions)}: expected train and test, lists of the "
+                         "names of posts")
+    unknown, shared = set().union(*listed) - set(posts), set(listed[0]) & set(listed[1])
+    if unknown or shared:
+        raise ValueError(f"{folder / DIVISIONS} lists posts that are not in {POSTS}: {some(unknown)}; in train and in "
+                         f"test: {some(shared)}: expected none of either")
+    both = [[post for name in names if (post := _post(name, posts[name], folder / POSTS)).toxic is not None]
+            for names in listed]
+    if not all(both):
+        raise ValueError(f"{folder / DIVISIONS} has {len(both[0])} training and {len(both[1])} test posts on which two "
+                         "annotators agree: expected at least 1 of each")
+    return both
+
+
+def _read(path):
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or no JSON ({error}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}: expected an object")
+    return content
+
+
+def _post(name, post, path):
+    """A post as it stands in the file, checked and judged."""
+    def check(good, found, expected):
+        if not good:
+            raise ValueError(f"the post {name!r} in {path} has {found}: expected {expected}")
+
+    check(isinstance(post, dict), type(post).__name__, "an object")
+    words, annotators = post.get("post_tokens"), post.get("annotators")
+    check(_texts(words) and words, f"the post_tokens {words!r}", "a list of words")
+    check(isinstance(annotators, list) and len(annotators) == 3 and all(isinstance(one, dict) for one in annotators),
+          f"the annotators {annotators!r}", "a list of three objects")
+    labels, targets = ([one.get(key) for one in annotators] for key in ("label", "target"))
+    for label in labels:
+        check(isinstance(label, str) and label in TOXIC, f"the label {label!r}", f"one of {', '.join(TOXIC)}")
+    for target in targets:
+        check(_texts(target), f"the target {target!r}", "a list of names")
+    (label, votes), = Counter(labels).most_common(1)
+    named = Counter(name for target in targets for name in target)
+    return Post(" ".join(words), TOXIC[label] if votes > 1 else None,
+                frozenset(name for name, times in named.items() if times > 1))
+
+
+def _texts(value):
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _tokenizer(name, length):
+    try:
+        from transformers import AutoTokenizer  # takes seconds, which whoever needs no text should not wait
+    except ImportError as error:
+        raise ImportError('HateXplain needs the package transformers: pip install "permask[text]"') from error
+    try:
+        made = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises what the files lead it to
+        raise (ValueError if os.path.isdir(name) else FileNotFoundError)(
+            f"cannot load the tokenizer {str(name)!r} ({error}): expected a folder with its files, such as "
+            "tokenizer_config.json and vocab.txt, or its name on the Hugging Face hub; where there is no network, "
+            "fetch the files elsewhere and name their folder") from error
+    # Without its vocabulary's file, a tokenizer knows its special tokens alone and takes all words for one.
+    if len(made) <= len(made.all_special_ids):
+        raise ValueError(f"the tokenizer {str(name)!r} has no vocabulary: expected a file such as vocab.txt or "
+                         "tokenizer.json beside its configuration")
+    if None in (made.pad_token_id, made.cls_token_id, made.sep_token_id):
+        raise ValueError(f"the tokenizer {str(name)!r} pads with {made.pad_token!r}, begins with {made.cls_token!r}, "
+                         f"ends with {made.sep_token!r}: expected a token for each, as BERT has")
+    if length > made.model_max_length:
+        raise ValueError(f"length is {length}: expected at most {made.model_max_length}, the limit of the tokenizer "
+                         f"{str(name)!r}")
+    return made
+
+
+def _split(posts, tokenizer, length, attributes):
+    tokens = tokenizer([post.text for post in posts], padding="max_length", truncation=True, max_length=length,
+                       return_tensors="pt")["input_ids"]
+    held = {name: Attribute(ATTRIBUTES[name], torch.tensor([[group in post.targets for group in ATTRIBUTES[name]]
+                                                            for post in posts])) for name in attributes}
+    return Split(tokens, torch.tensor([post.toxic for post in posts]), attributes=held)
