@@ -20,8 +20,6 @@ from permask_core.stages import data, in_parallel, options_that_decide, trained
 from permask_core.training import Recipe, default_device, evaluate, fit, predict
 
 ROLES = ("teacher", "student", "distilled")
-# Of T, in the source's fairness results; those on classes begin with 2 and end with 10.
-TEMPERATURES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 30, 40)
 
 
 @dataclass(frozen=True)
