@@ -179,7 +179,7 @@ def test_missing_files_are_named(tmp_path, load, gone):
     (write_hatexplain(tmp_path) / gone).unlink()
     with pytest.raises(FileNotFoundError) as found:
         load()
-    for part in (f"HateXplain is not in {tmp_path}: expected the folder hatexplain with data", f"missing: {gone}. Fetch",
+    for part in (f"HateXplain is not in {tmp_path}: expected the folder hatexplain with", f"missing: {gone}. Fetch",
                  "the folder Data of https://github.com/hate-alert/HateXplain", f"put them in {tmp_path}/hatexplain"):
         assert part in str(found.value)
 
@@ -221,6 +221,8 @@ def test_damaged_posts_are_named(tmp_path, load, bad, message):
     ("post_id_divisions.json", '{"train": ["1_gab"], "test": [2]}', "{} has the keys test, train: expected"),
     ("post_id_divisions.json", '{"train": ["1_gab"], "test": ["1_gab", "7_gab"]}',
      "{} lists posts that are not in dataset.json: 7_gab; in train and in test: 1_gab: expected none of either"),
+    ("post_id_divisions.json", '{"train": ["1_gab"], "test": ["2_gab", "1_gab"]}',
+     "{} lists posts that are not in dataset.json: none; in train and in test: 1_gab: expected none of either"),
     ("post_id_divisions.json", '{"train": ["1_gab"], "test": []}', "{} has 1 training and 0 test posts on which two"),
 ])
 def test_damaged_files_are_named(tmp_path, load, file, content, message):
@@ -249,7 +251,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path, load, monkeypatch, name):
 @pytest.mark.parametrize("file, content, message", [
     ("vocab.txt", None, "has no vocabulary: expected a file such as vocab.txt or tokenizer.json"),
     ("vocab.txt", "", "has no vocabulary: expected a file such as vocab.txt or tokenizer.json"),
-    ("tokenizer_config.json", '{"tokeniz', "Unterminated string.*expected a folder with its files, such as tokenizer_c"),
+    ("tokenizer_config.json", '{"tokeniz', "Unterminated string.*expected a folder with its files, such as token"),
     ("tokenizer_config.json", '{"tokenizer_class": "BertTokenizer", "sep_token": null}',
      r"pads with '\[PAD\]', begins with '\[CLS\]', ends with None: expected a token for each"),
 ])
