@@ -111,8 +111,9 @@ def test_neither_order_nor_names_matter(metric, sample, undefined, data):
 @given(seed=st.integers(0, 10_000), classes=st.integers(2, 4))
 def test_groups_that_are_merged_are_not_further_apart(metric, seed, classes):
     y_true, y_pred, group = random_sample(np.random.default_rng(seed), 60, classes, 4)
-    apart, together = (metric(y_true, y_pred, sensitive_features=names, undefined="omit")
+    apart, together = (quiet(metric, y_true, y_pred, sensitive_features=names, undefined="omit")
                        for names in (group, np.minimum(group, 2)))
+    assume(not math.isnan(apart + together))
     assert together <= apart + 1e-12
 
 
@@ -400,7 +401,7 @@ AB = ["a", "a", "b", "b"]
 @pytest.mark.parametrize("labels, group, options, message", [
     (([0, 1], [0, 1, 1]), AB, {}, "y_true has 2 labels, y_pred has 3: expected as many"),
     (GOOD, ["a", "b"], {}, "sensitive_features has 2 inputs, y_true has 4"),
-    (GOOD, Attribute(("a", "b"), torch.ones(3, 2).bool()), {}, "torch.bool [3, 2]: expected bool [4, 2]"),
+    (GOOD, Attribute(("a", "b"), torch.ones(3, 2).bool()), {}, "is bool [3, 2]: expected bool [4, 2]"),
     (GOOD, Attribute(("a", "b"), torch.ones(4, 2)), {}, "float32 [4, 2]: expected bool [4, 2]"),
     (GOOD, ["a"] * 4, {}, "groups of sensitive_features with an input: 1, expected at least two"),
     (GOOD, Attribute(("a", "b"), torch.eye(2).bool()[[0, 0, 0, 0]]), {}, "with an input: 1"),
@@ -415,7 +416,6 @@ AB = ["a", "a", "b", "b"]
     (GOOD, AB, {"undefined": "skip"}, "undefined is 'skip': expected one of nan, omit, zero"),
 ])
 def test_bad_labels_and_groups_are_named(metric, labels, group, options, message):
-    message = message.replace("torch.", "")
     for use in (metric, lambda *args, **rest: chance_level(metric, *args, **rest)):
         with pytest.raises(ValueError, match=re.escape(message)):
             use(*labels, sensitive_features=group, **options)
