@@ -57,6 +57,8 @@ _TEACHER = (*_DATA, "teacher", "teacher_options", "teacher_recipe")
 _STUDENT = (*_DATA, "student", "student_options", "student_recipe")
 
 
+_QUICK = Recipe(epochs=12)
+_SHAPES = Recipe(epochs=12, lr=0.003, batch_size=64, weight_decay=0.01, optimizer="adamw")
 _SMALL_IMAGES = Recipe(epochs=200)
 _IMAGENET = Recipe(epochs=90, weight_decay=1e-4, batch_size=256, schedule="step", precision="bf16")
 _VIT = Recipe(epochs=300, lr=0.003, weight_decay=0.3, batch_size=4096, accumulate=16, warmup=30, optimizer="adamw",
@@ -73,7 +75,14 @@ def _with(recipe, dataset, teacher, student, options=None):
 # alpha; how long and with which learning rates is ours.
 PAIRS = {
     "digits": Experiment(
-        "digits", {"noise": 1.0, "copies": 5}, teacher="mlp", student="mlp", student_options={"width": 0.0625}),
+        "digits", {"noise": 1.0, "copies": 5}, teacher="mlp", teacher_recipe=_QUICK, student="mlp",
+        student_options={"width": 0.0625}, student_recipe=_QUICK),
+    # In half of the training images the colour goes with the shape that is to be named.
+    "trifeature": Experiment(
+        "trifeature", {"n_train": 2000, "n_test": 10_000, "image_size": 16, "label": "shape", "correlated": "colour",
+                       "match": 0.5, "augment": False},
+        teacher="lenet5", teacher_options={"width": 2.0}, teacher_recipe=_SHAPES, student="lenet5",
+        student_options={"width": 0.5}, student_recipe=_SHAPES),
     "svhn": _with(_SMALL_IMAGES, "svhn", "resnet56", "resnet20"),
     "cifar10": _with(_SMALL_IMAGES, "cifar10", "resnet56", "resnet20"),
     "cifar100": _with(_SMALL_IMAGES, "cifar100", "resnet56", "resnet20"),

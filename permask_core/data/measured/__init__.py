@@ -59,6 +59,20 @@ def measured_extreme_memory():
     return _read("extreme_memory")
 
 
+def measured_distillation():
+    """Teachers, students and distilled students on Trifeature: class by class, by group and by individual.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``; and ``tasks``, by name a dict with ``settings`` and ``rows``,
+        a list of dict: ``role``, ``temperature``, ``seed``, ``accuracy``, ``loss``, ``seconds``, ``class_accuracies``
+        [classes], and where there are groups ``individual`` (mean ratio, pixels in [0, 1]) and for each attribute and
+        measure, as "colour EOD", the value, what chance gives in the mean, and below what it stays in 95 %.
+    """
+    return _read("distillation")
+
+
 def measured_torchvision_groups():
     """The permutation groups of torchvision's classification models.
 
