@@ -1,6 +1,7 @@
 """A training run on disk: where it is, and of what it is a run, so that it can go on after an interruption."""
 
 import hashlib
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +71,19 @@ def load_run(path, identity):
 def found_run(path, identity):
     """:func:`load_run`, or None where there is no path or no file."""
     return load_run(path, identity) if path and Path(path).exists() else None
+
+
+def described(value):
+    """What data are in short, as JSON holds it: not where their files lie, how many processes read them, or what nobody
+    trains on."""
+    if isinstance(value, torch.nn.Module):
+        return digest(value.state_dict())
+    if hasattr(value, "dtype"):
+        return digest({"": value})
+    if is_dataclass(value):
+        return {name: described(part) for name, part in vars(value).items()
+                if name not in ("root", "workers", "attributes")}
+    return value
 
 
 def digest(arrays):

@@ -15,7 +15,7 @@ import torch
 
 from permask_core.data import load_dataset, options_of
 from permask_core.progress import progress
-from permask_core.resume import digest
+from permask_core.resume import described
 from permask_core.store import Store
 
 
@@ -43,7 +43,7 @@ def options_that_decide(experiment):
 
 @lru_cache(maxsize=1)
 def _content(loaded):
-    return digest({"x": loaded.train.x, "y": loaded.train.y, "test x": loaded.test.x, "test y": loaded.test.y})
+    return {"train": described(loaded.train), "test": described(loaded.test)}
 
 
 def trained(store, name, train, **parameters):

@@ -22,6 +22,7 @@ from pathlib import Path
 from permask_core.files import load_tensors, save_tensors, written_whole
 
 LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn")
+OPTIONAL = ("timm", "transformers")
 
 
 class Store:
@@ -156,7 +157,8 @@ def _plain(value):
 @cache
 def versions():
     """Versions of Python and of the libraries that decide about numbers, as a dict."""
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    installed = [name for name in OPTIONAL if importlib.util.find_spec(name)]
+    return {"python": platform.python_version(), **{name: version(name) for name in (*LIBRARIES, *installed)}}
 
 
 def source_hash(function):

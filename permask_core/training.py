@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,16 @@ from permask_core.masks import apply_masks, check_fit
 from permask_core.models import evaluating
 from permask_core.processes import check_agreement, launch, of_first
 from permask_core.progress import progress
-from permask_core.resume import Run, digest, found_run, load_run, optimizer_state, restore_optimizer, save_run
+from permask_core.resume import (
+    Run,
+    described,
+    digest,
+    found_run,
+    load_run,
+    optimizer_state,
+    restore_optimizer,
+    save_run,
+)
 from permask_core.sparse.dynamic import Rewiring, Topology
 from permask_core.sparse.fan_in import FanInLinear
 from permask_core.sparse.optim import SparseOpt
@@ -244,25 +253,13 @@ def _checked(model, train, recipe, seed, loss, masks, rewiring, checkpoints, pro
 
 
 def _identity(model, train, job, processes):
-    data = {f"data.{name}": value for name, value in _described(train).items()}
+    data = {f"data.{name}": value for name, value in described(train).items()}
     loss = {"loss": getattr(job.loss, "__qualname__", repr(job.loss))} if job.loss else {}
     identity = {**asdict(job.recipe), "seed": job.seed, "checkpoints": job.wanted, "processes": processes,
                 "images": len(train), **data, **loss, "masks": digest(job.masks or {}),
                 "rewiring": asdict(job.rewiring) if job.rewiring else None,
                 "initial weights": digest(model.state_dict())}
     return json.loads(json.dumps(identity))
-
-
-def _described(value):
-    """What data are in short: not where their files lie, how many processes read them, or what nobody trains on."""
-    if isinstance(value, torch.nn.Module):
-        return digest(value.state_dict())
-    if hasattr(value, "dtype"):
-        return digest({"": value})
-    if is_dataclass(value):
-        return {name: _described(part) for name, part in vars(value).items()
-                if name not in ("root", "workers", "attributes")}
-    return value
 
 
 def default_device():

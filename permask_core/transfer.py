@@ -76,7 +76,7 @@ def _with(recipe, dataset, teacher, student, options=None):
 PAIRS = {
     "digits": Experiment(
         "digits", {"noise": 1.0, "copies": 5}, teacher="mlp", teacher_recipe=_QUICK, student="mlp",
-        student_options={"width": 0.0625}, student_recipe=_QUICK),
+        student_options={"width": 0.125}, student_recipe=_QUICK),
     # In half of the training images the colour goes with the shape that is to be named.
     "trifeature": Experiment(
         "trifeature", {"n_train": 2000, "n_test": 10_000, "image_size": 16, "label": "shape", "correlated": "colour",

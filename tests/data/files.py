@@ -19,7 +19,7 @@ Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Point
 Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace
 Wearing_Necktie Young""".split()
 TARGETS = [["Women", "Men"], ["African", "Arab", "Asian", "Caucasian", "Hispanic"],
-           ["Islam", "Jewish", "Homosexual", "Refugee", "Other"]]
+           ["Islam", "Jewish", "Homosexual", "Heterosexual", "Refugee", "Other"]]
 TONES = {"hatespeech": ["ghastly", "vile", "rotten"], "offensive": ["silly", "grumpy", "daft"],
          "normal": ["kind", "sunny", "gentle"]}
 FILLERS = ["today", "we", "saw", "some", "people", "and", "they", "were", "in", "town", "again", "<user>"]

@@ -1,0 +1,63 @@
+"""How many images of Trifeature are drawn in a second, beside decoding as many JPEG files of the same size with PIL.
+
+Both in one process, in turns, medians. Drawing uses torch's threads, decoding one: that is how they are used, the
+one when a set is made, the other by each worker that reads files. Raw times go to benchmarks/results/trifeature.json.
+Run it with `python benchmarks/trifeature.py --threads 2`; some seconds.
+"""
+
+import argparse
+import io
+import json
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from _machine import at_least, commit, device_name, timed
+from PIL import Image
+
+from permask_core.data.trifeature import attributes, draw
+from permask_core.files import written_whole
+from permask_core.store import versions
+
+RESULT = Path(__file__).parent / "results" / "trifeature.json"
+
+
+def jpeg(image):
+    written = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(written, "JPEG", quality=95)
+    return written.getvalue()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--threads", type=at_least(1), default=2)
+    parser.add_argument("--rounds", type=at_least(1), default=7)
+    parser.add_argument("--sizes", type=at_least(16), nargs="+", default=[16, 32, 64, 224])
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    rows = []
+    for size in given.sizes:
+        n = max(100, 2_000_000 // size ** 2)
+        kinds, index = attributes(n), torch.arange(n)
+        files = [jpeg(image) for image in draw(*kinds, index, 0, size)]
+        ways = {"drawn": lambda kinds=kinds, index=index, size=size: draw(*kinds, index, 0, size),
+                "decoded": lambda files=files: [np.asarray(Image.open(io.BytesIO(file))) for file in files]}
+        seconds = {name: [] for name in ways}
+        for _ in range(given.rounds):
+            for name, way in ways.items():
+                seconds[name].append(timed(way, "cpu")[0])
+        speed = {name: n / median(found) for name, found in seconds.items()}
+        rows.append({"image_size": size, "images": n, "seconds": seconds, "images_per_second": speed})
+        print(f"{size:3d} px: {speed['drawn']:8,.0f} drawn a second, {speed['decoded']:8,.0f} decoded, "
+              f"ratio {speed['drawn'] / speed['decoded']:.2f}")
+    record = {"command": f"python benchmarks/trifeature.py --threads {given.threads}", "commit": commit(),
+              "versions": versions(), "device": device_name("cpu"), "threads": given.threads, "rows": rows}
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(given.result) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The notebooks of class bias and fairness, end to end on tiny files in the published formats, and what they refuse."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+from transformers import BertConfig, DistilBertConfig
+
+from permask_core import transfer
+from permask_core.fairness import demographic_parity_difference, equalized_odds_difference
+from permask_core.statistics import class_accuracies
+from permask_core.store import Store
+from tests.data.files import (
+    write_celeba,
+    write_cifar,
+    write_hatexplain,
+    write_imagenet,
+    write_svhn,
+    write_tiny_imagenet,
+    write_tokenizer,
+)
+from tests.test_experiments import execute, shown_table, until
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+IMAGES = ["cifar10", "cifar100", "svhn", "tiny_imagenet", "imagenet"]
+QUICK = {"seeds": 2, "temperatures": [2, 40], "workers": 1, "strict": False,
+         "recipe": {"epochs": 1, "batch_size": 8, "precision": "float32", "warmup": 0}}
+NARROW = {"teacher_options": {"width": 0.125}, "student_options": {"width": 0.125}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """One thread for each kernel, and controls that need none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PERMASK_DISPLAY", "static")
+        patch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with tiny sets in the published formats."""
+    root = tmp_path_factory.mktemp("data")
+    write_cifar(root, "cifar10", n_train=40, n_test=40)
+    write_cifar(root, "cifar100", n_train=100, n_test=200)
+    write_svhn(root, n_train=40, n_test=40)
+    write_tiny_imagenet(root)
+    write_imagenet(root / "imagenet")
+    write_celeba(root)
+    write_hatexplain(root, n_test=150)
+    return root
+
+
+def texts(root):
+    """Options of tiny networks for texts and of their tokenizer, whose files lie on disk as the hub has them."""
+    words = write_tokenizer(root / "tokenizer")
+    size = len((root / "tokenizer" / "vocab.txt").read_text().split())
+    small = {"vocab_size": size, "max_position_embeddings": 24}
+    BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, **small
+               ).save_pretrained(root / "bert")
+    DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=32, **small).save_pretrained(root / "distilbert")
+    return {"options": {"tokenizer": words, "length": 24}} | {
+        f"{role}_options": {"source": str(root / name), "pretrained": False}
+        for role, name in (("teacher", "bert"), ("student", "distilbert"))}
+
+
+def record(folder):
+    return json.loads((folder / "output" / "results.json").read_text())
+
+
+def given(data, folder, **changes):
+    return {"data_root": str(data), "runs": str(folder / "runs"), "output": str(folder / "output"), **QUICK, **changes}
+
+
+@pytest.mark.parametrize("names", [["cifar10", "cifar100", "svhn"], ["tiny_imagenet", "imagenet"]])
+def test_class_bias_on_every_image_set(names, data, tmp_path):
+    options = {"verify": False} if "svhn" in names else {"image_size": 32, "workers": 0}
+    own = given(data, tmp_path, pairs=names, options=options, **NARROW)
+    if "imagenet" in names:
+        own = {**own, "data_root": None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PERMASK_DATA", str(data))
+        executed = execute(until(NOTEBOOKS / "class_bias.ipynb", "publish", tmp_path), tmp_path, own)
+        for name in names:
+            chosen = transfer.pair(name, options={key: value for key, value in options.items() if key != "image_size" or
+                                                  name == "imagenet"} if name != "tiny_imagenet" else None,
+                                   recipe=QUICK["recipe"], root=own["data_root"], **NARROW)
+            store = Store(tmp_path / "runs")
+            rows = transfer.run(chosen, store, seeds=range(2), temperatures=[2, 40])
+            assert store.computed == 0  # the notebook's are the library's
+            found = [one for one in record(tmp_path)["runs"] if one["pair"] == name]
+            task = transfer.data(chosen)
+            assert [one["accuracy"] for one in found] == [row["accuracy"] for row in rows] and len(found) == 2 * 4
+            for one, row in zip(found, rows):
+                expected = class_accuracies(task.test.y, row["predictions"], task.classes)
+                assert np.allclose(one["class accuracies"], expected)
+    lines = shown_table(executed, "count")
+    assert lines[0][:4] == ["pair", "T", "#SC", "#SC expected"] and len(lines) == 1 + 2 * len(names)
+    assert [line[:2] for line in lines[1:]] == [[name, t] for name in names for t in ("2", "40")]
+
+
+@pytest.mark.parametrize("pair, attributes", [
+    ("celeba", ["Young", "Male"]), ("hatexplain", ["gender", "race", "religion", "sexual_orientation"])])
+def test_groups_and_individuals_on_people_and_texts(pair, attributes, data, tmp_path):
+    settings = ({"options": {"image_size": 32, "workers": 0, "verify": False}, **NARROW} if pair == "celeba" else
+                texts(data))
+    own = given(data, tmp_path, pair=pair, attributes=attributes, **settings)
+    executed = execute(until(NOTEBOOKS / "group_and_individual_fairness.ipynb", "publish", tmp_path), tmp_path, own)
+    chosen = transfer.pair(pair, recipe=QUICK["recipe"], root=str(data), **{
+        **settings, "options": {**settings["options"], "attributes": attributes}})
+    store = Store(tmp_path / "runs")
+    rows = transfer.run(chosen, store, seeds=range(2), temperatures=[2, 40])
+    assert store.computed == 0
+    test = transfer.data(chosen).test
+    found = record(tmp_path)["runs"]
+    assert len(found) == len(rows) == 2 * 4
+    for one, row in zip(found, rows):
+        assert one["accuracy"] == row["accuracy"] and one["individual"] >= 0
+        for name in attributes:
+            about = {"sensitive_features": test.attributes[name], "undefined": "omit"}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                both = {"DPD": demographic_parity_difference(test.y, row["predictions"], **about),
+                        "EOD": equalized_odds_difference(test.y, row["predictions"], **about)}
+            for short, value in both.items():
+                assert one[f"{name} {short}"] == pytest.approx(value, nan_ok=True)
+    lines = shown_table(executed, "group-results")
+    assert [line[0] for line in lines[1:]] == ["teacher", "student without teacher", "distilled, T = 2",
+                                               "distilled, T = 40"]
+
+
+@pytest.mark.parametrize("notebook, changes, error, message", [
+    ("class_bias", {"pairs": ["cifar"]}, "ValueError", "unknown pair 'cifar': expected one of digits, trifeature"),
+    ("class_bias", {"options": {"noize": 1}}, "ValueError", "options has 'noize': no data set of digits, trifeature"),
+    ("class_bias", {"seeds": 1}, "ValueError", "seeds is 1: expected at least 2"),
+    ("class_bias", {"temperatures": [0]}, "ValueError", "temperature is 0: expected a number above 0"),
+    ("group_and_individual_fairness", {"attributes": ["size"]}, "ValueError",
+     "unknown attribute 'size': trifeature has shape, texture, colour"),
+    ("group_and_individual_fairness", {"pair": "celeba", "attributes": ["Young"]}, "FileNotFoundError", "CelebA"),
+    ("temperature", {"unseen": 10}, "ValueError", "unseen is 10: expected a digit from 0 to 9"),
+])
+def test_notebooks_refuse_what_they_cannot_do(notebook, changes, error, message, tmp_path):
+    with pytest.raises(PapermillExecutionError) as caught:
+        papermill.execute_notebook(NOTEBOOKS / f"{notebook}.ipynb", tmp_path / "out.ipynb", changes, cwd=tmp_path,
+                                   progress_bar=False, extra_arguments=["--log-level=ERROR"])
+    assert caught.value.ename == error and message in caught.value.evalue
+    assert not list(tmp_path.rglob("*.safetensors"))
