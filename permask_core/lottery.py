@@ -26,9 +26,10 @@ from permask_core.pruning import (
     random_masks,
 )
 from permask_core.stages import data, in_parallel, options_that_decide, trained
-from permask_core.training import Recipe, default_device, evaluate, fit
+from permask_core.training import Recipe, default_device, evaluate, fit, predict
 
-METHODS = ("dense", "lth", "permuted", "naive", "random")
+METHODS = ("dense", "lth", "permuted", "naive", "random")  # what is compared unless more is asked for
+KNOWN_METHODS = (*METHODS, "pruned")
 MATCHINGS = ("weights", "activations")
 
 
@@ -113,6 +114,17 @@ def network(experiment, state=None, *, seed=0):
     if state is not None:
         model.load_state_dict(state)
     return model
+
+
+def logits(experiment, state):
+    """What the experiment's network says of the test inputs with the weights of ``state``: [n, classes]."""
+    return predict(network(experiment, state), data(experiment).test)
+
+
+def parent(method):
+    """The dense network that a method's runs start from and are compared with: ``"a"`` or ``"b"``."""
+    _one_of("method", method, KNOWN_METHODS)
+    return "a" if method in ("lth", "pruned") else "b"
 
 
 def groups(experiment):
@@ -215,8 +227,9 @@ def matching(experiment, store, seed, by):
 
 
 def method_masks(experiment, store, seed, target, method, by=None):
-    """The masks of a method: A's own (``lth``, ``naive``), moved (``permuted``), or shuffled (``random``)."""
-    _one_of("method", method, METHODS[1:])
+    """The masks of a method: A's own (``lth``, ``pruned``, ``naive``), moved (``permuted``), or shuffled
+    (``random``)."""
+    _one_of("method", method, KNOWN_METHODS[1:])
     masks = ticket(experiment, store, seed, target).masks
     if method == "permuted":
         return permute(groups(experiment), matching(experiment, store, seed, by)[0], masks)
@@ -226,10 +239,11 @@ def method_masks(experiment, store, seed, target, method, by=None):
 
 
 def sparse(experiment, store, seed, target, method, by=None):
-    """Train under a method's masks, from the rewind point of A (``lth``) or of B (the others).
+    """Train under a method's masks, from the rewind point of A (``lth``), the end of A (``pruned``, which is then
+    fine-tuned), or the rewind point of B (the others).
 
-    Methods of one seed share data order and checkpoint; ``naive``, ``permuted`` and ``random`` differ in nothing but
-    the mask.
+    Methods of one seed share data order, recipe and number of epochs. ``lth`` and ``pruned`` differ in nothing but the
+    checkpoint; ``naive``, ``permuted`` and ``random`` in nothing but the mask.
 
     Returns
     -------
@@ -237,14 +251,14 @@ def sparse(experiment, store, seed, target, method, by=None):
         The trained state, and the record: ``accuracy``, ``loss`` (test) and ``achieved``, the real sparsity.
     """
     check_sparsity(target)
-    _one_of("method", method, METHODS[1:])
+    _one_of("method", method, KNOWN_METHODS[1:])
     if method == "permuted":
         _one_of("matching", by, MATCHINGS)
 
     def train(unfinished):
         masks = method_masks(experiment, store, seed, target, method, by)
-        start, _ = dense(experiment, store, seed, "a" if method == "lth" else "b")
-        model = network(experiment, start[experiment.rewind])
+        start, _ = dense(experiment, store, seed, parent(method))
+        model = network(experiment, start[experiment.epochs if method == "pruned" else experiment.rewind])
         fit(model, data(experiment).train,
             experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr), seed=10_000 + seed,
             masks=masks, processes=experiment.processes, resume=unfinished,
@@ -266,8 +280,8 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     seeds : sequence of int
     sparsities : sequence of float
         In (0, 1); hit exactly.
-    methods : sequence of {"dense", "lth", "permuted", "naive", "random"}
-        ``permuted`` is run once per matching.
+    methods : sequence of {"dense", "lth", "permuted", "naive", "random", "pruned"}
+        All but the last if not given. ``permuted`` is run once per matching.
     matchings : sequence of {"weights", "activations"}
     workers : int
         Processes that share the work, seed by seed; with more than one, each computes with one thread, and a script
@@ -293,7 +307,7 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
     seeds, sparsities = list(seeds), list(sparsities)
     for value in methods:
-        _one_of("method", value, METHODS)
+        _one_of("method", value, KNOWN_METHODS)
     for value in matchings:
         _one_of("matching", value, MATCHINGS)
     for value in sparsities:

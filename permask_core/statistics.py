@@ -72,7 +72,8 @@ class Affected(NamedTuple):
     ``count`` classes are ``affected``, by their ``adjusted`` p; ``p`` is that of each class alone. ``differences`` are
     those of the means, in the unit of the normalised accuracies, and ``effects`` their Hedges' g. ``expected`` is how
     many would have p below alpha if no class differed, counted as if the test were exact. ``constant`` classes have
-    one value throughout, the same in both models: they have p = 1, and are not among the expected.
+    one value throughout, the same in both models (if paired: the same in both models of every pair): they have p = 1,
+    and are not among the expected.
     """
 
     count: int
@@ -242,8 +243,8 @@ def class_accuracies(y_true, y_pred, classes):
         return np.reshape(hits / np.bincount(y_true, minlength=classes), (*y_pred.shape[:-1], classes))
 
 
-def affected_classes(a, b, *, normalize="ratio", alpha=0.05, correction="none", weights=None):
-    """The classes on which two models differ by more than their seeds explain: Welch's t-test on each.
+def affected_classes(a, b, *, normalize="ratio", alpha=0.05, correction="none", weights=None, paired=False):
+    """The classes on which two models differ by more than their seeds explain: a t-test on each, Welch's or paired.
 
     An accuracy on a class is first related to the overall accuracy of the same seed, so that a model that is better
     on all classes alike differs on none. What some classes lose, the others win by this: where the first are many, or
@@ -263,18 +264,22 @@ def affected_classes(a, b, *, normalize="ratio", alpha=0.05, correction="none", 
         affected.
     weights : array-like, shape [classes], optional
         The classes' sizes in the test set, which make the overall accuracy; without them all are equal.
+    paired : bool
+        Whether row i of a and row i of b are of one block, such as a network and what was pruned from it. What the two
+        have in common then cancels; Welch's test would count it as noise, and find too little.
 
     Returns
     -------
     Affected
-        A class on which neither model varies has p = 1 where they agree, and p = 0 and an infinite effect where not.
-        Few seeds make the test conservative: without any effect, 5 and 5 flag about 4 of 100 classes, not 5.
+        A class on which neither model varies (paired: whose difference does not) has p = 1 where they agree, and p = 0
+        and an infinite effect where not. Few seeds make Welch's test conservative: without any effect, 5 and 5 flag
+        about 4 of 100 classes, not 5.
 
     Raises
     ------
     ValueError
-        If the shapes do not fit, there are fewer than two seeds, a value is not finite or an option unknown, or if an
-        overall accuracy of 0 would be divided by.
+        If the shapes do not fit, there are fewer than two seeds, a value is not finite or an option unknown, if an
+        overall accuracy of 0 would be divided by, or if what is paired has not as many seeds.
 
     References
     ----------
@@ -290,13 +295,22 @@ def affected_classes(a, b, *, normalize="ratio", alpha=0.05, correction="none", 
     a, b = _accuracies("a", a), _accuracies("b", b)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a has {a.shape[1]} classes, b has {b.shape[1]}: expected the same")
+    if paired and len(a) != len(b):
+        raise ValueError(f"a has {len(a)} seeds, b has {len(b)}: expected the same, to pair them")
     weights = np.ones(a.shape[1]) if weights is None else np.asarray(weights, dtype=float)
     if weights.shape != a.shape[1:] or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise ValueError(f"weights is {weights}: expected {a.shape[1]} numbers of at least 0, not all of them 0")
     a, b = (_normalized(name, values, normalize, weights) for name, values in (("a", a), ("b", b)))
-    differences, _, effects, p = _welch(a, b)
+    if paired:
+        found = [paired_comparison(*columns) for columns in zip(a.T, b.T)]
+        differences, effects, p = (np.array([getattr(one, name) for one in found])
+                                   for name in ("difference", "effect", "p"))
+        still = np.ptp(a - b, axis=0) <= ROUNDING * _largest(a, b)
+    else:
+        differences, _, effects, p = _welch(a, b)
+        still = _constant(a, b)
     adjusted = p if correction == "none" else stats.false_discovery_control(p, method=correction)
-    constant = int((_constant(a, b) & (p == 1)).sum())
+    constant = int((still & (p == 1)).sum())
     return Affected(int((adjusted < alpha).sum()), adjusted < alpha, p, adjusted, differences, effects,
                     alpha * (len(p) - constant), constant)
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from permask_core.data.attributes import attribute
 from permask_core.data.measured import measured_dynamic_sparse_training
 from permask_core.data.splits import cropped, standardised
 
@@ -78,6 +79,35 @@ def test_dynamic_sparse_training(tmp_path):
                 "accuracy", "connections", "active", "achieved"))]
             assert len(same) == 1
             assert row.get("achieved") == same[0].get("achieved")
+
+
+def test_fairness_of_sparse_networks(tmp_path):
+    result = tmp_path / "fairness.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "fairness_of_sparse_networks.py", "--quick", "--seeds", "1",
+                          "--workers", "1", "--runs", tmp_path / "runs", "--result", result],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(result.read_text())
+    expected = {("dense", "a"), ("dense", "b"), ("lth", "a"), ("pruned", "a"), ("permuted", "b"), ("naive", "b"),
+                ("random", "b")}
+    for task, found in record["tasks"].items():
+        assert {(row["method"], row["network"]) for row in found["rows"]} == expected and len(found["rows"]) == 7
+        for row in found["rows"]:
+            overall = sum(a * n for a, n in zip(row["class_accuracies"], found["class_sizes"]))
+            assert overall / sum(found["class_sizes"]) == pytest.approx(row["accuracy"], abs=1e-5)
+            assert 0.1 <= row["confidence"] <= 1 and row["individual"] >= 0
+            assert ("shortcut" in row) == ("colour EOD" in row) == (task == "trifeature")
+        a, b = (row for row in found["rows"] if row["method"] == "dense")
+        assert a["class_accuracies"] != b["class_accuracies"]
+
+
+def test_what_follows_the_colour(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = importlib.import_module("fairness_of_sparse_networks")
+    labels, colours = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 2, 1, 0, 1])
+    test = SimpleNamespace(y=labels, attributes={"colour": attribute("rgb", colours)})
+    # Right; follows; wrong but does not; the colour is its own; right; follows.
+    assert benchmark.shortcut(test, torch.tensor([0, 1, 0, 2, 2, 1])) == pytest.approx(2 / 3)
 
 
 def test_fan_in_speeds(tmp_path):

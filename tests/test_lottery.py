@@ -129,9 +129,9 @@ def test_matching_is_that_of_the_epoch_asked_for(finished):
 def test_masks_of_the_methods_have_the_zeros_of_the_ticket(finished):
     store, _ = finished
     pruned = ticket(TINY, store, 0, 0.8)
-    masks = {method: method_masks(TINY, store, 0, 0.8, method, "weights") for method in lottery.METHODS[1:]}
+    masks = {method: method_masks(TINY, store, 0, 0.8, method, "weights") for method in lottery.KNOWN_METHODS[1:]}
     assert all(layer_sparsity(mask) == layer_sparsity(pruned.masks) for mask in masks.values())
-    assert same(masks["lth"], pruned.masks) and same(masks["naive"], pruned.masks)
+    assert all(same(masks[method], pruned.masks) for method in ("lth", "pruned", "naive"))
     assert same(masks["permuted"], permute(lottery.groups(TINY), matching(TINY, store, 0, "weights")[0], pruned.masks))
     assert not same(masks["permuted"], pruned.masks) and not same(masks["random"], pruned.masks)
 
@@ -146,16 +146,44 @@ def test_methods_share_checkpoint_seed_and_recipe_and_differ_in_the_mask(finishe
 
     monkeypatch.setattr(lottery, "fit", spy)
     other = dataclasses.replace(TINY, sparse_lr=0.3)  # nothing of it is finished, but all that it needs
-    for method in ("lth", "naive", "permuted", "random"):
+    for method in lottery.KNOWN_METHODS[1:]:
         sparse(other, store, 1, 0.8, method, "weights" if method == "permuted" else None)
     (a, _), (b, _) = (dense(TINY, store, 1, which) for which in "ab")
-    assert same(calls["lth"][0], a[1])
+    assert same(calls["lth"][0], a[1]) and same(calls["pruned"][0], a[2]) and same(calls["lth"][3], calls["pruned"][3])
     for method in ("naive", "permuted", "random"):
         assert same(calls[method][0], b[1])
     assert len({(recipe, seed) for _, recipe, seed, _ in calls.values()}) == 1
     assert calls["lth"][1].epochs == 1 and calls["lth"][1].lr == 0.3
     assert all(sparsity(masks) == pytest.approx(0.8, abs=1e-3) for *_, masks in calls.values())
     assert len(list((store.folder / "dense").iterdir())) == 4
+
+
+def test_logits_are_those_of_which_a_run_keeps_the_accuracy(finished):
+    store, rows = finished
+    labels = lottery.data(TINY).test.y
+    states = {"dense": dense(TINY, store, 1, "b")[0][2], "naive": sparse(TINY, store, 1, 0.8, "naive")[0]}
+    for method, state in states.items():
+        (row,) = (row for row in rows if (row["seed"], row["method"]) == (1, method) and row["sparsity"] in (0, 0.8))
+        logits = lottery.logits(TINY, state)
+        assert logits.shape == (360, 10) and (logits.argmax(1) == labels).double().mean() == row["accuracy"]
+        assert float(torch.nn.functional.cross_entropy(logits, labels)) == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_pruned_is_run_where_it_is_asked_for(finished):
+    store, rows = finished
+    assert "pruned" not in {row["method"] for row in rows}
+    computed = store.computed
+    found = run(TINY, store, **GRID, methods=["pruned"])
+    assert [(row["seed"], row["sparsity"]) for row in found] == [(0, 0.5), (0, 0.8), (1, 0.5), (1, 0.8)]
+    assert store.computed == computed + 4  # nothing but its own trainings
+    assert tuple(found[0]) == tuple(rows[0]) and all(row["accuracy"] > 0.2 for row in found)
+
+
+def test_parents():
+    assert {method: lottery.parent(method) for method in lottery.KNOWN_METHODS} == {
+        "dense": "b", "lth": "a", "pruned": "a", "permuted": "b", "naive": "b", "random": "b"}
+    with pytest.raises(ValueError, match="unknown method 'a': expected one of dense, lth"):
+        lottery.parent("a")
 
 
 @pytest.mark.parametrize("imp", ["rewind", "finetune"])
@@ -250,7 +278,7 @@ def test_two_processes_find_the_mask_that_one_finds(finished, tmp_path):
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
-@pytest.mark.parametrize("methods", [["dense"], ["lth", "permuted"], lottery.METHODS])
+@pytest.mark.parametrize("methods", [["dense"], ["lth", "permuted"], lottery.KNOWN_METHODS])
 def test_the_cost_is_what_a_run_trains(tmp_path, monkeypatch, methods):
     epochs = {"dense": 0, "pruning": 0, "sparse": 0}
     fit = lottery.fit

@@ -216,6 +216,34 @@ def test_affected_classes_are_welchs_tests_on_each_seeds_own_scale(normalize, we
         assert (alone.effect, alone.p) == pytest.approx((found.effects[k], found.p[k]))
 
 
+def test_paired_classes_are_paired_tests_on_each_seeds_own_scale():
+    rng = np.random.default_rng(14)
+    a = rng.uniform(0.4, 0.9, (6, 5))
+    b = a * rng.normal(0.95, 0.05, (6, 5))
+    found = affected_classes(a, b, paired=True, alpha=0.3, correction="bh")
+    expected = stats.ttest_rel(*(one / one.mean(1, keepdims=True) for one in (a, b)), axis=0)
+    np.testing.assert_allclose(found.p, expected.pvalue)
+    np.testing.assert_allclose(found.adjusted, stats.false_discovery_control(expected.pvalue))
+    alone = paired_comparison(a[:, 1] / a.mean(1), b[:, 1] / b.mean(1))
+    assert (found.differences[1], found.effects[1]) == pytest.approx((alone.difference, alone.effect))
+
+
+def test_pairs_with_much_in_common_are_told_apart_where_welch_cannot():
+    """Twenty classes, of which five lose a tenth; the seeds' own profiles vary by more. Nothing is lost in the rest."""
+    rng = np.random.default_rng(15)
+    welch, paired, wrong = [], [], []
+    for _ in range(200):
+        parents = rng.uniform(0.6, 0.9, (8, 20))
+        children = parents * rng.normal(np.where(np.arange(20) < 5, 0.9, 1), 0.03, (8, 20))
+        without = parents * rng.normal(1, 0.03, (8, 20))
+        welch.append(affected_classes(parents, children).affected[:5].sum())
+        paired.append(affected_classes(parents, children, paired=True).affected[:5].sum())
+        wrong.append([affected_classes(parents, without, paired=pairs).count for pairs in (True, False)])
+    assert np.mean(welch) < 2 < 4.5 < np.mean(paired)
+    by_pairs, by_welch = np.mean(wrong, axis=0)
+    assert 0.8 < by_pairs < 1.2 and by_welch < 0.2  # of twenty at 0.05 one is expected
+
+
 def test_the_overall_accuracy_is_that_of_the_test_set():
     rng = np.random.default_rng(5)
     y_true = rng.choice(3, 500, p=[0.6, 0.3, 0.1])
@@ -287,6 +315,15 @@ def test_classes_that_do_not_vary():
     assert found.expected == pytest.approx(0.05 * 2)
 
 
+def test_paired_classes_whose_difference_does_not_vary():
+    a = np.array([[0.1, 0.5, 0.3], [0.2, 0.6, 0.9], [0.4, 0.9, 0.1]])
+    b = np.array([[0.1, 0.4, 0.2], [0.2, 0.5, 0.9], [0.4, 0.8, 0.3]])
+    found = affected_classes(a, b, normalize="none", paired=True)
+    assert found.p.tolist() == pytest.approx([1, 0, stats.ttest_rel(a[:, 2], b[:, 2]).pvalue])
+    assert found.effects[:2].tolist() == [0, math.inf] and found.constant == 1
+    assert found.expected == pytest.approx(0.05 * 2)
+
+
 def test_the_disagreement_matrix_counts_what_scikit_learn_does():
     rng = np.random.default_rng(10)
     a, b = rng.integers(0, 4, (3, 90)), rng.integers(0, 5, (3, 90))
@@ -328,6 +365,7 @@ TWO = [[0.5, 0.6], [0.6, 0.7]]
     (lambda: affected_classes(TWO, [[0.5], [0.6]]), "a has 2 classes, b has 1"),
     (lambda: affected_classes(TWO, [[0.5, 0.6], [math.nan, 0.6]]), "b is nan for seed 1 and class 0"),
     (lambda: affected_classes(TWO, [[0.5, 0.6], [0, 0]]), "the overall accuracy of seed 1 of b is 0"),
+    (lambda: affected_classes(TWO, [*TWO, TWO[0]], paired=True), "a has 2 seeds, b has 3: expected the same, to pair"),
     (lambda: affected_classes(TWO, TWO, weights=[1, 2, 3]), "expected 2 numbers of at least 0"),
     (lambda: affected_classes(TWO, TWO, weights=[1, -1]), "expected 2 numbers of at least 0"),
     (lambda: affected_classes(TWO, TWO, weights=[0, 0]), "not all of them 0"),

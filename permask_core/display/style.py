@@ -1,7 +1,8 @@
 """One look for every figure: a colour and a marker per method, kept through the whole book.
 
 The colours are Okabe and Ito's palette for colour-blind readers ("Color Universal Design", 2008), its purple darkened
-for contrast. Figures keep a white ground of their own, so that they read the same on the light and on the dark page.
+for contrast; the brown is ours, chosen for its distance from each of them, to colour-blind eyes too. Figures keep a
+white ground of their own, so that they read the same on the light and on the dark page.
 Importing this module sets Matplotlib's defaults, since Matplotlib reads most of them when something is drawn, not when
 the figure is made.
 """
@@ -26,6 +27,7 @@ METHODS = {
     "permuted": Look("#009E73", "D", "permuted"),
     "naive": Look("#D55E00", "v", "naive"),
     "random": Look("#8F5D90", "X", "random"),
+    "pruned": Look("#5E4B00", "^", "pruned"),
 }
 
 RC = {

@@ -8,7 +8,7 @@ from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 
 from permask_core.display import METHODS, look, new_figure, table
-from permask_core.lottery import METHODS as EXPERIMENT_METHODS
+from permask_core.lottery import KNOWN_METHODS
 
 
 def test_a_table_holds_its_records():
@@ -50,7 +50,7 @@ def test_ragged_rows_are_refused(rows, message):
 
 
 def test_every_method_has_a_look_of_its_own():
-    assert tuple(METHODS) == EXPERIMENT_METHODS
+    assert tuple(METHODS) == KNOWN_METHODS
     for field in ("color", "marker", "label"):
         assert len({getattr(look(method), field) for method in METHODS}) == len(METHODS)
     with pytest.raises(ValueError, match="unknown method 'permutated': expected one of dense, lth"):

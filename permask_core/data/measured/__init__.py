@@ -32,6 +32,24 @@ def measured_dynamic_sparse_training():
     return _read("dynamic_sparse_training")
 
 
+def measured_fairness_of_sparse_networks():
+    """Classes, groups and individuals under dense, pruned, ticket, permuted, naive and random networks.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``, and ``tasks``: ``digits`` and ``trifeature``, each with its
+        ``settings`` (of :class:`permask_core.lottery.Experiment`), ``class_sizes`` of the test set and ``rows``, a list
+        of dict: ``method``, ``matching``, ``sparsity`` (0 for dense), ``seed``, ``network`` ("a" or "b": the dense
+        network itself, or the one that the run started from), ``accuracy``, ``loss``, ``class_accuracies``,
+        ``individual`` (mean total variation over distance), ``confidence`` (mean of the largest probability), and for
+        ``trifeature`` ``colour DPD``, ``colour EOD``, ``texture DPD`` and ``texture EOD``, each with the value, its
+        chance level and the 95 % point of chance, and ``shortcut``, the share of the wrong answers that name the shape
+        for which the colour speaks, among images where that is not the true one (chance: 1 / 9).
+    """
+    return _read("fairness_of_sparse_networks")
+
+
 def measured_extreme():
     """Output layers for 10,000 labels: static rows of fixed fan-in, SET, its helpers, and dense layers.
 

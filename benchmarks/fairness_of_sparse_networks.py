@@ -1,0 +1,131 @@
+"""Who pays for sparsity: classes, groups and individuals under every method, beside the dense networks they come from.
+
+Too long for a notebook. Two tasks, each with ten seeds and five sparsities (all fixed before the run; recipes and
+matching were chosen on the seeds 0 and 1, by accuracy alone):
+
+- digits: ten classes of noisy digits, a small perceptron
+- trifeature: ten shapes at 24 pixels, LeNet-5; in half of the training images the colour goes with the shape, the test
+  is balanced
+
+Masks are permuted by matching weights: on the seeds of the choice it was ahead of matching activations wherever the two
+differed by more than a point. Results go to permask_core/data/measured/fairness_of_sparse_networks.json. A run that was
+killed goes on where it was. Run it with `python benchmarks/fairness_of_sparse_networks.py`; about 20 minutes of one
+core.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from _machine import at_least, commit, device_name
+
+import permask_core
+from permask_core import lottery
+from permask_core.fairness import (
+    chance_level,
+    demographic_parity_difference,
+    equalized_odds_difference,
+    individual_fairness,
+)
+from permask_core.files import written_whole
+from permask_core.progress import progress
+from permask_core.statistics import class_accuracies
+from permask_core.store import Store, versions
+
+RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "fairness_of_sparse_networks.json"
+FIRST = 100
+SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
+MEASURES = {"DPD": demographic_parity_difference, "EOD": equalized_odds_difference}
+TASKS = {
+    "digits": lottery.Experiment(
+        dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", epochs=20, lr=0.1, sparse_lr=0.05,
+        checkpoints=(0, 2), rewind=2, matched_at=20, imp_rewind=2, imp_epochs=10, imp_lr=0.1, imp_rate=0.35),
+    "trifeature": lottery.Experiment(
+        dataset="trifeature", options={"n_train": 3000, "n_test": 5000, "image_size": 24, "label": "shape",
+                                       "correlated": "colour", "match": 0.5, "augment": False},
+        model="lenet5", epochs=10, lr=0.003, sparse_lr=0.003, optimizer="adamw", weight_decay=0.01, batch_size=64,
+        checkpoints=(0, 2), rewind=2, matched_at=10, imp_rewind=2, imp_epochs=4, imp_lr=0.003, imp_rate=0.5),
+}
+
+
+def experiment(task, quick):
+    chosen = TASKS[task]
+    if not quick:
+        return chosen
+    options = {"image_size": 16, "n_train": 200, "n_test": 1000} if task == "trifeature" else {"copies": 1}
+    return replace(chosen, options=chosen.options | options, epochs=3, matched_at=3, checkpoints=(0, 2), imp_epochs=1,
+                   imp_rate=0.6)
+
+
+def trained(chosen, store, row):
+    """The last state of a row's network."""
+    if row["method"] == "dense":
+        return lottery.dense(chosen, store, row["seed"], row["network"])[0][chosen.epochs]
+    return lottery.sparse(chosen, store, row["seed"], row["sparsity"], row["method"], row["matching"] or None)[0]
+
+
+def measured(chosen, store, row):
+    """What is kept of a run: accuracies of classes, individual fairness, and where there are groups, what they get."""
+    test, logits = lottery.data(chosen).test, lottery.logits(chosen, trained(chosen, store, row))
+    p, named = logits.softmax(1), logits.argmax(1)
+    found = {key: row[key] for key in ("method", "matching", "sparsity", "seed", "network", "accuracy", "loss")}
+    found["class_accuracies"] = class_accuracies(test.y, named, lottery.data(chosen).classes).round(5).tolist()
+    found["individual"] = round(individual_fairness(p, pixels(test.x)).mean, 7)
+    found["confidence"] = round(p.max(1).values.mean().item(), 5)
+    if not test.attributes:
+        return found
+    for name in ("colour", "texture"):
+        about = {"sensitive_features": test.attributes[name]}
+        for short, measure in MEASURES.items():
+            chance = chance_level(measure, test.y, named, **about)
+            found[f"{name} {short}"] = [round(value, 5) for value in (measure(test.y, named, **about), *chance)]
+    return found | {"shortcut": round(shortcut(test, named), 5)}
+
+
+def pixels(x):
+    """Images in [0, 1]; those that are standardised already stay."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def shortcut(test, named):
+    """Of the wrong answers where the colour speaks for another shape, the share that follow it; chance is 1 in 9."""
+    colour = test.attributes["colour"].member.int().argmax(1)
+    wrong = (named != test.y) & (colour != test.y)
+    return (named == colour)[wrong].double().mean().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=at_least(1), default=10)
+    parser.add_argument("--workers", type=at_least(1), default=2)
+    parser.add_argument("--quick", action="store_true", help="tiny images, few epochs and sparsities: whether it runs")
+    parser.add_argument("--runs", default="build/fairness_of_sparse_networks", help="folder of finished stages")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    tasks, store, seeds = {}, Store(given.runs), range(FIRST, FIRST + given.seeds)
+    for task in TASKS:
+        chosen = experiment(task, given.quick)
+        rows = lottery.run(chosen, store, seeds=seeds, sparsities=SPARSITIES[-1:] if given.quick else SPARSITIES,
+                           methods=lottery.KNOWN_METHODS, matchings=["weights"], workers=given.workers)
+        rows = [row | {"network": lottery.parent(row["method"])} for row in rows]
+        of_a = {row["seed"]: row | {"network": "a"} for row in rows if row["method"] == "dense"}
+        rows += [row | lottery.dense(chosen, store, seed, "a")[1] for seed, row in of_a.items()]
+        sizes = np.bincount(lottery.data(chosen).test.y).tolist()
+        tasks[task] = {"settings": json.loads(json.dumps(asdict(chosen))), "class_sizes": sizes, "rows": [
+            measured(chosen, store, row) for row in progress(rows, f"measuring, {task}")]}
+    command = "python benchmarks/fairness_of_sparse_networks.py" + (
+        f" --seeds {given.seeds}" if given.seeds != 10 else "")
+    record = {"command": command, "commit": commit(), "versions": versions(),
+              "device": f"{device_name('cpu')}, one thread a process", "tasks": tasks}
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(given.result) as path:
+        path.write_text(json.dumps(record) + "\n")
+    print(f"{sum(len(one['rows']) for one in tasks.values())} runs in {given.result}")
+
+
+if __name__ == "__main__":
+    main()
