@@ -1,15 +1,14 @@
 """Teachers, students and distilled students on Trifeature, at 32 pixels: class by class, by group and by individual.
 
-Too long for a notebook. Three tasks, each with ten seeds (all fixed before the run; the recipes were chosen on other
+Too long for a notebook. Two tasks, each with ten seeds (all fixed before the run; the recipes were chosen on other
 seeds, by the accuracy of teacher and student alone):
 
 - groups: tell shapes apart, with colours and textures balanced, at temperatures from 1 to 40
 - correlated: the same, but in half of the training images the colour goes with the shape; the test stays balanced
-- classes: tell 100 combinations of shape and texture apart
 
 20,000 test images, because the largest difference between ten groups is mostly chance on a few thousand. Results go to
 permask_core/data/measured/distillation.json. A run that was killed goes on where it was. Run it with
-`python benchmarks/distillation.py`; about forty minutes on two cores.
+`python benchmarks/distillation.py`; about half an hour on two cores.
 """
 
 import argparse
@@ -41,7 +40,6 @@ IMAGES = {"n_train": 4000, "n_test": 20_000, "image_size": 32, "augment": False}
 TASKS = {
     "groups": ({"label": "shape"}, (1, 2, 4, 6, 10, 20, 40)),
     "correlated": ({"label": "shape", "correlated": "colour", "match": 0.5}, (1, 4, 10, 40)),
-    "classes": ({"label": "shape x texture", "n_train": 5000}, (1, 4, 10, 40)),
 }
 STUDENT = Recipe(epochs=20, lr=0.003, batch_size=64, weight_decay=0.01, optimizer="adamw")
 TEACHER = replace(STUDENT, epochs=12)
@@ -55,13 +53,11 @@ def experiment(task, quick):
                       student_recipe=replace(STUDENT, **few))
 
 
-def measured(task, chosen, store, row):
-    """What is kept of a run: accuracies of classes; of the tasks with groups also what fairness says of it."""
+def measured(chosen, store, row):
+    """What is kept of a run: accuracies of classes, and what fairness says of it."""
     test, classes = data(chosen).test, data(chosen).classes
     found = {key: row[key] for key in ("role", "temperature", "seed", "accuracy", "loss", "seconds")}
     found["class_accuracies"] = class_accuracies(test.y, row["predictions"], classes).round(5).tolist()
-    if task == "classes":
-        return found
     _, logits, _ = trained_network(chosen, store, row["seed"], row["role"], row["temperature"])
     alike = individual_fairness(logits.softmax(1), test.x.float() / 255)
     found["individual"] = round(alike.mean, 7)
@@ -89,7 +85,7 @@ def main():
     rows = {task: run(one, store, seeds=seeds, temperatures=TASKS[task][1][:2 if given.quick else None],
                       workers=given.workers) for task, one in chosen.items()}
     tasks = {task: {"settings": asdict(one), "rows": [
-        measured(task, one, store, row) for row in progress(rows[task], f"measuring, {task}")]}
+        measured(one, store, row) for row in progress(rows[task], f"measuring, {task}")]}
         for task, one in chosen.items()}
     command = "python benchmarks/distillation.py" + (f" --seeds {given.seeds}" if given.seeds != 10 else "")
     record = {"command": command, "commit": commit(), "versions": versions(),
