@@ -110,6 +110,34 @@ def test_what_follows_the_colour(monkeypatch):
     assert benchmark.shortcut(test, torch.tensor([0, 1, 0, 2, 2, 1])) == pytest.approx(2 / 3)
 
 
+def test_distillation(tmp_path):
+    result = tmp_path / "distillation.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "distillation.py", "--quick", "--seeds", "1", "--workers", "1",
+                          "--runs", tmp_path / "runs", "--result", result], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(result.read_text())
+    assert record["command"] == "python benchmarks/distillation.py --seeds 1"
+    for found in record["tasks"].values():
+        assert [row["role"] for row in found["rows"]] == ["teacher", "student", "distilled", "distilled"]
+        for row in found["rows"]:
+            assert sum(row["class_accuracies"]) / 10 == pytest.approx(row["accuracy"], abs=1e-5)
+            assert row["individual"] >= 0
+            for key in ("colour DPD", "colour EOD", "texture DPD", "texture EOD"):
+                value, mean, high = row[key]
+                assert 0 <= value <= 1 and 0 <= mean <= high <= 1
+
+
+def test_images_of_trifeature_a_second(tmp_path):
+    result = tmp_path / "trifeature.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "trifeature.py", "--threads", "1", "--rounds", "3", "--sizes",
+                          "64", "--result", result], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (row,) = json.loads(result.read_text())["rows"]
+    assert row["images_per_second"] == pytest.approx(
+        {name: row["images"] / statistics.median(times) for name, times in row["seconds"].items()})
+    assert row["image_size"] == 64 and all(len(times) == 3 for times in row["seconds"].values())
+
+
 def test_fan_in_speeds(tmp_path):
     result = tmp_path / "fan_in_cpu.json"
     run = subprocess.run([sys.executable, BENCHMARKS / "fan_in_cpu.py", "--quick", "--threads", "1",

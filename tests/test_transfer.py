@@ -109,6 +109,31 @@ def test_answers_stand_in_the_order_of_the_seeds(finished):
         answers(rows, "distilled", 5)
 
 
+@pytest.mark.parametrize("name", transfer.PAIRS)
+def test_pairs_change_where_they_are_asked_to(name):
+    plain = transfer.pair(name)
+    assert plain == transfer.PAIRS[name]
+    seeded = {"seed": 3} if name in ("digits", "trifeature", "celeba") else {}
+    changed = transfer.pair(name, options=seeded, alpha=0.5, recipe={"batch_size": 512}, root="there",
+                            student_options=None)
+    assert changed.teacher_recipe == replace(plain.teacher_recipe, batch_size=512)
+    assert changed.student_recipe == replace(plain.student_recipe, batch_size=512)
+    assert (changed.alpha, changed.root, changed.student_options) == (0.5, "there", plain.student_options)
+    assert changed.options == plain.options | seeded
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"name": "cifar"}, "unknown pair 'cifar': expected one of digits, trifeature"),
+    ({"name": "svhn", "epochs": 3}, "unknown setting 'epochs': expected one of dataset, options"),
+    ({"name": "svhn", "recipe": {"epoch": 3}}, "unknown setting 'epoch': expected one of epochs, lr"),
+    ({"name": "svhn", "recipe": {"lr": 0}}, "lr is 0"),
+    ({"name": "svhn", "options": {"noise": 1}}, "svhn has no option 'noise'"),
+])
+def test_bad_pairs_are_refused(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        transfer.pair(**change)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"dataset": "mnist"}, "dataset is 'mnist': expected one of digits"),
     ({"options": {"fold": 1}}, "digits has no option 'fold'"), ({"teacher": "cnn"}, "teacher is 'cnn'"),

@@ -1,0 +1,38 @@
+"""Published figures as data: as many as the source has, and consistent with what it says of them."""
+
+from collections import Counter
+
+import pytest
+
+from permask_core.data.published import published_affected_classes, published_fairness
+
+
+def test_affected_classes():
+    rows = published_affected_classes()
+    assert Counter(row["setting"] for row in rows) == {
+        "ResNet56 → ResNet20/CIFAR-100": 9, "DenseNet169 → DenseNet121/CIFAR-100": 9, "ResNet50 → ResNet18/ImageNet": 9,
+        "ViT-Base → TinyViT/ImageNet": 9}
+    for setting in {row["setting"] for row in rows}:
+        own = [row for row in rows if row["setting"] == setting]
+        assert [row["temperature"] for row in own] == list(range(2, 11))
+        counts = [row["student_classes"] for row in own]
+        assert counts == sorted(counts) and own[0]["teacher_classes"] > own[-1]["teacher_classes"]  # what it claims
+        assert all(0.6 < row["student_accuracy"] < row["teacher_accuracy"] < 0.9 for row in own)
+    assert {"temperature": 10, "student_classes": 22, "teacher_classes": 11}.items() <= rows[8].items()
+
+
+def test_fairness():
+    rows = published_fairness()
+    differences = [row for row in rows if row["measure"] in ("EOD", "DPD")]
+    assert len(differences) == 6 * 2 * 15 and len(rows) == len(differences) + (12 + 2) + 3 * 12
+    for row in rows:
+        assert (row["temperature"] is None) == (row["role"] != "distilled") and row["read_from"] in ("table", "figure")
+        assert 0 <= row["value"] <= 1
+    by = {(row["dataset"], row["attribute"], row["measure"], row["role"], row["temperature"]): row for row in rows}
+    assert by["Trifeature", "colour", "EOD", "teacher", None]["value"] == 0
+    assert by["CelebA", "Young", "EOD", "distilled", 10]["value"] == pytest.approx(0.0498)
+    assert by["HateXplain", "race", "EOD", "distilled", 20]["read_from"] == "figure"
+    for (dataset, attribute, measure, role, t), row in by.items():
+        if role == "distilled" and t == 10 and measure in ("EOD", "DPD"):  # the trend that it claims
+            assert row["value"] < by[dataset, attribute, measure, role, 1]["value"]
+            assert row["value"] < by[dataset, attribute, measure, role, 40]["value"]
