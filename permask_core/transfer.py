@@ -57,7 +57,7 @@ _TEACHER = (*_DATA, "teacher", "teacher_options", "teacher_recipe")
 _STUDENT = (*_DATA, "student", "student_options", "student_recipe")
 
 
-_QUICK = Recipe(epochs=12)
+_QUICK = Recipe(epochs=12, lr=0.05)
 _SHAPES = Recipe(epochs=12, lr=0.003, batch_size=64, weight_decay=0.01, optimizer="adamw")
 _SMALL_IMAGES = Recipe(epochs=200)
 _IMAGENET = Recipe(epochs=90, weight_decay=1e-4, batch_size=256, schedule="step", precision="bf16")
@@ -79,7 +79,7 @@ PAIRS = {
         student_options={"width": 0.125}, student_recipe=_QUICK),
     # In half of the training images the colour goes with the shape that is to be named.
     "trifeature": Experiment(
-        "trifeature", {"n_train": 2000, "n_test": 10_000, "image_size": 16, "label": "shape", "correlated": "colour",
+        "trifeature", {"n_train": 2000, "n_test": 5000, "image_size": 16, "label": "shape", "correlated": "colour",
                        "match": 0.5, "augment": False},
         teacher="lenet5", teacher_options={"width": 2.0}, teacher_recipe=_SHAPES, student="lenet5",
         student_options={"width": 0.5}, student_recipe=_SHAPES),
