@@ -426,8 +426,8 @@ class IndividualFairness(NamedTuple):
 
 def individual_fairness(outputs, inputs, *, output_distance="total_variation", input_distance="euclidean",
                         pairs=10_000, seed=0):
-    """The mean over pairs of inputs of |f(x) - f(x')| / d(x, x'): a mean of ratios, not the Lipschitz constant, which
-    is their supremum.
+    """The mean over pairs of inputs of the distance between their outputs over that between the inputs themselves: a
+    mean of ratios, not the Lipschitz constant, which is their supremum.
 
     The ratio has a unit, that of the outputs' distance over that of the inputs'. For images, give pixels in [0, 1]:
     standardised or not, in 255ths or not, changes the value by that factor.

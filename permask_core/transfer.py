@@ -58,7 +58,7 @@ _STUDENT = (*_DATA, "student", "student_options", "student_recipe")
 
 
 _QUICK = Recipe(epochs=12, lr=0.05)
-_SHAPES = Recipe(epochs=12, lr=0.003, batch_size=64, weight_decay=0.01, optimizer="adamw")
+_SHAPES = Recipe(epochs=8, lr=0.003, batch_size=64, weight_decay=0.01, optimizer="adamw")
 _SMALL_IMAGES = Recipe(epochs=200)
 _IMAGENET = Recipe(epochs=90, weight_decay=1e-4, batch_size=256, schedule="step", precision="bf16")
 _VIT = Recipe(epochs=300, lr=0.003, weight_decay=0.3, batch_size=4096, accumulate=16, warmup=30, optimizer="adamw",
