@@ -23,6 +23,7 @@ from permask_core.data.trifeature import (
     poses,
     trifeature,
 )
+from permask_core.fairness import demographic_parity_difference, equalized_odds_difference
 
 module = import_module("permask_core.data.trifeature")  # in its package, the function has the name
 SHAPE, TEXTURE = ({name: number for number, name in enumerate(names)} for names in (SHAPES, TEXTURES))
@@ -265,6 +266,16 @@ def test_a_feature_goes_with_the_label_in_training_alone(label, leading, followi
     assert stats.chisquare(torch.bincount(offset, minlength=10)[1:].numpy()).pvalue > 0.001
     expected = draw(numbers["shape"], numbers["texture"], numbers["colour"], torch.arange(3000), 2, 16)
     assert torch.equal(train.x, expected)
+
+
+def test_who_makes_no_error_is_fair_on_a_balanced_split_and_not_on_a_matched_one():
+    train, test, _, _ = trifeature(1000, 1000, 16, label="shape", correlated="colour", match=0.6, seed=3)
+    for name in ("texture", "colour"):
+        for split, gap in ((test, 0), (train, 0 if name == "texture" else 0.5)):
+            given = {"sensitive_features": split.attributes[name]}
+            found = [measure(split.y, split.y, **given)
+                     for measure in (demographic_parity_difference, equalized_odds_difference)]
+            assert found == pytest.approx([gap, 0], abs=0.12 if gap else 0)
 
 
 def test_chance_changes_nothing_and_certainty_everything():
