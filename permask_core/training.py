@@ -196,11 +196,13 @@ def fit(model, train, recipe, *, seed, loss=None, masks=None, rewiring=None, che
 
 
 def as_split(data):
-    """A split as it is, or one made of inputs and labels; ValueError for anything else."""
+    """A split as it is, or one made of inputs and labels, as many of each; ValueError for anything else."""
+    if isinstance(data, Split) and len(data.x) != len(data.y):
+        raise ValueError(f"got {len(data.x)} inputs and {len(data.y)} labels: expected as many of each")
     if hasattr(data, "batches"):
         return data
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, torch.Tensor) for part in data):
-        return Split(*data)
+        return as_split(Split(*data))
     raise ValueError(f"got {type(data).__name__} to train on or evaluate: expected a split, as data.train, or two "
                      "tensors, inputs and labels")
 
@@ -226,8 +228,6 @@ def _checked(model, train, recipe, seed, loss, masks, rewiring, checkpoints, pro
     if loss and recipe.label_smoothing:
         raise ValueError(f"label_smoothing is {recipe.label_smoothing} beside a loss of its own: expected 0")
     n, parts = len(train), processes * recipe.accumulate
-    if isinstance(train, Split) and len(train.x) != n:
-        raise ValueError(f"got {len(train.x)} inputs and {n} labels: expected as many of each")
     if n < recipe.batch_size:
         raise ValueError(f"got {n} images: expected at least a batch of {recipe.batch_size}")
     last = n % recipe.batch_size or recipe.batch_size

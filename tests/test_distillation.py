@@ -219,6 +219,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_training(digits, pictures
     refused(logits.clone().fill_(math.nan), "teacher[0, 0] is nan")
     refused(logits, "the split augments its inputs: expected the network", train=pictures)
     refused(teacher, "temperature is 0", temperature=0)
+    refused(teacher, "got 1437 inputs and 1436 labels", train=(digits.train.x, digits.train.y[1:]))
     refused(teacher, "label_smoothing is 0.1", recipe=replace(RECIPE, label_smoothing=0.1))
 
 
