@@ -6,6 +6,7 @@ the two parts of the loss are those of Mohammadshahi and Ioannou, TMLR 2025, arX
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch.nn import functional as F
@@ -82,9 +83,9 @@ class Distillation:
     scale_by_t2: bool = True
 
     def __post_init__(self):
-        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
+        if not isinstance(self.temperature, Real) or not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature!r}: expected a number above 0")
-        if not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
+        if not isinstance(self.alpha, Real) or not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha!r}: expected a number from 0 to 1")
         if not isinstance(self.scale_by_t2, bool):
             raise ValueError(f"scale_by_t2 is {self.scale_by_t2!r}: expected True or False")
@@ -111,6 +112,10 @@ class Taught:
     teacher: torch.nn.Module | None = None
     logits: torch.Tensor | None = None
     precision: str = "float32"
+
+    def __post_init__(self):
+        if (self.teacher is None) == (self.logits is None):
+            raise ValueError("expected a teacher or its logits, one of the two")
 
     def __len__(self):
         return len(self.split)
@@ -142,7 +147,7 @@ def distil(student, teacher, train, recipe, *, seed, temperature, alpha=0.8, sca
     Parameters
     ----------
     student : torch.nn.Module
-    teacher : torch.nn.Module or torch.Tensor
+    teacher : torch.nn.Module or array-like
         Of the student's classes. Instead of the network its logits for the inputs of ``train``, [n, classes], as
         :func:`permask_core.training.predict` gives them: a sweep over temperatures needs them ten times.
     train, recipe, seed, device, **how_to_fit
@@ -171,7 +176,7 @@ def distil(student, teacher, train, recipe, *, seed, temperature, alpha=0.8, sca
         raise ValueError("teacher is a tensor of logits, and the split augments its inputs: expected the network, "
                          "because its logits are others in every epoch")
     else:
-        teacher, logits = None, teacher
+        teacher, logits = None, torch.as_tensor(teacher)
     if logits is not None:
         if logits.dim() != 2 or len(logits) != len(train):
             raise ValueError(f"the teacher's logits are {list(logits.shape)}: expected [{len(train)}, classes]")

@@ -159,10 +159,13 @@ def difference_interval(metric, y_true, y_pred, *, sensitive_features, undefined
 
 class Chance(NamedTuple):
     """What a difference is where groups do not matter: its ``mean``, and ``high``, below which it stays as often as the
-    confidence says."""
+    confidence says. As text, it is in per cent, as an :class:`Estimate`."""
 
     mean: float
     high: float
+
+    def __str__(self):
+        return "–" if np.isnan(self.mean) else f"{100 * self.mean:.1f}, up to {100 * self.high:.1f}"
 
 
 def chance_level(metric, y_true, y_pred, *, sensitive_features, undefined="nan", draws=1000, confidence=0.95, seed=0):
@@ -299,9 +302,10 @@ def _members(sensitive_features, n):
                          "[n], or an Attribute")
     if len(values) != n:
         raise ValueError(f"sensitive_features has {len(values)} inputs, y_true has {n}: expected as many")
-    missing = [i for i, value in enumerate(values.tolist()) if value is None or value != value]
+    objects = np.asarray(features, dtype=object)  # beside strings, numpy would make the string "nan" of a NaN
+    missing = [i for i, one in enumerate(objects) if one is None or type(one).__name__ == "NAType" or one != one]
     if missing:
-        raise ValueError(f"sensitive_features is {values[missing[0]]} for input {missing[0]}: expected a group")
+        raise ValueError(f"sensitive_features is {objects[missing[0]]} for input {missing[0]}: expected a group")
     groups, number = np.unique(values, return_inverse=True)
     return tuple(groups.tolist()), number[:, None] == np.arange(len(groups))
 

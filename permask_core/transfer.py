@@ -242,6 +242,9 @@ def run(experiment, store, *, seeds, temperatures, workers=1):
     for value in seeds:
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"seed is {value!r}: expected an integer of at least 0")
+    for name, values in (("seeds", seeds), ("temperatures", temperatures)):
+        if len(set(values)) < len(values):  # runs counted twice would narrow intervals
+            raise ValueError(f"{name} is {values}: expected each value once")
     runs = [("teacher", None), ("student", None), *(("distilled", value) for value in temperatures)]
     for one in runs:
         check_role(*one)

@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 from torch import nn
 
 from permask_core.data.splits import Split
-from permask_core.distillation import Distillation, distil, distillation_loss
+from permask_core.distillation import Distillation, Taught, distil, distillation_loss
 from permask_core.models import build_model
 from permask_core.training import Recipe, evaluate, fit, predict
 
@@ -169,8 +169,9 @@ def test_the_teacher_stays_what_it_is_to_the_bit(digits, pictures, teacher, augm
 def test_stored_logits_are_the_teacher(digits, teacher):
     logits = predict(teacher, digits.train)
     states = [distil(build_model("mlp", (1, 8, 8), 10, width=0.1, seed=1), one, digits.train, RECIPE, seed=0,
-                     temperature=2, description=None).state for one in (teacher, logits)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+                     temperature=t, description=None).state
+              for one, t in ((teacher, 2), (logits, np.int64(2)), (logits.numpy(), np.float32(2)))]
+    assert all(torch.equal(states[0][name], other[name]) for other in states[1:] for name in states[0])
 
 
 def test_a_student_comes_nearer_to_its_teacher_than_one_without(digits, teacher):
@@ -202,6 +203,12 @@ def test_an_interrupted_student_ends_in_the_same_bits_and_knows_its_teacher(digi
     other = with_batchnorm(1, 64)
     with pytest.raises(ValueError, match="data.teacher"):
         student(tmp_path / "a", taught_by=other)
+
+
+def test_a_split_has_a_teacher_or_its_logits(digits, teacher):
+    for parts in ({}, {"teacher": teacher, "logits": torch.zeros(len(digits.train), 10)}):
+        with pytest.raises(ValueError, match="expected a teacher or its logits, one of the two"):
+            Taught(digits.train, **parts)
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_training(digits, pictures, teacher):

@@ -6,6 +6,7 @@ import re
 import warnings
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from fairlearn import metrics as fairlearn
@@ -17,6 +18,7 @@ from permask_core import fairness
 from permask_core.data.attributes import Attribute
 from permask_core.display import table
 from permask_core.fairness import (
+    Chance,
     chance_level,
     demographic_parity_difference,
     difference_interval,
@@ -253,6 +255,11 @@ def test_chance_grows_with_the_groups_and_as_the_sample_shrinks(metric):
     assert smaller / full == pytest.approx(2, rel=0.15)  # one over the root of n
 
 
+def test_chance_reads_as_per_cent():
+    assert str(Chance(0.0123, 0.0456)) == "1.2, up to 4.6"
+    assert str(Chance(math.nan, math.nan)) == "–"
+
+
 def test_a_perfect_predictor_has_equal_odds_by_chance_too():
     y_true, _, group = random_sample(np.random.default_rng(6), 200, 3, 4)
     assert chance_level(equalized_odds_difference, y_true, y_true, sensitive_features=group) == (0, 0)
@@ -409,6 +416,8 @@ AB = ["a", "a", "b", "b"]
     (GOOD, [AB], {}, "sensitive_features has the shape [1, 4]"),
     (GOOD, ["a", None, "b", "b"], {}, "sensitive_features is None for input 1"),
     (GOOD, [0, 1, math.nan, 1], {}, "sensitive_features is nan for input 2"),
+    (GOOD, ["a", "b", math.nan, "a"], {}, "sensitive_features is nan for input 2"),
+    (GOOD, ["a", "b", "b", pandas.NA], {}, "sensitive_features is <NA> for input 3"),
     (([], []), [], {}, "y_true is empty"),
     ((GOOD[0], [0.1, 0.9, 0.4, 0.2]), AB, {}, "y_pred is float64: expected integer labels"),
     ((GOOD[0], NAN), AB, {}, "y_pred has the shape [4, 2]: expected [n]"),

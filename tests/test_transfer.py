@@ -147,6 +147,8 @@ def test_bad_settings_are_refused(change, message):
 @pytest.mark.parametrize("change, message", [
     ({"seeds": [-1]}, "seed is -1"), ({"seeds": [0.5]}, "seed is 0.5"), ({"temperatures": [2, 0]}, "temperature is 0"),
     ({"temperatures": "12"}, "temperature is '1'"), ({"workers": 0}, "workers is 0"),
+    ({"seeds": [1, 0, 1]}, "seeds is [1, 0, 1]: expected each value once"),
+    ({"temperatures": [4, 2, 4.0]}, "temperatures is [4, 2, 4.0]: expected each value once"),
     ({"experiment": replace(TINY, student_options={"depths": 2})}, "mlp has no option 'depths'"),
     ({"experiment": replace(TINY, teacher="vgg11", teacher_options={})}, "vgg11 halves the image five times"),
 ])

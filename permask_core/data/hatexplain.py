@@ -73,8 +73,9 @@ def hatexplain(root=None, tokenizer="bert-base-uncased", length=128, attributes=
     folder = data_root(root) / "hatexplain"
     check_there("HateXplain", folder, [POSTS, DIVISIONS],
                 f"Fetch both from the folder Data of https://github.com/hate-alert/HateXplain and put them in {folder}")
+    judged = _judged(folder)  # first: a tokenizer that is not at hand is looked for on the hub, which takes its time
     tokenizer = _tokenizer(tokenizer, length)
-    train, test = (_split(posts, tokenizer, length, attributes) for posts in _judged(folder))
+    train, test = (_split(posts, tokenizer, length, attributes) for posts in judged)
     return train, test, (length,), 2
 
 

@@ -232,6 +232,12 @@ def test_damaged_files_are_named(tmp_path, load, file, content, message):
         load()
 
 
+def test_files_are_read_before_a_tokenizer_is_looked_for(tmp_path, load):
+    (write_hatexplain(tmp_path) / "dataset.json").write_text("{")
+    with pytest.raises(ValueError, match="dataset.json"):
+        load(tokenizer="nobody/nothing")
+
+
 def test_without_transformers(tmp_path, load, monkeypatch):
     write_hatexplain(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)

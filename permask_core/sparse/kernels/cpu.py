@@ -66,6 +66,7 @@ def _width(batch, way):
 
 
 def forward(x, values, indices, bias=None):
+    """As :func:`permask_core.sparse.kernels.forward`, for float32 and float64 on the CPU, in compiled loops."""
     (batch, inputs), (n, k) = x.shape, values.shape
     x, values, indices, y = x.contiguous(), values.contiguous(), indices.contiguous(), x.new_empty(batch, n)
     bias = bias if bias is None else bias.contiguous()
@@ -82,6 +83,7 @@ def forward(x, values, indices, bias=None):
 
 
 def backward(grad, x, values, indices, transposed, need_x, need_values):
+    """As :func:`permask_core.sparse.kernels.backward`, for float32 and float64 on the CPU, in compiled loops."""
     width = _width(len(x), "backward")
     dx, dvalues = x.new_empty(x.shape if need_x else (0, 0)), values.new_empty(values.shape if need_values else (0, 0))
     tiles, given, sums = _tiles(grad, width), _tiles(x, width), _tiles(x, width)

@@ -30,6 +30,7 @@ def _as_given(kernel):
 
 @_as_given
 def forward(x, values, indices, bias=None):
+    """As :func:`permask_core.sparse.kernels.forward`, in plain torch, for any device and type."""
     dtype = _summed_in(x.dtype)
     columns, y = x.to(dtype).t().contiguous(), x.new_empty(len(x), len(values))
     for rows in _chunks(len(values), len(x), values.shape[1]):
@@ -41,6 +42,7 @@ def forward(x, values, indices, bias=None):
 
 @_as_given
 def backward(grad, x, values, indices, transposed, need_x, need_values):
+    """As :func:`permask_core.sparse.kernels.backward`, in plain torch, for any device and type."""
     dtype, (batch, inputs), k = _summed_in(x.dtype), x.shape, values.shape[1]
     columns, by_output = (tensor.to(dtype).t().contiguous() for tensor in (x, grad))
     dx = torch.zeros(inputs, batch, dtype=dtype, device=x.device) if need_x else None

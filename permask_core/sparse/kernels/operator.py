@@ -15,6 +15,7 @@ TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") el
 
 @torch.library.custom_op("permask::fan_in", mutates_args=(), tags=TAGS)
 def fan_in(x: Tensor, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`permask_core.sparse.kernels.forward` as an operator."""
     return kernels.forward(x, values, indices, bias)
 
 
@@ -26,6 +27,8 @@ def _(x, values, indices, bias):
 @torch.library.custom_op("permask::fan_in_backward", mutates_args=(), tags=TAGS)
 def fan_in_backward(grad: Tensor, x: Tensor, values: Tensor, indices: Tensor, need_x: bool,
                     need_values: bool) -> tuple[Tensor, Tensor]:
+    """:func:`permask_core.sparse.kernels.backward` as an operator, which lists the connections by input itself; a
+    gradient that nobody needs is empty."""
     listed = kernels.kept(indices, (0, None), lambda: kernels.transposed(indices, x.shape[1]))
     dx, dvalues = kernels.backward(grad.contiguous(), x, values, indices, listed, need_x=need_x,
                                    need_values=need_values)

@@ -218,6 +218,7 @@ def _programs(x, batch, plan, outputs):
 
 
 def forward(x, values, indices, bias=None):
+    """As :func:`permask_core.sparse.kernels.forward`, on a GPU, by Triton."""
     (batch, inputs), (n, k) = x.shape, values.shape
     if not batch or not n:
         return x.new_empty(batch, n)
@@ -237,6 +238,7 @@ def forward(x, values, indices, bias=None):
 
 
 def backward(grad, x, values, indices, transposed, need_x, need_values):
+    """As :func:`permask_core.sparse.kernels.backward`, on a GPU, by Triton."""
     (batch, inputs), (n, k) = x.shape, values.shape
     if not batch or not n:
         return torch.zeros_like(x) if need_x else None, torch.zeros_like(values) if need_values else None
