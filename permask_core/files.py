@@ -1,4 +1,5 @@
-"""Tensors on disk: safetensors with a JSON record beside the data, written whole or not at all, never unpickled."""
+"""Tensors on disk: safetensors with a JSON record beside the data, written whole or not at all, never unpickled; and
+locks between processes."""
 
 import json
 import os
@@ -6,6 +7,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -28,6 +30,35 @@ def written_whole(path):
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path, message=None):
+    """The block is run by one process at a time, on all machines that share the folder of ``path``.
+
+    The lock is of the operating system: it ends with the process that holds it, however that ends.
+
+    Parameters
+    ----------
+    path : path-like
+        Beside it lies the lock, a file that ends in ".lock", as long as somebody holds it.
+    message : str, optional
+        Printed if another process holds it for more than a second.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        if message:
+            print(message, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # before the release: who waits for it sees that it is gone
+        lock.release()
 
 
 def _umask():

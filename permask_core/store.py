@@ -3,7 +3,7 @@
 A stage has a name and plain parameters, and a function that computes tensors and a record from them. Its key is made of
 the name, the parameters, the versions of the libraries that decide about numbers, and the source of every permask_core
 module that the function can reach, so that an edited library never serves an old result. Files are written whole or not
-at all.
+at all, and jobs that share a store do not compute a stage twice.
 """
 
 import ast
@@ -19,7 +19,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from permask_core.files import load_tensors, save_tensors, written_whole
+from permask_core.files import load_tensors, locked, save_tensors, written_whole
 
 LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn")
 OPTIONAL = ("timm", "transformers")
@@ -74,12 +74,21 @@ class Store:
         identity = self._identity(name, compute, parameters)
         path = self._path(identity)
         if path.exists():
-            tensors, record = load_tensors(path)
-            if record.get("stage") != name:
-                raise ValueError(f"{path} holds {record.get('stage') or record.get('kind')!r}: expected the stage "
-                                 f"{name!r}")
-            self.found += 1
-            return tensors, record["result"]
+            return self._finished(path, name)
+        # Of several jobs that need a stage one computes it, and the others wait.
+        with locked(path, f"waiting for another process that computes {name} {path.stem}"):
+            if path.exists():
+                return self._finished(path, name)
+            return self._computed(path, name, identity, compute)
+
+    def _finished(self, path, name):
+        tensors, record = load_tensors(path)
+        if record.get("stage") != name:
+            raise ValueError(f"{path} holds {record.get('stage') or record.get('kind')!r}: expected the stage {name!r}")
+        self.found += 1
+        return tensors, record["result"]
+
+    def _computed(self, path, name, identity, compute):
         start, inner = time.perf_counter(), self._seconds
         tensors, result = compute()
         own = time.perf_counter() - start - (self._seconds - inner)

@@ -3,6 +3,11 @@
 import os
 import pickle
 import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from permask_core.files import load_tensors, save_tensors, written_whole
+from permask_core.files import load_tensors, locked, save_tensors, written_whole
+
+ROOT = Path(__file__).parents[1]
 
 dtypes = st.sampled_from([torch.bool, torch.uint8, torch.int64, torch.float32, torch.float64, torch.bfloat16])
 shapes = st.lists(st.integers(0, 3), max_size=3)
@@ -111,3 +118,59 @@ def test_a_record_that_is_no_dict_is_refused(tmp_path):
     save_tensors(tmp_path / "list.safetensors", {"x": torch.ones(1)}, [1])
     with pytest.raises(ValueError, match="its record is no dict"):
         load_tensors(tmp_path / "list.safetensors")
+
+
+HOLDER = """
+import sys, time
+from permask_core.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A path, and another process that holds its lock."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "file"], stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        assert process.stdout.readline() == "held\n"
+        yield tmp_path / "file", process
+        process.kill()
+
+
+def test_a_lock_ends_with_its_process_and_leaves_no_file(held, capsys):
+    path, process = held
+    threading.Timer(2, process.kill).start()
+    start = time.monotonic()
+    with locked(path, "somebody is at it"):
+        assert time.monotonic() - start > 1.5
+        assert path.with_name("file.lock").exists()
+    assert capsys.readouterr().out == "somebody is at it\n"
+    assert list(path.parent.iterdir()) == []
+
+
+def test_one_at_a_time(tmp_path):
+    """Counters in a file, read and written by several threads with locks of their own."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+
+    def count():
+        for _ in range(50):
+            with locked(counter):
+                counter.write_text(str(int(counter.read_text()) + 1))
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counter.read_text() == "200" and list(tmp_path.iterdir()) == [counter]
+
+
+def test_an_error_lets_the_lock_go(tmp_path):
+    with pytest.raises(KeyError):
+        with locked(tmp_path / "deeper" / "file"):
+            raise KeyError
+    with locked(tmp_path / "deeper" / "file"):
+        assert (tmp_path / "deeper" / "file.lock").exists()

@@ -127,7 +127,31 @@ def test_the_file_of_another_stage_is_refused(store):
 def test_a_failed_stage_leaves_nothing(store):
     with pytest.raises(AssertionError, match="computed"):
         store.stage("some", never)
-    assert not store.folder.exists()
+    assert [path for path in store.folder.rglob("*") if path.is_file()] == []
+
+
+TOGETHER = """
+import sys, time, torch
+from permask_core.store import Store
+
+store = Store(sys.argv[1])
+for n in range(6):
+    def compute():
+        time.sleep(0.05)
+        return {"x": torch.full((10,), float(n))}, {}
+    assert store.stage("some", compute, n=n)[0]["x"].unique() == n
+print(store.computed, store.found)
+"""
+
+
+def test_jobs_that_run_together_compute_each_stage_once(tmp_path):
+    script, runs = tmp_path / "script.py", tmp_path / "runs"
+    script.write_text(TOGETHER)
+    jobs = [python(script, runs) for _ in range(3)]
+    told = [job.communicate()[0] for job in jobs]
+    counts = [tuple(map(int, one.splitlines()[-1].split())) for one in told]
+    assert sum(computed for computed, _ in counts) == 6 and all(sum(one) == 6 for one in counts)
+    assert len(list(runs.rglob("*.safetensors"))) == 6 and not list(runs.rglob("*.lock"))
 
 
 KILLED = """
