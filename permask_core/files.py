@@ -114,3 +114,12 @@ def load_tensors(path):
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}): delete it to have it made "
                          "again") from error
+
+
+def is_whole(path):
+    """Whether a file is safetensors of the length that its head tells; the numbers are not read."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 
 from permask_core.data import load_dataset, options_of
+from permask_core.files import is_whole
 from permask_core.progress import progress
 from permask_core.resume import described
 from permask_core.store import Store
@@ -51,6 +52,9 @@ def trained(store, name, train, **parameters):
     unfinished = store.path(name, train, **parameters).with_suffix(".unfinished")
 
     def compute():
+        if unfinished.exists() and not is_whole(unfinished):
+            print(f"{unfinished} is damaged: the training begins anew", flush=True)
+            unfinished.unlink()
         return train(unfinished)
 
     result = store.stage(name, compute, **parameters)

@@ -19,7 +19,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from permask_core.files import load_tensors, locked, save_tensors, written_whole
+from permask_core.files import is_whole, load_tensors, locked, save_tensors, written_whole
 
 LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn")
 OPTIONAL = ("timm", "transformers")
@@ -69,19 +69,20 @@ class Store:
         Raises
         ------
         ValueError
-            If the stage's file is damaged or foreign, or the parameters or the record cannot be written as JSON.
+            If the stage's file holds another stage, or the parameters or the record cannot be written as JSON. A
+            damaged file is told and made again.
         """
         identity = self._identity(name, compute, parameters)
         path = self._path(identity)
-        if path.exists():
-            return self._finished(path, name)
-        # Of several jobs that need a stage one computes it, and the others wait.
-        with locked(path, f"waiting for another process that computes {name} {path.stem}"):
-            if path.exists():
-                return self._finished(path, name)
-            return self._computed(path, name, identity, compute)
+        result = self._finished(path, name)
+        if result is None:  # of several jobs that need a stage one computes it, and the others wait
+            with locked(path, f"waiting for another process that computes {name} {path.stem}"):
+                result = self._finished(path, name) or self._computed(path, name, identity, compute)
+        return result
 
     def _finished(self, path, name):
+        if not path.exists() or not is_whole(path):
+            return None
         tensors, record = load_tensors(path)
         if record.get("stage") != name:
             raise ValueError(f"{path} holds {record.get('stage') or record.get('kind')!r}: expected the stage {name!r}")
@@ -89,6 +90,8 @@ class Store:
         return tensors, record["result"]
 
     def _computed(self, path, name, identity, compute):
+        if path.exists():  # a disk that was full, or a copy that was cut off
+            print(f"{path} is damaged: it is made again", flush=True)
         start, inner = time.perf_counter(), self._seconds
         tensors, result = compute()
         own = time.perf_counter() - start - (self._seconds - inner)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from permask_core.files import load_tensors, locked, save_tensors, written_whole
+from permask_core.files import is_whole, load_tensors, locked, save_tensors, written_whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,6 +60,8 @@ def test_every_truncation_is_refused(tmp_path):
         (tmp_path / "cut").write_bytes(content[:size])
         with pytest.raises(ValueError, match="cut is damaged"):
             load_tensors(tmp_path / "cut")
+        assert not is_whole(tmp_path / "cut")
+    assert is_whole(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "permask 2"}])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import permask_core
 from permask_core.files import load_tensors, save_tensors
@@ -106,14 +107,24 @@ def test_a_file_is_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[8:]])
-def test_a_damaged_stage_is_refused_and_made_again_once_deleted(store, damage):
+def test_a_damaged_stage_is_told_and_made_again(store, damage, capsys):
     store.stage("some", compute)
     path = store.path("some", compute)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{path.name} is damaged.*delete it"):
-        store.stage("some", compute)
-    path.unlink()
     assert store.stage("some", compute)[0]["x"].tolist() == [0, 1, 2]
+    assert capsys.readouterr().out == f"{path} is damaged: it is made again\n"
+    assert (store.computed, store.found) == (2, 0)
+    assert store.stage("some", compute) and store.found == 1
+
+
+def test_a_foreign_file_in_the_place_of_a_stage_is_left_alone(store):
+    path = store.path("some", compute)
+    path.parent.mkdir(parents=True)
+    save_file({"x": torch.zeros(1)}, path, metadata={"format": "pt"})
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match="its format is 'pt'"):
+        store.stage("some", compute)
+    assert path.read_bytes() == content
 
 
 def test_the_file_of_another_stage_is_refused(store):
