@@ -40,6 +40,22 @@ class Job:
     combination: dict = field(default_factory=dict)
 
 
+def grid_path(name):
+    """The file of a grid: a path as it is, or the name of one in batch/grids.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is neither.
+    """
+    for path in (Path(name), ROOT / "batch" / "grids" / f"{name}.yaml"):
+        if path.is_file():
+            return path.absolute()
+    known = sorted(one.stem for one in (ROOT / "batch" / "grids").glob("*.yaml"))
+    raise FileNotFoundError(f"no grid {str(name)!r}{_nearest(name, known)}: expected a file, or one of "
+                            f"{', '.join(known)}")
+
+
 def read_grid(path):
     """The jobs of a grid by name, checked.
 
@@ -57,8 +73,6 @@ def read_grid(path):
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
     GridError
         With everything that is wrong, a line each; nothing has been run then.
     """
@@ -78,9 +92,6 @@ def unchecked(path):
 
 
 def _parsed(path):
-    if not path.is_file():
-        known = sorted(one.stem for one in (ROOT / "batch" / "grids").glob("*.yaml"))
-        raise FileNotFoundError(f"no grid {path}: expected a file, or one of {', '.join(known)}")
     try:
         parts = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -99,7 +110,8 @@ def _parsed(path):
 def _shape_faults(part):
     if not isinstance(part, dict) or not isinstance(part.get("notebook"), str):
         return [f"got {part!r}: expected a mapping with the name of a notebook under 'notebook'"]
-    faults = [f"unknown entry {key!r}{_nearest(key, KEYS)}: expected {', '.join(KEYS)}" for key in part if key not in KEYS]
+    faults = [f"unknown entry {key!r}{_nearest(key, KEYS)}: expected {', '.join(KEYS)}"
+              for key in part if key not in KEYS]
     if not (ROOT / "notebooks" / f"{part['notebook']}.ipynb").is_file():
         known = sorted(one.stem for one in (ROOT / "notebooks").glob("*.ipynb"))
         faults.append(f"unknown notebook {part['notebook']!r}{_nearest(part['notebook'], known)}: expected one of "
@@ -144,9 +156,12 @@ def _faults(jobs):
             path = ROOT / "notebooks" / f"{job.notebook}.ipynb"
             known[job.notebook] = papermill.inspect_notebook(str(path))
             cells[job.notebook] = _checked_cells(path)
+            if not {"runs", "output"} <= set(known[job.notebook]):
+                yield f"{job.notebook} leaves no results: expected a notebook with the parameters runs and output"
         right = {}
         for name, value in job.parameters.items():
-            fault = _fault(name, value, known[job.notebook])
+            fault = (f"{name} is set by the batch itself: expected no such parameter" if name in ("runs", "output") else
+                     _fault(name, value, known[job.notebook]))
             if fault:
                 yield f"{job.notebook}: {fault}"
             else:
@@ -193,7 +208,9 @@ def _refused(cells, parameters):
                         space.update(parameters)
             return
         except Exception as error:
-            yield f"{error}"
+            listed = re.search(r"'([^']*)'[^']*: expected one of (.+)$", str(error))
+            near = difflib.get_close_matches(listed[1], listed[2].split(", "), 1) if listed else []
+            yield f"{error}" + (f"; perhaps {near[0]}" if near else "")
             named = [name for name, value in parameters.items() if re.search(rf"\b{name}\b", str(error))]
             named = named or [name for name, value in parameters.items() if repr(value) in str(error)]
             if not named:

@@ -1,7 +1,7 @@
 """One job of a grid: its notebook is executed under a temporary name, and kept when it has succeeded.
 
-`python -m batch.job GRID NAME FOLDER` leaves in FOLDER: ``notebooks/NAME.ipynb``, ``jobs/NAME.json`` (what it found, last
-of all), ``times/NAME.json`` (when, where, how long); or ``failed/NAME.ipynb``, and ends with status 1.
+`python -m batch.job GRID NAME FOLDER --store STORE` leaves in FOLDER: ``notebooks/NAME.ipynb``, ``figures/NAME.svg``
+and, last of all, ``jobs/NAME.json`` (what it found); or ``failed/NAME.ipynb``, and ends with status 1.
 """
 
 import argparse
@@ -10,64 +10,86 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import papermill
-import torch
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from batch.grids import ROOT, unchecked
 from permask_core.files import locked, written_whole
-from permask_core.store import versions
 
 
 def run(job, folder, store):
-    """Run a job, unless it is finished; True if its notebook succeeded."""
+    """Run a job, unless it is finished.
+
+    Parameters
+    ----------
+    job : Job
+    folder : pathlib.Path
+        Of the grid's results.
+    store : pathlib.Path
+        Of the stages, which several grids may share.
+
+    Returns
+    -------
+    bool
+        Whether it is finished now.
+    """
     result = folder / "jobs" / f"{job.name}.json"
     with locked(result, f"another process runs {job.name}: waiting for it"):
         if finished(folder, job):
             return True
-        place = folder / ".running" / job.name
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        start, date = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        given = {**job.parameters, "output": str(place / "output"), "runs": str(store)}
-        notebook = place / "notebook.ipynb"
+        # A folder of its own, as the kernel of a job that was killed may live a second longer.
+        for left in folder.glob(f".running/{job.name}/*"):
+            shutil.rmtree(left, ignore_errors=True)
+        (folder / ".running" / job.name).mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(dir=folder / ".running" / job.name))
+        start, date, notebook = time.perf_counter(), time.strftime("%Y-%m-%dT%H:%M:%S%z"), place / "notebook.ipynb"
         try:
-            papermill.execute_notebook(ROOT / "notebooks" / f"{job.notebook}.ipynb", notebook, given, cwd=ROOT,
-                                       progress_bar=False, log_output=True)
-        except PapermillExecutionError as error:
+            _execute(job, notebook, {**job.parameters, "output": str(place / "output"), "runs": str(store)})
+            found = json.loads((place / "output" / "results.json").read_text())
+        except (PapermillExecutionError, DeadKernelError, FileNotFoundError) as error:
             _moved(notebook, folder / "failed" / f"{job.name}.ipynb")
-            print(f"{job.name} failed: {error.ename}: {error.evalue}\nIts notebook is "
-                  f"{folder / 'failed' / job.name}.ipynb", file=sys.stderr)
+            reason = f"{error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else error
+            print(f"{job.name} failed: {reason}\nits notebook: {folder / 'failed' / job.name}.ipynb", file=sys.stderr)
             return False
-        found = json.loads((place / "output" / "results.json").read_text())
-        _moved(notebook, folder / "notebooks" / f"{job.name}.ipynb")
         (folder / "failed" / f"{job.name}.ipynb").unlink(missing_ok=True)
-        _write(folder / "times" / f"{job.name}.json", {
-            "seconds": time.perf_counter() - start, "started": date, "host": platform.node(),
-            "threads": torch.get_num_threads()})
-        _write(result, {
-            "job": job.name, "notebook": job.notebook, "sha256": _digest(folder / "notebooks" / f"{job.name}.ipynb"),
-            "parameters": job.parameters, "combination": job.combination, "versions": versions(), "commit": commit(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "runs": found["runs"]})
-        shutil.rmtree(place)
+        _moved(notebook, folder / "notebooks" / f"{job.name}.ipynb")
+        _moved(place / "output" / "results.svg", folder / "figures" / f"{job.name}.svg")
+        record = {
+            "job": job.name, "notebook": job.notebook, "parameters": job.parameters, "combination": job.combination,
+            **{key: found[key] for key in ("commit", "device", "versions", "runs")},
+            "threads": job.resources["threads"],
+            "sha256": hashlib.sha256((folder / "notebooks" / f"{job.name}.ipynb").read_bytes()).hexdigest(),
+            "times": {"seconds": round(time.perf_counter() - start, 2), "started": date, "host": platform.node()}}
+        with written_whole(result) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        shutil.rmtree(place.parent)
         return True
 
 
+def _execute(job, notebook, parameters):
+    # How a sum is divided among threads decides about its last bits, so the grid says how many there are.
+    os.environ |= {"OMP_NUM_THREADS": str(job.resources["threads"]), "PERMASK_DISPLAY": "static"}
+    papermill.execute_notebook(ROOT / "notebooks" / f"{job.notebook}.ipynb", notebook, parameters, cwd=ROOT,
+                               progress_bar=False, log_output=True)
+
+
 def finished(folder, job):
-    """What a finished job found; None if it is not finished, or a file of it is damaged or of other parameters, which is
-    said."""
+    """What a finished job found, as a dict; None if it is not finished. A file of it that is damaged, or of other
+    parameters, is told, and the job is not finished."""
     result, notebook = folder / "jobs" / f"{job.name}.json", folder / "notebooks" / f"{job.name}.ipynb"
     if not result.exists():
         return None
     try:
         found = json.loads(result.read_text())
-        fault = ("other parameters" if found["parameters"] != json.loads(json.dumps(job.parameters)) else
-                 "a damaged notebook" if not notebook.exists() or found["sha256"] != _digest(notebook) else None)
+        same = found["parameters"] == json.loads(json.dumps(job.parameters))
+        whole = notebook.exists() and found["sha256"] == hashlib.sha256(notebook.read_bytes()).hexdigest()
+        fault = "other parameters" if not same else "a damaged notebook" if not whole else None
     except (ValueError, KeyError, TypeError):
         fault = "a damaged result"
     if fault:
@@ -76,25 +98,9 @@ def finished(folder, job):
     return found
 
 
-def _write(path, record):
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-
-
 def _moved(source, target):
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
-
-
-def _digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def commit():
-    """The commit of this folder, with "-dirty" where it was edited since; "unknown" without git."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
-                          cwd=ROOT)
-    return done.stdout.strip() or "unknown"
 
 
 def main():

@@ -1,10 +1,7 @@
-"""What the benchmarks share: how long something takes and how much memory, on which machine, at which commit."""
+"""What the benchmarks share: how long something takes and how much memory."""
 
 import argparse
-import os
-import platform
 import re
-import subprocess
 import time
 from pathlib import Path
 
@@ -22,25 +19,6 @@ def timed(part, device):
     result = part()
     finish()
     return time.perf_counter() - start, result
-
-
-def device_name(device):
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
-def commit():
-    """The commit of this file's repository, with "-dirty" where it was edited since; "unknown" without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def resident(field):

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from _machine import at_least, commit, device_name
+from _machine import at_least
 
 import permask_core
 from permask_core.fairness import (
@@ -29,7 +29,7 @@ from permask_core.fairness import (
 from permask_core.files import written_whole
 from permask_core.progress import progress
 from permask_core.statistics import class_accuracies
-from permask_core.store import Store, versions
+from permask_core.store import Store, commit, device_name, versions
 from permask_core.training import Recipe
 from permask_core.transfer import Experiment, data, run, trained_network
 

@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _machine import commit, device_name
 from torch import nn
 
 import permask_core
@@ -38,7 +37,7 @@ from permask_core.pruning import erk_densities, random_masks
 from permask_core.sparse import FanInLinear
 from permask_core.sparse.dynamic import Rewiring, constant_fan_in_masks
 from permask_core.sparse.initialisation import sparse_init
-from permask_core.store import versions
+from permask_core.store import commit, device_name, versions
 from permask_core.training import Recipe, evaluate, fit
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "dynamic_sparse_training.json"

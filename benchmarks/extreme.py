@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 import torch
-from _machine import at_least, commit, device_name, resident
+from _machine import at_least, resident
 
 import permask_core
 from permask_core.data.extreme import planted
@@ -43,7 +43,7 @@ from permask_core.sparse.extreme import (
     training_bytes,
 )
 from permask_core.statistics import paired_comparison
-from permask_core.store import versions
+from permask_core.store import commit, device_name, versions
 
 MEASURED = Path(permask_core.__file__).parent / "data" / "measured"
 FEATURES, HIDDEN, FAN_IN = 128, 128, 16

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _machine import at_least, commit, device_name
+from _machine import at_least
 
 import permask_core
 from permask_core import lottery
@@ -33,7 +33,7 @@ from permask_core.fairness import (
 from permask_core.files import written_whole
 from permask_core.progress import progress
 from permask_core.statistics import class_accuracies
-from permask_core.store import Store, versions
+from permask_core.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "fairness_of_sparse_networks.json"
 FIRST = 100

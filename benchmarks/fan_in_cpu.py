@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _machine import at_least, commit, device_name, resident
+from _machine import at_least, resident
 from scipy.sparse import csr_array
 from torch.nn import functional as F
 
 from permask_core.files import written_whole
 from permask_core.sparse import FanInLinear
-from permask_core.store import versions
+from permask_core.store import commit, device_name, versions
 
 SIZES = [(3072, 768), (4096, 4096)]
 SPARSITIES = [0.9, 0.95, 0.99]

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _machine import at_least, commit, device_name
+from _machine import at_least
 from torch.nn import functional as F
 
 from permask_core.data.extreme import planted
@@ -37,7 +37,7 @@ from permask_core.files import written_whole
 from permask_core.sparse import FanInLinear, kernels
 from permask_core.sparse.extreme import ExtremeClassifier, ExtremeRecipe, fit_extreme, training_bytes
 from permask_core.sparse.kernels import eager
-from permask_core.store import versions
+from permask_core.store import commit, device_name, versions
 
 DEVICE = "cuda"
 SIZES = {"3072x768": (3072, 768), "4096x4096": (4096, 4096), "768x131072": (768, 131_072),

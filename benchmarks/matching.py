@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from _machine import device_name, timed
+from _machine import timed
 
 from permask_core import lottery
 from permask_core.data import load_dataset
@@ -31,7 +31,7 @@ from permask_core.matching import (
 )
 from permask_core.models import build_model
 from permask_core.pruning import iterative_magnitude_pruning
-from permask_core.store import versions
+from permask_core.store import device_name, versions
 from permask_core.training import fit
 
 EXPERIMENT = lottery.Experiment()  # the book's settings

@@ -11,13 +11,12 @@ import json
 from pathlib import Path
 
 import torch
-from _machine import commit
 
 import permask_core
 from permask_core import lottery
 from permask_core.files import written_whole
 from permask_core.presets import experiments, preset
-from permask_core.store import Store, versions
+from permask_core.store import Store, commit, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "noisy_digits.json"
 FIRST = 100

@@ -17,13 +17,12 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from _machine import commit
 
 import permask_core
 from permask_core.files import written_whole
 from permask_core.matching import function_change, permutation_groups, shuffles, steady
 from permask_core.progress import progress
-from permask_core.store import versions
+from permask_core.store import commit, versions
 from permask_core.vision import torchvision
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "torchvision_groups.json"

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import PIL
 import torch
-from _machine import at_least, commit, device_name, timed
+from _machine import at_least, timed
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from permask_core.data import Split
 from permask_core.files import written_whole
 from permask_core.models import build_model
-from permask_core.store import versions
+from permask_core.store import commit, device_name, versions
 from permask_core.training import OPTIMIZERS, PRECISIONS, Recipe, default_device, fit
 from permask_core.vision import torchvision
 

@@ -13,12 +13,12 @@ from statistics import median
 
 import numpy as np
 import torch
-from _machine import at_least, commit, device_name, timed
+from _machine import at_least, timed
 from PIL import Image
 
 from permask_core.data.trifeature import attributes, draw
 from permask_core.files import written_whole
-from permask_core.store import versions
+from permask_core.store import commit, device_name, versions
 
 RESULT = Path(__file__).parent / "results" / "trifeature.json"
 

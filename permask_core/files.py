@@ -9,7 +9,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 FORMAT = "permask 1"
 
@@ -78,6 +77,8 @@ def save_tensors(path, tensors, record):
     record : dict
         Anything that JSON holds: parameters, versions, results.
     """
+    from safetensors.torch import save_file  # here, as it imports torch, which takes longer than most writing does
+
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata={"format": FORMAT, "record": json.dumps(record)})

@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from functools import cache
@@ -171,6 +172,29 @@ def versions():
     """Versions of Python and of the libraries that decide about numbers, as a dict."""
     installed = [name for name in OPTIONAL if importlib.util.find_spec(name)]
     return {"python": platform.python_version(), **{name: version(name) for name in (*LIBRARIES, *installed)}}
+
+
+def commit():
+    """The commit of the repository in which this library lies, with "-dirty" where it was edited since; "unknown" where
+    it lies in none, or there is no git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def device_name(device):
+    """What a device is called: a GPU's name, or the processor's with its number of cores."""
+    import torch  # who looks for finished stages only need not wait for it
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def source_hash(function):

@@ -13,7 +13,8 @@ from permask_core.display.control import svg
 from permask_core.display.style import look, new_figure
 from permask_core.files import written_whole
 from permask_core.statistics import Interval, mean_interval
-from permask_core.store import versions
+from permask_core.store import commit, device_name, versions
+from permask_core.training import default_device
 
 LINES = {"weights": "-", "activations": (0, (2, 1.5)), "": "-"}
 
@@ -326,7 +327,8 @@ def publish(name, figure, rows, caption, *, folder=None, **record):
     folder = Path(folder)
     body = [[str(value).replace("|", "\\|") for value in row.values()] for row in rows]
     lines = ["| " + " | ".join(cells) + " |" for cells in [list(rows[0]), ["---:"] * len(rows[0]), *body]]
-    record = {"caption": caption, "table": rows, "versions": versions(), **record}
+    record = {"caption": caption, "table": rows, "versions": versions(), "commit": commit(),
+              "device": device_name(default_device()), **record}
     for ending, text in (("md", "\n".join([*lines, "", caption, ""])), ("json", json.dumps(record, indent=1) + "\n"),
                          ("svg", svg(figure))):
         with written_whole(folder / f"{name}.{ending}") as path:

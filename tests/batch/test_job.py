@@ -1,0 +1,156 @@
+"""One job: what it leaves when it succeeds, fails or is killed, and what is no longer a result."""
+
+import json
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from batch import grids, job
+from batch.gather import gather, outlook
+from batch.grids import ROOT, Job
+from tests.batch.tiny import WORK, write_notebook
+
+RESOURCES = {"threads": 2, "gpus": 0, "mem_mb": 100, "runtime": 3}
+
+
+def tiny(name="tiny", notebook="tiny", **parameters):
+    return Job(name, notebook, parameters, RESOURCES, parameters)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    write_notebook(tmp_path)
+    monkeypatch.setattr(job, "ROOT", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    return tmp_path / "grid"
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def runs_of(place):
+    return (place.parent / "store" / "log").read_text().split()
+
+
+def run(one, place):
+    return job.run(one, place, place.parent / "store")
+
+
+def test_a_job_leaves_its_notebook_and_what_it_found_and_is_run_once(place):
+    one = tiny(value=3)
+    assert run(one, place) and run(one, place)
+    assert files(place) == {"notebooks/tiny.ipynb", "figures/tiny.svg", "jobs/tiny.json"}
+    found = job.finished(place, one)
+    assert found["device"] == "2 threads"  # as the grid has it, not as the surroundings do
+    assert [(row["value"], row["seed"]) for row in found["runs"]] == [(3, 0), (3, 1)]
+    assert found["times"]["seconds"] > 0 and runs_of(place) == ["3"]
+
+
+def test_a_job_that_fails_leaves_a_readable_notebook_and_nothing_else(place, capsys):
+    one = tiny(value=3, fail=True)
+    assert not run(one, place)
+    assert files(place) == {"failed/tiny.ipynb"}
+    assert all(word in (place / "failed" / "tiny.ipynb").read_text() for word in ("RuntimeError", "as asked"))
+    assert "tiny failed: RuntimeError: as asked" in capsys.readouterr().err
+    assert run(tiny(value=3), place)
+    assert "failed/tiny.ipynb" not in files(place)  # it succeeded
+
+
+def test_a_notebook_without_results_fails(place, capsys):
+    write_notebook(place.parent, work="pass")
+    assert not run(tiny(), place)
+    assert files(place) == {"failed/tiny.ipynb"} and "results.json" in capsys.readouterr().err
+
+
+def test_a_kernel_that_dies_fails(place):
+    write_notebook(place.parent, work="import os; os._exit(3)")
+    assert not run(tiny(), place)
+    assert files(place) == {"failed/tiny.ipynb"}
+
+
+@pytest.mark.parametrize("file, change, said", [
+    ("jobs/tiny.json", lambda content: content[:-20], "a damaged result"),
+    ("jobs/tiny.json", lambda content: b"", "a damaged result"),
+    ("jobs/tiny.json", lambda content: b"[]", "a damaged result"),
+    ("notebooks/tiny.ipynb", lambda content: content[:-1], "a damaged notebook"),
+])
+def test_a_truncated_file_is_told_and_made_again(place, file, change, said, capsys):
+    one = tiny(value=3)
+    run(one, place)
+    whole = (place / file).read_bytes()
+    (place / file).write_bytes(change(whole))
+    assert job.finished(place, one) is None
+    assert f"tiny has {said}: it is run again" in capsys.readouterr().err
+    assert run(one, place) and job.finished(place, one)["runs"] and runs_of(place) == ["3", "3"]
+
+
+def test_other_parameters_are_another_job(place, capsys):
+    run(tiny(value=3), place)
+    assert job.finished(place, tiny(value=4)) is None
+    assert "tiny has other parameters" in capsys.readouterr().err
+
+
+def test_what_a_killed_job_left_is_cleared_away(place):
+    write_notebook(place.parent, work="import time; time.sleep(60)")
+    script = ("import sys; from pathlib import Path; from batch import job; from tests.batch.test_job import tiny; "
+              "job.ROOT = Path(sys.argv[1]); job.run(tiny(value=3), job.ROOT / 'grid', job.ROOT / 'store')")
+    process = subprocess.Popen([sys.executable, "-c", script, place.parent], cwd=ROOT)
+    try:
+        for _ in range(600):
+            if list(place.glob(".running/tiny/*/notebook.ipynb")):
+                break
+            time.sleep(0.1)
+    finally:
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.kill()
+        process.wait()
+    (left,) = place.glob(".running/tiny/*")
+    assert not job.finished(place, tiny(value=3))
+    write_notebook(place.parent, work=WORK)
+    assert run(tiny(value=3), place)
+    assert not left.exists() and files(place) == {"notebooks/tiny.ipynb", "figures/tiny.svg", "jobs/tiny.json"}
+
+
+def test_the_table_and_the_outlook(place):
+    jobs = {name: tiny(name, value=value, rate=rate, **more) for name, value, rate, more in (
+        ("b", 2, 0.5, {}), ("a", 1, 0.25, {}), ("c", 3, 0.5, {"fail": True}))}
+    assert outlook(jobs, place, every=True).splitlines() == [
+        "to run    b, at most 3 minutes", "to run    a, at most 3 minutes", "to run    c, at most 3 minutes",
+        "3 jobs, 0 of them finished; the others take at most 9 minutes, one after the other"]
+    assert gather(jobs, place) == "0 of 3 jobs are finished" and not place.exists()
+    for one in jobs.values():
+        run(one, place)
+    assert gather(jobs, place).splitlines() == [
+        f"2 of 3 jobs are finished: 4 rows in {place / 'table.csv'}", f"  failed: {place / 'failed' / 'c.ipynb'}"]
+    table = (place / "table.csv").read_bytes()
+    head, *rows = table.decode().splitlines()
+    assert head == "job,notebook,grid.value,grid.rate,value,rate,seed,parts,commit,device,threads,version.python"
+    assert rows[0] == 'a,tiny,1,0.25,1,0.25,0,"[1, 2]",abc,2 threads,2,3' and [row[0] for row in rows] == list("aabb")
+    listed = outlook(jobs, place, every=True).splitlines()
+    assert [line.split()[0] for line in listed] == ["finished", "finished", "failed", "3"]
+    assert "about" in listed[2] and "3 jobs, 2 of them finished; the others take about" in listed[3]
+
+    found = json.loads((place / "jobs" / "a.json").read_text())
+    (place / "jobs" / "a.json").unlink()
+    assert run(jobs["a"], place)
+    again = json.loads((place / "jobs" / "a.json").read_text())
+    assert again["times"] != found["times"] and again["runs"] != found["runs"]  # other seconds
+    gather(jobs, place)
+    assert (place / "table.csv").read_bytes() == table
+
+
+def test_the_command_line(place, monkeypatch, capsys):
+    grid = place.parent / "grid.yaml"
+    grid.write_text("notebook: tiny\ncross: {value: [1, 2]}\n")
+    monkeypatch.setattr(grids, "ROOT", place.parent)
+    for fail, status in (("false", 0), ("true", 1)):
+        grid.write_text(f"notebook: tiny\nfixed: {{fail: {fail}}}\ncross: {{value: [1, 2]}}\n")
+        monkeypatch.setattr(sys, "argv", ["job", str(grid), f"tiny_value-{status + 1}", str(place), "--store",
+                                          str(place.parent / "store")])
+        with pytest.raises(SystemExit) as ended:
+            job.main()
+        assert ended.value.code == status
