@@ -4,7 +4,7 @@ locks between processes."""
 import json
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -45,6 +45,7 @@ def locked(path, message=None):
         Printed if another process holds it for more than a second.
     """
     path = Path(path)
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(path.name + ".lock"))
     try:
@@ -58,6 +59,9 @@ def locked(path, message=None):
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)  # before the release: who waits for it sees that it is gone
         lock.release()
+        with suppress(OSError):  # a block that failed leaves no empty folders
+            for folder in made:
+                folder.rmdir()
 
 
 def _umask():

@@ -22,7 +22,8 @@ from permask_core import presets
 from permask_core.lottery import run
 from permask_core.models import build_model
 from permask_core.pruning import prunable_weights
-from permask_core.store import Store, versions
+from permask_core.store import Store, device_name, versions
+from permask_core.training import default_device
 from tests.data.files import write_cifar, write_imagenet
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -121,7 +122,8 @@ def check_results(preset, folder, executed):
     given, found = PRESETS[preset], record(folder)
     assert sorted(path.name for path in (folder / "output").iterdir()) == [
         "results.json", "results.md", "results.svg", "settings.json"]
-    assert found.keys() == {"caption", "table", "versions", "settings", "runs"} and found["versions"] == versions()
+    assert found.keys() == {"caption", "table", "versions", "commit", "device", "settings", "runs"}
+    assert found["versions"] == versions() and found["device"] == device_name(default_device())
     (width,), rows = given["widths"], found["runs"]
     assert found["settings"].startswith(f"dataset {preset.split('-')[0]}, ")
     assert f"model {preset.split('-')[1]}, width {width}, epochs 2," in found["settings"]

@@ -172,7 +172,8 @@ def test_one_at_a_time(tmp_path):
 
 def test_an_error_lets_the_lock_go(tmp_path):
     with pytest.raises(KeyError):
-        with locked(tmp_path / "deeper" / "file"):
+        with locked(tmp_path / "deep" / "deeper" / "file"):
             raise KeyError
+    assert list(tmp_path.iterdir()) == []  # nor folders
     with locked(tmp_path / "deeper" / "file"):
         assert (tmp_path / "deeper" / "file.lock").exists()

@@ -1,6 +1,7 @@
 """The store as its user meets it: nothing computed twice, nothing stale, nothing half written."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 import permask_core
+from permask_core import store as module
 from permask_core.files import load_tensors, save_tensors
 from permask_core.lottery import run
-from permask_core.store import Store, check_folder, source_hash
+from permask_core.store import Store, check_folder, commit, device_name, source_hash
 
 PACKAGE = Path(permask_core.__file__).parent
 
@@ -302,3 +304,18 @@ def test_folders_for_results_lie_where_stores_do(monkeypatch, tmp_path):
     monkeypatch.setenv("PERMASK_RUNS", str(tmp_path / "base"))
     assert check_folder("results", SETTINGS) == tmp_path / "base" / "results"
     assert check_folder(tmp_path / "else", SETTINGS) == tmp_path / "else"
+
+
+def test_the_commit_is_gits_and_unknown_without(tmp_path, monkeypatch):
+    root = Path(permask_core.__file__).parents[1]
+    if (root / ".git").exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout
+        assert head.startswith(commit().removesuffix("-dirty"))
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "store.py"))
+    assert commit() == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() == "unknown"
+
+
+def test_the_name_of_the_processor():
+    assert device_name("cpu").endswith(f", {os.cpu_count()} cores") and len(device_name("cpu")) > 10

@@ -21,6 +21,8 @@ from permask_core.display import (
     show,
 )
 from permask_core.statistics import mean_interval
+from permask_core.store import commit, device_name
+from permask_core.training import default_device
 
 SPARSITIES = (0.5, 0.9, 0.97)
 
@@ -107,6 +109,7 @@ def test_results_are_published_where_the_book_asks_for_them(monkeypatch, tmp_pat
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["digits.json", "digits.md", "digits.svg"]
     record = json.loads((tmp_path / "results" / "digits.json").read_text())
     assert record["table"] == table and record["seeds"] == [0, 1, 2] and "torch" in record["versions"]
+    assert record["commit"] == commit() and record["device"] == device_name(default_device())
     assert "| naive | 92.7 |" in (tmp_path / "results" / "digits.md").read_text().splitlines()
     assert (tmp_path / "results" / "digits.svg").read_text().startswith("<svg")
 
