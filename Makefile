@@ -25,7 +25,7 @@ MAKEFLAGS += -j2
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: all book test lab zip readme bench address clean help
+.PHONY: all book test lab zip batch readme bench address clean help
 
 all: book ## set up, run what changed, build the book (the default)
 	@echo "The book: file://$(CURDIR)/$(BOOK)/index.html"
@@ -78,6 +78,10 @@ zip: build/permask-book.zip ## pack the rendered book into build/permask-book.zi
 
 build/permask-book.zip: $(BOOK)/index.html book/tools/pack.py
 	$(BIN)/python book/tools/pack.py $(BOOK) $@
+
+# Snakemake divides the cores among jobs itself: no -j2 of make's. ARGS go to Snakemake.
+batch: $(READY) ## run a grid of runs: make batch GRID=smoke; make batch GRID=digits ARGS=-n lists its jobs and runs none
+	@$(BIN)/snakemake -s batch/Snakefile --config grid=$(GRID) $(ARGS)
 
 readme: book ## bring the picture and the table in README.md up to date
 	$(BIN)/python book/tools/readme.py

@@ -169,7 +169,7 @@ def test_jobs_that_run_together_compute_each_stage_once(tmp_path):
 
 KILLED = """
 import sys, time, torch
-import permask_core.files as files
+import safetensors.torch as files
 from permask_core.store import Store
 
 def half(tensors, path, **options):
