@@ -60,9 +60,7 @@ class Experiment(Settings):
     processes: int = 1  # that share each batch: see permask_core.training.fit
 
     def __post_init__(self):
-        for name, known in (("dataset", DATASETS), ("model", MODELS), ("distribution", DISTRIBUTIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        self.check_names(dataset=DATASETS, model=MODELS, distribution=DISTRIBUTIONS)
         check_options(self.dataset, self.options)
         if not isinstance(self.recipe, Recipe):
             raise ValueError(f"recipe is {self.recipe!r}: expected a Recipe")

@@ -68,9 +68,7 @@ class Experiment(Settings):
     imp_rate: float = 0.2  # fraction of the remaining weights that a round removes
 
     def __post_init__(self):
-        for name, known in (("dataset", DATASETS), ("model", MODELS), ("imp", FLAVOURS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        self.check_names(dataset=DATASETS, model=MODELS, imp=FLAVOURS)
         check_options(self.dataset, self.options)
         object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
         for epoch in self.checkpoints:

@@ -26,6 +26,12 @@ class Settings:
     def __str__(self):
         return ", ".join(f"{one.name} {getattr(self, one.name)}" for one in fields(self) if one.name != "root")
 
+    def check_names(self, **known):
+        """Raise ValueError unless each of these settings is one of the names that are known."""
+        for name, names in known.items():
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(names)}")
+
     def only(self, *names):
         """Some of the settings as a dict: what a stage depends on."""
         return {name: options_that_decide(self) if name == "options" else getattr(self, name) for name in names}

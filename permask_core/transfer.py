@@ -40,9 +40,7 @@ class Experiment(Settings):
     processes: int = 1  # that share each batch: see permask_core.training.fit
 
     def __post_init__(self):
-        for name, known in (("dataset", DATASETS), ("teacher", MODELS), ("student", MODELS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        self.check_names(dataset=DATASETS, teacher=MODELS, student=MODELS)
         check_options(self.dataset, self.options)
         Distillation(1.0, self.alpha, self.scale_by_t2)
 
