@@ -29,13 +29,14 @@ from torch import nn
 
 import permask_core
 from permask_core.data import load_dataset
+from permask_core.dst import UNEQUAL, starting_masks
 from permask_core.files import written_whole
-from permask_core.masks import layer_sparsity, sparsity
+from permask_core.masks import sparsity
 from permask_core.models import build_model
 from permask_core.progress import progress
-from permask_core.pruning import erk_densities, random_masks
+from permask_core.pruning import erk_densities
 from permask_core.sparse import FanInLinear
-from permask_core.sparse.dynamic import Rewiring, constant_fan_in_masks
+from permask_core.sparse.dynamic import Rewiring
 from permask_core.sparse.initialisation import sparse_init
 from permask_core.store import commit, device_name, versions
 from permask_core.training import Recipe, evaluate, fit
@@ -52,20 +53,13 @@ SRIGL, ABLATION = Rewiring("srigl", EVERY, min_salient=None), Rewiring("srigl", 
 METHODS = {"random": None, "fan_in": None, "set": Rewiring("set", EVERY), "rigl": Rewiring("rigl", EVERY),
            "srigl": SRIGL, "srigl+ablation": ABLATION, "srigl+ablation/erk": ABLATION,
            "set/layers": Rewiring("set", EVERY), "srigl+ablation/layers": ABLATION}
-UNEQUAL = ("random", "set", "rigl")  # methods whose neurons may differ in fan-in
 MASKS = {"random": None, "uneven": None, "rigl": METHODS["rigl"]}
 
 
-def prunable(model):
-    return {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim > 1}
-
-
-def matched_masks(weights, wanted, seed, *, unequal):
-    """Constant fan-in masks, or random ones with as many connections in each layer."""
-    masks = constant_fan_in_masks(weights, erk_densities(weights, 1 - wanted), seed=seed)
-    if not unequal:
-        return masks
-    return random_masks(weights, {name: 1 - s for name, s in layer_sparsity(masks).items()}, seed=seed)
+def matched_masks(model, wanted, seed, *, unequal):
+    """Where a method starts: as many connections in each layer for all."""
+    weights = {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim > 1}
+    return starting_masks(weights, erk_densities(weights, 1 - wanted), unequal=unequal, seed=seed)
 
 
 def as_layers(model, masks):
@@ -81,7 +75,7 @@ def trained(network, method, wanted, seed, recipe):
     model, masks = build_model("mlp", digits.input_shape, digits.classes, seed=seed, **options), None
     row = {"network": network, "method": method, "sparsity": wanted, "seed": seed}
     if method != "dense":
-        masks = matched_masks(prunable(model), wanted, seed, unequal=method in UNEQUAL)
+        masks = matched_masks(model, wanted, seed, unequal=method in UNEQUAL)
         sparse_init(model, masks, seed=seed)
         row["achieved"] = sparsity(masks)
     if method.endswith("/layers"):
@@ -122,7 +116,7 @@ def sparse_opt_trained(kind, wanted, seed, sparse_opt, recipe):
     data, options = NETWORKS["wide"]
     digits = load_dataset("digits", seed=seed, **data)
     model = with_batchnorm(build_model("mlp", digits.input_shape, digits.classes, seed=seed, **options))
-    masks = matched_masks(prunable(model), wanted, seed, unequal=True)
+    masks = matched_masks(model, wanted, seed, unequal=True)
     if kind == "uneven":
         masks = uneven_masks(masks, seed)
     run = fit(model, digits.train, replace(recipe, sparse_opt=sparse_opt), seed=seed, masks=masks,

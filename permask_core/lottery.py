@@ -6,7 +6,7 @@ from a checkpoint of B under A's mask, permuted or not. Each function is one sta
 it, so that any order of calls, a kill, or another worker leads to the same files.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,7 +25,7 @@ from permask_core.pruning import (
     prunable_weights,
     random_masks,
 )
-from permask_core.stages import data, in_parallel, options_that_decide, trained
+from permask_core.stages import Settings, check_integer, check_one_of, check_work, computed, data, trained
 from permask_core.training import Recipe, default_device, evaluate, fit, predict
 
 METHODS = ("dense", "lth", "permuted", "naive", "random")  # what is compared unless more is asked for
@@ -34,7 +34,7 @@ MATCHINGS = ("weights", "activations")
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Settings):
     """The settings of one experiment; everything that its results depend on but the seed, the sparsity and the
     method."""
 
@@ -68,9 +68,7 @@ class Experiment:
     imp_rate: float = 0.2  # fraction of the remaining weights that a round removes
 
     def __post_init__(self):
-        for name, known in (("dataset", DATASETS), ("model", MODELS), ("imp", FLAVOURS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        self.check_names(dataset=DATASETS, model=MODELS, imp=FLAVOURS)
         check_options(self.dataset, self.options)
         object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
         for epoch in self.checkpoints:
@@ -83,8 +81,7 @@ class Experiment:
         if self.rewind == self.epochs:
             raise ValueError(f"rewind is {self.rewind}: nothing is left to train of {self.epochs} epochs")
         for name in ("matched_images", "processes"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected an integer of at least 1")
+            check_integer(name, getattr(self, name), 1)
         if not 0 < self.imp_rate < 1:
             raise ValueError(f"imp_rate is {self.imp_rate!r}: expected a number in (0, 1)")
         scaled(self.width)
@@ -95,10 +92,6 @@ class Experiment:
     def recipe(self, epochs, lr):
         """A recipe with this experiment's settings of training."""
         return Recipe(epochs, lr, **self.only(*_TRAINING))
-
-    def only(self, *names):
-        """Some of the settings as a dict: what a stage depends on."""
-        return {name: options_that_decide(self) if name == "options" else getattr(self, name) for name in names}
 
 
 _TRAINING = ("momentum", "weight_decay", "batch_size", "schedule", "step_epochs", "warmup", "label_smoothing",
@@ -123,7 +116,7 @@ def logits(experiment, state):
 
 def parent(method):
     """The dense network that a method's runs start from and are compared with: ``"a"`` or ``"b"``."""
-    _one_of("method", method, KNOWN_METHODS)
+    check_one_of("method", method, KNOWN_METHODS)
     return "a" if method in ("lth", "pruned") else "b"
 
 
@@ -205,7 +198,7 @@ def matching(experiment, store, seed, by):
     (dict of str to torch.Tensor, dict)
         As :func:`permask_core.matching.permute` takes them, and the record.
     """
-    _one_of("matching", by, MATCHINGS)
+    check_one_of("matching", by, MATCHINGS)
     a, b = (dense(experiment, store, seed, which)[0][experiment.matched_at] for which in "ab")
 
     device, also = default_device(), ["matched_images"] if by == "activations" else []
@@ -229,7 +222,7 @@ def matching(experiment, store, seed, by):
 def method_masks(experiment, store, seed, target, method, by=None):
     """The masks of a method: A's own (``lth``, ``pruned``, ``naive``), moved (``permuted``), or shuffled
     (``random``)."""
-    _one_of("method", method, KNOWN_METHODS[1:])
+    check_one_of("method", method, KNOWN_METHODS[1:])
     masks = ticket(experiment, store, seed, target).masks
     if method == "permuted":
         return permute(groups(experiment), matching(experiment, store, seed, by)[0], masks)
@@ -251,9 +244,9 @@ def sparse(experiment, store, seed, target, method, by=None):
         The trained state, and the record: ``accuracy``, ``loss`` (test) and ``achieved``, the real sparsity.
     """
     check_sparsity(target)
-    _one_of("method", method, KNOWN_METHODS[1:])
+    check_one_of("method", method, KNOWN_METHODS[1:])
     if method == "permuted":
-        _one_of("matching", by, MATCHINGS)
+        check_one_of("matching", by, MATCHINGS)
 
     def train(unfinished):
         masks = method_masks(experiment, store, seed, target, method, by)
@@ -307,30 +300,18 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
     seeds, sparsities = list(seeds), list(sparsities)
     for value in methods:
-        _one_of("method", value, KNOWN_METHODS)
+        check_one_of("method", value, KNOWN_METHODS)
     for value in matchings:
-        _one_of("matching", value, MATCHINGS)
+        check_one_of("matching", value, MATCHINGS)
     for value in sparsities:
         check_sparsity(value)
-    for value in seeds:
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"seed is {value!r}: expected an integer of at least 0")
-    if not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers is {workers!r}: expected an integer of at least 1")
+    check_work(seeds, workers)
     for experiment in experiments:
         groups(experiment)  # a network that cannot be permuted is refused here, not after hours
     runs = [(method, by) for method in methods for by in (matchings if method == "permuted" else ("",))]
     runs = [(method, by, target) for method, by in runs for target in (sparsities if method != "dense" else [0.0])]
     jobs = [(experiment, seed, runs) for experiment in experiments for seed in seeds]
-    if workers > 1:
-        return in_parallel(_rows, jobs, store, workers)
-    rows = (row for job in jobs for row in _rows(store, *job))
-    return list(progress(rows, "runs", total=len(jobs) * len(runs)))
-
-
-def _one_of(what, value, known):
-    if value not in known:
-        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
+    return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
 
 
 def _rows(store, experiment, seed, runs):
@@ -366,4 +347,4 @@ def training_epochs(experiment, *, seeds, sparsities, methods=METHODS, matchings
 
 def settings_text(experiment):
     """The settings as one line of ``name value`` pairs, for captions and records."""
-    return ", ".join(f"{one.name} {getattr(experiment, one.name)}" for one in fields(experiment) if one.name != "root")
+    return str(experiment)

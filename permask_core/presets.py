@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from permask_core.lottery import MATCHINGS, Experiment, training_epochs
 from permask_core.pruning import check_sparsity
+from permask_core.stages import check_integer, check_lists
 
 
 class Preset(NamedTuple):
@@ -108,12 +109,7 @@ def preset(name, **changes):
             raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(known)}")
     chosen = PRESETS[name]
     grid = {key: changes.pop(key) for key in grid if key in changes}
-    for key in ("widths", "rewinds", "sparsities", "matchings"):  # before anything counts their letters
-        if not isinstance(grid.get(key, ()), (list, tuple)) or key in grid and not grid[key]:
-            raise ValueError(f"{key} is {grid[key]!r}: expected a list (papermill takes lists with -y, as in "
-                             f"-y '{{{key}: [...]}}')")
-        if any(grid[key].count(value) > 1 for value in grid.get(key, ())):  # runs counted twice would narrow intervals
-            raise ValueError(f"{key} is {grid[key]!r}: expected each value once")
+    check_lists(**{key: value for key, value in grid.items() if key != "seeds"})
     grid = {key: tuple(value) if isinstance(value, list) else value for key, value in grid.items()}
     experiment = chosen.experiment
     if changes.get("dataset", experiment.dataset) != experiment.dataset:
@@ -132,8 +128,7 @@ def preset(name, **changes):
     same = all(getattr(experiment, field.name) == getattr(chosen.experiment, field.name) for field in fields(Experiment)
                if field.name not in FREE)
     chosen = chosen._replace(experiment=experiment, **grid, reproduces=chosen.reproduces if same else None)
-    if not isinstance(chosen.seeds, int) or chosen.seeds < 1:
-        raise ValueError(f"seeds is {chosen.seeds!r}: expected an integer of at least 1")
+    check_integer("seeds", chosen.seeds, 1)
     for value in chosen.matchings:
         if value not in MATCHINGS:
             raise ValueError(f"unknown matching {value!r}: expected one of {', '.join(MATCHINGS)}")

@@ -16,21 +16,24 @@ PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NOT_PRUNED = ("shortcut", "downsample")
 
 
-def prunable_weights(model):
+def prunable_weights(model, *, shortcuts=False):
     """The weights that may be pruned: linear and convolution, stem and classifier included, shortcuts not.
 
     Parameters
     ----------
     model : torch.nn.Module
+    shortcuts : bool
+        Whether convolutions of shortcuts are among them, as the literature on dynamic sparse training has it.
 
     Returns
     -------
     dict of str to torch.Tensor
         Keyed like the ``state_dict``, detached, sharing memory with the model. Biases and norms are never in it, nor
-        is anything below a module called ``shortcut`` or ``downsample``. Its size is the denominator of every sparsity.
+        is anything below a module called ``shortcut`` or ``downsample``, unless asked for. Its size is the denominator
+        of every sparsity.
     """
     return {f"{name}.weight": module.weight.detach() for name, module in model.named_modules()
-            if isinstance(module, PRUNABLE) and not set(name.split(".")) & set(NOT_PRUNED)}
+            if isinstance(module, PRUNABLE) and (shortcuts or not set(name.split(".")) & set(NOT_PRUNED))}
 
 
 def check_sparsity(value):

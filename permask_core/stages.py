@@ -1,7 +1,7 @@
 """What experiments in stages share: their data set, trainings that go on after a kill, and workers for their runs.
 
-An experiment is a dataclass with the fields ``dataset`` (a name), ``options`` (of the data set) and ``root`` (where its
-files lie).
+An experiment is a dataclass of :class:`Settings` with the fields ``dataset`` (a name), ``options`` (of the data set)
+and ``root`` (where its files lie).
 """
 
 import multiprocessing
@@ -9,6 +9,7 @@ import os
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields, replace
 from functools import lru_cache
 
 import torch
@@ -18,6 +19,62 @@ from permask_core.files import is_whole
 from permask_core.progress import progress
 from permask_core.resume import described
 from permask_core.store import Store
+
+
+class Settings:
+    """What the dataclasses of experiments share; as text, a line of ``name value`` pairs."""
+
+    def __str__(self):
+        return ", ".join(f"{one.name} {getattr(self, one.name)}" for one in fields(self) if one.name != "root")
+
+    def check_names(self, **known):
+        """Raise ValueError unless each of these settings is one of the names that are known."""
+        for name, names in known.items():
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(names)}")
+
+    def only(self, *names):
+        """Some of the settings as a dict: what a stage depends on."""
+        return {name: options_that_decide(self) if name == "options" else getattr(self, name) for name in names}
+
+
+def changed(settings, changes):
+    """A dataclass of settings with changes, of which those that are None stay; ValueError for a field that is not
+    there."""
+    known = settings.__dataclass_fields__
+    for key in changes:
+        if key not in known:
+            raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(known)}")
+    return replace(settings, **{key: value for key, value in changes.items() if value is not None})
+
+
+def check_one_of(what, value, known):
+    """Raise ValueError unless the value is known."""
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
+
+
+def check_lists(**lists):
+    """Raise ValueError unless each is a list with at least one value, and each value stands in it once."""
+    for name, values in lists.items():
+        if not isinstance(values, (list, tuple)) or not values:
+            raise ValueError(f"{name} is {values!r}: expected a list (papermill takes lists with -y, as in "
+                             f"-y '{{{name}: [...]}}')")
+        if any(values.count(value) > 1 for value in values):  # runs counted twice would narrow intervals
+            raise ValueError(f"{name} is {values!r}: expected each value once")
+
+
+def check_integer(name, value, least):
+    """Raise ValueError unless the value is an integer of at least that."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}: expected an integer of at least {least}")
+
+
+def check_work(seeds, workers):
+    """Raise ValueError unless seeds are integers of at least 0, and workers is one of at least 1."""
+    for value in seeds:
+        check_integer("seed", value, 0)
+    check_integer("workers", workers, 1)
 
 
 def data(experiment):
@@ -60,6 +117,13 @@ def trained(store, name, train, **parameters):
     result = store.stage(name, compute, **parameters)
     unfinished.unlink(missing_ok=True)
     return result
+
+
+def computed(rows, jobs, store, workers, total):
+    """The rows of all jobs, ``rows(store, *job)`` each, ``total`` of them, by this process or by several workers."""
+    if workers > 1:
+        return in_parallel(rows, jobs, store, workers)
+    return list(progress((row for job in jobs for row in rows(store, *job)), "runs", total=total))
 
 
 def in_parallel(rows, jobs, store, workers):

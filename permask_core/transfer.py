@@ -8,22 +8,21 @@ Source: Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledg
 TMLR 2025, arXiv 2410.08407, which has "non-distilled" for the student and "distilled" for the distilled student.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from permask_core.data import DATASETS, check_options
 from permask_core.distillation import Distillation, distil
 from permask_core.models import MODELS, build_model
-from permask_core.progress import progress
-from permask_core.stages import data, in_parallel, options_that_decide, trained
+from permask_core.stages import Settings, changed, check_work, computed, data, trained
 from permask_core.training import Recipe, default_device, evaluate, fit, predict
 
 ROLES = ("teacher", "student", "distilled")
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Settings):
     """The settings of one experiment; everything that its results depend on but the seed, the role and the
     temperature."""
 
@@ -41,15 +40,9 @@ class Experiment:
     processes: int = 1  # that share each batch: see permask_core.training.fit
 
     def __post_init__(self):
-        for name, known in (("dataset", DATASETS), ("teacher", MODELS), ("student", MODELS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        self.check_names(dataset=DATASETS, teacher=MODELS, student=MODELS)
         check_options(self.dataset, self.options)
         Distillation(1.0, self.alpha, self.scale_by_t2)
-
-    def only(self, *names):
-        """Some of the settings as a dict: what a stage depends on."""
-        return {name: options_that_decide(self) if name == "options" else getattr(self, name) for name in names}
 
 
 _DATA = ("dataset", "options", "processes")
@@ -117,13 +110,8 @@ def pair(name, *, options=None, recipe=None, **changes):
     if name not in PAIRS:
         raise ValueError(f"unknown pair {name!r}: expected one of {', '.join(PAIRS)}")
     chosen = PAIRS[name]
-    for given, known in ((recipe or {}, Recipe), (changes, Experiment)):
-        for key in given:
-            if key not in known.__dataclass_fields__:
-                raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(known.__dataclass_fields__)}")
-    recipes = {key: replace(getattr(chosen, key), **(recipe or {})) for key in ("teacher_recipe", "student_recipe")}
-    return replace(chosen, options={**chosen.options, **(options or {})}, **recipes,
-                   **{key: value for key, value in changes.items() if value is not None})
+    recipes = {key: changed(getattr(chosen, key), recipe or {}) for key in ("teacher_recipe", "student_recipe")}
+    return changed(chosen, {**changes, **recipes, "options": {**chosen.options, **(options or {})}})
 
 
 def network(experiment, role, state=None, *, seed=0):
@@ -239,23 +227,17 @@ def run(experiment, store, *, seeds, temperatures, workers=1):
         If a worker process died.
     """
     seeds, temperatures = list(seeds), list(temperatures)
-    for value in seeds:
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"seed is {value!r}: expected an integer of at least 0")
+    check_work(seeds, workers)
     for name, values in (("seeds", seeds), ("temperatures", temperatures)):
         if len(set(values)) < len(values):  # runs counted twice would narrow intervals
             raise ValueError(f"{name} is {values}: expected each value once")
     runs = [("teacher", None), ("student", None), *(("distilled", value) for value in temperatures)]
     for one in runs:
         check_role(*one)
-    if not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers is {workers!r}: expected an integer of at least 1")
     for role in ROLES[:2]:
         network(experiment, role)  # one that does not fit the data is refused here
     jobs = [(experiment, seed, runs) for seed in seeds]
-    if workers > 1:
-        return in_parallel(_rows, jobs, store, workers)
-    return list(progress((row for job in jobs for row in _rows(store, *job)), "runs", total=len(jobs) * len(runs)))
+    return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
 
 
 def _rows(store, experiment, seed, runs):

@@ -13,9 +13,9 @@ from permask_core.display.figures import (
     series,
 )
 from permask_core.display.networks import group_on_network
-from permask_core.display.style import METHODS, Look, look, new_figure
+from permask_core.display.style import DASHED, DYNAMIC, METHODS, Look, look, new_figure
 from permask_core.display.tables import table
 
-__all__ = ["METHODS", "Look", "accuracies", "accuracy_by", "accuracy_by_sparsity", "explore", "group_on_network",
-           "look", "mask_pictures", "matched_units", "new_figure", "pictures", "publish", "results", "series", "show",
-           "table"]
+__all__ = ["DASHED", "DYNAMIC", "METHODS", "Look", "accuracies", "accuracy_by", "accuracy_by_sparsity", "explore",
+           "group_on_network", "look", "mask_pictures", "matched_units", "new_figure", "pictures", "publish", "results",
+           "series", "show", "table"]

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import isotonic_regression
 
 from permask_core.display.control import svg
-from permask_core.display.style import look, new_figure
+from permask_core.display.style import DASHED, look, new_figure
 from permask_core.files import written_whole
 from permask_core.statistics import Interval, mean_interval
 from permask_core.store import commit, device_name, versions
@@ -53,7 +53,7 @@ def spread(values):
 
 def series(rows):
     """The (method, matching) pairs that occur in rows, in the order of first occurrence, dense left out."""
-    return list(dict.fromkeys((row["method"], row["matching"]) for row in rows if row["method"] != "dense"))
+    return list(dict.fromkeys((row["method"], row.get("matching", "")) for row in rows if row["method"] != "dense"))
 
 
 def results(rows, published=()):
@@ -108,16 +108,17 @@ def accuracy_by_sparsity(rows):
     Parameters
     ----------
     rows : list of dict
-        Of one experiment, as :func:`permask_core.lottery.run` returns them; a single seed has no interval.
+        Of one experiment, as :func:`permask_core.lottery.run` or :func:`permask_core.dst.run` returns them; a single
+        seed has no interval.
 
     Returns
     -------
     matplotlib.figure.Figure
     """
     sparsities = sorted({row["sparsity"] for row in rows} - {0.0})
-    place = {value: -math.log(1 - value) for value in sparsities}
-    lines = {(method, by): [spread(accuracies(rows, method=method, matching=by, sparsity=s)) for s in sparsities]
-             for method, by in series(rows)}
+    place = {value: -math.log(1 - value) for value in sparsities} or {0.0: 0.0}  # of dense networks alone
+    lines = {(method, by): [spread(accuracies(rows, method=method, sparsity=s, **({"matching": by} if by else {})))
+                            for s in sparsities] for method, by in series(rows)}
     labels = [(points[-1].mean, f"{look(method).label}, by {by}" if by else look(method).label, look(method).color)
               for (method, by), points in lines.items()]
     dense = [row for row in rows if row["method"] == "dense"]
@@ -133,8 +134,8 @@ def accuracy_by_sparsity(rows):
     for axes in panels[0]:
         for (method, by), points in lines.items():
             color, marker, _ = look(method)
-            _line(axes, [place[s] for s in sparsities], points, color, marker, LINES[by],
-                  clip_on=enlarged and axes is top)
+            _line(axes, [place[s] for s in sparsities], points, color, marker,
+                  "--" if method in DASHED else LINES[by], clip_on=enlarged and axes is top)
         if dense:
             axes.axhline(accuracies(dense).mean(), color=look("dense").color, linewidth=1.2, linestyle=(0, (1, 1.5)))
         axes.set_xticks(list(place.values()), [f"{100 * s:g}" for s in sparsities], fontsize=8)

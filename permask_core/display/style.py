@@ -30,6 +30,17 @@ METHODS = {
     "pruned": Look("#5E4B00", "^", "pruned"),
 }
 
+# Methods of dynamic sparse training. What stays is purple; of two with one colour the one with equal fan-in in all
+# neurons is dashed.
+DYNAMIC = {
+    "fan_in": Look("#8F5D90", "P", "fan-in"),
+    "set": Look("#A87900", "^", "SET"),
+    "rigl": Look("#2F8FC4", "o", "RigL"),
+    "srigl": Look("#A3336B", "v", "SRigL"),
+    "srigl+ablation": Look("#A3336B", "D", "SRigL, ablation"),
+}
+DASHED = ("fan_in", "srigl")
+
 RC = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -61,16 +72,17 @@ def look(method):
     Parameters
     ----------
     method : str
-        One of ``METHODS``.
+        One of ``METHODS`` or ``DYNAMIC``.
 
     Raises
     ------
     ValueError
         If the method is unknown.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
-    return METHODS[method]
+    known = METHODS | DYNAMIC
+    if method not in known:
+        raise ValueError(f"unknown method {method!r}: expected one of {', '.join(known)}")
+    return known[method]
 
 
 def new_figure(rows=1, columns=1, *, width=7.0, height=4.0, **subplots):

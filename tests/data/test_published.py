@@ -4,7 +4,11 @@ from collections import Counter
 
 import pytest
 
-from permask_core.data.published import published_affected_classes, published_fairness
+from permask_core.data.published import (
+    published_affected_classes,
+    published_dynamic_sparse_training,
+    published_fairness,
+)
 
 
 def test_affected_classes():
@@ -36,3 +40,20 @@ def test_fairness():
         if role == "distilled" and t == 10 and measure in ("EOD", "DPD"):  # the trend that it claims
             assert row["value"] < by[dataset, attribute, measure, role, 1]["value"]
             assert row["value"] < by[dataset, attribute, measure, role, 40]["value"]
+
+
+def test_dynamic_sparse_training():
+    rows = published_dynamic_sparse_training()
+    assert Counter(row["setting"] for row in rows) == {
+        "ResNet18/CIFAR-10": 1 + 4 * 3, "ResNet50/ImageNet": 4, "ViT-B/16/ImageNet": 1 + 2 * 3}
+    by = {(row["setting"], row["sparsity"], row["method"]): row["accuracy"] for row in rows}
+    assert len(by) == len(rows)
+    for (setting, level, method), accuracy in by.items():
+        assert (level == 0) == (method == "dense") and 0.5 < accuracy < 1
+        assert accuracy < by.get((setting, 0.0, "dense"), 1.0) or method == "dense"
+        sparser = [by[key] for key in by if key[0] == setting and key[2] == method and key[1] > level]
+        assert all(value < accuracy for value in sparser)
+        if method == "srigl":  # what it claims of ablation
+            assert by[setting, level, "srigl+ablation"] > accuracy
+    assert by["ResNet18/CIFAR-10", 0.99, "srigl"] == pytest.approx(0.9147)
+    assert by["ViT-B/16/ImageNet", 0.9, "rigl"] == pytest.approx(0.764)

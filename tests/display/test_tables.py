@@ -7,7 +7,8 @@ from bs4 import BeautifulSoup
 from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 
-from permask_core.display import METHODS, look, new_figure, table
+from permask_core.display import DASHED, DYNAMIC, METHODS, look, new_figure, table
+from permask_core.dst import METHODS as DST
 from permask_core.lottery import KNOWN_METHODS
 
 
@@ -57,7 +58,15 @@ def test_every_method_has_a_look_of_its_own():
         look("permutated")
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_dynamic_sparse_training_has_a_look_of_its_own():
+    assert {*DST} == {"dense", "random", *DYNAMIC}
+    known = METHODS | DYNAMIC
+    assert len({look(method).label for method in known}) == len(known)
+    assert len({(look(method).color, method in DASHED) for method in known}) == len(known)
+    assert len({look(method).marker for method in DST}) == len(DST)
+
+
+@pytest.mark.parametrize("method", METHODS | DYNAMIC)
 def test_colours_are_readable_on_white(method):
     """A contrast of 3 to 1, which the Web Content Accessibility Guidelines 2.2 ask of graphics (1.4.11)."""
     rgb = to_rgb(look(method).color)

@@ -64,6 +64,23 @@ def published_fairness():
             for row in _rows("fairness")]
 
 
+def published_dynamic_sparse_training():
+    """Test accuracies of RigL and of SRigL without and with ablation, as far as they are at hand.
+
+    Returns
+    -------
+    list of dict
+        ``setting`` (network/dataset), ``sparsity`` (a fraction; 0 for dense), ``method`` ("dense", "rigl", "srigl" or
+        "srigl+ablation") and ``accuracy`` in [0, 1], without deviations.
+
+    References
+    ----------
+    Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024, arXiv 2305.02299.
+    """
+    return [{"setting": row["setting"], "sparsity": int(row["sparsity"]) / 100, "method": row["method"],
+             "accuracy": float(row["test_acc"]) / 100} for row in _rows("dynamic_sparse_training")]
+
+
 def _rows(name):
     with files(__package__).joinpath(f"{name}.csv").open() as file:
         return list(csv.DictReader(file))
