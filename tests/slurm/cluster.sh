@@ -26,7 +26,7 @@ free_port() {
 }
 
 if ! present && { [ ! -d /run/systemd/system ] || [ "${PERMASK_REQUIRE_SLURM:-}" = 1 ]; }; then
-    install >/dev/null 2>&1 || true
+    install >/dev/null || true
 fi
 if ! present; then
     echo "no SLURM here, and none that may be installed: apt-get install slurm-wlm munge" >&2

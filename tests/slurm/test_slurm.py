@@ -20,7 +20,6 @@ import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
 ROOT = Path(__file__).parents[2]
-PROFILE = ROOT / "batch" / "profiles" / "slurm"
 CLUSTER = Path(__file__).with_name("cluster.sh")
 MISSING = 77  # the status of cluster.sh where there is no SLURM
 
@@ -87,7 +86,7 @@ def batch(cluster, tmp_path_factory):
     settings = [f"grid={root / 'small grid.yaml'}", f"output={folder}", f"store={root / 'runs'}"]
 
     def call(*targets):
-        command = [sys.executable, "-m", "snakemake", *targets, "-s", snakefile, "--profile", PROFILE,
+        command = [sys.executable, "-m", "snakemake", *targets, "-s", snakefile, "--workflow-profile", "slurm",
                    "--slurm-init-seconds-before-status-checks", "3", "--config", *settings]
         return subprocess.run(command, cwd=root, env=cluster, capture_output=True, text=True, timeout=600)
 
