@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # A SLURM cluster of one node, this machine, for as long as a command runs: tests/slurm/cluster.sh COMMAND...
 #
-# It has four CPUs and two GPUs, whatever this machine has: SLURM only counts them. It forgets a job five minutes after
-# its end.
-# All of it lies in one temporary folder and runs as whoever calls; nothing of it stays. Where SLURM is
-# missing, Debian's packages are installed as root in a container, or wherever PERMASK_REQUIRE_SLURM=1 asks for them
-# (elsewhere they would start services); the status is 77 where that cannot be.
+# It has four CPUs and two GPUs, whatever this machine has, as SLURM only counts them, and forgets a job five minutes
+# after its end. It runs as whoever calls, in one temporary folder, and nothing of it stays. Where SLURM is missing,
+# Debian's packages are installed: as root in a container, or wherever PERMASK_REQUIRE_SLURM=1 asks for them (elsewhere
+# they would start services). The status is 77 where that cannot be.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -37,7 +36,7 @@ state=$(mktemp -d)
 export SLURM_CONF=$state/slurm.conf  # from here on no command means another cluster
 stop() {
     trap - EXIT
-    # Jobs end with the cluster, and would no longer once nobody watches them.
+    # Jobs outlive the daemons that started them, so they go first.
     if scancel --partition=main 2>/dev/null; then
         for _ in $(seq 50); do
             [ -n "$(squeue --noheader 2>/dev/null)" ] || break
@@ -61,6 +60,7 @@ munged --foreground --key-file="$state/munge.key" --socket="$state/munge.socket"
 running=($! "${running[@]}")
 
 host=${HOSTNAME%%.*}
+# A job that is queued again waits until its credentials have expired, and then for the scheduler: seconds, not minutes.
 cat >"$SLURM_CONF" <<END
 ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
