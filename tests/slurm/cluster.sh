@@ -36,6 +36,7 @@ state=$(mktemp -d)
 export SLURM_CONF=$state/slurm.conf  # from here on no command means another cluster
 stop() {
     trap - EXIT
+    trap '' HUP INT PIPE TERM  # to the end, even if nobody listens any more
     # Jobs outlive the daemons that started them, so they go first.
     if scancel --partition=main 2>/dev/null; then
         for _ in $(seq 50); do

@@ -66,8 +66,9 @@ def cluster():
             missing = running.wait() == MISSING and os.environ.get("PERMASK_REQUIRE_SLURM") != "1"
             (pytest.skip if missing else pytest.fail)(reason)
         yield {**os.environ, "SLURM_CONF": settings, "PATH": path}
-        running.stdin.close()
-    assert running.returncode == 0 and not Path(settings).parent.exists()
+        _, told = running.communicate()
+    assert running.returncode == 0, told
+    assert not Path(settings).parent.exists()
 
 
 @pytest.fixture(scope="module")
