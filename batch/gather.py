@@ -1,19 +1,40 @@
 """What the jobs of a grid found, as one tidy table, and how far they are.
 
 `python -m batch.gather GRID FOLDER` writes ``table.csv``, with a row for each run of each job, of which the same grid
-on the same machine gives the same bytes whatever happened on the way; and ``times.csv`` with what is never the same:
-when, where, how long. With ``--list`` it writes nothing and tells what is finished and what is left to do.
+on the same machine gives the same bytes whatever happened on the way; ``times.csv`` with what is never the same: when,
+where, how long; and ``status.json`` with what is missing. With ``--list`` it writes nothing and tells what is finished
+and what is left to do.
 """
 
 import argparse
-import csv
+import hashlib
 import json
+import sys
 from pathlib import Path
 from statistics import median
 
 from batch.grids import grid_path, unchecked
-from batch.job import finished
 from permask_core.files import written_whole
+from permask_core.tables import write_table
+
+
+def finished(folder, job):
+    """What a finished job found, as a dict; None if it is not finished. A file of it that is damaged, or of other
+    parameters, is told, and the job is not finished."""
+    result, notebook = folder / "jobs" / f"{job.name}.json", folder / "notebooks" / f"{job.name}.ipynb"
+    if not result.exists():
+        return None
+    try:
+        found = json.loads(result.read_text())
+        same = found["parameters"] == json.loads(json.dumps(job.parameters))
+        whole = notebook.exists() and found["sha256"] == hashlib.sha256(notebook.read_bytes()).hexdigest()
+        fault = "other parameters" if not same else "a damaged notebook" if not whole else None
+    except (ValueError, KeyError, TypeError):
+        fault = "a damaged result"
+    if fault:
+        print(f"{job.name} has {fault}: it is run again", file=sys.stderr)
+        return None
+    return found
 
 
 def gather(jobs, folder):
@@ -29,25 +50,24 @@ def gather(jobs, folder):
     str
         How much that is, for people.
     """
-    rows, times, missing = [], [], []
+    rows, times, status = [], [], {"finished": [], "failed": [], "missing": []}
     for name, job in sorted(jobs.items()):
         found = finished(folder, job)
-        if found is None:
-            missing.append(name)
+        status["finished" if found else "failed" if _failed(folder, name).exists() else "missing"].append(name)
+        if not found:
             continue
-        about = {key: found[key] for key in ("commit", "device", "threads")} | _columns("version", found["versions"])
-        for row in found["runs"]:
-            row = {key: value for key, value in row.items() if key != "seconds"}
-            rows.append({"job": name, "notebook": job.notebook, **_columns("grid", found["combination"]),
-                         **_columns("", row), **about})
+        about = {key: found[key] for key in ("commit", "device", "threads", "versions")}
+        rows += [{"job": name, "notebook": job.notebook, "given": found["parameters"],
+                  **{key: value for key, value in row.items() if key != "seconds"}, **about} for row in found["runs"]]
         times.append({"job": name, **found["times"]})
     text = f"{len(times)} of {len(jobs)} jobs are finished"
     if rows:
-        _write(folder / "table.csv", rows)
-        _write(folder / "times.csv", times)
+        write_table(folder / "table.csv", rows)
+        write_table(folder / "times.csv", times)
+        with written_whole(folder / "status.json") as temporary:
+            temporary.write_text(json.dumps(status, indent=1) + "\n")
         text += f": {len(rows)} rows in {folder / 'table.csv'}"
-    failed = [_failed(folder, name) for name in missing]
-    return "\n  ".join([text, *(f"failed: {path}" for path in failed if path.exists())])
+    return "\n  ".join([text, *(f"failed: {_failed(folder, name)}" for name in status["failed"])])
 
 
 def outlook(jobs, folder, every=False):
@@ -87,24 +107,6 @@ def _duration(seconds):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.3g} {name}"
     return f"{seconds:.0f} seconds"
-
-
-def _columns(prefix, values):
-    """Values by column: lists as JSON, what a dict holds in columns of its own."""
-    columns = {}
-    for key, value in values.items():
-        name = f"{prefix}.{key}" if prefix else key
-        columns |= _columns(name, value) if isinstance(value, dict) else {
-            name: json.dumps(value) if isinstance(value, list) else value}
-    return columns
-
-
-def _write(path, rows):
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    with written_whole(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, heads, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main():

@@ -14,8 +14,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import nbformat
-import papermill
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -126,9 +124,9 @@ def _shape_faults(part):
             faults += [f"the preset {name} is {values!r}: expected a mapping of parameters"
                        for name, values in part.get(key, {}).items() if not isinstance(values, dict)]
         elif key == "resources":
-            faults += [f"resources has {name}: {value!r}, expected whole numbers of at least 0 for "
-                       f"{', '.join(RESOURCES)}" for name, value in part.get(key, {}).items()
-                       if name not in RESOURCES or not isinstance(value, int) or value < 0]
+            faults += [f"resources has {name}: {value!r}, expected whole numbers for {', '.join(RESOURCES)}, of at "
+                       "least 1 but for gpus" for name, value in part.get(key, {}).items() if name not in RESOURCES
+                       or not isinstance(value, int) or value < (name != "gpus")]
     return faults
 
 
@@ -150,6 +148,8 @@ def _plain(value):
 
 def _faults(jobs):
     """What is wrong with the parameters of jobs; what several jobs have in common is said once."""
+    import papermill  # which takes its time: processes that only run jobs need not wait for it
+
     cells, known = {}, {}
     for job in jobs:
         if job.notebook not in known:
@@ -187,6 +187,8 @@ def _nearest(name, known):
 
 def _checked_cells(path):
     """The code of a notebook from its parameters to its check, and nothing of what comes after."""
+    import nbformat
+
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     tags = [cell.metadata.get("tags", []) for cell in cells]
     (last,) = [i for i, own in enumerate(tags) if "check" in own] or [None]

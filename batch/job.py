@@ -19,6 +19,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from batch.gather import finished
 from batch.grids import ROOT, unchecked
 from permask_core.files import locked, written_whole
 
@@ -55,6 +56,7 @@ def run(job, folder, store):
         except (PapermillExecutionError, DeadKernelError, FileNotFoundError) as error:
             _moved(notebook, folder / "failed" / f"{job.name}.ipynb")
             reason = f"{error.ename}: {error.evalue}" if isinstance(error, PapermillExecutionError) else error
+            shutil.rmtree(place.parent)
             print(f"{job.name} failed: {reason}\nits notebook: {folder / 'failed' / job.name}.ipynb", file=sys.stderr)
             return False
         (folder / "failed" / f"{job.name}.ipynb").unlink(missing_ok=True)
@@ -77,25 +79,6 @@ def _execute(job, notebook, parameters):
     os.environ |= {"OMP_NUM_THREADS": str(job.resources["threads"]), "PERMASK_DISPLAY": "static"}
     papermill.execute_notebook(ROOT / "notebooks" / f"{job.notebook}.ipynb", notebook, parameters, cwd=ROOT,
                                progress_bar=False, log_output=True)
-
-
-def finished(folder, job):
-    """What a finished job found, as a dict; None if it is not finished. A file of it that is damaged, or of other
-    parameters, is told, and the job is not finished."""
-    result, notebook = folder / "jobs" / f"{job.name}.json", folder / "notebooks" / f"{job.name}.ipynb"
-    if not result.exists():
-        return None
-    try:
-        found = json.loads(result.read_text())
-        same = found["parameters"] == json.loads(json.dumps(job.parameters))
-        whole = notebook.exists() and found["sha256"] == hashlib.sha256(notebook.read_bytes()).hexdigest()
-        fault = "other parameters" if not same else "a damaged notebook" if not whole else None
-    except (ValueError, KeyError, TypeError):
-        fault = "a damaged result"
-    if fault:
-        print(f"{job.name} has {fault}: it is run again", file=sys.stderr)
-        return None
-    return found
 
 
 def _moved(source, target):

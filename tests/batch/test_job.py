@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from batch import grids, job
-from batch.gather import gather, outlook
+from batch.gather import finished, gather, outlook
 from batch.grids import ROOT, Job
 from tests.batch.tiny import WORK, write_notebook
 
@@ -44,7 +44,7 @@ def test_a_job_leaves_its_notebook_and_what_it_found_and_is_run_once(place):
     one = tiny(value=3)
     assert run(one, place) and run(one, place)
     assert files(place) == {"notebooks/tiny.ipynb", "figures/tiny.svg", "jobs/tiny.json"}
-    found = job.finished(place, one)
+    found = finished(place, one)
     assert found["device"] == "2 threads"  # as the grid has it, not as the surroundings do
     assert [(row["value"], row["seed"]) for row in found["runs"]] == [(3, 0), (3, 1)]
     assert found["times"]["seconds"] > 0 and runs_of(place) == ["3"]
@@ -53,7 +53,7 @@ def test_a_job_leaves_its_notebook_and_what_it_found_and_is_run_once(place):
 def test_a_job_that_fails_leaves_a_readable_notebook_and_nothing_else(place, capsys):
     one = tiny(value=3, fail=True)
     assert not run(one, place)
-    assert files(place) == {"failed/tiny.ipynb"}
+    assert files(place) == {"failed/tiny.ipynb"} and not list(place.glob(".running/*"))
     assert all(word in (place / "failed" / "tiny.ipynb").read_text() for word in ("RuntimeError", "as asked"))
     assert "tiny failed: RuntimeError: as asked" in capsys.readouterr().err
     assert run(tiny(value=3), place)
@@ -83,14 +83,14 @@ def test_a_truncated_file_is_told_and_made_again(place, file, change, said, caps
     run(one, place)
     whole = (place / file).read_bytes()
     (place / file).write_bytes(change(whole))
-    assert job.finished(place, one) is None
+    assert finished(place, one) is None
     assert f"tiny has {said}: it is run again" in capsys.readouterr().err
-    assert run(one, place) and job.finished(place, one)["runs"] and runs_of(place) == ["3", "3"]
+    assert run(one, place) and finished(place, one)["runs"] and runs_of(place) == ["3", "3"]
 
 
 def test_other_parameters_are_another_job(place, capsys):
     run(tiny(value=3), place)
-    assert job.finished(place, tiny(value=4)) is None
+    assert finished(place, tiny(value=4)) is None
     assert "tiny has other parameters" in capsys.readouterr().err
 
 
@@ -109,7 +109,7 @@ def test_what_a_killed_job_left_is_cleared_away(place):
             one.kill()
         process.wait()
     (left,) = place.glob(".running/tiny/*")
-    assert not job.finished(place, tiny(value=3))
+    assert not finished(place, tiny(value=3))
     write_notebook(place.parent, work=WORK)
     assert run(tiny(value=3), place)
     assert not left.exists() and files(place) == {"notebooks/tiny.ipynb", "figures/tiny.svg", "jobs/tiny.json"}
@@ -128,8 +128,10 @@ def test_the_table_and_the_outlook(place):
         f"2 of 3 jobs are finished: 4 rows in {place / 'table.csv'}", f"  failed: {place / 'failed' / 'c.ipynb'}"]
     table = (place / "table.csv").read_bytes()
     head, *rows = table.decode().splitlines()
-    assert head == "job,notebook,grid.value,grid.rate,value,rate,seed,parts,commit,device,threads,version.python"
-    assert rows[0] == 'a,tiny,1,0.25,1,0.25,0,"[1, 2]",abc,2 threads,2,3' and [row[0] for row in rows] == list("aabb")
+    assert head == "job,notebook,given.value,given.rate,value,rate,seed,parts,commit,device,threads,versions.python"
+    assert rows[0] == 'a,tiny,1,0.25,1,0.25,0,"[1, 2]",abc,2 threads,2,"""3"""'
+    assert [row[0] for row in rows] == list("aabb")
+    assert json.loads((place / "status.json").read_text()) == {"finished": ["a", "b"], "failed": ["c"], "missing": []}
     listed = outlook(jobs, place, every=True).splitlines()
     assert [line.split()[0] for line in listed] == ["finished", "finished", "failed", "3"]
     assert "about" in listed[2] and "3 jobs, 2 of them finished; the others take about" in listed[3]

@@ -1,0 +1,65 @@
+"""Tidy tables as CSV: written whole or not at all, and read with their types."""
+
+import csv
+import json
+from pathlib import Path
+
+from permask_core.files import written_whole
+
+
+def write_table(path, rows):
+    """Write rows under a temporary name that is then changed to ``path``.
+
+    Parameters
+    ----------
+    path : path-like
+    rows : list of dict
+        Values are anything that JSON holds. Those of a dict get columns of their own, named "key.inner key".
+    """
+    rows = [_columns("", row) for row in rows]
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    with written_whole(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, heads, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+
+
+def read_table(path):
+    """Read what :func:`write_table` wrote: a list of dict, without the values that are None or empty strings.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If a line has fewer or more values than the first has names.
+    """
+    with Path(path).open(newline="") as file:
+        lines = list(csv.reader(file))
+    for n, line in enumerate(lines[1:], 2):
+        if len(line) != len(lines[0]):
+            raise ValueError(f"{path} has {len(line)} values in row {n}: expected {len(lines[0])}; is it cut off?")
+    return [{key: _value(cell) for key, cell in zip(lines[0], line) if cell} for line in lines[1:]]
+
+
+def _columns(prefix, values):
+    columns = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else key
+        columns |= _columns(name, value) if isinstance(value, dict) else {name: value}
+    return columns
+
+
+def _cell(value):
+    if value is None:
+        return ""
+    if not isinstance(value, str) or value and _value(value) != value:  # "1e5", say, of a commit
+        return json.dumps(value)
+    return value
+
+
+def _value(cell):
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return cell
