@@ -2,6 +2,7 @@
 
 import json
 from importlib.resources import files
+from pathlib import Path
 
 
 def measured_noisy_digits():
@@ -105,6 +106,18 @@ def measured_torchvision_groups():
         ``left_out_groups`` that were tried), and ``commit``, at which it was measured.
     """
     return _read("torchvision_groups")
+
+
+def measured_grids():
+    """Grids of runs that were run beforehand.
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+        By the grid's name its folder, with ``table.csv`` (for :func:`permask_core.tables.read_table`: a row for each
+        run, with parameters, commit, device and versions), ``times.csv`` and ``status.json``.
+    """
+    return {path.parent.name: path.parent for path in sorted(Path(str(files(__package__))).glob("grids/*/table.csv"))}
 
 
 def _read(name):
