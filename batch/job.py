@@ -9,13 +9,16 @@ import hashlib
 import json
 import os
 import platform
+import random
 import shutil
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import papermill
+from filelock import FileLock, Timeout
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -77,8 +80,47 @@ def run(job, folder, store):
 def _execute(job, notebook, parameters):
     # How a sum is divided among threads decides about its last bits, so the grid says how many there are.
     os.environ |= {"OMP_NUM_THREADS": str(job.resources["threads"]), "PERMASK_DISPLAY": "static"}
-    papermill.execute_notebook(ROOT / "notebooks" / f"{job.notebook}.ipynb", notebook, parameters, cwd=ROOT,
-                               progress_bar=False, log_output=True)
+    with gpus_of_its_own(job.resources["gpus"]):
+        papermill.execute_notebook(ROOT / "notebooks" / f"{job.notebook}.ipynb", notebook, parameters, cwd=ROOT,
+                                   progress_bar=False, log_output=True)
+
+
+@contextmanager
+def gpus_of_its_own(count):
+    """In the block this process and its kernel see ``count`` of this machine's GPUs, which no other job has.
+
+    Snakemake counts GPUs but does not say which is whose. SLURM does, and is left alone. A machine with fewer gives
+    what it has: a grid with GPUs runs on a processor, too.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not count or "SLURM_JOB_ID" in os.environ or seen == "":
+        yield
+        return
+    if seen is None:
+        import torch  # of which a job needs nothing else
+
+        seen = ",".join(map(str, range(torch.cuda.device_count())))
+    names = [name for name in seen.split(",") if name]
+    held = {}
+    try:
+        while len(held) < min(count, len(names)):
+            for name in names:
+                lock = FileLock(Path(tempfile.gettempdir(), f"permask-gpu-{name}.lock"))
+                if name not in held and len(held) < count:
+                    with suppress(Timeout):
+                        lock.acquire(blocking=False)
+                        held[name] = lock
+            if len(held) < min(count, len(names)):  # or two jobs, each with half of what it needs, would wait for ever
+                for lock in held.values():
+                    lock.release()
+                held.clear()
+                time.sleep(random.uniform(1, 2))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(held)
+        yield
+    finally:
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen
+        for lock in held.values():
+            lock.release()
 
 
 def _moved(source, target):

@@ -1,6 +1,7 @@
 """One job: what it leaves when it succeeds, fails or is killed, and what is no longer a result."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -113,6 +114,54 @@ def test_what_a_killed_job_left_is_cleared_away(place):
     write_notebook(place.parent, work=WORK)
     assert run(tiny(value=3), place)
     assert not left.exists() and files(place) == {"notebooks/tiny.ipynb", "figures/tiny.svg", "jobs/tiny.json"}
+
+
+@pytest.fixture
+def seen(tmp_path, monkeypatch):
+    """What a block for so many GPUs sees, on a machine with four."""
+    monkeypatch.setattr(job.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(job.random, "uniform", lambda low, high: 0.01)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    return lambda: os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+
+
+def test_jobs_have_gpus_of_their_own_and_give_them_back(seen):
+    with job.gpus_of_its_own(1):
+        first = seen()
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0,1,2,3"
+        with job.gpus_of_its_own(2):
+            second = seen()
+    assert len(first) == 1 and len(second) == 2 and not set(first) & set(second)
+    with job.gpus_of_its_own(9):
+        assert seen() == ["0", "1", "2", "3"]  # all that there are
+    assert seen() == ["0", "1", "2", "3"]
+
+
+def test_a_job_waits_for_a_gpu_that_another_has(seen, monkeypatch):
+    waited = []
+    with job.gpus_of_its_own(3):
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0,1,2,3"
+        monkeypatch.setattr(job.time, "sleep", lambda seconds: waited.append(seconds) or 1 / 0)
+        with pytest.raises(ZeroDivisionError), job.gpus_of_its_own(2):
+            pass
+        with job.gpus_of_its_own(1):  # what the one that gave up held is free
+            assert seen() == ["3"]
+    assert waited
+
+
+@pytest.mark.parametrize("count, name, value", [(0, "OTHER", "x"), (1, "SLURM_JOB_ID", "7")])
+def test_who_needs_no_gpu_or_is_given_one_by_slurm_is_left_alone(seen, monkeypatch, count, name, value):
+    monkeypatch.setenv(name, value)
+    with job.gpus_of_its_own(count):
+        assert seen() == ["0", "1", "2", "3"]
+
+
+def test_a_grid_with_gpus_runs_where_there_are_none(seen, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with job.gpus_of_its_own(1):
+        assert seen() == [""]
 
 
 def test_the_table_and_the_outlook(place):
