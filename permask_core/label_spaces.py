@@ -45,12 +45,12 @@ class Experiment:
     dataset: str = "planted"  # or a folder's name: bags of words in the format of the Extreme Classification Repository
     root: str | None = None  # where that folder lies; decides about nothing else
     labels: int = 1000
-    points: int = 8000  # of the planted problem, to train on, and what follows as well
+    points: int = 5000  # of the planted problem, to train on, and what follows as well
     test_points: int = 2000
     clusters: int = 20  # of labels
     features: int = 64
-    hidden: int = 64  # outputs of the first layer
-    fan_in: int = 8  # of the output layer
+    hidden: int = 48  # outputs of the first layer
+    fan_in: int = 10  # of the output layer
     intermediate: int | None = None  # outputs of the layer between; None: hidden, the rows shorter by what it costs
     recipe: ExtremeRecipe = ExtremeRecipe(epochs=6, rewire_every=25, auxiliary=0.4, auxiliary_epochs=3)
 
