@@ -1,13 +1,7 @@
 """Output layers with fixed fan-in on a long-tailed problem with planted structure: precision, and memory.
 
-All methods share a first layer, the data of a seed and the recipe, and all but the last have as many parameters:
-
-- static: fan-in rows, drawn once
-- set: fan-in rows, rewired by SET
-- set+auxiliary: the same, with the auxiliary objective over clusters of labels (its head is dropped, and not counted)
-- set+intermediate: a dense layer before the fan-in rows, which are shorter by what it costs
-- bottleneck: a dense output layer behind a layer so narrow that it costs no more
-- dense: a dense output layer, whatever it costs
+The methods are those of permask_core.label_spaces. All share a first layer, the data of a seed and the recipe, and all
+but the dense one have as many parameters.
 
 Precision at k is given over all labels, among the most frequent 20 % (head) and among the others (tail). Settings were
 fixed before the run by looking at the dense layer alone. Run it with `python benchmarks/extreme.py`, about ten minutes
@@ -25,70 +19,25 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from _machine import at_least, resident
 
 import permask_core
+from permask_core import label_spaces
 from permask_core.data.extreme import planted
 from permask_core.files import written_whole
-from permask_core.sparse.extreme import (
-    ExtremeClassifier,
-    ExtremeRecipe,
-    best_precision,
-    fit_extreme,
-    head_tail,
-    precisions,
-    training_bytes,
-)
+from permask_core.sparse.extreme import ExtremeClassifier, ExtremeRecipe, best_precision, fit_extreme, training_bytes
 from permask_core.statistics import paired_comparison
 from permask_core.store import commit, device_name, versions
+from permask_core.training import default_device
 
 MEASURED = Path(permask_core.__file__).parent / "data" / "measured"
-FEATURES, HIDDEN, FAN_IN = 128, 128, 16
-DATA = {10_000: {"n_train": 30_000, "n_clusters": 100}, 100_000: {"n_train": 200_000, "n_clusters": 300},
-        1_000_000: {"n_train": 400_000, "n_clusters": 1000}}
-RECIPE = {"epochs": 8, "auxiliary_epochs": 4}
-MATCHED = ["static", "set", "set+auxiliary", "set+intermediate", "bottleneck"]
+EXPERIMENTS = {chosen.labels: chosen for chosen in (
+    label_spaces.PRESETS[name] for name in ("planted-10k", "planted-100k", "planted-1m"))}
 COMPARED = [("set", "static"), ("set+auxiliary", "set"), ("set+intermediate", "set"), ("set", "bottleneck")]
-
-
-def count(model):
-    """Trained numbers, the auxiliary head apart."""
-    return sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("auxiliary"))
-
-
-def classifier(method, labels, clusters, seed):
-    """A model of a method; but for the dense one, with as many parameters as the static one or just fewer."""
-    rows, fan_in, options = labels * FAN_IN, FAN_IN, {}
-    if method == "set+auxiliary":
-        options = {"n_clusters": clusters}
-    elif method == "set+intermediate":
-        options = {"intermediate": HIDDEN}
-        fan_in = (rows - HIDDEN * (HIDDEN + 1)) // labels
-    elif method == "bottleneck":
-        options = {"intermediate": rows // (HIDDEN + 1 + labels)}
-    if method in ("bottleneck", "dense"):
-        fan_in = None
-    return ExtremeClassifier(FEATURES, labels, fan_in, hidden=HIDDEN, **options,
-                             generator=torch.Generator().manual_seed(seed))
-
-
-def trained(method, problem, seed, epochs):
-    """A row of the table."""
-    labels = problem.train.n_labels
-    model = classifier(method, labels, int(problem.train.clusters.max()) + 1, seed)
-    recipe = ExtremeRecipe(**RECIPE | {"epochs": epochs}, auxiliary=0.4 * (method == "set+auxiliary"),
-                           rewire_until=0.66 * (method != "static"))
-    start = time.perf_counter()
-    losses = fit_extreme(model, problem.train, recipe, seed=seed, description=f"{method}, seed {seed}")
-    seconds = time.perf_counter() - start
-    fan_in = getattr(model.head, "fan_in", None)
-    return {"method": method, "seed": seed, "parameters": count(model), "fan_in": fan_in,
-            "intermediate": getattr(model.intermediate, "out_features", None),
-            "output_layer_bytes": training_bytes(model.head.in_features, labels, fan_in), "seconds": seconds,
-            "losses": losses, "precision": precisions(model, problem.test, head_tail(problem.train))}
 
 
 def print_summary(rows):
@@ -100,13 +49,13 @@ def print_summary(rows):
     for method, runs in by_method.items():
         line = f"{method:18}{runs[0]['parameters']:>12,}{statistics.mean(run['seconds'] for run in runs):>6.0f}"
         for group in runs[0]["precision"]:
-            values = [[run["precision"][group][k] for run in runs] for k in (1, 3, 5)]
+            values = [[run["precision"][group][k] for run in runs] for k in "135"]
             line += f"{' / '.join(f'{statistics.mean(value):.3f}' for value in values):>24}"
         print(line)
         if len(runs) > 1:
             line = f"{'  deviation':36}"
             for group in runs[0]["precision"]:
-                values = [[run["precision"][group][k] for run in runs] for k in (1, 3, 5)]
+                values = [[run["precision"][group][k] for run in runs] for k in "135"]
                 line += f"{' / '.join(f'{statistics.stdev(value):.3f}' for value in values):>24}"
             print(line)
 
@@ -116,7 +65,7 @@ def compared(rows):
     found = []
     for a, b in COMPARED:
         for group in rows[0]["precision"]:
-            values = [[row["precision"][group][1] for row in rows if row["method"] == method] for method in (a, b)]
+            values = [[row["precision"][group]["1"] for row in rows if row["method"] == method] for method in (a, b)]
             pair = paired_comparison(*values)
             found.append({"a": a, "b": b, "labels": group, "difference": pair.difference, "low": pair.low,
                           "high": pair.high, "wins": pair.wins, "n": pair.n})
@@ -126,17 +75,20 @@ def compared(rows):
 
 
 def precision(given, record):
-    data, rows = DATA[given.labels], []
-    methods = MATCHED + ["dense"] * (given.labels == min(DATA))
-    record |= {"labels": given.labels, "data": data | {"n_features": FEATURES}, "hidden": HIDDEN,
-               "recipe": str(ExtremeRecipe(**RECIPE | {"epochs": given.epochs}))}
+    experiment, rows = EXPERIMENTS[given.labels], []
+    recipe = replace(experiment.recipe, epochs=given.epochs)
+    experiment = replace(experiment, recipe=recipe)
+    methods = [method for method in experiment.methods if method != "dense" or given.labels == min(EXPERIMENTS)]
+    record |= {"labels": given.labels, "data": {"n_train": experiment.points, "n_clusters": experiment.clusters,
+                                                "n_features": experiment.features},
+               "hidden": experiment.hidden, "recipe": str(replace(recipe, auxiliary=0.0))}
     for seed in range(given.seeds):
-        problem = planted(given.labels, n_features=FEATURES, seed=seed, **data)
-        unseen = (problem.train.frequencies[problem.test.labels.long()] == 0).double().mean().item()
-        print(f"seed {seed}: best possible P@k {best_precision(problem.test)}, {unseen:.1%} of test labels never seen")
+        test = label_spaces.data(experiment, seed)[1]
+        print(f"seed {seed}: best possible P@k {best_precision(test)}")
         for method in methods:
-            rows.append(trained(method, problem, seed, given.epochs) | {"unseen": unseen})
+            rows.append({"method": method, "seed": seed, **label_spaces.train(experiment, method, seed)})
             print(f"{method:18}" + json.dumps(rows[-1]["precision"]), flush=True)
+        print(f"{rows[-1]['unseen']:.1%} of test labels never seen")
     record["rows"] = rows
     print_summary(rows)
     if given.seeds > 1:
@@ -173,9 +125,9 @@ def memory(given, record):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--labels", type=int, choices=list(DATA), default=min(DATA))
+    parser.add_argument("--labels", type=int, choices=list(EXPERIMENTS), default=min(EXPERIMENTS))
     parser.add_argument("--seeds", type=at_least(1), default=3)
-    parser.add_argument("--epochs", type=at_least(1), default=RECIPE["epochs"])
+    parser.add_argument("--epochs", type=at_least(1), default=EXPERIMENTS[10_000].recipe.epochs)
     parser.add_argument("--threads", type=at_least(1), default=1)
     parser.add_argument("--memory", action="store_true", help="measure memory with a million labels instead")
     parser.add_argument("--batch", type=at_least(1), default=64, help="points in a step, with --memory")
@@ -183,9 +135,10 @@ def main():
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     record = {"command": " ".join(["python benchmarks/extreme.py", *sys.argv[1:]]), "commit": commit(),
-              "machine": device_name("cpu"), "threads": given.threads, "versions": versions()}
+              "machine": device_name("cpu" if given.memory else default_device()), "threads": given.threads,
+              "versions": versions()}
     (memory if given.memory else precision)(given, record)
-    size = "_memory" if given.memory else f"_{given.labels}" * (given.labels != min(DATA))
+    size = "_memory" if given.memory else f"_{given.labels}" * (given.labels != min(EXPERIMENTS))
     with written_whole(given.result or MEASURED / f"extreme{size}.json") as path:
         path.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -14,7 +14,7 @@ class Run(NamedTuple):
     """A run of which ``done`` steps are done: its ``state``, its ``checkpoints`` by name, the mean ``losses`` of the
     epochs that are finished, the ``optimizer``'s state named "weight/quantity", and ``totals`` [processes], each one's
     sum of the losses of the epoch that is not. Where connections move, also the present ``masks`` and the history
-    ``fan_in``."""
+    ``fan_in``, or the states of the ``generators`` that draw them."""
 
     state: dict[str, torch.Tensor]
     checkpoints: dict[str, dict[str, torch.Tensor]]
@@ -24,6 +24,10 @@ class Run(NamedTuple):
     done: int
     masks: dict[str, torch.Tensor] = {}
     fan_in: dict[str, torch.Tensor] = {}
+    generators: dict[str, torch.Tensor] = {}
+
+
+_MOVING = ("masks", "fan_in", "generators")
 
 
 def save_run(path, run, identity):
@@ -31,7 +35,7 @@ def save_run(path, run, identity):
     tensors = {f"state/{name}": tensor for name, tensor in run.state.items()}
     tensors |= {f"checkpoint/{name}/{key}": tensor for name, state in run.checkpoints.items()
                 for key, tensor in state.items()}
-    for kind in ("optimizer", "masks", "fan_in"):
+    for kind in ("optimizer", *_MOVING):
         tensors |= {f"{kind}/{name}": tensor for name, tensor in getattr(run, kind).items()}
     save_tensors(path, {**tensors, "totals": run.totals},
                  {"kind": "run", "identity": identity, "losses": run.losses, "done": run.done})
@@ -57,7 +61,7 @@ def load_run(path, identity):
         again = " (a model that was trained already is another start: build it anew)" * any(
             text.startswith("initial weights") for text in differ)
         raise ValueError(f"{path} is of a run with {', '.join(differ)}: give another file, or delete it{again}")
-    parts, checkpoints = {kind: {} for kind in ("state", "optimizer", "masks", "fan_in")}, {}
+    parts, checkpoints = {kind: {} for kind in ("state", "optimizer", *_MOVING)}, {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         if kind in parts:
@@ -78,6 +82,8 @@ def described(value):
     trains on."""
     if isinstance(value, torch.nn.Module):
         return digest(value.state_dict())
+    if hasattr(value, "indptr"):  # a SciPy CSR array
+        return digest({name: getattr(value, name) for name in ("data", "indices", "indptr")})
     if hasattr(value, "dtype"):
         return digest({"": value})
     if is_dataclass(value):

@@ -8,8 +8,10 @@ Follows Ullah et al., "Navigating Extremes: Dynamic Sparsity in Large Output Spa
 al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity", Nature Communications, 2018.
 """
 
+import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from permask_core.progress import progress
+from permask_core.resume import Run, described, digest, found_run, optimizer_state, restore_optimizer, save_run
 from permask_core.sparse import kernels
 from permask_core.sparse.dynamic import set_rows_step
 from permask_core.sparse.fan_in import FanInLinear
@@ -303,7 +306,7 @@ def auxiliary_share(recipe, epoch):
     return recipe.auxiliary * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
 
 
-def fit_extreme(model, train, recipe, *, seed, description="training"):
+def fit_extreme(model, train, recipe, *, seed, resume=None, description="training"):
     """Train a classifier in place.
 
     Parameters
@@ -315,6 +318,9 @@ def fit_extreme(model, train, recipe, *, seed, description="training"):
         SET is for a fan-in output layer alone; a dense one is trained without.
     seed : int
         Of the order of points and of the connections that grow.
+    resume : path-like, optional
+        A file in which the run is kept after every epoch, and from which it goes on if it is there; on a CPU with the
+        same number of threads to the same bits.
     description : str or None
         Shown with the progress bar; None for no bar.
 
@@ -326,7 +332,8 @@ def fit_extreme(model, train, recipe, *, seed, description="training"):
     Raises
     ------
     ValueError
-        If the number of labels differs, there are fewer points than a batch, or SET would drop less than a connection.
+        If the number of labels differs, there are fewer points than a batch, SET would drop less than a connection, or
+        the file to resume from is damaged or of a run with other data, weights, recipe or seed.
     FloatingPointError
         If the loss of an epoch, or a weight at the end, is not finite.
     """
@@ -339,17 +346,24 @@ def fit_extreme(model, train, recipe, *, seed, description="training"):
     if moves and int(recipe.drop * model.head.fan_in) == 0:
         raise ValueError(f"drop is {recipe.drop} of a fan-in of {model.head.fan_in}: expected at least a connection, "
                          "or rewire_until 0")
+    identity = _identity(model, train, recipe, seed) if resume else {}
+    run, parameters = found_run(resume, identity), dict(model.named_parameters())
     optimizer = torch.optim.Adam(model.parameters(), recipe.lr, fused=True)  # without temporaries
     order, growth = (torch.Generator().manual_seed(seed) for _ in range(2))
     steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
     steps, done, losses = recipe.epochs * steps_per_epoch, 0, []
     shuffled = (batch for _ in range(recipe.epochs)
                 for batch in torch.randperm(len(train), generator=order).split(recipe.batch_size))
+    if run:
+        model.load_state_dict(run.state)
+        restore_optimizer(optimizer, parameters, run.optimizer)
+        growth.set_state(run.generators["growth"])
+        losses, done = run.losses, run.done
     total = 0.0
     # The same for a shorter last batch: the layer keeps a transposed copy of the indices of each chunk.
     chunk = _chunk(model.head.bias.device, recipe.batch_size)
     model.train()
-    for chosen in progress(shuffled, description, total=steps):
+    for chosen in progress(islice(shuffled, done, None), description, total=steps - done):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * (1 + math.cos(math.pi * done / steps)) / 2
         loss = model.loss(train.subset(chosen), auxiliary_share(recipe, done / steps_per_epoch), chunk)
@@ -366,11 +380,21 @@ def fit_extreme(model, train, recipe, *, seed, description="training"):
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"the training loss is {losses[-1]} in epoch {len(losses)}: try a smaller "
                                          f"learning rate than {recipe.lr}")
-    for name, weight in model.named_parameters():
+            if resume:
+                save_run(resume, Run(model.state_dict(), {}, losses, optimizer_state(optimizer, parameters),
+                                     torch.zeros(1), done, generators={"growth": growth.get_state()}), identity)
+    for name, weight in parameters.items():
         if not weight.isfinite().all():
             raise FloatingPointError(f"{name!r} is not finite after the last step: try a smaller learning rate than "
                                      f"{recipe.lr}")
     return losses
+
+
+def _identity(model, train, recipe, seed):
+    """What decides about a run, as JSON holds it."""
+    data = {f"data.{name}": value for name, value in described(train).items()}
+    return json.loads(json.dumps({**asdict(recipe), "seed": seed, **data,
+                                  "initial weights": digest(model.state_dict())}))
 
 
 # ---- Prediction ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Output layers with many labels: the loss in chunks against the whole one in float64, SET, and precision by hand."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import math
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from permask_core.data.extreme import MultiLabel, planted, read_sparse_text
+from permask_core.label_spaces import METHODS
 from permask_core.sparse import FanInLinear
 from permask_core.sparse.extreme import (
     ExtremeClassifier,
@@ -263,9 +265,9 @@ def test_training_moves_connections_and_keeps_the_fan_in(problem, monkeypatch):
     assert (model.head.mask() != before).any()
 
 
-def trained(problem, recipe, seed=0, **options):
-    model = ExtremeClassifier(32, 300, 6, hidden=32, generator=torch.Generator().manual_seed(1), **options)
-    losses = fit_extreme(model, problem.train, recipe, seed=seed, description=None)
+def trained(problem, recipe, seed=0, resume=None, fan_in=6, **options):
+    model = ExtremeClassifier(32, 300, fan_in, hidden=32, generator=torch.Generator().manual_seed(1), **options)
+    losses = fit_extreme(model, problem.train, recipe, seed=seed, resume=resume, description=None)
     return model, losses
 
 
@@ -282,6 +284,75 @@ def test_the_seed_decides_and_no_share_is_the_base_run(problem):
     assert trained(problem, recipe, seed=1)[1] != losses
     helped = ExtremeRecipe(epochs=2, rewire_every=3, auxiliary=0.4)
     assert trained(problem, helped, n_clusters=10)[1] != losses
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_in_epoch(problem, recipe, path, epoch, monkeypatch, **options):
+    """Train as :func:`trained` does, but stop within an epoch."""
+    loss, calls = ExtremeClassifier.loss, 0
+
+    def counted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls > (epoch + 0.5) * math.ceil(len(problem.train) / recipe.batch_size):
+            raise Killed
+        return loss(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ExtremeClassifier, "loss", counted)
+        trained(problem, recipe, resume=path, **options)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 3])
+@pytest.mark.parametrize("options", [{}, {"n_clusters": 10}, {"fan_in": None}])
+def test_a_killed_run_goes_on_to_the_same_bits(problem, epoch, options, tmp_path, monkeypatch):
+    """SET, Adam, the order of points and the share of the auxiliary objective go on as if nothing had been."""
+    recipe = ExtremeRecipe(epochs=4, batch_size=100, rewire_every=3, rewire_until=1.0,
+                           auxiliary=0.4 * ("n_clusters" in options), auxiliary_epochs=3)
+    path = tmp_path / "run.safetensors"
+    whole, losses = trained(problem, recipe, **options)
+    killed_in_epoch(problem, recipe, path, epoch, monkeypatch, **options)
+    assert path.exists() == (epoch > 0)
+    steps, loss = [], ExtremeClassifier.loss
+    monkeypatch.setattr(ExtremeClassifier, "loss", lambda *given: steps.append(1) or loss(*given))
+    again, same = trained(problem, recipe, resume=path, **options)
+    assert same == losses and len(steps) == 10 * (4 - epoch)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert trained(problem, recipe, resume=path, **options)[1] == losses and len(steps) == 10 * (4 - epoch)
+    assert [one.name for one in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_a_run_on_bags_of_words_goes_on(tmp_path):
+    torch.manual_seed(0)
+    words = csr_array((torch.rand(40, 12).numpy() > 0.7).astype("float32"))
+    data = MultiLabel(words, *listed(torch.rand(40, 9) < 0.3), 9)
+    recipe = ExtremeRecipe(epochs=2, batch_size=10, rewire_until=0)
+    models = [ExtremeClassifier(12, 9, 3, hidden=6, bags=True, generator=torch.Generator().manual_seed(0))
+              for _ in range(3)]
+    path = tmp_path / "run"
+    losses = [fit_extreme(model, data, recipe, seed=0, resume=path, description=None) for model in models[:2]]
+    assert losses[0] == losses[1] and torch.equal(models[0].first.weight, models[1].first.weight)
+    data.features.data[0] = 3.0
+    with pytest.raises(ValueError, match=r"is of a run with data.features '\w+' \(here '\w+'\): give another"):
+        fit_extreme(models[2], data, recipe, seed=0, resume=path, description=None)
+
+
+def test_a_file_of_another_run_is_refused(problem, tmp_path):
+    path, recipe = tmp_path / "run", ExtremeRecipe(epochs=1, batch_size=100)
+    trained(problem, recipe, resume=path)
+    for message, changed in ((r"seed 0 \(here 1\)", {"seed": 1}), (r"initial weights '\w+'", {"n_clusters": 10}),
+                             (r"lr 0.003 \(here 0.1\)", {"recipe": dataclasses.replace(recipe, lr=0.1)}),
+                             ("data.labels", {"problem": planted(300, n_train=1000, n_test=1, n_features=32, seed=1)})):
+        with pytest.raises(ValueError, match=f"is of a run with .*{message}"):
+            trained(**{"problem": problem, "recipe": recipe, "resume": path} | changed)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="run is damaged or not a safetensors file"):
+        trained(problem, recipe, resume=path)
 
 
 def test_connections_stay_where_asked(problem):
@@ -385,23 +456,14 @@ def benchmark(monkeypatch):
     return importlib.import_module("extreme")
 
 
-def test_budgets_are_matched(benchmark):
-    sizes = {method: benchmark.count(benchmark.classifier(method, 10_000, 100, 0))
-             for method in [*benchmark.MATCHED, "dense"]}
-    for method in benchmark.MATCHED:
-        assert 0.95 * sizes["static"] < sizes[method] <= sizes["static"]
-    assert sizes["static"] == sizes["set"] == sizes["set+auxiliary"] < sizes["dense"] / 5
-
-
 def test_the_benchmark_writes_what_it_found(benchmark, monkeypatch, tmp_path, capsys):
-    small = {10_000: {"n_train": 300, "n_test": 100, "n_clusters": 5}}
-    monkeypatch.setattr(benchmark, "DATA", small)
-    monkeypatch.setattr(benchmark, "HIDDEN", 20)
+    small = dataclasses.replace(benchmark.EXPERIMENTS[10_000], points=300, test_points=100, clusters=5, hidden=20)
+    monkeypatch.setitem(benchmark.EXPERIMENTS, 10_000, small)
     result = tmp_path / "extreme.json"
     monkeypatch.setattr(sys, "argv", ["extreme.py", "--seeds", "2", "--epochs", "1", "--result", str(result)])
     benchmark.main()
     record = json.loads(result.read_text())
-    assert [row["method"] for row in record["rows"]] == [*benchmark.MATCHED, "dense"] * 2
+    assert [row["method"] for row in record["rows"]] == list(METHODS) * 2
     assert [row["seed"] for row in record["rows"]] == [0] * 6 + [1] * 6
     for row in record["rows"]:
         assert row["precision"].keys() == {"all", "head", "tail"}

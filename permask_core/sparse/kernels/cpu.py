@@ -17,28 +17,31 @@ import torch
 WIDTHS = {"forward": (8, 16, 32), "backward": (8, 16, 32, 64)}
 ALONE = 30_000  # products that one thread has done before others would have started
 _LOCK = threading.Lock()  # not every threading layer of numba lets two threads in
-_PROCESS = os.getpid()
 
 
 @cache
 def _simd():
     try:
-        import numba
-
         from permask_core.sparse.kernels import simd  # compiles: only where it is needed
     except ImportError as error:
         warnings.warn(f"fan-in layers take the slower path in plain torch: {error}", stacklevel=2)
         return None
-    threads = torch.get_num_threads()
-    numba.get_num_threads()  # starts numba's threads, which sets OpenMP's number for torch too
-    torch.set_num_threads(threads)
     return simd
+
+
+@cache
+def _started():
+    """Start numba's threads; the process that did."""
+    threads = torch.get_num_threads()
+    sys.modules["numba"].get_num_threads()  # starts them, which sets OpenMP's number for torch too
+    torch.set_num_threads(threads)
+    return os.getpid()
 
 
 def usable():
     """Whether the compiled loops can run: numba is there, and this is no fork of the process that started their
     threads, which would have none."""
-    return os.getpid() == _PROCESS and _simd() is not None
+    return _simd() is not None and _started() == os.getpid()
 
 
 def _arrays(*tensors):

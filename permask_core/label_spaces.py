@@ -1,0 +1,346 @@
+"""Output layers for very many labels, compared in stages that are stored and found again.
+
+All methods of a seed share the data, the width of the first layer and the recipe:
+
+- static: rows of fixed fan-in, drawn once
+- set: the same, rewired by SET
+- set+auxiliary: SET, and at first the auxiliary objective over clusters of labels; its head is not counted
+- set+intermediate: SET, and a dense layer before the rows
+- bottleneck: a dense output layer behind a layer so narrow that both cost no more than the static rows
+- dense: a dense output layer, whatever it costs
+
+Source: Ullah et al., "Navigating Extremes: Dynamic Sparsity in Large Output Spaces", NeurIPS 2024.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from permask_core.data.extreme import planted, read_sparse_text
+from permask_core.data.root import check_there, data_root
+from permask_core.progress import progress
+from permask_core.resume import described
+from permask_core.sparse.extreme import (
+    ExtremeClassifier,
+    ExtremeRecipe,
+    fit_extreme,
+    head_tail,
+    precisions,
+    training_bytes,
+    within,
+)
+from permask_core.stages import in_parallel, trained
+from permask_core.training import default_device
+
+METHODS = ("static", "set", "set+auxiliary", "set+intermediate", "bottleneck", "dense")
+FILES = ("train.txt", "test.txt")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The settings of one experiment; everything that its results depend on but the seed and the method."""
+
+    dataset: str = "planted"  # or a folder's name: bags of words in the format of the Extreme Classification Repository
+    root: str | None = None  # where that folder lies; decides about nothing else
+    labels: int = 1000
+    points: int = 5000  # of the planted problem, to train on, and what follows as well
+    test_points: int = 2000
+    clusters: int = 20  # of labels
+    features: int = 64
+    hidden: int = 48  # outputs of the first layer
+    fan_in: int = 10  # of the output layer
+    intermediate: int | None = None  # outputs of the layer between; None: hidden, the rows shorter by what it costs
+    recipe: ExtremeRecipe = ExtremeRecipe(epochs=6, rewire_every=25, auxiliary=0.4, auxiliary_epochs=3)
+
+    def __post_init__(self):
+        for name in ("labels", "points", "test_points", "clusters", "features", "hidden", "fan_in", "intermediate"):
+            # A fifth of the labels is the head, of which 5 are named.
+            value, least = getattr(self, name), 25 if name == "labels" else 1
+            if (type(value) is not int or value < least) and not (name == "intermediate" and value is None):
+                raise ValueError(f"{name} is {value!r}: expected an integer of at least {least}")
+        if not isinstance(self.dataset, str) or not self.dataset:
+            raise ValueError(f"dataset is {self.dataset!r}: expected 'planted', or the name of a folder")
+        if not isinstance(self.recipe, ExtremeRecipe):
+            raise ValueError(f"recipe is {self.recipe!r}: expected an ExtremeRecipe")
+        if self.planted and self.points < self.recipe.batch_size:
+            raise ValueError(f"points is {self.points}: expected at least a batch of {self.recipe.batch_size}")
+
+    @property
+    def planted(self):
+        return self.dataset == "planted"
+
+    @property
+    def methods(self):
+        """Those that the data allow: files say nothing of clusters."""
+        return tuple(method for method in METHODS if self.planted or method != "set+auxiliary")
+
+    def recipe_of(self, method):
+        """The recipe of a method: SET for those that have it, the auxiliary objective for one."""
+        return replace(self.recipe, rewire_until=self.recipe.rewire_until * method.startswith("set"),
+                       auxiliary=self.recipe.auxiliary * (method == "set+auxiliary"))
+
+    def layers(self, method):
+        """``fan_in`` (None for a dense output layer) and ``intermediate`` (None without) of a method, as a dict.
+
+        Raises
+        ------
+        ValueError
+            If the method is unknown, the data do not allow it, or its layers cannot be.
+        """
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+        if method not in self.methods:
+            raise ValueError(f"method {method!r} needs clusters of labels, which the files of {self.dataset} do not "
+                             f"have: expected one of {', '.join(self.methods)}")
+        fan_in, intermediate, budget = self.fan_in, None, self.labels * self.fan_in
+        if method == "set+intermediate":
+            intermediate = self.intermediate or self.hidden
+            if self.intermediate is None:
+                fan_in = (budget - self.hidden * (self.hidden + 1)) // self.labels
+        elif method == "bottleneck":
+            intermediate = budget // (self.hidden + 1 + self.labels)
+        if method in ("bottleneck", "dense"):
+            if intermediate == 0:
+                raise ValueError(f"fan_in is {self.fan_in}: a bottleneck would have no unit. Expected more")
+            return {"fan_in": None, "intermediate": intermediate}
+        if not 1 <= fan_in <= (intermediate or self.hidden):
+            raise ValueError(f"fan_in is {self.fan_in}, which gives {method!r} rows of {fan_in}: expected 1 to "
+                             f"{intermediate or self.hidden}, the inputs of the output layer")
+        recipe = self.recipe_of(method)
+        if recipe.rewire_until and int(recipe.drop * fan_in) == 0:
+            raise ValueError(f"fan_in is {self.fan_in}, and of the {fan_in} connections of a row of {method!r} a share "
+                             f"of {recipe.drop} is to move: expected at least one")
+        return {"fan_in": fan_in, "intermediate": intermediate}
+
+
+_SETTING = {"features": 128, "hidden": 128, "fan_in": 16,
+            "recipe": ExtremeRecipe(epochs=8, auxiliary=0.4, auxiliary_epochs=4)}
+
+# The paper's encoder is a BERT with 768 outputs that reads the text and is trained along. Here an embedding of bags of
+# words has its place, as wide: this is not the published experiment, and precision is not to be compared. Published are
+# the labels, inputs and fan-in of the output layer, the intermediate layer, until when connections move, and of a range
+# (every 300 to 1500 steps, 15 to 25 % of a row) how often and how many. Epochs, batches and the learning rate are ours.
+_PUBLISHED = {"hidden": 768, "fan_in": 128,
+              "recipe": ExtremeRecipe(epochs=30, rewire_every=300, drop=0.2)}
+
+PRESETS = {
+    "planted": Experiment(),
+    "planted-10k": Experiment(labels=10_000, points=30_000, clusters=100, **_SETTING),
+    "planted-100k": Experiment(labels=100_000, points=200_000, clusters=300, **_SETTING),
+    "planted-1m": Experiment(labels=1_000_000, points=400_000, clusters=1000, **_SETTING),
+    "wiki31k": Experiment("wiki31k", labels=30_938, intermediate=4096, **{**_PUBLISHED, "fan_in": 64}),
+    "amazon-670k": Experiment("amazon-670k", labels=670_091, **_PUBLISHED),
+    "amazon-3m": Experiment("amazon-3m", labels=2_812_281, **_PUBLISHED),
+}
+
+
+def preset(name, *, recipe=None, **changes):
+    """The experiment of a name, with changes.
+
+    Parameters
+    ----------
+    name : str
+        One of ``PRESETS``.
+    recipe : dict, optional
+        Changes of its recipe, such as ``{"epochs": 2}``; what is None stays.
+    **changes
+        Fields of :class:`Experiment`; what is None stays. With other ``labels`` a planted problem has ``points`` in
+        proportion.
+
+    Raises
+    ------
+    ValueError
+        If there is no such preset or field, or a value is out of range.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+    chosen = PRESETS[name]
+    recipe, changes = ({key: value for key, value in given.items() if value is not None}
+                       for given in (recipe or {}, changes))
+    for given, known in ((recipe, ExtremeRecipe), (changes, Experiment)):
+        for key in given:
+            if key not in known.__dataclass_fields__:
+                raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(known.__dataclass_fields__)}")
+    labels = changes.get("labels", chosen.labels)
+    if chosen.planted and type(labels) is int and labels > 0:
+        changes.setdefault("points", max(chosen.recipe.batch_size, chosen.points * labels // chosen.labels))
+    return replace(chosen, recipe=replace(chosen.recipe, **recipe), **changes)
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+
+def data(experiment, seed):
+    """What is trained on and what is tested on: drawn from the seed, or the same files for all seeds. The last stay in
+    memory.
+
+    Returns
+    -------
+    (MultiLabel, MultiLabel)
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no files.
+    ValueError
+        If a file is damaged, they have not the experiment's number of labels, there are fewer points than a batch, or
+        no test point has a label of the head, or none one of the tail.
+    """
+    if experiment.planted:
+        train, test = _drawn(experiment.labels, experiment.points, experiment.test_points, experiment.clusters,
+                             experiment.features, seed)
+    else:
+        train, test = _read(data_root(experiment.root) / experiment.dataset)
+    for file, split in zip(FILES, (train, test)):
+        if split.n_labels != experiment.labels:
+            raise ValueError(f"{file} of {experiment.dataset} announces {split.n_labels} labels: expected "
+                             f"{experiment.labels}, or another value of labels")
+        if split.features.shape[1] != train.features.shape[1]:
+            raise ValueError(f"{file} of {experiment.dataset} announces {split.features.shape[1]} features: expected "
+                             f"{train.features.shape[1]}, as {FILES[0]}")
+    if len(train) < experiment.recipe.batch_size:
+        raise ValueError(f"there are {len(train)} points in {experiment.dataset}: expected at least a batch of "
+                         f"{experiment.recipe.batch_size}")
+    for name, group in head_tail(train).items():
+        if not len(within(test, group)):
+            raise ValueError(f"no test point of {experiment.dataset} has a label of the {name}: expected more of them")
+    return train, test
+
+
+@lru_cache(maxsize=1)
+def _drawn(labels, points, test_points, clusters, features, seed):
+    return planted(labels, n_train=points, n_test=test_points, n_clusters=clusters, n_features=features, seed=seed)[:2]
+
+
+@lru_cache(maxsize=1)
+def _read(folder):
+    check_there(folder.name, folder, FILES, "Fetch the bags of words of http://manikvarma.org/downloads/XC/"
+                "XMLRepository.html and unpack them there")
+    return tuple(_scaled(read_sparse_text(folder / file, f"reading {folder.name}/{file}")) for file in FILES)
+
+
+def _scaled(split):
+    """With features of norm 1: what the first layer is drawn for."""
+    features = split.features
+    norms = features.multiply(features).sum(1) ** 0.5
+    features.data /= (norms + (norms == 0)).repeat(features.indptr[1:] - features.indptr[:-1])
+    return split
+
+
+@lru_cache(maxsize=1)
+def _content(folder):
+    return [described(split) for split in _read(folder)]
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+def classifier(experiment, method, features, seed):
+    """A method's network, freshly initialised from a seed, for points with so many ``features``."""
+    return ExtremeClassifier(features, experiment.labels, hidden=experiment.hidden, bags=not experiment.planted,
+                             n_clusters=experiment.clusters if method == "set+auxiliary" else None,
+                             generator=torch.Generator().manual_seed(seed), **experiment.layers(method))
+
+
+def parameters(model):
+    """Trained numbers, the auxiliary head apart."""
+    return sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("auxiliary"))
+
+
+def train(experiment, method, seed, resume=None):
+    """Train and test one network.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    method : str
+    seed : int
+    resume : path-like, optional
+        As for :func:`~permask_core.sparse.extreme.fit_extreme`.
+
+    Returns
+    -------
+    dict
+        What a row of :func:`run` has beside method and seed; ``seconds`` are of training alone.
+    """
+    points, test = data(experiment, seed)
+    model = classifier(experiment, method, points.features.shape[1], seed).to(default_device())
+    start = time.perf_counter()
+    losses = fit_extreme(model, points, experiment.recipe_of(method), seed=seed, resume=resume,
+                         description=f"{method}, seed {seed}")
+    seconds, layers = time.perf_counter() - start, experiment.layers(method)
+    found = precisions(model, test, head_tail(points))
+    return {"parameters": parameters(model), **layers,
+            "output_layer_bytes": training_bytes(model.head.in_features, experiment.labels, layers["fan_in"]),
+            "seconds": seconds, "losses": losses,
+            "precision": {group: {str(k): value for k, value in of.items()} for group, of in found.items()},
+            "unseen": (points.frequencies[test.labels.long()] == 0).double().mean().item()}
+
+
+def check(experiment, *, seeds, methods, workers=1):
+    """Raise ValueError, in which the value is named, for what :func:`run` cannot run; no data are needed."""
+    for name, values in (("seeds", list(seeds)), ("methods", methods)):
+        if isinstance(values, str) or not values or len(set(values)) < len(values):  # twice would narrow intervals
+            raise ValueError(f"{name} is {values!r}: expected a list, at least one, each value once")
+    for seed in seeds:
+        if type(seed) is not int or seed < 0:
+            raise ValueError(f"seed is {seed!r}: expected an integer of at least 0")
+    for method in methods:
+        experiment.layers(method)
+    if type(workers) is not int or workers < 1:
+        raise ValueError(f"workers is {workers!r}: expected an integer of at least 1")
+
+
+def run(experiment, store, *, seeds, methods=None, workers=1):
+    """Train and test networks over seeds and methods, and tell the results as rows.
+
+    Each training is a stage of the store, and one that was killed goes on after its last epoch.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    store : permask_core.store.Store
+    seeds : sequence of int
+        Of the planted problem, the weights, the order of points and the connections.
+    methods : sequence of str, optional
+        Of ``METHODS``; by default all that the data allow.
+    workers : int
+        Processes that share the work, seed by seed; with more than one, each computes with one thread, and a script
+        must call this below ``if __name__ == "__main__":``.
+
+    Returns
+    -------
+    list of dict
+        One row per run: ``method``, ``seed``, ``labels``, ``parameters`` (without an auxiliary head), ``fan_in``,
+        ``intermediate``, ``output_layer_bytes`` (in training, computed), ``losses`` (in nats, by epoch), ``precision``
+        (on the test points, by "all", "head" and "tail", then by k as text), ``unseen`` (share of test labels that no
+        training point has), and ``seconds`` of training and testing.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        If anything is out of range, or the files are missing or do not fit, before any training.
+    RuntimeError
+        If a worker process died.
+    """
+    seeds, methods = list(seeds), experiment.methods if methods is None else methods
+    check(experiment, seeds=seeds, methods=methods, workers=workers)
+    data(experiment, seeds[0])
+    jobs = [(experiment, seed, list(methods)) for seed in seeds]
+    if workers > 1:
+        return in_parallel(_rows, jobs, store, workers)
+    return list(progress((row for job in jobs for row in _rows(store, *job)), "runs", total=len(jobs) * len(methods)))
+
+
+def _rows(store, experiment, seed, methods):
+    decides = ("labels", "points", "test_points", "clusters", "features") if experiment.planted else ("labels",)
+    settings = {name: getattr(experiment, name) for name in ("hidden", *decides)}
+    if not experiment.planted:
+        settings["content"] = _content(data_root(experiment.root) / experiment.dataset)
+    for method in methods:
+        def compute(unfinished, method=method):
+            return {}, train(experiment, method, seed, unfinished)
+
+        own = {"method": method, "recipe": experiment.recipe_of(method), **experiment.layers(method)}
+        _, record = trained(store, "label_space", compute, seed=seed, **own, **settings)
+        yield {"method": method, "seed": seed, "labels": experiment.labels, **record}
