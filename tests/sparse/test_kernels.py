@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from permask_core.sparse import kernels
 from permask_core.sparse.kernels import cpu, eager, transposing
 
+ROOT = Path(__file__).parents[2]
 BATCHES = [0, 1, 2, 3, 8, 9, 33, 64, 65, 130]
 NAN, INF = float("nan"), float("inf")
 
@@ -442,3 +444,48 @@ def test_autocast_does_not_reach_into_the_plain_kernel():
     with torch.autocast("cpu", torch.bfloat16):
         results = run(eager, *given)
     assert_rounded(results, exact(*given), torch.float32)
+
+
+CACHED = """
+import os, sys, torch
+from permask_core.sparse.kernels import cpu, eager, transposed
+cpu._simd()
+
+def error(batch):
+    generator = torch.Generator().manual_seed(0)
+    x, values, grad = (torch.randn(*shape, generator=generator) for shape in ((batch, 400), (500, 120), (batch, 500)))
+    indices = torch.rand(500, 400, generator=generator).argsort(1)[:, :120].int()
+    lists = transposed(indices, 400)
+    ours = cpu.forward(x, values, indices), *cpu.backward(grad, x, values, indices, lists, True, True)
+    plain = eager.forward(x, values, indices), *eager.backward(grad, x, values, indices, lists, True, True)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, plain))
+
+def names(batch):
+    parts = [cpu._simd().kernels(batch)[0].py_func.__globals__[name] for name in ("pack", "rows", "unpack")]
+    return [code.fndesc.mangled_name for part in parts for code in part.overloads.values()]
+
+if sys.argv[1] == "two":  # each compiles what the other does not
+    for batch in (16, 32):
+        if not os.fork():
+            cpu._started = os.getpid  # numba's threads are started here
+            if error(batch) < 1e-4:
+                os.write(1, ("".join(f"{name}\\n" for name in names(batch))).encode())
+            os._exit(0)
+    os.wait(), os.wait()
+else:
+    print(*(error(batch) for batch in (16, 32)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+def test_code_that_two_processes_compiled_and_kept_is_told_apart_by_a_third(tmp_path):
+    def said(what):
+        done = subprocess.run([sys.executable, "-c", CACHED, what], capture_output=True, text=True, cwd=ROOT, env={
+            **os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"})
+        return done.stdout.split(), sorted(tmp_path.rglob("*.nbc"))
+
+    names, _ = said("two")
+    assert len(names) == len(set(names)) == 6  # by which compiled code goes
+    errors, kept = said("one")
+    assert len(errors) == 2 and max(map(float, errors)) < 1e-4
+    assert said("one") == (errors, kept)  # and nothing is kept twice

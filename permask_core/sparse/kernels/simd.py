@@ -6,11 +6,16 @@ no gather. Numba compiles for the processor at hand and needs no compiler on the
 the sums in memory; so the innermost loops are written in LLVM's vectors, of any width, which it keeps in registers.
 """
 
-from functools import cache, partial
+import itertools
+import os
+import secrets
+from functools import cache
+from types import FunctionType
 
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
+from numba.core.bytecode import FunctionIdentity
 from numba.core.errors import NumbaTypeError, RequireLiteralValue
 from numba.extending import intrinsic
 
@@ -211,12 +216,35 @@ def turn(typing, source, source_at, source_step, source_rows, target, target_at,
                       size), codegen
 
 
+def _number_apart():
+    """Let numba number the functions that this process compiles from where no other process begins.
+
+    Compiled code that is kept on disk goes by names made of these numbers. From two processes, each of which compiles
+    what the other does not, a third would load two functions of one name, and call one for the other.
+    """
+    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(48))
+
+
+_number_apart()
+os.register_at_fork(after_in_child=_number_apart)
+
+
 def _compiled(function, parallel=True):
     options = {"parallel": parallel, "nogil": True, "fastmath": True}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder in which compiled code could be kept
         return njit(**options)(function)
+
+
+def _joined(function, width, **parts):
+    """One call of several compiled ``parts``, which the function has as globals. In a closure they would look new to
+    numba in every process, and compiled code would be kept for each anew. Of globals it does not take note: so the name
+    tells the width."""
+    name = f"{function.__name__}_{width}"
+    joined = FunctionType(function.__code__, {**globals(), **parts}, name)
+    joined.__qualname__ = name
+    return _compiled(joined, parallel=False)
 
 
 @cache
@@ -232,6 +260,9 @@ def gather(itemsize):
     return rows
 
 
+pack = rows = columns = unpack = None  # for a width: see kernels
+
+
 @_compiled
 def pick(values, slots, out):
     """``out[p] = values[slots[p]]``."""
@@ -244,6 +275,25 @@ def put(values, slots, out):
     """``out[slots[p]] = values[p]``."""
     for p in prange(len(slots)):
         out[slots[p]] = values[p]
+
+
+# Each is one call: passing arrays from Python takes as long as the arithmetic of a small layer.
+
+def _forward(x, values, indices, bias, tiles, out, y):
+    pack(x, tiles)
+    rows(tiles, values, indices, bias, out)
+    unpack(out, y)
+
+
+def _backward(grad, x, values, pointers, outputs, slots, tiles, given, listed, sums, products, dx, dvalues):
+    pack(grad, tiles)
+    pack(x, given)
+    pick(values.reshape(-1), slots, listed)
+    columns(tiles, given, listed, pointers, outputs, sums, products)
+    if dx.size > 0:
+        unpack(sums, dx)
+    if dvalues.size > 0:
+        put(products, slots, dvalues.reshape(-1))
 
 
 @cache
@@ -323,23 +373,5 @@ def kernels(width):
                     column_sum(values, outputs, pointers[block, j], pointers[block, j + 1], source,
                                tile * tiles.shape[1] * width, given, at, target, at, products, tile > 0, width)
 
-    # Each is one call: passing arrays from Python takes as long as the arithmetic of a small layer.
-
-    @partial(_compiled, parallel=False)
-    def forward(x, values, indices, bias, tiles, out, y):
-        pack(x, tiles)
-        rows(tiles, values, indices, bias, out)
-        unpack(out, y)
-
-    @partial(_compiled, parallel=False)
-    def backward(grad, x, values, pointers, outputs, slots, tiles, given, listed, sums, products, dx, dvalues):
-        pack(grad, tiles)
-        pack(x, given)
-        pick(values.reshape(-1), slots, listed)
-        columns(tiles, given, listed, pointers, outputs, sums, products)
-        if dx.size > 0:
-            unpack(sums, dx)
-        if dvalues.size > 0:
-            put(products, slots, dvalues.reshape(-1))
-
-    return forward, backward
+    return (_joined(_forward, width, pack=pack, rows=rows, unpack=unpack),
+            _joined(_backward, width, pack=pack, pick=pick, columns=columns, unpack=unpack, put=put))
