@@ -50,6 +50,16 @@ def test_asserts_its_claims(notebook):
     assert any(cell.source.startswith("assert ") or "\nassert " in cell.source for cell in code_cells(notebook))
 
 
+def test_shows_what_it_draws(notebook):
+    """Jupyter shows the last expression of a cell: a table inside an `if` would be drawn for nobody."""
+    for cell in code_cells(notebook):
+        body = ast.parse(cell.source).body
+        unseen = [node.value.func.id for node in ast.walk(ast.Module(body, []))
+                  if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and node is not body[-1]
+                  and getattr(node.value.func, "id", "") in ("table", "show", "explore")]
+        assert unseen == [], cell.id
+
+
 def test_first_cell_agrees_with_the_address(notebook):
     assert with_setup(notebook, ADDRESS) == notebook, f"make address URL={ADDRESS}"
 

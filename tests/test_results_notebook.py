@@ -1,0 +1,87 @@
+"""The page of results, over tables of every kind: what it shows beside what was published, and what it misses."""
+
+import json
+import re
+from pathlib import Path
+
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from permask_core.data.measured import measured_grids
+from permask_core.tables import read_table, write_table
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "results.ipynb"
+ABOUT = {"commit": "abc", "device": "a GPU", "threads": 1}
+
+
+def write_grid(folder, notebook, rows, given, missing=(), failed=()):
+    rows = [{"job": "a", "notebook": notebook, "given": given, **row, **ABOUT} for row in rows]
+    write_table(folder / "table.csv", rows)
+    status = {"finished": ["a"], "failed": list(failed), "missing": list(missing)}
+    (folder / "status.json").write_text(json.dumps(status))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batch")
+    masks = {"width": 1, "rewind": 25, "seed": 0, "loss": 1.0, "achieved": 0.9, "accuracy": 0.9}
+    write_grid(folder / "cifar10", "cifar", [
+        {"method": method, "matching": by, "sparsity": s, **masks} for method, by, s in (
+            ("dense", "", 0.0), ("lth", "", 0.9), ("permuted", "activations", 0.9), ("naive", "", 0.9))
+    ], {"preset": "cifar10-resnet20", "widths": [1]}, missing=[f"job {i}" for i in range(9)], failed=["bad"])
+    write_grid(folder / "dst_cifar10", "sparse_training_on_images", [
+        {"method": method, "sparsity": s, "seed": seed, "accuracy": 0.9} for seed in (0, 1)
+        for method, s in (("dense", 0.0), ("rigl", 0.9))], {"preset": "cifar10-resnet18"})
+    write_grid(folder / "extreme", "extreme_labels", [
+        {"method": "set", "seed": 0, "output_layer_bytes": 2**20, "precision": {
+            group: {"1": 0.5, "3": 0.4, "5": 0.3} for group in ("all", "head", "tail")}}], {"preset": "wiki31k"})
+    write_grid(folder / "distillation", "class_bias", [
+        {"pair": "cifar100", "role": role, "temperature": t, "seed": seed, "accuracy": 0.5 + 0.01 * seed,
+         "class sizes": [100, 100], "class accuracies": [0.5, 0.5 + 0.02 * seed]}
+        for role, t in (("teacher", None), ("student", None), ("distilled", 2), ("distilled", 10)) for seed in (0, 1, 2)
+    ], {"pairs": ["cifar100"]})
+    write_grid(folder / "celeba", "group_and_individual_fairness", [
+        {"role": "distilled", "temperature": 1, "seed": seed, "accuracy": 0.9, "Young EOD": 0.1, "Young DPD": 0.2,
+         "individual": 0.05} for seed in (0, 1)], {"pair": "celeba"})
+    return folder
+
+
+def texts(folder, place):
+    executed = papermill.execute_notebook(NOTEBOOK, place / "out.ipynb", {"folder": str(folder)}, progress_bar=False)
+    return {cell.id: "".join(output.get("text", "") or str(output.get("data", {}).get("text/html", ""))
+                             for output in cell.outputs) for cell in executed.cells if cell.cell_type == "code"}
+
+
+def test_everything_there_is_stands_beside_what_was_published(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PERMASK_DISPLAY", "static")
+    shown = texts(folder, tmp_path)
+    assert "1 of 11, 1 failed" in shown["there"] and "here, at abc" in shown["there"] and "none yet" in shown["there"]
+    assert "cifar10 lacks bad, job 0, " in shown["there"] and "and more" in shown["there"]
+    assert "resnet20 x 1 on cifar10, rewind 25" in shown["masks"] and "Published rows: Adnan et al." in shown["masks"]
+    assert "95.06" in shown["dst"] and "90.0 ± 0.0" in shown["dst"]  # RigL at 90 %, published and measured
+    assert "wiki31k" in shown["extreme"] and "50.0" in shown["extreme"]
+    cells = re.findall("<td[^>]*>([^<]*)</td>", shown["classes"])
+    assert cells[:3] == ["cifar100", "2", "3"] and cells[-2:] == ["22", "11"]  # published, at T = 10
+    assert "Young EOD" in shown["groups"] and "10.0 ± 0.0" in shown["groups"]
+
+
+def test_two_accuracies_of_one_run_are_seen(folder, tmp_path):
+    rows = read_table(folder / "celeba" / "table.csv")
+    write_table(tmp_path / "celeba" / "table.csv", [*rows, rows[0] | {"accuracy": 0.8}])
+    (tmp_path / "celeba" / "status.json").write_bytes((folder / "celeba" / "status.json").read_bytes())
+    with pytest.raises(PapermillExecutionError, match="celeba: one run, two accuracies"):
+        texts(tmp_path, tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(PapermillExecutionError, match="folder is .*nowhere.*: there is no such folder"):
+        texts(tmp_path / "nowhere", tmp_path)
+
+
+def test_what_came_with_the_book_is_whole():
+    digits = measured_grids()["digits"]
+    rows, status = read_table(digits / "table.csv"), json.loads((digits / "status.json").read_text())
+    assert {row["job"] for row in rows} == set(status["finished"]) and not status["missing"] + status["failed"]
+    assert {row["seed"] for row in rows if row["notebook"] == "cifar"} == {0, 1, 2, 3, 4}
+    assert all(not str(row["commit"]).endswith("dirty") for row in rows)
