@@ -5,7 +5,6 @@ asked what it ran. Without SLURM these tests are skipped with the reason; PERMAS
 integration sets, makes that an error.
 """
 
-import csv
 import os
 import re
 import shutil
@@ -18,6 +17,8 @@ import nbformat
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
+
+from permask_core.tables import read_table
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("cluster.sh")
@@ -102,8 +103,7 @@ def known_jobs(cluster):
 
 
 def table(batch):
-    with (batch.folder / "table.csv").open(newline="") as file:
-        return {row["job"]: row for row in csv.DictReader(file)}
+    return {row["job"]: row for row in read_table(batch.folder / "table.csv")}
 
 
 def test_jobs_run_in_slurm_and_end_up_in_the_table(cluster, batch):
@@ -137,7 +137,7 @@ def test_a_job_that_is_preempted_is_queued_again_and_finishes(cluster, batch):
     rows, jobs = table(batch), known_jobs(cluster)
     assert {name: job["Restarts"] for name, job in jobs.items()} == {
         "tiny_case-failing": "0", "tiny_case-preempted": "1", "tiny_case-short": "0"}
-    assert [rows[name]["again"] for name in FINISHED] == ["True", "False"]
+    assert [rows[name]["again"] for name in FINISHED] == [True, False]
 
 
 def test_a_second_call_does_nothing(cluster, batch):
@@ -145,3 +145,18 @@ def test_a_second_call_does_nothing(cluster, batch):
     again = batch.call(*(batch.folder / "jobs" / f"{name}.json" for name in FINISHED))
     assert again.returncode == 0 and "Nothing to be done" in again.stderr, again.stderr
     assert known_jobs(cluster) == before and (batch.folder / "table.csv").read_bytes() == text
+
+
+def test_the_smoke_grid_runs_through_slurm(cluster, tmp_path):
+    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "batch" / "Snakefile", "--workflow-profile", "slurm",
+               "--slurm-init-seconds-before-status-checks", "3",
+               "--config", "grid=smoke", f"output={tmp_path / 'grid'}", f"store={tmp_path / 'store'}"]
+    before = known_jobs(cluster)
+    ended = subprocess.run(command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    rows, jobs = read_table(tmp_path / "grid" / "table.csv"), known_jobs(cluster)
+    assert {row["job"] for row in rows} == jobs.keys() - before.keys() and len(rows) == 4 * 5
+    assert {jobs[row["job"]]["JobState"] for row in rows} == {"COMPLETED"}
+    for seed in (0, 1):  # of two jobs that share a dense network one trained it
+        assert len({row["accuracy"] for row in rows if (row["seed"], row["method"]) == (seed, "dense")}) == 1
+    assert len(list((tmp_path / "store" / "dense").glob("*.safetensors"))) == 4  # A and B, for two seeds
