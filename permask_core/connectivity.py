@@ -1,0 +1,453 @@
+"""What lies between trained networks: losses along straight lines and on planes, barriers, distances and angles.
+
+Two networks are in one basin if the loss nowhere rises on the straight line between them (Frankle et al., "Linear Mode
+Connectivity and the Lottery Ticket Hypothesis", ICML 2020). How far it rises at most is the barrier (Entezari et al.,
+"The Role of Permutation Invariance in Linear Mode Connectivity of Neural Networks", ICLR 2022); a network that is to be
+moved first is given as :func:`~permask_core.matching.permute` returns it. A plane goes through three networks, as in
+Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", NeurIPS 2018. The networks of a line or
+a plane are mixtures of a few states, and many of them are evaluated at once.
+"""
+
+import copy
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+from permask_core.data.splits import in_order
+from permask_core.matching import interpolate, repair, reset_batchnorm
+from permask_core.matching.weights import STATISTICS, check_pair
+from permask_core.models import evaluating
+from permask_core.training import as_split, evaluate
+
+CORRECTIONS = ("none", "reset", "repair")
+MEMORY = 2**25  # bytes of weights and activations at once; more than a processor's caches hold is no faster
+IMAGES = 500  # that are evaluated at once
+
+
+# ---- Mixtures --------------------------------------------------------------------------------------------------------
+
+class Values(NamedTuple):
+    """Mean cross-entropy ``losses`` in nats and 0-1 ``errors`` in [0, 1], of one network each."""
+
+    losses: np.ndarray
+    errors: np.ndarray
+
+
+def mixtures(model, states, weights, split, *, batches=None):
+    """Loss and error of networks each of which is a weighted sum of the same few, many at once.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Of the architecture; evaluated where it is, in evaluation mode. Its own weights stay, and do not matter.
+    states : sequence of dict of str to torch.Tensor
+        The ``state_dict`` of k networks.
+    weights : array-like, shape [n, k]
+        Row i gives network i, ``sum_j weights[i, j] * states[j]``. With a single 1 in a row it is that state, bit by
+        bit.
+    split : Split or (torch.Tensor, torch.Tensor)
+        As for :func:`permask_core.training.fit`.
+    batches : iterable of torch.Tensor, optional
+        Inputs on which each network's BatchNorm statistics are computed anew, one network after the other
+        (:func:`~permask_core.matching.reset_batchnorm`). Without them running statistics are mixed as weights are.
+
+    Returns
+    -------
+    Values
+        Arrays [n].
+
+    Raises
+    ------
+    ValueError
+        If a state does not fit the model; if whole numbers differ that are no count of batches, which have no
+        mixture; if weights have another shape or are not finite; if a mixed variance is negative; or if the split is
+        empty.
+    """
+    check_states(states, model)
+    weights = np.asarray(weights, dtype=float)
+    if weights.ndim != 2 or weights.shape[1] != len(states) or not np.isfinite(weights).all():
+        raise ValueError(f"weights has the shape {list(weights.shape)}: expected [n, {len(states)}], all finite")
+    split = as_split(split)
+    if len(split) == 0:
+        raise ValueError("the split is empty: expected at least one input")
+    if batches is not None:
+        batches = list(batches)
+        found = [evaluate(reset_batchnorm(_with(model, mixed(states, row)), batches), split) for row in weights]
+        return Values(np.array([one.loss for one in found]), np.array([1 - one.accuracy for one in found]))
+    return _at_once(model, states, weights, split)
+
+
+def mixed(states, weights):
+    """``sum_j weights[j] * states[j]`` as a ``state_dict``; whole numbers are those of the first state."""
+    stacked = _stacked(states, states[0])
+    return {**states[0], **{name: tensor[0] for name, tensor in _mixed(stacked, np.array([weights])).items()}}
+
+
+def check_states(states, model=None):
+    """Raise ValueError unless the states, and the model's own if it is given, have the same keys and shapes, and whole
+    numbers that are the same in all, but for BatchNorm's counts of batches."""
+    first = states[0]
+    for other in [*states[1:], *([model.state_dict()] if model else [])]:
+        check_pair(first, other)
+    for name, tensor in first.items():
+        if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
+            if any(not torch.equal(tensor.cpu(), other[name].cpu()) for other in states[1:]):
+                raise ValueError(f"{name!r} holds whole numbers ({tensor.dtype}) that differ between the states: there "
+                                 "is nothing between them")
+
+
+def _stacked(states, like):
+    """The states' floating-point tensors by name, [k, *shape], in the type and on the device of those of ``like``."""
+    return {name: torch.stack([state[name].detach().to(tensor) for state in states])
+            for name, tensor in like.items() if tensor.is_floating_point()}
+
+
+def _mixed(stacked, weights):
+    """Of each tensor the mixtures, [n, *shape]."""
+    return {name: (torch.as_tensor(weights).to(tensor) @ tensor.reshape(len(tensor), -1))
+            .view(len(weights), *tensor.shape[1:]) for name, tensor in stacked.items()}
+
+
+def _check_variances(tensors, weights):
+    for name, tensor in tensors.items():
+        if name.endswith("running_var") and (tensor < 0).any():
+            at = weights[int((tensor < 0).any(1).int().argmax())]
+            raise ValueError(f"{name!r} is negative in the mixture {np.round(at, 3).tolist()}: away from the networks "
+                             "mixed variances mean nothing; give batches, to compute them anew")
+
+
+def _at_once(model, states, weights, split):
+    # A parameter of two names is one for the model, which knows it by the first.
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    stacked = {name: tensor for name, tensor in _stacked(states, model.state_dict()).items() if name in own}
+    device = next(model.parameters()).device
+    losses, hits = torch.zeros(2, len(weights), dtype=torch.float64)
+
+    def answers(parameters, x):
+        return functional_call(model, parameters, (x,))
+
+    with evaluating(model):
+        at_once = max(1, MEMORY // _bytes(model, stacked, split, device))
+        for rows in np.array_split(np.arange(len(weights)), math.ceil(len(weights) / at_once)):
+            parameters = _mixed(stacked, weights[rows])
+            _check_variances(parameters, weights[rows])
+            for x, y in split.batches(in_order(split, IMAGES), device):
+                logits = vmap(answers, (0, None))(parameters, x).transpose(1, 2)  # [networks, classes, inputs]
+                y = y.expand(len(rows), -1)
+                losses[rows] += F.cross_entropy(logits, y, reduction="none").sum(1).cpu()
+                hits[rows] += (logits.argmax(1) == y).sum(1).cpu()
+    return Values((losses / len(split)).numpy(), (1 - hits / len(split)).numpy())
+
+
+def _bytes(model, stacked, split, device):
+    """What one mixture takes: its weights, and what all layers answer to the inputs of a batch."""
+    sizes = []
+
+    def read(layer, given, output):
+        sizes.append(output.nbytes if isinstance(output, torch.Tensor) else 0)
+
+    handles = [module.register_forward_hook(read) for module in model.modules() if not any(module.children())]
+    try:
+        x, _ = next(iter(split.batches([torch.arange(1)], device)))
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(tensor[0].nbytes for tensor in stacked.values()) + min(IMAGES, len(split)) * sum(sizes)
+
+
+def _with(model, state):
+    model = copy.deepcopy(model)
+    model.load_state_dict(state)
+    return model
+
+
+# ---- Lines -----------------------------------------------------------------------------------------------------------
+
+class Line(NamedTuple):
+    """``losses`` (nats) and ``errors`` (in [0, 1]) at ``alphas`` from 0, the source, to 1, the target; arrays [n]."""
+
+    alphas: np.ndarray
+    losses: np.ndarray
+    errors: np.ndarray
+
+
+def between(model, source, target, alpha=0.5, *, correction="none", batches=None):
+    """The network on the straight line between two others.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Of the architecture; it stays as it is.
+    source, target : dict of str to torch.Tensor
+    alpha : float
+        In [0, 1]: 0 gives the source, 1 the target.
+    correction : {"none", "reset", "repair"}
+        What is done about the statistics of the units, which shrink between networks that differ: nothing (running
+        statistics are interpolated as weights are), :func:`~permask_core.matching.reset_batchnorm`, or
+        :func:`~permask_core.matching.repair`.
+    batches : iterable of torch.Tensor, optional
+        Inputs for the correction.
+
+    Returns
+    -------
+    torch.nn.Module
+        A new one.
+
+    Raises
+    ------
+    ValueError
+        If a state does not fit, ``alpha`` is out of range, the correction is unknown or lacks batches, or the model has
+        no BatchNorm to reset.
+    """
+    check_states([source, target], model)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha!r}: expected a number in [0, 1]")
+    _check_correction(correction, batches)
+    if correction == "repair":
+        return repair(_with(model, source), _with(model, target), batches, alpha=alpha)
+    network = _with(model, interpolate(source, target, alpha))
+    return reset_batchnorm(network, batches) if correction == "reset" else network
+
+
+def line(model, source, target, split, *, points=25, correction="none", batches=None):
+    """Loss and error on the straight line between two networks.
+
+    Parameters
+    ----------
+    model, source, target, correction, batches
+        As for :func:`between`. What is corrected is corrected at the ends too: a reset gives them statistics of other
+        inputs than training did.
+    split : Split or (torch.Tensor, torch.Tensor)
+        As for :func:`permask_core.training.fit`.
+    points : int
+        Networks that are evaluated, evenly spaced, the two ends among them; at least 3.
+
+    Returns
+    -------
+    Line
+
+    Raises
+    ------
+    ValueError
+        As :func:`between` does, if there are too few points, or if the split is empty.
+    """
+    if not isinstance(points, int) or points < 3:
+        raise ValueError(f"points is {points!r}: expected an integer of at least 3")
+    check_states([source, target], model)
+    _check_correction(correction, batches)
+    alphas = np.linspace(0, 1, points)
+    if correction == "none":
+        return Line(alphas, *mixtures(model, [source, target], np.stack([1 - alphas, alphas], 1), split))
+    batches = list(batches)
+    found = [evaluate(between(model, source, target, float(alpha), correction=correction, batches=batches), split)
+             for alpha in alphas]
+    return Line(alphas, np.array([one.loss for one in found]), np.array([1 - one.accuracy for one in found]))
+
+
+def barrier(alphas, values):
+    """How far values on a line rise above the straight line between the values at its ends, at most.
+
+    Parameters
+    ----------
+    alphas : array-like, shape [n]
+        From 0 to 1, both included.
+    values : array-like, shape [..., n]
+        Losses or errors.
+
+    Returns
+    -------
+    float, or numpy.ndarray of shape [...]
+        ``max over alpha of L(alpha) - ((1 - alpha) L(0) + alpha L(1))`` in the unit of the values. At least 0, since
+        the ends are points of the line.
+
+    Raises
+    ------
+    ValueError
+        If alphas do not rise from 0 to 1, values are as many, or one is not finite.
+
+    Examples
+    --------
+    >>> barrier([0, 0.25, 0.5, 1], [1.0, 3.0, 2.5, 0.0])
+    2.25
+    """
+    alphas, values = np.asarray(alphas, dtype=float), np.asarray(values, dtype=float)
+    if alphas.ndim != 1 or len(alphas) < 2 or alphas[0] != 0 or alphas[-1] != 1 or (np.diff(alphas) <= 0).any():
+        raise ValueError(f"alphas is {alphas.tolist()}: expected numbers that rise from 0 to 1, both included")
+    if values.shape[-1:] != alphas.shape or not np.isfinite(values).all():
+        raise ValueError(f"got values of shape {list(values.shape)} for {len(alphas)} alphas: expected as many, all "
+                         "finite")
+    rise = (values - ((1 - alphas) * values[..., :1] + alphas * values[..., -1:])).max(-1)
+    return float(rise) if rise.ndim == 0 else rise
+
+
+def _check_correction(correction, batches):
+    if correction not in CORRECTIONS:
+        raise ValueError(f"unknown correction {correction!r}: expected one of {', '.join(CORRECTIONS)}")
+    if correction != "none" and batches is None:
+        raise ValueError(f"correction is {correction!r} without batches: expected inputs to correct on")
+
+
+# ---- Planes ----------------------------------------------------------------------------------------------------------
+
+class Plane(NamedTuple):
+    """The plane through three ``states``, and their coordinates in it, ``points`` [3, 2]: the first is the origin, the
+    second lies on the positive first axis, the third above it. Distances are those of the weights."""
+
+    states: tuple
+    points: np.ndarray
+
+    def weights(self, at):
+        """The weights [n, 3] that mix the three states to those at the points ``at`` [n, 2]: barycentric coordinates.
+
+        At the three points they are exactly 0 and 1, so that the plane contains its networks bit by bit.
+        """
+        at = np.asarray(at, dtype=float)
+        if at.ndim != 2 or at.shape[1] != 2 or not np.isfinite(at).all():
+            raise ValueError(f"at has the shape {list(at.shape)}: expected points [n, 2], all finite")
+        third = at[:, 1] / self.points[2, 1]
+        second = (at[:, 0] - third * self.points[2, 0]) / self.points[1, 0]
+        return np.stack([1 - second - third, second, third], 1)
+
+    def state(self, x, y):
+        """The ``state_dict`` of the network at a point."""
+        return mixed(self.states, self.weights([[x, y]])[0])
+
+    def basis(self):
+        """The two orthonormal directions of the axes, each a dict of float64 tensors, by Gram and Schmidt's method."""
+        origin, first, second = ({name: state[name].detach().cpu().double() for name in _weights(state)}
+                                 for state in self.states)
+        (_, _), (width, _), (x, y) = self.points
+        right = {name: (first[name] - origin[name]) / width for name in origin}
+        return right, {name: (second[name] - origin[name] - x * right[name]) / y for name in origin}
+
+    def grid(self, points=41, margin=0.25):
+        """Coordinates ``xs`` and ``ys`` [points] of a grid that holds the three networks, with a margin on each side
+        as a part of its longer side.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer than two points, or the margin is below 0.
+        """
+        if not isinstance(points, int) or points < 2:
+            raise ValueError(f"points is {points!r}: expected an integer of at least 2")
+        if not 0 <= margin < math.inf:
+            raise ValueError(f"margin is {margin!r}: expected a number of at least 0")
+        low, high = self.points.min(0), self.points.max(0)
+        around = margin * (high - low).max()
+        return tuple(np.linspace(a - around, b + around, points) for a, b in zip(low, high))
+
+
+def plane_through(origin, first, second):
+    """The plane through three networks.
+
+    Parameters
+    ----------
+    origin, first, second : dict of str to torch.Tensor
+        Three ``state_dict`` of one architecture. BatchNorm's running statistics are mixed as weights are, but have no
+        part in distances and coordinates.
+
+    Returns
+    -------
+    Plane
+
+    Raises
+    ------
+    ValueError
+        If keys or shapes differ, or the three lie on one line.
+    """
+    states = (origin, first, second)
+    check_states(states)
+    start, right, up = (_vector(state) for state in states)
+    right, up = right - start, up - start
+    width, reach = float(right.norm()), float(up.norm())
+    if width > 0:
+        x = float(right @ up) / width
+        height = float((up - x / width * right).norm())
+    if width == 0 or height <= 1e-6 * max(reach, width):
+        raise ValueError(f"the three networks lie on one line (the second is {width:.3g} from the first, the third "
+                         f"{reach:.3g}): expected three that span a plane")
+    return Plane(states, np.array([[0.0, 0.0], [width, 0.0], [x, height]]))
+
+
+def surface(model, plane, xs, ys, split, *, batches=None):
+    """Loss and error on a grid of a plane.
+
+    Parameters
+    ----------
+    model, split, batches
+        As for :func:`mixtures`. Without batches a BatchNorm's running statistics are those of the three networks,
+        mixed, which far from them mean little and may become impossible; with them each point has its own.
+    plane : Plane
+    xs, ys : array-like, shapes [columns] and [rows]
+
+    Returns
+    -------
+    Values
+        Arrays [rows, columns].
+
+    Raises
+    ------
+    ValueError
+        As :func:`mixtures` does.
+    """
+    columns, rows = np.meshgrid(xs, ys)
+    found = mixtures(model, plane.states, plane.weights(np.stack([columns.ravel(), rows.ravel()], 1)), split,
+                     batches=batches)
+    return Values(*(values.reshape(rows.shape) for values in found))
+
+
+# ---- Distances -------------------------------------------------------------------------------------------------------
+
+def distance(one, other):
+    """Euclidean distance between the weights of two networks.
+
+    Parameters
+    ----------
+    one, other : dict of str to torch.Tensor
+        Two ``state_dict`` of one architecture. BatchNorm's running statistics and whole numbers do not count.
+
+    Raises
+    ------
+    ValueError
+        If keys or shapes differ.
+    """
+    check_pair(one, other)
+    return float((_vector(one) - _vector(other)).norm())
+
+
+def angle(one, other, origin=None):
+    """Angle in degrees between the weights of two networks, seen from zero or from those of a third.
+
+    Parameters
+    ----------
+    one, other, origin : dict of str to torch.Tensor
+        As for :func:`distance`.
+
+    Raises
+    ------
+    ValueError
+        If keys or shapes differ, or a network does not differ from the origin, so that it has no direction.
+    """
+    check_states([one, other, *([origin] if origin else [])])
+    base = _vector(origin) if origin else 0
+    one, other = (_vector(state) - base for state in (one, other))
+    if not (one.any() and other.any()):
+        raise ValueError(f"a network {'does not differ from the origin' if origin else 'is zero'}: it has no direction")
+    one, other = one / one.norm(), other / other.norm()
+    # The arc cosine would lose half the digits of a small angle (Kahan).
+    return math.degrees(2 * math.atan2(float((one - other).norm()), float((one + other).norm())))
+
+
+def _weights(state):
+    return [name for name, tensor in state.items()
+            if tensor.is_floating_point() and name.rsplit(".", 1)[-1] not in STATISTICS]
+
+
+def _vector(state):
+    return torch.cat([state[name].detach().cpu().double().flatten() for name in _weights(state)])
