@@ -24,7 +24,8 @@ from permask_core.models import evaluating
 from permask_core.training import as_split, evaluate
 
 CORRECTIONS = ("none", "reset", "repair")
-MEMORY = 2**25  # bytes of weights and activations at once; more than a processor's caches hold is no faster
+MEMORY = 2**23  # bytes of weights and activations at once: about what a processor's caches hold; more is slower there
+ON_GPU = 2**30  # the same on a GPU
 IMAGES = 500  # that are evaluated at once
 
 
@@ -131,7 +132,8 @@ def _at_once(model, states, weights, split):
         return functional_call(model, parameters, (x,))
 
     with evaluating(model):
-        at_once = max(1, MEMORY // _bytes(model, stacked, split, device))
+        memory = MEMORY if device.type == "cpu" else ON_GPU
+        at_once = max(1, memory // _bytes(model, stacked, split, device))
         for rows in np.array_split(np.arange(len(weights)), math.ceil(len(weights) / at_once)):
             parameters = _mixed(stacked, weights[rows])
             _check_variances(parameters, weights[rows])

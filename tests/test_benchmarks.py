@@ -407,3 +407,27 @@ def test_a_row_that_does_not_fit_on_a_gpu_does_not_end_the_script(without_gpu, t
     assert record["skipped"][0] == {"inputs": 96, "outputs": 64, "sparsity": 0.8, "fan_in": 19, "batch": 1,
                                     "way": "forward", "graph": False, "left_out": "all",
                                     "reason": "CUDA out of memory."}
+
+
+def test_planes(tmp_path):
+    result = tmp_path / "planes.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "planes.py", "--quick", "--threads", "1", "--result", result],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(result.read_text())
+    assert record["command"] == "python benchmarks/planes.py --quick --threads 1"
+    assert len(record["rows"]) == 5
+    for row in record["rows"]:
+        assert row["error"] < 1e-4 and row["points"] == 25
+        medians = {way: statistics.median(times) for way, times in row["seconds"].items()}
+        assert all(len(times) == 2 for times in row["seconds"].values())
+        assert row["ratio"] == pytest.approx(medians["loop"] / medians["at once"])
+
+
+def test_a_plane_that_is_wrong_is_not_timed(monkeypatch, digits):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    planes = importlib.import_module("planes")
+    true = planes.one_by_one
+    monkeypatch.setattr(planes, "one_by_one", lambda *given: true(*given) + 0.001)
+    with pytest.raises(SystemExit, match="losses at once are off by"):
+        planes.compare("mlp", 0.25, 2, 1, digits)

@@ -1,0 +1,88 @@
+"""How fast a plane of losses is evaluated, many networks at once, beside a loop over the points of its grid.
+
+Planes through three fresh perceptrons and ResNets for the digits, on the 360 test images. The loop mixes the weights of
+a point, loads them and calls `evaluate`. Both ways run in one process, in turns; before they are timed, their losses
+must agree. Medians and raw times go to benchmarks/results/planes.json. Run it with `python benchmarks/planes.py`; some
+minutes, with --quick some seconds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from _machine import at_least, timed
+
+from permask_core import connectivity
+from permask_core.data import load_dataset
+from permask_core.files import written_whole
+from permask_core.models import build_model
+from permask_core.store import commit, device_name, versions
+from permask_core.training import evaluate
+
+RESULT = Path(__file__).parent / "results" / "planes.json"
+NETWORKS = (("mlp", 0.25), ("mlp", 0.5), ("mlp", 1), ("mlp", 4), ("resnet8", 0.25))
+WANTED = 5  # times as fast
+
+
+def one_by_one(model, plane, xs, ys, split):
+    """The losses of :func:`permask_core.connectivity.surface`, by a loop."""
+    losses = np.empty((len(ys), len(xs)))
+    for (row, column), _ in np.ndenumerate(losses):
+        model.load_state_dict(plane.state(xs[column], ys[row]))
+        losses[row, column] = evaluate(model, split).loss
+    return losses
+
+
+def compare(name, width, points, rounds, data):
+    """A row of the result: both ways on one plane, timed in turns."""
+    model, *three = (build_model(name, data.input_shape, data.classes, width=width, seed=seed) for seed in range(4))
+    plane = connectivity.plane_through(*(one.state_dict() for one in three))
+    xs, ys = (np.linspace(0, length, points) for length in plane.points.max(0))
+    ways = {"at once": lambda: connectivity.surface(model, plane, xs, ys, data.test).losses,
+            "loop": lambda: one_by_one(model, plane, xs, ys, data.test)}
+    at_once, loop = (way() for way in ways.values())
+    error = float(np.abs(at_once / loop - 1).max())
+    if not error < 1e-4:
+        raise SystemExit(f"{name} x {width}: losses at once are off by {error:.2g} of those one by one")
+    seconds = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, call in ways.items():
+            seconds[way].append(timed(call, "cpu")[0])
+    medians = {way: median(times) for way, times in seconds.items()}
+    return {"network": name, "width": width, "parameters": sum(p.numel() for p in model.parameters()),
+            "points": len(xs) * len(ys), "images": len(data.test), "error": error, "seconds": seconds,
+            "median_seconds": medians, "ratio": medians["loop"] / medians["at once"]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--threads", type=at_least(1), nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--points", type=at_least(2), default=41, help="along each side of the grid")
+    parser.add_argument("--quick", action="store_true", help="a grid of 5 x 5, two rounds")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    points, rounds = (5, 2) if given.quick else (given.points, given.rounds)
+    data, rows = load_dataset("digits"), []
+    for threads in given.threads:
+        torch.set_num_threads(threads)
+        for name, width in NETWORKS:
+            row = {"threads": threads, **compare(name, width, points, rounds, data)}
+            rows.append(row)
+            fast, slow = (row["median_seconds"][way] for way in ("at once", "loop"))
+            print(f"{threads} threads, {name} x {width:<5g} {row['points']:5d} networks: {fast:6.2f} s at once, "
+                  f"{slow:6.2f} s one by one, ratio {row['ratio']:.2f} (wanted: {WANTED})", flush=True)
+    record = {"command": "python benchmarks/planes.py " + (
+        "--quick " if given.quick else f"--rounds {rounds} --points {points} ")
+        + f"--threads {' '.join(map(str, given.threads))}", "commit": commit(), "versions": versions(),
+              "device": device_name("cpu"), "wanted": WANTED, "rows": rows}
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(given.result) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

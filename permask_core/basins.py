@@ -1,0 +1,148 @@
+"""Where the solutions of the permuted-mask experiment lie: lines between them, in stages that are stored.
+
+Two questions per seed. How high is the barrier between the dense networks A and B, with A as it is and moved onto B?
+And which sparse solutions share a basin with the pruned solution, which is A trained, pruned, and trained on under its
+mask? That of the ticket does, which is how it can be as good (Evci, Ioannou, Keskin and Dauphin, "Gradient Flow in
+Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022); a permuted one is compared with the pruned solution
+moved the same way, so that all networks on a line have one mask.
+"""
+
+from dataclasses import fields
+
+import torch
+
+from permask_core.connectivity import CORRECTIONS, angle, barrier, distance, line
+from permask_core.lottery import MATCHINGS, dense, groups, matching, network, sparse
+from permask_core.matching import permute
+from permask_core.pruning import check_sparsity
+from permask_core.stages import check_integer, check_one_of, check_work, computed, data
+from permask_core.training import default_device
+
+DENSE, SPARSE = ("permuted", "naive"), ("lth", "permuted", "naive")  # the methods whose lines are drawn
+IMAGES = 2000  # of the training set, on which BatchNorm's statistics are computed anew
+
+
+def ends(experiment, store, seed, target, method, by="weights"):
+    """The two networks of a line.
+
+    Parameters
+    ----------
+    experiment : permask_core.lottery.Experiment
+    store : permask_core.store.Store
+    seed : int
+    target : float
+        A sparsity; 0 for the dense networks.
+    method : {"lth", "permuted", "naive"}
+        Of dense networks ``permuted`` or ``naive``: the source is A, moved or as it is, and the target B. Of sparse
+        ones the source is the pruned solution, moved for ``permuted``, and the target the method's.
+    by : {"weights", "activations"}
+        How A is matched to B.
+
+    Returns
+    -------
+    (dict of str to torch.Tensor, dict of str to torch.Tensor)
+    """
+    check_one_of("method", method, SPARSE if target else DENSE)
+    if target:
+        source = sparse(experiment, store, seed, target, "pruned")[0]
+        goal = sparse(experiment, store, seed, target, method, by if method == "permuted" else None)[0]
+    else:
+        source, goal = (dense(experiment, store, seed, which)[0][experiment.epochs] for which in "ab")
+    if method == "permuted":
+        source = permute(groups(experiment), matching(experiment, store, seed, by)[0], source)
+    return source, goal
+
+
+def losses_between(experiment, store, seed, target, method, by="weights", *, points=25, correction="none"):
+    """Losses and errors on the line between two networks, over the test and the training set.
+
+    Parameters
+    ----------
+    experiment, store, seed, target, method, by
+        As for :func:`ends`.
+    points, correction
+        As for :func:`permask_core.connectivity.line`, the correction on the first 2,000 training images.
+
+    Returns
+    -------
+    (dict of str to torch.Tensor, dict)
+        ``alphas``, ``test_losses``, ``test_errors``, ``train_losses`` and ``train_errors``, float64 [points]; and the
+        record with ``distance`` and ``angle`` (degrees) between the ends.
+    """
+    source, goal = ends(experiment, store, seed, target, method, by)
+
+    def compute():
+        device, (train, test) = default_device(), (data(experiment).train, data(experiment).test)
+        model, batches = network(experiment).to(device), None
+        if correction != "none":
+            chosen = torch.arange(min(IMAGES, len(train)))
+            batches = [x for x, _ in train.batches(chosen.split(experiment.batch_size), device)]
+        found = {}
+        for name, split in (("test", test), ("train", train)):
+            between = line(model, source, goal, split, points=points, correction=correction, batches=batches)
+            found |= {"alphas": between.alphas, f"{name}_losses": between.losses, f"{name}_errors": between.errors}
+        return {name: torch.from_numpy(values) for name, values in found.items()}, {
+            "distance": distance(source, goal), "angle": angle(source, goal)}
+
+    settings = experiment.only(*(one.name for one in fields(experiment) if one.name != "root"))
+    return store.stage("line", compute, seed=seed, target=target, method=method, by=by, points=points,
+                       correction=correction, **settings)
+
+
+def run(experiments, store, *, seeds, sparsities, by="weights", points=25, correction="none", workers=1):
+    """Draw the lines of experiments over seeds and sparsities, and tell their barriers as rows.
+
+    Parameters
+    ----------
+    experiments : Experiment or list of Experiment
+    store : permask_core.store.Store
+    seeds : sequence of int
+    sparsities : sequence of float
+        0 for the line between the dense networks; the others in (0, 1).
+    by, points, correction
+        As for :func:`losses_between`.
+    workers : int
+        As for :func:`permask_core.lottery.run`.
+
+    Returns
+    -------
+    list of dict
+        One row per line: ``method``, ``matching`` ("" where nothing is moved), ``sparsity``, ``seed``, the experiment's
+        ``width`` and ``matched_at``; the barriers of the test loss and error, ``barrier`` (nats) and ``error_barrier``,
+        and of the training set, ``train_barrier`` and ``train_error_barrier``; ``distance`` and ``angle`` between the
+        ends; and the test ``losses`` and ``errors`` along the line, as lists.
+
+    Raises
+    ------
+    ValueError
+        If anything is unknown or out of range, before any training.
+    RuntimeError
+        If a worker process died.
+    """
+    experiments = list(experiments) if isinstance(experiments, (list, tuple)) else [experiments]
+    seeds, sparsities = list(seeds), list(sparsities)
+    check_work(seeds, workers)
+    check_one_of("matching", by, MATCHINGS)
+    check_one_of("correction", correction, CORRECTIONS)
+    check_integer("points", points, 3)
+    for value in sparsities:
+        if value != 0:
+            check_sparsity(value)
+    runs = [(target, method) for target in sparsities for method in (SPARSE if target else DENSE)]
+    jobs = [(experiment, seed, runs, by, points, correction) for experiment in experiments for seed in seeds]
+    return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
+
+
+def _rows(store, experiment, seed, runs, by, points, correction):
+    for target, method in runs:
+        tensors, record = losses_between(experiment, store, seed, target, method, by, points=points,
+                                         correction=correction)
+        values = {name: tensor.numpy() for name, tensor in tensors.items()}
+        alphas = values["alphas"]
+        yield {"method": method, "matching": by if method == "permuted" else "", "seed": seed, "sparsity": target,
+               **experiment.only("width", "matched_at"), "barrier": barrier(alphas, values["test_losses"]),
+               "error_barrier": barrier(alphas, values["test_errors"]),
+               "train_barrier": barrier(alphas, values["train_losses"]),
+               "train_error_barrier": barrier(alphas, values["train_errors"]), "distance": record["distance"],
+               "angle": record["angle"], "losses": values["test_losses"].tolist(),
+               "errors": values["test_errors"].tolist()}

@@ -1,0 +1,97 @@
+"""The stages of lines: their ends are the stored networks, their barriers those of plain evaluations."""
+
+import pytest
+import torch
+
+from permask_core import basins, lottery
+from permask_core.connectivity import angle, barrier, distance, line
+from permask_core.masks import sparsity
+from permask_core.matching import permute
+from permask_core.pruning import prunable_weights
+from permask_core.stages import data
+from permask_core.store import Store
+from permask_core.training import evaluate
+
+TINY = lottery.Experiment(width=0.25, epochs=3, checkpoints=(0, 1, 3), rewind=1, matched_at=3, imp_rewind=1,
+                          imp_epochs=1, imp_rate=0.5)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return Store(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def rows(store):
+    return basins.run(TINY, store, seeds=[0, 1], sparsities=[0, 0.75], points=5)
+
+
+def test_a_row_for_each_line(rows):
+    assert [(row["seed"], row["sparsity"], row["method"], row["matching"]) for row in rows] == [
+        (seed, *one) for seed in (0, 1) for one in (
+            (0, "permuted", "weights"), (0, "naive", ""), (0.75, "lth", ""), (0.75, "permuted", "weights"),
+            (0.75, "naive", ""))]
+    assert all(row["width"] == 0.25 and row["matched_at"] == 3 for row in rows)
+
+
+def test_a_row_is_what_a_line_says(rows, store):
+    for row in rows[:5]:
+        source, goal = basins.ends(TINY, store, 0, row["sparsity"], row["method"])
+        test = line(lottery.network(TINY), source, goal, data(TINY).test, points=5)
+        train = line(lottery.network(TINY), source, goal, data(TINY).train, points=5)
+        assert row["losses"] == pytest.approx(test.losses.tolist())
+        assert row["errors"] == pytest.approx(test.errors.tolist())
+        assert row["barrier"] == pytest.approx(barrier(test.alphas, test.losses))
+        assert row["error_barrier"] == pytest.approx(barrier(test.alphas, test.errors))
+        assert row["train_barrier"] == pytest.approx(barrier(train.alphas, train.losses))
+        assert row["train_error_barrier"] == pytest.approx(barrier(train.alphas, train.errors))
+        assert (row["distance"], row["angle"]) == pytest.approx((distance(source, goal), angle(source, goal)))
+
+
+def test_the_ends_of_dense_lines_are_a_and_b(store):
+    a, b = (lottery.dense(TINY, store, 0, which) for which in "ab")
+    for method in basins.DENSE:
+        source, goal = basins.ends(TINY, store, 0, 0, method)
+        assert all(torch.equal(goal[name], tensor) for name, tensor in b[0][3].items())
+        assert evaluate(lottery.network(TINY, source), data(TINY).test).loss == pytest.approx(a[1]["loss"], rel=1e-5)
+    assert distance(basins.ends(TINY, store, 0, 0, "permuted")[0], b[0][3]) < distance(a[0][3], b[0][3])
+
+
+@pytest.mark.parametrize("method", basins.SPARSE)
+def test_both_ends_of_a_sparse_line_have_one_mask(method, store):
+    source, goal = basins.ends(TINY, store, 0, 0.75, method)
+    weights = prunable_weights(lottery.network(TINY))
+    masks = [{name: state[name] != 0 for name in weights} for state in (source, goal)]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in weights)
+    assert sparsity(masks[0]) == pytest.approx(0.75, abs=1e-3)
+    pruned = lottery.sparse(TINY, store, 0, 0.75, "pruned")[0]
+    if method == "permuted":
+        pruned = permute(lottery.groups(TINY), lottery.matching(TINY, store, 0, "weights")[0], pruned)
+    assert all(torch.equal(source[name], tensor) for name, tensor in pruned.items())
+
+
+def test_lines_are_found_again(rows, store):
+    again = Store(store.folder)
+    assert basins.run(TINY, again, seeds=[0, 1], sparsities=[0, 0.75], points=5) == rows
+    assert again.computed == 0
+
+
+def test_a_reset_asks_for_batchnorm(store):
+    with pytest.raises(ValueError, match="has no BatchNorm"):
+        basins.losses_between(TINY, store, 0, 0, "naive", points=3, correction="reset")
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"sparsities": [1.0]}, "sparsity is 1.0"), ({"by": "eye"}, "unknown matching 'eye'"),
+    ({"points": 2}, "points is 2"), ({"seeds": [-1]}, "seed is -1"), ({"workers": 0}, "workers is 0"),
+    ({"correction": "rest"}, "unknown correction 'rest'")])
+def test_what_is_out_of_range_is_refused_before_any_training(changes, said, tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        basins.run(TINY, store, **{"seeds": [0], "sparsities": [0], **changes})
+    assert store.computed == 0
+
+
+def test_a_method_that_has_no_line_is_named(store):
+    with pytest.raises(ValueError, match="unknown method 'lth': expected one of permuted, naive"):
+        basins.ends(TINY, store, 0, 0, "lth")
