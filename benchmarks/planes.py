@@ -1,6 +1,6 @@
 """How fast a plane of losses is evaluated, many networks at once, beside a loop over the points of its grid.
 
-Planes through three fresh perceptrons and ResNets for the digits, on the 360 test images. The loop mixes the weights of
+Planes through three fresh networks for the digits, on the 360 test images; ResNets are not evaluated at once on a CPU. The loop mixes the weights of
 a point, loads them and calls `evaluate`. Both ways run in one process, in turns; before they are timed, their losses
 must agree. Medians and raw times go to benchmarks/results/planes.json. Run it with `python benchmarks/planes.py`; some
 minutes, with --quick some seconds.

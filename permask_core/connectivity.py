@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from permask_core.data.splits import in_order
 from permask_core.matching import interpolate, repair, reset_batchnorm
@@ -26,6 +27,7 @@ from permask_core.training import as_split, evaluate
 CORRECTIONS = ("none", "reset", "repair")
 MEMORY = 2**23  # bytes of weights and activations at once: about what a processor's caches hold; more is slower there
 ON_GPU = 2**30  # the same on a GPU
+SINGLE = (_ConvNd,)  # layers that a processor computes faster one network after the other
 IMAGES = 500  # that are evaluated at once
 
 
@@ -39,7 +41,10 @@ class Values(NamedTuple):
 
 
 def mixtures(model, states, weights, split, *, batches=None):
-    """Loss and error of networks each of which is a weighted sum of the same few, many at once.
+    """Loss and error of networks each of which is a weighted sum of the same few.
+
+    As many are evaluated at once as fit into a bounded memory; networks with convolutions one by one on a CPU, where
+    that is faster.
 
     Parameters
     ----------
@@ -131,22 +136,27 @@ def _at_once(model, states, weights, split):
     def answers(parameters, x):
         return functional_call(model, parameters, (x,))
 
+    def single(parameters, x):
+        return answers({name: tensor[0] for name, tensor in parameters.items()}, x)[None]
+
     with evaluating(model):
-        memory = MEMORY if device.type == "cpu" else ON_GPU
-        at_once = max(1, memory // _bytes(model, stacked, split, device))
+        at_once = _how_many(model, stacked, split, device)
+        several = vmap(answers, (0, None)) if at_once > 1 else single
         for rows in np.array_split(np.arange(len(weights)), math.ceil(len(weights) / at_once)):
             parameters = _mixed(stacked, weights[rows])
             _check_variances(parameters, weights[rows])
             for x, y in split.batches(in_order(split, IMAGES), device):
-                logits = vmap(answers, (0, None))(parameters, x).transpose(1, 2)  # [networks, classes, inputs]
+                logits = several(parameters, x).transpose(1, 2)  # [networks, classes, inputs]
                 y = y.expand(len(rows), -1)
                 losses[rows] += F.cross_entropy(logits, y, reduction="none").sum(1).cpu()
                 hits[rows] += (logits.argmax(1) == y).sum(1).cpu()
     return Values((losses / len(split)).numpy(), (1 - hits / len(split)).numpy())
 
 
-def _bytes(model, stacked, split, device):
-    """What one mixture takes: its weights, and what all layers answer to the inputs of a batch."""
+def _how_many(model, stacked, split, device):
+    """Mixtures that fit into memory, each with its weights and what all layers answer to the inputs of a batch."""
+    if device.type == "cpu" and any(isinstance(module, SINGLE) for module in model.modules()):
+        return 1
     sizes = []
 
     def read(layer, given, output):
@@ -159,7 +169,8 @@ def _bytes(model, stacked, split, device):
     finally:
         for handle in handles:
             handle.remove()
-    return sum(tensor[0].nbytes for tensor in stacked.values()) + min(IMAGES, len(split)) * sum(sizes)
+    one = sum(tensor[0].nbytes for tensor in stacked.values()) + min(IMAGES, len(split)) * sum(sizes)
+    return max(1, (MEMORY if device.type == "cpu" else ON_GPU) // one)
 
 
 def _with(model, state):

@@ -1,5 +1,8 @@
 """The stages of lines: their ends are the stored networks, their barriers those of plain evaluations."""
 
+from pathlib import Path
+
+import nbformat
 import pytest
 import torch
 
@@ -95,3 +98,36 @@ def test_what_is_out_of_range_is_refused_before_any_training(changes, said, tmp_
 def test_a_method_that_has_no_line_is_named(store):
     with pytest.raises(ValueError, match="unknown method 'lth': expected one of permuted, naive"):
         basins.ends(TINY, store, 0, 0, "lth")
+
+
+# ---- The chapter -----------------------------------------------------------------------------------------------------
+
+def checked(**changes):
+    """Run the chapter's parameters, with changes, and its check."""
+    notebook = nbformat.read(Path(__file__).parents[1] / "notebooks" / "basins_and_connectivity.ipynb", as_version=4)
+    code = {cell.id: cell.source for cell in notebook.cells}
+    names = {}
+    exec(code["parameters"], names)
+    unknown = changes.keys() - names.keys()
+    assert not unknown
+    names |= changes
+    exec(code["check"], names)
+    return names["base"]
+
+
+def test_the_chapter_runs_what_it_says():
+    base = checked(epochs=8, rewind=3, sparse_lr=0.02)
+    assert (base.epochs, base.rewind, base.imp_epochs, base.matched_at, base.sparse_lr) == (8, 3, 5, 8, 0.02)
+    assert base.checkpoints == (0, 1, 2, 3, 5, 8)
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("seeds", 0, "seeds is 0"), ("first_seed", -1, "first_seed is -1"),
+    ("points", 2, "points is 2"), ("points", 8, "points is 8: expected an odd"),
+    ("grid", 1, "grid is 1"), ("workers", 0, "workers is 0"), ("widths", 1.0, "widths is 1.0: expected a list"),
+    ("widths", [0], "width is 0"), ("sparsities", [0.5, 1.0], "sparsity is 1.0"), ("sparsities", [], "sparsities is"),
+    ("epochs", 0, "epochs is 0"), ("epochs", "20", "epochs is '20'"), ("rewind", 20, "rewind is 20"),
+    ("rewind", 25, "checkpoints holds 25"), ("lr", 0, "lr is 0"), ("sparse_lr", "x", "lr is 'x'")])
+def test_the_chapter_refuses_what_is_out_of_range(name, value, said):
+    with pytest.raises(ValueError, match=said):
+        checked(**{name: value})

@@ -87,7 +87,9 @@ def test_no_barrier(alphas, values, said):
 # ---- Mixtures and lines ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["mlp", "resnet8", "lenet5"])
-def test_many_at_once_are_as_one_by_one(name, monkeypatch):
+@pytest.mark.parametrize("single", [(), connectivity.SINGLE])
+def test_many_at_once_are_as_one_by_one(name, single, monkeypatch):
+    monkeypatch.setattr(connectivity, "SINGLE", single)
     models = networks(name, width=0.25)
     states = states_of(models)
     weights = np.random.default_rng(0).dirichlet(np.ones(3), 7)
