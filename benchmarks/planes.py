@@ -1,9 +1,9 @@
 """How fast a plane of losses is evaluated, many networks at once, beside a loop over the points of its grid.
 
-Planes through three fresh networks for the digits, on the 360 test images; ResNets are not evaluated at once on a CPU. The loop mixes the weights of
-a point, loads them and calls `evaluate`. Both ways run in one process, in turns; before they are timed, their losses
-must agree. Medians and raw times go to benchmarks/results/planes.json. Run it with `python benchmarks/planes.py`; some
-minutes, with --quick some seconds.
+Planes through three fresh perceptrons for the digits, on the 360 test images. (Networks with convolutions are evaluated
+one by one on a CPU.) The loop mixes the weights of a point, loads them and calls `evaluate`. Both ways run in one
+process, in turns; before they are timed, their losses must agree. Medians and raw times go to
+benchmarks/results/planes.json. Run it with `python benchmarks/planes.py`; some minutes, with --quick some seconds.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from permask_core.store import commit, device_name, versions
 from permask_core.training import evaluate
 
 RESULT = Path(__file__).parent / "results" / "planes.json"
-NETWORKS = (("mlp", 0.25), ("mlp", 0.5), ("mlp", 1), ("mlp", 4), ("resnet8", 0.25))
+WIDTHS = (0.25, 0.5, 1, 2)
 WANTED = 5  # times as fast
 
 
@@ -36,9 +36,9 @@ def one_by_one(model, plane, xs, ys, split):
     return losses
 
 
-def compare(name, width, points, rounds, data):
+def compare(width, points, rounds, data):
     """A row of the result: both ways on one plane, timed in turns."""
-    model, *three = (build_model(name, data.input_shape, data.classes, width=width, seed=seed) for seed in range(4))
+    model, *three = (build_model("mlp", data.input_shape, data.classes, width=width, seed=seed) for seed in range(4))
     plane = connectivity.plane_through(*(one.state_dict() for one in three))
     xs, ys = (np.linspace(0, length, points) for length in plane.points.max(0))
     ways = {"at once": lambda: connectivity.surface(model, plane, xs, ys, data.test).losses,
@@ -46,13 +46,13 @@ def compare(name, width, points, rounds, data):
     at_once, loop = (way() for way in ways.values())
     error = float(np.abs(at_once / loop - 1).max())
     if not error < 1e-4:
-        raise SystemExit(f"{name} x {width}: losses at once are off by {error:.2g} of those one by one")
+        raise SystemExit(f"mlp x {width}: losses at once are off by {error:.2g} of those one by one")
     seconds = {way: [] for way in ways}
     for _ in range(rounds):
         for way, call in ways.items():
             seconds[way].append(timed(call, "cpu")[0])
     medians = {way: median(times) for way, times in seconds.items()}
-    return {"network": name, "width": width, "parameters": sum(p.numel() for p in model.parameters()),
+    return {"network": "mlp", "width": width, "parameters": sum(p.numel() for p in model.parameters()),
             "points": len(xs) * len(ys), "images": len(data.test), "error": error, "seconds": seconds,
             "median_seconds": medians, "ratio": medians["loop"] / medians["at once"]}
 
@@ -69,11 +69,11 @@ def main():
     data, rows = load_dataset("digits"), []
     for threads in given.threads:
         torch.set_num_threads(threads)
-        for name, width in NETWORKS:
-            row = {"threads": threads, **compare(name, width, points, rounds, data)}
+        for width in WIDTHS:
+            row = {"threads": threads, **compare(width, points, rounds, data)}
             rows.append(row)
             fast, slow = (row["median_seconds"][way] for way in ("at once", "loop"))
-            print(f"{threads} threads, {name} x {width:<5g} {row['points']:5d} networks: {fast:6.2f} s at once, "
+            print(f"{threads} threads, mlp x {width:<5g} {row['points']:5d} networks: {fast:6.2f} s at once, "
                   f"{slow:6.2f} s one by one, ratio {row['ratio']:.2f} (wanted: {WANTED})", flush=True)
     record = {"command": "python benchmarks/planes.py " + (
         "--quick " if given.quick else f"--rounds {rounds} --points {points} ")
