@@ -407,3 +407,17 @@ def test_a_row_that_does_not_fit_on_a_gpu_does_not_end_the_script(without_gpu, t
     assert record["skipped"][0] == {"inputs": 96, "outputs": 64, "sparsity": 0.8, "fan_in": 19, "batch": 1,
                                     "way": "forward", "graph": False, "left_out": "all",
                                     "reason": "CUDA out of memory."}
+
+
+def test_what_a_job_of_a_batch_costs(tmp_path):
+    result = tmp_path / "batch.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "batch.py", "--rounds", "1", "--jobs", "2", "--result", result],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(result.read_text())
+    assert {name: len(times) for name, times in record["seconds"].items()} == {
+        "notebook": 1, "job": 1, "grid": 1, "nothing to do": 1}
+    seconds = {name: times[0] for name, times in record["seconds"].items()}
+    assert record["over"] == pytest.approx({
+        "a job over its notebook": seconds["job"] - seconds["notebook"], "a grid, once": seconds["nothing to do"],
+        "a job of a grid over its notebook": (seconds["grid"] - seconds["nothing to do"]) / 2 - seconds["notebook"]})

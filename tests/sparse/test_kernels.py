@@ -489,3 +489,26 @@ def test_code_that_two_processes_compiled_and_kept_is_told_apart_by_a_third(tmp_
     errors, kept = said("one")
     assert len(errors) == 2 and max(map(float, errors)) < 1e-4
     assert said("one") == (errors, kept)  # and nothing is kept twice
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_processes_that_keep_code_at_once_never_load_each_others(tmp_path, monkeypatch, order):
+    """Both have read the list before either has written, and one is killed before it is listed."""
+    kept = pytest.importorskip("permask_core.sparse.kernels.simd").Kept
+    files = [kept(str(tmp_path), "loop", "stamp") for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "_load_index", lambda self: {})
+        for i in order:
+            files[i].save(("key", i), f"code {i}")
+    found = [files[0].load(("key", i)) for i in range(2)]
+    assert found[order[1]] == f"code {order[1]}" and found[order[0]] in (None, f"code {order[0]}")
+    files[0].save(("key", order[0]), f"code {order[0]}")
+    assert [files[1].load(("key", i)) for i in range(2)] == ["code 0", "code 1"]
+
+    newer = kept(str(tmp_path), "loop", "another stamp")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kept, "_save_data", lambda self, name, data: (_ for _ in ()).throw(KeyboardInterrupt))
+        newer.save(("key", 0), "newer code")
+    assert newer.load(("key", 0)) is None  # not the code of the older source
+    newer.save(("key", 0), "newer code")
+    assert newer.load(("key", 0)) == "newer code"

@@ -6,6 +6,7 @@ no gather. Numba compiles for the processor at hand and needs no compiler on the
 the sums in memory; so the innermost loops are written in LLVM's vectors, of any width, which it keeps in registers.
 """
 
+import hashlib
 import itertools
 import os
 import secrets
@@ -16,6 +17,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.core.bytecode import FunctionIdentity
+from numba.core.caching import IndexDataCacheFile
 from numba.core.errors import NumbaTypeError, RequireLiteralValue
 from numba.extending import intrinsic
 
@@ -229,12 +231,28 @@ _number_apart()
 os.register_at_fork(after_in_child=_number_apart)
 
 
+class Kept(IndexDataCacheFile):
+    """Where numba keeps compiled code, with a file's name made of what is in it.
+
+    Numba's own are numbered. Two processes that keep code at once may take one number for different code, and one that
+    is killed may leave a number in the list whose file is that of other code. Both would be called without a word.
+    """
+
+    def save(self, key, data):
+        name = hashlib.sha256(repr((self._source_stamp, self._version, key)).encode()).hexdigest()[:24]
+        name = f"{self._index_name.removesuffix('.nbi')}.{name}.nbc"
+        self._save_data(name, data)  # before it is listed
+        self._save_index(self._load_index() | {key: name})
+
+
 def _compiled(function, parallel=True):
     options = {"parallel": parallel, "nogil": True, "fastmath": True}
     try:
-        return njit(cache=True, **options)(function)
+        compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # no folder in which compiled code could be kept
         return njit(**options)(function)
+    compiled._cache._cache_file.__class__ = Kept
+    return compiled
 
 
 def _joined(function, width, **parts):
