@@ -39,6 +39,9 @@ $(READY): requirements.txt constraints.txt pyproject.toml book/tools/install.py
 build/source/notebooks/%.ipynb: notebooks/%.ipynb $(LIBRARY) $(READY) book/tools/execute.py
 	@PERMASK_DISPLAY=static PERMASK_FIGURES=$(RESULTS) $(BIN)/python book/tools/execute.py $< $@
 
+# The page of results runs again when there are new ones.
+build/source/notebooks/results.ipynb: $(wildcard build/batch/*/table.csv)
+
 # The schematic figures of the prose pages.
 $(FIGURES): book/figures.py $(LIBRARY) $(READY)
 	@mkdir -p $(@D)
