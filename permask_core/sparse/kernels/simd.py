@@ -21,7 +21,9 @@ from numba.core.caching import IndexDataCacheFile
 from numba.core.errors import NumbaTypeError, RequireLiteralValue
 from numba.extending import intrinsic
 
-FAST = ("fast",)  # products may be fused with sums
+# Products may be fused with sums, but no sum put in another order: how the optimizer does that depends on what a loop
+# is compiled with, and would not be the same where it is compiled and where it is found on disk.
+FAST = ("contract",)
 INT32, INT64 = ir.IntType(32), ir.IntType(64)
 LINES = 4  # vectors of 64 bytes that a sum is spread over, to hide the latency of one addition
 
@@ -82,7 +84,7 @@ class _Vectors:
         name = f"llvm.vector.reduce.fadd.v{self.width}f{8 * self.itemsize}"
         reduce = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(self.item, [self.item, self.type]),
                                                 name)
-        return self.builder.call(reduce, [ir.Constant(self.item, 0.0), vector], fastmath=FAST)
+        return self.builder.call(reduce, [ir.Constant(self.item, 0.0), vector], fastmath=("reassoc",))
 
     def loop(self, begin, end, body, first, step=1, turns=None):
         """Sum vectors over begin..end; ``body(i, sum)`` adds ``step`` of them to a sum, of which several take turns.
@@ -246,7 +248,7 @@ class Kept(IndexDataCacheFile):
 
 
 def _compiled(function, parallel=True):
-    options = {"parallel": parallel, "nogil": True, "fastmath": True}
+    options = {"parallel": parallel, "nogil": True}
     try:
         compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # no folder in which compiled code could be kept
