@@ -9,7 +9,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 EXECUTED := $(NOTEBOOKS:%=build/source/%)
 FIGURES := build/source/book/figures/.drawn
 LIBRARY := $(shell find permask_core -type f ! -path '*/__pycache__/*' 2>/dev/null)
-PROSE := $(shell find book -type f ! -path '*/__pycache__/*' ! -path 'book/readme/*') _config.yml _toc.yml
+PROSE := $(shell find book batch -type f ! -path '*/__pycache__/*' ! -path 'book/readme/*') _config.yml _toc.yml
 
 # Finished stages of the experiments lie below, in the folder that a notebook's `runs` names.
 export PERMASK_RUNS ?= $(CURDIR)/build
@@ -39,6 +39,9 @@ $(READY): requirements.txt constraints.txt pyproject.toml book/tools/install.py
 build/source/notebooks/%.ipynb: notebooks/%.ipynb $(LIBRARY) $(READY) book/tools/execute.py
 	@PERMASK_DISPLAY=static PERMASK_FIGURES=$(RESULTS) $(BIN)/python book/tools/execute.py $< $@
 
+# The page of results runs again when there are new ones.
+build/source/notebooks/results.ipynb: $(wildcard build/batch/*/table.csv)
+
 # The schematic figures of the prose pages.
 $(FIGURES): book/figures.py $(LIBRARY) $(READY)
 	@mkdir -p $(@D)
@@ -50,7 +53,7 @@ $(BOOK)/index.html: $(EXECUTED) $(FIGURES) $(PROSE) $(LIBRARY) $(READY)
 	@rm -rf build/_build $(filter-out $(EXECUTED),$(wildcard build/source/notebooks/*.ipynb))
 	@mkdir -p $(RESULTS)
 	@find build/source/book -mindepth 1 -maxdepth 1 ! -name results ! -name figures -exec rm -rf {} +
-	@cp -R book _config.yml _toc.yml build/source/
+	@cp -R book batch _config.yml _toc.yml build/source/
 	$(BIN)/jupyter-book build --quiet -W --keep-going -n build/source --path-output build
 
 book: $(BOOK)/index.html

@@ -20,7 +20,6 @@ import torch
 
 from permask_core.data.extreme import planted, read_sparse_text
 from permask_core.data.root import check_there, data_root
-from permask_core.progress import progress
 from permask_core.resume import described
 from permask_core.sparse.extreme import (
     ExtremeClassifier,
@@ -31,7 +30,7 @@ from permask_core.sparse.extreme import (
     training_bytes,
     within,
 )
-from permask_core.stages import in_parallel, trained
+from permask_core.stages import changed, check_lists, check_one_of, check_work, computed, trained
 from permask_core.training import default_device
 
 METHODS = ("static", "set", "set+auxiliary", "set+intermediate", "bottleneck", "dense")
@@ -154,19 +153,12 @@ def preset(name, *, recipe=None, **changes):
     ValueError
         If there is no such preset or field, or a value is out of range.
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+    check_one_of("preset", name, PRESETS)
     chosen = PRESETS[name]
-    recipe, changes = ({key: value for key, value in given.items() if value is not None}
-                       for given in (recipe or {}, changes))
-    for given, known in ((recipe, ExtremeRecipe), (changes, Experiment)):
-        for key in given:
-            if key not in known.__dataclass_fields__:
-                raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(known.__dataclass_fields__)}")
-    labels = changes.get("labels", chosen.labels)
+    labels = changes.get("labels")
     if chosen.planted and type(labels) is int and labels > 0:
-        changes.setdefault("points", max(chosen.recipe.batch_size, chosen.points * labels // chosen.labels))
-    return replace(chosen, recipe=replace(chosen.recipe, **recipe), **changes)
+        changes = {"points": max(chosen.recipe.batch_size, chosen.points * labels // chosen.labels)} | changes
+    return changed(chosen, {**changes, "recipe": changed(chosen.recipe, recipe or {})})
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -279,16 +271,10 @@ def train(experiment, method, seed, resume=None):
 
 def check(experiment, *, seeds, methods, workers=1):
     """Raise ValueError, in which the value is named, for what :func:`run` cannot run; no data are needed."""
-    for name, values in (("seeds", list(seeds)), ("methods", methods)):
-        if isinstance(values, str) or not values or len(set(values)) < len(values):  # twice would narrow intervals
-            raise ValueError(f"{name} is {values!r}: expected a list, at least one, each value once")
-    for seed in seeds:
-        if type(seed) is not int or seed < 0:
-            raise ValueError(f"seed is {seed!r}: expected an integer of at least 0")
+    check_lists(seeds=list(seeds), methods=methods)
+    check_work(seeds, workers)
     for method in methods:
         experiment.layers(method)
-    if type(workers) is not int or workers < 1:
-        raise ValueError(f"workers is {workers!r}: expected an integer of at least 1")
 
 
 def run(experiment, store, *, seeds, methods=None, workers=1):
@@ -327,9 +313,7 @@ def run(experiment, store, *, seeds, methods=None, workers=1):
     check(experiment, seeds=seeds, methods=methods, workers=workers)
     data(experiment, seeds[0])
     jobs = [(experiment, seed, list(methods)) for seed in seeds]
-    if workers > 1:
-        return in_parallel(_rows, jobs, store, workers)
-    return list(progress((row for job in jobs for row in _rows(store, *job)), "runs", total=len(jobs) * len(methods)))
+    return computed(_rows, jobs, store, workers, len(jobs) * len(methods))
 
 
 def _rows(store, experiment, seed, methods):

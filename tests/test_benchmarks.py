@@ -431,3 +431,17 @@ def test_a_plane_that_is_wrong_is_not_timed(monkeypatch, digits):
     monkeypatch.setattr(planes, "one_by_one", lambda *given: true(*given) + 0.001)
     with pytest.raises(SystemExit, match="losses at once are off by"):
         planes.compare(0.25, 2, 1, digits)
+
+
+def test_what_a_job_of_a_batch_costs(tmp_path):
+    result = tmp_path / "batch.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "batch.py", "--rounds", "1", "--jobs", "2", "--result", result],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(result.read_text())
+    assert {name: len(times) for name, times in record["seconds"].items()} == {
+        "notebook": 1, "job": 1, "grid": 1, "nothing to do": 1}
+    seconds = {name: times[0] for name, times in record["seconds"].items()}
+    assert record["over"] == pytest.approx({
+        "a job over its notebook": seconds["job"] - seconds["notebook"], "a grid, once": seconds["nothing to do"],
+        "a job of a grid over its notebook": (seconds["grid"] - seconds["nothing to do"]) / 2 - seconds["notebook"]})

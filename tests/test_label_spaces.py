@@ -120,10 +120,10 @@ def test_a_setting_that_cannot_be_is_named(call, message):
 
 @pytest.mark.parametrize("changes, given, message", [
     ({}, {"methods": ["set", "rigl"]}, "unknown method 'rigl': expected one of static, set,"),
-    ({}, {"methods": "set"}, "methods is 'set': expected a list, at least one, each value once"),
+    ({}, {"methods": "set"}, "methods is 'set': expected a list"),
     ({}, {"methods": []}, "methods is []: expected a list"),
-    ({}, {"methods": ["set", "set"]}, "methods is ['set', 'set']: expected a list, at least one, each value once"),
-    ({}, {"seeds": [0, 0]}, "seeds is [0, 0]: expected a list"), ({}, {"seeds": [-1]}, "seed is -1: expected"),
+    ({}, {"methods": ["set", "set"]}, "methods is ['set', 'set']: expected each value once"),
+    ({}, {"seeds": [0, 0]}, "seeds is [0, 0]: expected each value once"), ({}, {"seeds": [-1]}, "seed is -1: expected"),
     ({}, {"seeds": []}, "seeds is []: expected"), ({}, {"workers": 0}, "workers is 0: expected an integer"),
     ({"fan_in": 21}, {}, "fan_in is 21, which gives 'static' rows of 21: expected 1 to 20, the inputs of the output"),
     ({"fan_in": 4}, {}, "fan_in is 4, and of the 4 connections of a row of 'set' a share of 0.2 is to move: expected"),

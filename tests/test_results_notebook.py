@@ -56,7 +56,7 @@ def texts(folder, place):
 def test_everything_there_is_stands_beside_what_was_published(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PERMASK_DISPLAY", "static")
     shown = texts(folder, tmp_path)
-    assert "1 of 11, 1 failed" in shown["there"] and "here, at abc" in shown["there"] and "none yet" in shown["there"]
+    assert "1 of 11, 1 failed" in shown["there"] and ">here<" in shown["there"] and "none yet" in shown["there"]
     assert "cifar10 lacks bad, job 0, " in shown["there"] and "and more" in shown["there"]
     assert "resnet20 x 1 on cifar10, rewind 25" in shown["masks"] and "Published rows: Adnan et al." in shown["masks"]
     assert "95.06" in shown["dst"] and "90.0 ± 0.0" in shown["dst"]  # RigL at 90 %, published and measured

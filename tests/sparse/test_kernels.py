@@ -447,18 +447,19 @@ def test_autocast_does_not_reach_into_the_plain_kernel():
 
 
 CACHED = """
-import os, sys, torch
+import hashlib, os, sys, torch
 from permask_core.sparse.kernels import cpu, eager, transposed
 cpu._simd()
 
-def error(batch):
+def bits_and_error(batch):
     generator = torch.Generator().manual_seed(0)
     x, values, grad = (torch.randn(*shape, generator=generator) for shape in ((batch, 400), (500, 120), (batch, 500)))
     indices = torch.rand(500, 400, generator=generator).argsort(1)[:, :120].int()
     lists = transposed(indices, 400)
     ours = cpu.forward(x, values, indices), *cpu.backward(grad, x, values, indices, lists, True, True)
     plain = eager.forward(x, values, indices), *eager.backward(grad, x, values, indices, lists, True, True)
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, plain))
+    bits = hashlib.sha256(b"".join(one.numpy().tobytes() for one in ours)).hexdigest()
+    return bits, max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, plain))
 
 def names(batch):
     parts = [cpu._simd().kernels(batch)[0].py_func.__globals__[name] for name in ("pack", "rows", "unpack")]
@@ -468,12 +469,13 @@ if sys.argv[1] == "two":  # each compiles what the other does not
     for batch in (16, 32):
         if not os.fork():
             cpu._started = os.getpid  # numba's threads are started here
-            if error(batch) < 1e-4:
-                os.write(1, ("".join(f"{name}\\n" for name in names(batch))).encode())
+            bits, error = bits_and_error(batch)
+            os.write(1, " ".join([str(batch), bits, str(error), *names(batch), "\\n"]).encode())
             os._exit(0)
     os.wait(), os.wait()
 else:
-    print(*(error(batch) for batch in (16, 32)))
+    for batch in (16, 32):
+        print(batch, *bits_and_error(batch))
 """
 
 
@@ -482,10 +484,36 @@ def test_code_that_two_processes_compiled_and_kept_is_told_apart_by_a_third(tmp_
     def said(what):
         done = subprocess.run([sys.executable, "-c", CACHED, what], capture_output=True, text=True, cwd=ROOT, env={
             **os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"})
-        return done.stdout.split(), sorted(tmp_path.rglob("*.nbc"))
+        lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+        assert lines.keys() == {"16", "32"} and all(float(error) < 1e-4 for _, error, *_ in lines.values()), done.stderr
+        return lines, sorted(tmp_path.rglob("*.nbc"))
 
-    names, _ = said("two")
+    fresh, _ = said("two")
+    names = [name for _, _, *own in fresh.values() for name in own]
     assert len(names) == len(set(names)) == 6  # by which compiled code goes
-    errors, kept = said("one")
-    assert len(errors) == 2 and max(map(float, errors)) < 1e-4
-    assert said("one") == (errors, kept)  # and nothing is kept twice
+    found, kept = said("one")
+    assert found == {batch: line[:2] for batch, line in fresh.items()}  # bit for bit
+    assert said("one") == (found, kept)  # and nothing is kept twice
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_processes_that_keep_code_at_once_never_load_each_others(tmp_path, monkeypatch, order):
+    """Both have read the list before either has written, and one is killed before it is listed."""
+    kept = pytest.importorskip("permask_core.sparse.kernels.simd").Kept
+    files = [kept(str(tmp_path), "loop", "stamp") for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "_load_index", lambda self: {})
+        for i in order:
+            files[i].save(("key", i), f"code {i}")
+    found = [files[0].load(("key", i)) for i in range(2)]
+    assert found[order[1]] == f"code {order[1]}" and found[order[0]] in (None, f"code {order[0]}")
+    files[0].save(("key", order[0]), f"code {order[0]}")
+    assert [files[1].load(("key", i)) for i in range(2)] == ["code 0", "code 1"]
+
+    newer = kept(str(tmp_path), "loop", "another stamp")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kept, "_save_data", lambda self, name, data: (_ for _ in ()).throw(KeyboardInterrupt))
+        newer.save(("key", 0), "newer code")
+    assert newer.load(("key", 0)) is None  # not the code of the older source
+    newer.save(("key", 0), "newer code")
+    assert newer.load(("key", 0)) == "newer code"

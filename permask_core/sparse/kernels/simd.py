@@ -6,6 +6,7 @@ no gather. Numba compiles for the processor at hand and needs no compiler on the
 the sums in memory; so the innermost loops are written in LLVM's vectors, of any width, which it keeps in registers.
 """
 
+import hashlib
 import itertools
 import os
 import secrets
@@ -16,10 +17,13 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.core.bytecode import FunctionIdentity
+from numba.core.caching import IndexDataCacheFile
 from numba.core.errors import NumbaTypeError, RequireLiteralValue
 from numba.extending import intrinsic
 
-FAST = ("fast",)  # products may be fused with sums
+# Products may be fused with sums, but no sum put in another order: how the optimizer does that depends on what a loop
+# is compiled with, and would not be the same where it is compiled and where it is found on disk.
+FAST = ("contract",)
 INT32, INT64 = ir.IntType(32), ir.IntType(64)
 LINES = 4  # vectors of 64 bytes that a sum is spread over, to hide the latency of one addition
 
@@ -80,7 +84,7 @@ class _Vectors:
         name = f"llvm.vector.reduce.fadd.v{self.width}f{8 * self.itemsize}"
         reduce = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(self.item, [self.item, self.type]),
                                                 name)
-        return self.builder.call(reduce, [ir.Constant(self.item, 0.0), vector], fastmath=FAST)
+        return self.builder.call(reduce, [ir.Constant(self.item, 0.0), vector], fastmath=("reassoc",))
 
     def loop(self, begin, end, body, first, step=1, turns=None):
         """Sum vectors over begin..end; ``body(i, sum)`` adds ``step`` of them to a sum, of which several take turns.
@@ -229,12 +233,28 @@ _number_apart()
 os.register_at_fork(after_in_child=_number_apart)
 
 
+class Kept(IndexDataCacheFile):
+    """Where numba keeps compiled code, with a file's name made of what is in it.
+
+    Numba's own are numbered. Two processes that keep code at once may take one number for different code, and one that
+    is killed may leave a number in the list whose file is that of other code. Both would be called without a word.
+    """
+
+    def save(self, key, data):
+        name = hashlib.sha256(repr((self._source_stamp, self._version, key)).encode()).hexdigest()[:24]
+        name = f"{self._index_name.removesuffix('.nbi')}.{name}.nbc"
+        self._save_data(name, data)  # before it is listed
+        self._save_index(self._load_index() | {key: name})
+
+
 def _compiled(function, parallel=True):
-    options = {"parallel": parallel, "nogil": True, "fastmath": True}
+    options = {"parallel": parallel, "nogil": True}
     try:
-        return njit(cache=True, **options)(function)
+        compiled = njit(cache=True, **options)(function)
     except RuntimeError:  # no folder in which compiled code could be kept
         return njit(**options)(function)
+    compiled._cache._cache_file.__class__ = Kept
+    return compiled
 
 
 def _joined(function, width, **parts):

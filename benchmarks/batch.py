@@ -1,0 +1,92 @@
+"""What a job of a batch costs over its notebook: to start, to check, to rename and to gather.
+
+The notebook does nothing for a tenth of a second and leaves a result. It is executed by papermill alone, as one job,
+and by Snakemake as a grid of eight on one core, in turns; medians, and the difference for each job. Raw times go to
+benchmarks/results/batch.json. Run it with `python benchmarks/batch.py`, about three minutes.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import nbformat
+from _machine import at_least, timed
+
+from permask_core.files import written_whole
+from permask_core.store import commit, device_name, versions
+
+ROOT = Path(__file__).parents[1]
+RESULT = Path(__file__).parent / "results" / "batch.json"
+BIN = Path(sys.executable).parent
+PARAMETERS = '''seed: int = 0  # of nothing
+runs: str = "runs"  # folder of the stages
+output: str = ""  # folder of the results'''
+WORK = '''import json, pathlib, time
+time.sleep(0.1)
+if output:
+    pathlib.Path(output).mkdir(parents=True)
+    pathlib.Path(output, "results.svg").write_text("<svg/>")
+    pathlib.Path(output, "results.json").write_text(json.dumps({
+        "runs": [{"seed": seed}], "commit": "none", "device": "none", "versions": {}}))'''
+
+
+def prepared(root, jobs):
+    """A copy of batch/ with one notebook and a grid of so many jobs."""
+    shutil.copytree(ROOT / "batch", root / "batch")
+    (root / "permask_core").symlink_to(ROOT / "permask_core")
+    (root / "notebooks").mkdir()
+    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters", "check"]}),
+             nbformat.v4.new_code_cell(WORK)]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {
+        "display_name": "Python 3", "language": "python", "name": "python3"}})
+    nbformat.write(notebook, root / "notebooks" / "idle.ipynb")
+    (root / "grid.yaml").write_text(json.dumps({"notebook": "idle", "cross": {"seed": list(range(jobs))}}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--jobs", type=at_least(1), default=8)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        prepared(root, given.jobs)
+
+        def run(*command):
+            done = subprocess.run([str(word) for word in command], cwd=root, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+        ways = {
+            "notebook": lambda: run(BIN / "papermill", "notebooks/idle.ipynb", "out.ipynb"),
+            "job": lambda: run(sys.executable, "-m", "batch.job", "grid.yaml", "idle_seed-0", "job", "--store", "runs"),
+            "grid": lambda: run(BIN / "snakemake", "-s", "batch/Snakefile", "--cores", 1, "--config", "grid=grid.yaml",
+                                f"output={root / 'grid'}"),
+            "nothing to do": lambda: run(BIN / "snakemake", "-s", "batch/Snakefile", "--cores", 1, "--config",
+                                         "grid=grid.yaml", f"output={root / 'grid'}")}
+        seconds = {name: [] for name in ways}
+        for _ in range(given.rounds):
+            for name in ("job", "grid"):
+                shutil.rmtree(root / name, ignore_errors=True)
+            for name, way in ways.items():
+                seconds[name].append(timed(way, "cpu")[0])
+    middle = {name: median(found) for name, found in seconds.items()}
+    over = {"a job over its notebook": middle["job"] - middle["notebook"],
+            "a job of a grid over its notebook": (middle["grid"] - middle["nothing to do"]) / given.jobs
+            - middle["notebook"], "a grid, once": middle["nothing to do"]}
+    for name, value in over.items():
+        print(f"{name}: {value:.2f} s, {value / 60:.1%} of a minute")
+    record = {"command": "python benchmarks/batch.py", "commit": commit(), "versions": versions(),
+              "device": device_name("cpu"), "jobs": given.jobs, "seconds": seconds, "over": over}
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(given.result) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
