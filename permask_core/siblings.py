@@ -36,14 +36,15 @@ def seed_of(family, number):
 def sibling_masks(experiment, store, family, number, target, method):
     """The mask of a sibling: that of the family's A, moved onto its own B for ``permuted`` and shuffled for ``random``;
     of ``pruned`` each has its own."""
-    masks = ticket(experiment, store, seed_of(family, number if method == "pruned" else 0), target).masks
+    own = seed_of(family, number)
+    masks = ticket(experiment, store, own if method == "pruned" else seed_of(family, 0), target).masks
     if method == "permuted":
-        a, b = (dense(experiment, store, seed_of(family, one), which)[0][experiment.matched_at]
-                for one, which in ((0, "a"), (number, "b")))
-        return permute(groups(experiment), match_weights(groups(experiment), a, b, seed=number), masks)
+        a, b = (dense(experiment, store, seed, which)[0][experiment.matched_at]
+                for seed, which in ((seed_of(family, 0), "a"), (own, "b")))
+        return permute(groups(experiment), match_weights(groups(experiment), a, b, seed=own), masks)
     if method == "random":
         shares = {name: 1 - value for name, value in layer_sparsity(masks).items()}
-        return random_masks(masks, shares, seed=seed_of(family, number))
+        return random_masks(masks, shares, seed=own)
     return masks
 
 
