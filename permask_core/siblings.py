@@ -14,7 +14,7 @@ from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_weights, permute
 from permask_core.pruning import check_sparsity, random_masks
 from permask_core.sparse.initialisation import sparse_init
-from permask_core.stages import check_integer, check_one_of, check_work, computed, data, trained
+from permask_core.stages import check_integer, check_lists, check_one_of, check_work, computed, data, trained
 from permask_core.training import evaluate, fit
 
 METHODS = ("dense", "pruned", "lth", "permuted", "naive", "random", "scratch", "sparse_init")
@@ -117,6 +117,17 @@ def check_number(family, number):
         raise ValueError(f"number is {number}: expected at most {SPAN - 1}")
 
 
+def check_run(families, siblings, target, methods, workers):
+    """Raise ValueError for what :func:`run` would not take."""
+    check_work(families, workers)
+    check_integer("siblings", siblings, 1)
+    check_number(0, siblings - 1)
+    check_sparsity(target)
+    check_lists(methods=methods)
+    for method in methods:
+        check_one_of("method", method, METHODS)
+
+
 def _start(experiment, store, family, number, method):
     if method == "pruned":
         return dense(experiment, store, seed_of(family, number), "a")[0][experiment.epochs]
@@ -159,12 +170,7 @@ def run(experiment, store, *, families, siblings, target, methods, workers=1):
         If a worker process died.
     """
     families, methods = list(families), list(methods)
-    check_work(families, workers)
-    check_integer("siblings", siblings, 1)
-    check_number(0, siblings - 1)
-    check_sparsity(target)
-    for method in methods:
-        check_one_of("method", method, METHODS)
+    check_run(families, siblings, target, methods, workers)
     groups(experiment)  # a network that cannot be permuted is refused here
     jobs = [(experiment, family, siblings, target, methods) for family in families]
     return computed(_rows, jobs, store, workers, len(jobs) * siblings * len(methods))
