@@ -1,5 +1,6 @@
 """Published figures as data: as many as the source has, and consistent with what it says of them."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -8,6 +9,9 @@ from permask_core.data.published import (
     published_affected_classes,
     published_dynamic_sparse_training,
     published_fairness,
+    published_functional_diversity,
+    published_permuted_masks,
+    published_tickets,
 )
 
 
@@ -57,3 +61,35 @@ def test_dynamic_sparse_training():
             assert by[setting, level, "srigl+ablation"] > accuracy
     assert by["ResNet18/CIFAR-10", 0.99, "srigl"] == pytest.approx(0.9147)
     assert by["ViT-B/16/ImageNet", 0.9, "rigl"] == pytest.approx(0.764)
+
+
+def test_functional_diversity():
+    rows = published_functional_diversity()
+    by = {(row["setting"], row["method"]): row for row in rows}
+    known = {(row["setting"], row["width"]) for row in published_permuted_masks()}
+    assert len(by) == len(rows) == 2 * 5 and all((row["setting"], row["width"]) in known for row in rows)
+    for (setting, method), row in by.items():
+        assert row["sparsity"] == 0.9 and 0 < row["accuracy_spread"] < 0.004
+        if method == "dense":
+            assert row["ensemble"] is row["disagreement"] is row["kl"] is row["js"] is None
+            continue
+        assert row["js"] <= row["kl"] / 2 and row["js"] <= math.log(2)  # what the measures cannot break
+        assert 0 < row["ensemble"] - row["accuracy"] < row["disagreement"]  # nor this
+        if method != "lth":  # what it claims: the ticket is the least diverse, by all measures
+            assert all(row[name] > 2 * by[setting, "lth"][name] for name in ("disagreement", "kl", "js"))
+        published = [one["accuracy"] for one in published_permuted_masks() if one["setting"] == setting
+                     and one["width"] == row["width"] and one["sparsity"] == 0.9 and one["method"] == method
+                     and one["rewind"] == 25]
+        assert all(abs(row["accuracy"] - one) < 0.03 for one in published)
+    assert by["ResNet20/CIFAR-100", "naive"]["js"] == 0.348
+    assert by["ResNet20/CIFAR-10", "pruned"]["ensemble"] == pytest.approx(0.9325)
+
+
+def test_tickets():
+    lth, scratch = published_tickets()
+    assert (lth["method"], scratch["method"]) == ("lth", "scratch")
+    assert lth["setting"] == scratch["setting"] == "ResNet50/ImageNet"
+    assert lth["accuracy"] > scratch["accuracy"] and lth["disagreement"] < scratch["disagreement"]
+    assert lth["ensemble"] - lth["accuracy"] < scratch["ensemble"] - scratch["accuracy"]
+    assert scratch == {"setting": "ResNet50/ImageNet", "method": "scratch", "accuracy": pytest.approx(0.7116),
+                       "ensemble": pytest.approx(0.7405), "disagreement": 0.203}

@@ -81,6 +81,46 @@ def published_dynamic_sparse_training():
              "accuracy": float(row["test_acc"]) / 100} for row in _rows("dynamic_sparse_training")]
 
 
+def published_functional_diversity():
+    """How differently five networks of each method answer, in the permuted-mask paper.
+
+    Returns
+    -------
+    list of dict
+        ``setting`` (network/dataset), ``width`` (a factor), ``sparsity`` (a fraction; of dense networks that of the
+        table), ``method`` ("pruned" is its IMP), test ``accuracy`` and its ``accuracy_spread`` (what stands behind its
+        ±), and the measures of :class:`permask_core.diversity.Diversity`: ``ensemble``, ``disagreement``, ``kl`` and
+        ``js``, None for dense. Accuracies are in [0, 1], divergences in nats.
+
+    References
+    ----------
+    As for :func:`published_permuted_masks`.
+    """
+    shares, others = ("accuracy", "accuracy_spread", "ensemble"), ("disagreement", "kl", "js")
+    return [{"setting": row["setting"], "width": int(row["width"]), "sparsity": int(row["sparsity"]) / 100,
+             "method": row["method"],
+             **{name: float(row[name]) / 100 if row[name] else None for name in shares},
+             **{name: float(row[name]) if row[name] else None for name in others}}
+            for row in _rows("functional_diversity")]
+
+
+def published_tickets():
+    """Tickets and networks trained from scratch under the same mask, against the pruned network.
+
+    Returns
+    -------
+    list of dict
+        ``setting`` (network/dataset), ``method`` ("lth" or "scratch"), the ``accuracy`` of one network and of an
+        ``ensemble``, in [0, 1], and the ``disagreement`` with the pruned network, a share of the test inputs.
+
+    References
+    ----------
+    Evci, Ioannou, Keskin and Dauphin, "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022.
+    """
+    return [{"setting": row["setting"], "method": row["method"], "disagreement": float(row["disagreement"]),
+             **{name: float(row[name]) / 100 for name in ("accuracy", "ensemble")}} for row in _rows("tickets")]
+
+
 def _rows(name):
     with files(__package__).joinpath(f"{name}.csv").open() as file:
         return list(csv.DictReader(file))

@@ -1,0 +1,120 @@
+"""Siblings of a ticket, as small as they can be: which runs of the lottery they are, what they share."""
+
+import pytest
+import torch
+
+from permask_core import lottery
+from permask_core.lottery import Experiment, dense, network, ticket
+from permask_core.masks import apply_masks, layer_sparsity
+from permask_core.siblings import METHODS, SPAN, kept_epochs, run, sibling, sibling_masks
+from permask_core.store import Store
+
+TINY = Experiment(width=0.3, epochs=4, checkpoints=(0, 1), rewind=1, matched_at=4, imp_rewind=1, imp_epochs=1,
+                  imp_rate=0.5)
+GRID = {"families": [0, 1], "siblings": 2, "target": 0.8, "methods": METHODS}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run of everything: its store and its rows."""
+    store = Store(tmp_path_factory.mktemp("siblings"))
+    return store, run(TINY, store, **GRID)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def plain(rows):
+    return [{name: value for name, value in row.items() if name not in ("seconds", "logits")} for row in rows]
+
+
+def test_one_row_per_run(finished):
+    _, rows = finished
+    places = [(row["method"], row["seed"], row["sibling"]) for row in rows]
+    assert sorted(places) == sorted((method, seed, number) for method in METHODS for seed in (0, 1)
+                                    for number in (0, 1))
+    y = lottery.data(TINY).test.y
+    for row in rows:
+        assert row["achieved"] == pytest.approx(row["sparsity"], abs=1e-3)
+        assert row["sparsity"] == (0 if row["method"] == "dense" else 0.8)
+        assert (row["logits"].argmax(1) == y).float().mean().item() == pytest.approx(row["accuracy"])
+    assert len({row["logits"].sum().item() for row in rows}) == len(rows)  # no two are the same network
+
+
+@pytest.mark.parametrize("method", lottery.KNOWN_METHODS[1:])
+def test_the_first_sibling_is_the_lotterys_run(finished, method):
+    store, _ = finished
+    for family in (0, 1):
+        states, record = sibling(TINY, store, family, 0, 0.8, method)
+        state, expected = lottery.sparse(TINY, store, SPAN * family, 0.8, method,
+                                         "weights" if method == "permuted" else None)
+        assert same(states[3], state) and record["accuracy"] == expected["accuracy"]
+
+
+def test_states_are_kept_on_the_way(finished):
+    store, _ = finished
+    assert kept_epochs(TINY) == [0, 1, 2, 3]
+    assert kept_epochs(Experiment()) == [0, 1, 2, 4, 8, 16, 18]
+    states, _ = sibling(TINY, store, 0, 1, 0.8, "lth")
+    assert list(states) == [0, 1, 2, 3] and list(sibling(TINY, store, 0, 1, 0.8, "dense")[0]) == [0, 1, 4]
+
+
+def test_what_siblings_start_from(finished):
+    store, _ = finished
+    for number in (0, 1):
+        b = dense(TINY, store, number, "b")[0]
+        a = dense(TINY, store, 0, "a")[0]
+        own = dense(TINY, store, number, "a")[0]
+        for method, start in (("lth", a[1]), ("pruned", own[4]), ("naive", b[1]), ("permuted", b[1]),
+                              ("random", b[1]), ("scratch", b[0])):
+            masks = sibling_masks(TINY, store, 0, number, 0.8, method)
+            assert same(sibling(TINY, store, 0, number, 0.8, method)[0][0], apply_masks(start, masks)), method
+
+
+def test_what_masks_siblings_have(finished):
+    store, _ = finished
+    masks = {method: [sibling_masks(TINY, store, 0, number, 0.8, method) for number in (0, 1)]
+             for method in METHODS[1:]}
+    first = ticket(TINY, store, 0, 0.8).masks
+    for method in ("lth", "naive", "scratch", "sparse_init"):
+        assert same(masks[method][0], first) and same(masks[method][1], first)
+    assert same(masks["pruned"][0], first) and not same(masks["pruned"][1], first)
+    for method in ("permuted", "random"):
+        assert not same(*masks[method]) and not same(masks[method][0], first)
+        assert all(layer_sparsity(one) == layer_sparsity(first) for one in masks[method])
+
+
+def test_a_sparse_initialisation_fits_the_connections(finished):
+    store, _ = finished
+    state = sibling(TINY, store, 0, 0, 0.8, "sparse_init")[0][0]
+    mask = sibling_masks(TINY, store, 0, 0, 0.8, "sparse_init")["fc1.weight"]
+    weights, rows = state["fc1.weight"], mask.sum(1) > 0
+    assert (weights[~mask] == 0).all()
+    scaled = (weights * (mask.sum(1, keepdim=True) / 2).sqrt())[mask]
+    assert rows.any() and scaled.var().item() == pytest.approx(1, rel=0.25)
+    assert same({"b": state["fc1.bias"]}, {"b": network(TINY, seed=1).state_dict()["fc1.bias"]})
+
+
+def test_finished_runs_are_found_again_and_by_several_workers(finished, tmp_path):
+    store, rows = finished
+    again = Store(store.folder)
+    assert plain(run(TINY, again, **GRID)) == plain(rows) and again.computed == 0
+    few = {**GRID, "methods": ("dense", "permuted")}
+    several = run(TINY, Store(tmp_path), **few, workers=2)
+    assert plain(several) == [row for row in plain(rows) if row["method"] in few["methods"]]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"methods": ["lth", "best"]}, "unknown method 'best': expected one of dense, pruned"),
+    ({"families": [-1]}, "seed is -1"), ({"siblings": 0}, "siblings is 0: expected an integer of at least 1"),
+    ({"siblings": SPAN + 1}, f"number is {SPAN}: expected at most {SPAN - 1}"),
+    ({"target": 1.0}, "sparsity is 1.0|1.0"), ({"workers": 0}, "workers is 0"),
+])
+def test_nothing_is_trained_before_what_is_wrong_is_said(tmp_path, changes, message):
+    store = Store(tmp_path / "runs")
+    with pytest.raises(ValueError, match=message):
+        run(TINY, store, **{**GRID, **changes})
+    assert not store.folder.exists()
+    with pytest.raises(ValueError, match="number is 100"):
+        sibling(TINY, store, 0, SPAN, 0.8, "lth")
