@@ -84,7 +84,7 @@ build/permask-book.zip: $(BOOK)/index.html book/tools/pack.py
 
 # Snakemake divides the cores among jobs itself: no -j2 of make's. ARGS go to Snakemake.
 batch: $(READY) ## run a grid of runs: make batch GRID=smoke; make batch GRID=digits ARGS=-n lists its jobs and runs none
-	@$(BIN)/snakemake -s batch/Snakefile --config grid=$(GRID) $(ARGS)
+	@$(BIN)/snakemake -s batch/Snakefile --config "grid='$(GRID)'" $(ARGS)
 
 readme: book ## bring the picture and the table in README.md up to date
 	$(BIN)/python book/tools/readme.py

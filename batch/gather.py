@@ -61,7 +61,7 @@ def gather(jobs, folder):
                   **{key: value for key, value in row.items() if key != "seconds"}, **about} for row in found["runs"]]
         times.append({"job": name, **found["times"]})
     text = f"{len(times)} of {len(jobs)} jobs are finished"
-    if rows:
+    if rows or (folder / "table.csv").exists():  # of which nothing may be left
         write_table(folder / "table.csv", rows)
         write_table(folder / "times.csv", times)
         with written_whole(folder / "status.json") as temporary:

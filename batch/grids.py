@@ -158,15 +158,16 @@ def _faults(jobs):
             cells[job.notebook] = _checked_cells(path)
             if not {"runs", "output"} <= set(known[job.notebook]):
                 yield f"{job.notebook} leaves no results: expected a notebook with the parameters runs and output"
-        right = {}
+        right, preset = {}, job.combination.get("preset")
+        where = f"{job.notebook}, {preset}" if preset else job.notebook
         for name, value in job.parameters.items():
             fault = (f"{name} is set by the batch itself: expected no such parameter" if name in ("runs", "output") else
                      _fault(name, value, known[job.notebook]))
             if fault:
-                yield f"{job.notebook}: {fault}"
+                yield f"{where}: {fault}"
             else:
                 right[name] = value
-        yield from (f"{job.notebook}: {fault}" for fault in _refused(cells[job.notebook], right))
+        yield from (f"{where}: {fault}" for fault in _refused(cells[job.notebook], right))
 
 
 def _fault(name, value, known):

@@ -53,7 +53,8 @@ def _columns(prefix, values):
 def _cell(value):
     if value is None:
         return ""
-    if not isinstance(value, str) or value and _value(value) != value:  # "1e5", say, of a commit
+    # As JSON also "1e5", say, of a commit, and what holds a carriage return, which CSV would take for the line's end.
+    if not isinstance(value, str) or value and (_value(value) != value or "\r" in value):
         return json.dumps(value)
     return value
 

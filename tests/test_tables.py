@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from permask_core.tables import read_table, write_table
@@ -12,6 +12,7 @@ VALUES = st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.
                    st.lists(st.integers(), max_size=3), st.sampled_from(["1e5", "007", "true", "[1]", '"', "a,b"]))
 
 
+@example(rows=[{"a": "\r"}, {"a": "x\r\ny"}])
 @given(rows=st.lists(st.dictionaries(st.sampled_from(["a", "b", "c d"]), VALUES), min_size=1, max_size=4))
 def test_what_is_written_is_read_with_its_types(tmp_path_factory, rows):
     path = tmp_path_factory.getbasetemp() / "table.csv"

@@ -12,6 +12,7 @@ import pytest
 from batch import grids, job
 from batch.gather import finished, gather, outlook
 from batch.grids import ROOT, Job
+from permask_core.tables import read_table
 from tests.batch.tiny import WORK, write_notebook
 
 RESOURCES = {"threads": 2, "gpus": 0, "mem_mb": 100, "runtime": 3}
@@ -192,6 +193,11 @@ def test_the_table_and_the_outlook(place):
     assert again["times"] != found["times"] and again["runs"] != found["runs"]  # other seconds
     gather(jobs, place)
     assert (place / "table.csv").read_bytes() == table
+
+    others = {name: tiny(name, value=9) for name in jobs}  # of other parameters: nothing of theirs is finished
+    assert gather(others, place).startswith("0 of 3 jobs are finished: 0 rows")
+    assert read_table(place / "table.csv") == []
+    assert json.loads((place / "status.json").read_text()) == {"finished": [], "failed": ["c"], "missing": ["a", "b"]}
 
 
 def test_the_command_line(place, monkeypatch, capsys):
