@@ -458,7 +458,8 @@ def angle(one, other, origin=None):
 
 
 def _weights(state):
-    return [name for name, tensor in state.items()
+    # In one order: a state that was stored and loaded need not have that of its model.
+    return [name for name, tensor in sorted(state.items())
             if tensor.is_floating_point() and name.rsplit(".", 1)[-1] not in STATISTICS]
 
 

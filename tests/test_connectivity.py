@@ -292,6 +292,15 @@ def test_statistics_are_no_weights(residual):
     assert angle(a, b) == 0
 
 
+def test_the_order_of_the_names_does_not_matter(mlps):
+    """A state that was stored has another than its model's."""
+    one, other, third = states_of(mlps)
+    turned = dict(reversed(other.items()))
+    assert distance(one, turned) == distance(one, other)
+    assert angle(one, turned, third) == angle(one, other, third)
+    assert (plane_through(one, turned, third).points == plane_through(one, other, third).points).all()
+
+
 # ---- What does not fit -----------------------------------------------------------------------------------------------
 
 def test_states_that_do_not_fit_are_named(mlps):
