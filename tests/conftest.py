@@ -22,9 +22,12 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread():
+    """How a sum is divided among threads decides about its last bits: a test that leaves more is told, not the next."""
     torch.set_num_threads(1)
+    yield
+    assert torch.get_num_threads() == 1, f"the test leaves {torch.get_num_threads()} threads"
 
 
 @pytest.fixture

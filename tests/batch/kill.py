@@ -63,7 +63,8 @@ def disturbed(grid, folder, kills, *, seconds, seed=0, tell=print):
     chance, written, done, damaged = random.Random(seed), {}, 0, None
     startup = 8.0  # seconds in which nothing is begun yet: kills there are part of it, but they bring nothing forward
     while done < kills:
-        process, wait = started(grid, folder), chance.uniform(0, startup + 1.5 * seconds / kills)
+        # Even if each comes as late as it can there are so many in a run, on a machine that is a third less busy now.
+        process, wait = started(grid, folder), chance.uniform(0, startup + 0.7 * seconds / kills)
         try:
             process.wait(wait)
             break  # it was quicker than the kill

@@ -52,6 +52,7 @@ def _arrays(*tensors):
 
 def _call(products, loop, *arguments):
     """Run a loop over so many products on as many threads as torch has."""
+    _started()
     numba = sys.modules["numba"]
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if products > ALONE else 1
     with _LOCK:
