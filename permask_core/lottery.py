@@ -59,7 +59,7 @@ class Experiment(Settings):
     processes: int = 1  # that share each batch: see permask_core.training.fit
     checkpoints: tuple[int, ...] = (0, 1, 2, 5, 10, 20)  # epochs whose dense states are kept; 0: untrained
     rewind: int = 2  # epoch of the dense run from which the sparse runs start
-    matched_at: int = 20  # epoch of the dense runs at which A is matched to B
+    matched_at: int = 2  # epoch of the dense runs at which A is matched to B; notebooks/price_of_alignment says why
     matched_images: int = 50_000  # training images at most for matching by activations
     matched_layers: tuple[str, ...] | None = None  # names of the permutation groups that may move; None: all
     imp: str = "rewind"  # iterative magnitude pruning: "rewind", or "finetune" as in the paper's code
