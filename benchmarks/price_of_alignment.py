@@ -4,7 +4,8 @@ Too long for a notebook: noisy digits and a small perceptron, ten seeds, three s
 recipe says at which epoch A and B are matched, by what, with how many images, and which layers may move. All were fixed
 before the run, after a look at the seeds 100 and 101. Results go to
 permask_core/data/measured/price_of_alignment.json. A run that was killed goes on where it was. Run it with
-`python benchmarks/price_of_alignment.py`; about ten minutes of one core.
+`python benchmarks/price_of_alignment.py`; about a quarter of an hour of one
+core.
 """
 
 import argparse
