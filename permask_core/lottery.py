@@ -12,7 +12,7 @@ import torch
 
 from permask_core.data import DATASETS, check_options
 from permask_core.masks import layer_sparsity, sparsity
-from permask_core.matching import match_activations, match_weights, permutation_groups, permute
+from permask_core.matching import Groups, match_activations, match_weights, permutation_groups, permute
 from permask_core.models import MODELS, build_model
 from permask_core.models.feedforward import scaled
 from permask_core.progress import progress
@@ -25,7 +25,7 @@ from permask_core.pruning import (
     prunable_weights,
     random_masks,
 )
-from permask_core.stages import Settings, check_integer, check_one_of, check_work, computed, data, trained
+from permask_core.stages import Settings, check_integer, check_lists, check_one_of, check_work, computed, data, trained
 from permask_core.training import Recipe, default_device, evaluate, fit, predict
 
 METHODS = ("dense", "lth", "permuted", "naive", "random")  # what is compared unless more is asked for
@@ -59,8 +59,9 @@ class Experiment(Settings):
     processes: int = 1  # that share each batch: see permask_core.training.fit
     checkpoints: tuple[int, ...] = (0, 1, 2, 5, 10, 20)  # epochs whose dense states are kept; 0: untrained
     rewind: int = 2  # epoch of the dense run from which the sparse runs start
-    matched_at: int = 20  # epoch of the dense runs at which A is matched to B
+    matched_at: int = 2  # epoch of the dense runs at which A is matched to B; notebooks/price_of_alignment says why
     matched_images: int = 50_000  # training images at most for matching by activations
+    matched_layers: tuple[str, ...] | None = None  # names of the permutation groups that may move; None: all
     imp: str = "rewind"  # iterative magnitude pruning: "rewind", or "finetune" as in the paper's code
     imp_rewind: int = 2  # epoch to which a round returns, for "rewind"
     imp_epochs: int = 18  # of training in each round
@@ -82,6 +83,9 @@ class Experiment(Settings):
             raise ValueError(f"rewind is {self.rewind}: nothing is left to train of {self.epochs} epochs")
         for name in ("matched_images", "processes"):
             check_integer(name, getattr(self, name), 1)
+        if self.matched_layers is not None:
+            check_lists(matched_layers=self.matched_layers)
+            object.__setattr__(self, "matched_layers", tuple(self.matched_layers))
         if not 0 < self.imp_rate < 1:
             raise ValueError(f"imp_rate is {self.imp_rate!r}: expected a number in (0, 1)")
         scaled(self.width)
@@ -97,6 +101,7 @@ class Experiment(Settings):
 _TRAINING = ("momentum", "weight_decay", "batch_size", "schedule", "step_epochs", "warmup", "label_smoothing",
              "optimizer", "accumulate", "precision")
 _DENSE = ("dataset", "options", "model", "width", "epochs", "lr", "processes", "checkpoints", *_TRAINING)
+_MATCHING = ("matched_at", "matched_layers")
 _IMP = (*_DENSE, "imp", "imp_rewind", "imp_epochs", "imp_lr", "imp_rate")
 
 
@@ -121,8 +126,13 @@ def parent(method):
 
 
 def groups(experiment):
-    """The permutation groups of the experiment's network."""
-    return permutation_groups(network(experiment), torch.zeros(2, *data(experiment).input_shape))
+    """The permutation groups of the experiment's network that may move: ``matched_layers``, or all."""
+    found = permutation_groups(network(experiment), torch.zeros(2, *data(experiment).input_shape))
+    if experiment.matched_layers is None:
+        return found
+    for name in experiment.matched_layers:
+        check_one_of("group in matched_layers", name, found)
+    return Groups({name: found[name] for name in experiment.matched_layers}, found.fixed)
 
 
 def dense(experiment, store, seed, which):
@@ -202,10 +212,11 @@ def matching(experiment, store, seed, by):
     a, b = (dense(experiment, store, seed, which)[0][experiment.matched_at] for which in "ab")
 
     device, also = default_device(), ["matched_images"] if by == "activations" else []
+    found = groups(experiment)  # here, so that the stage's seconds are those of the matching alone
 
     def compute():
         if by == "weights":
-            return match_weights(groups(experiment), a, b, seed=seed, device=device), {}
+            return match_weights(found, a, b, seed=seed, device=device), {}
         train, images = data(experiment).train, experiment.matched_images
         chosen = torch.arange(len(train))
         if images < len(train):
@@ -214,9 +225,9 @@ def matching(experiment, store, seed, by):
         # Whatever the model sees in one step of training, it can see here.
         batches = progress(train.batches(chosen.split(experiment.batch_size), device),
                            f"matching by activations, seed {seed}")
-        return match_activations(groups(experiment), *models, batches), {}
+        return match_activations(found, *models, batches), {}
 
-    return store.stage("matching", compute, seed=seed, by=by, **experiment.only(*_DENSE, "matched_at", *also))
+    return store.stage("matching", compute, seed=seed, by=by, **experiment.only(*_DENSE, *_MATCHING, *also))
 
 
 def method_masks(experiment, store, seed, target, method, by=None):
@@ -258,7 +269,7 @@ def sparse(experiment, store, seed, target, method, by=None):
             description=f"{method} {by or ''} at {100 * target:g} %, seed {seed}")
         return model.state_dict(), {**evaluate(model, data(experiment).test)._asdict(), "achieved": sparsity(masks)}
 
-    settings = experiment.only(*_IMP, "sparse_lr", "rewind", *(["matched_at"] if method == "permuted" else []),
+    settings = experiment.only(*_IMP, "sparse_lr", "rewind", *(_MATCHING if method == "permuted" else []),
                                *(["matched_images"] if by == "activations" else []))
     return trained(store, "sparse", train, seed=seed, target=target, method=method, by=by, **settings)
 

@@ -110,6 +110,28 @@ def test_what_follows_the_colour(monkeypatch):
     assert benchmark.shortcut(test, torch.tensor([0, 1, 0, 2, 2, 1])) == pytest.approx(2 / 3)
 
 
+def test_price_of_alignment(tmp_path):
+    result = tmp_path / "price_of_alignment.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "price_of_alignment.py", "--quick", "--seeds", "1", "--runs",
+                          tmp_path / "runs", "--result", result], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(result.read_text())
+    recipe = ("matching", "matched_at", "matched_images", "matched_layers")
+    rows = {tuple(str(row[key]) for key in recipe): row for row in record["rows"] if row["method"] == "permuted"}
+    assert {row["method"] for row in record["rows"]} == {"dense", "lth", "naive", "random", "permuted"}
+    # Two matchings at three epochs; four numbers of images and twice two layers at two of them.
+    assert len(rows) == 2 * 3 + 4 * 2 + 2 * 2 * 2 == len(record["rows"]) - 4
+    for by in ("weights", "activations"):
+        late = rows[by, "3", "50000", "None"]
+        assert late["overlap"] == 1 and all(0 < row["overlap"] <= 1 for row in rows.values())
+    for row in record["control"]:
+        assert 0 <= row["units_placed"] <= 1 and 0 < row["overlap"] <= 1 and 0 < row["idle"] < 1
+        if row["noise"] == 0 and row["matching"]:
+            assert row["units_placed"] == row["overlap"] == 1
+        if not row["matching"]:
+            assert row["units_placed"] < 0.1 and row["overlap"] < 0.2
+
+
 def test_distillation(tmp_path):
     result = tmp_path / "distillation.json"
     run = subprocess.run([sys.executable, BENCHMARKS / "distillation.py", "--quick", "--seeds", "1", "--workers", "1",

@@ -127,6 +127,27 @@ def test_matching_is_that_of_the_epoch_asked_for(finished):
         assert same(matching(experiment, store, 0, "activations")[0], match_activations(groups, *nets, [x]))
 
 
+def test_only_the_layers_asked_for_move(finished):
+    store, _ = finished
+    a, b = (dense(TINY, store, 0, which)[0][2] for which in "ab")
+    one, both = (dataclasses.replace(TINY, matched_layers=names) for names in (["fc2"], ("fc1", "fc2")))
+    found = matching(one, store, 0, "weights")[0]
+    assert same(found, match_weights({"fc2": lottery.groups(TINY)["fc2"]}, a, b, seed=0))
+    # The units of a layer respond alike wherever those of another one stand.
+    apart, together = (matching(experiment, store, 0, "activations")[0] for experiment in (one, TINY))
+    assert same(apart, {"fc2": together["fc2"]}) and same(matching(both, store, 0, "activations")[0], together)
+    pruned, moved = ticket(TINY, store, 0, 0.8).masks, method_masks(one, store, 0, 0.8, "permuted", "weights")
+    assert torch.equal(moved["fc1.weight"], pruned["fc1.weight"])
+    assert torch.equal(moved["head.weight"], pruned["head.weight"][:, found["fc2"]])
+    assert sparse(one, store, 0, 0.8, "permuted", "weights")[1] != sparse(TINY, store, 0, 0.8, "permuted", "weights")[1]
+
+
+def test_a_layer_that_cannot_move_is_named_before_any_training(store):
+    with pytest.raises(ValueError, match="unknown group in matched_layers 'head': expected one of fc1, fc2"):
+        run(dataclasses.replace(TINY, matched_layers=("fc1", "head")), store, **GRID)
+    assert not store.folder.exists()
+
+
 def test_masks_of_the_methods_have_the_zeros_of_the_ticket(finished):
     store, _ = finished
     pruned = ticket(TINY, store, 0, 0.8)
@@ -314,7 +335,8 @@ def test_what_files_hold_decides_where_it_may_be_anything_and_their_place_never(
     ({"dataset": "mnist"}, "dataset is 'mnist': expected one of digits"),
     ({"model": "cnn"}, "model is 'cnn': expected one of mlp, lenet5, vgg11"),
     ({"options": {"fold": 1}}, "digits has no option 'fold'"), ({"processes": 0}, "processes is 0"),
-    ({"matched_images": 0}, "matched_images is 0"),
+    ({"matched_images": 0}, "matched_images is 0"), ({"matched_layers": "fc1"}, "matched_layers is 'fc1': expected a"),
+    ({"matched_layers": []}, "matched_layers is []"), ({"matched_layers": ["fc1", "fc1"]}, "expected each value once"),
     ({"warmup": 2}, "warmup is 2"), ({"precision": "fp16"}, "precision"),
     ({"imp": "restart"}, "imp is 'restart'"), ({"rewind": 7}, "rewind is 7: expected one of the checkpoints 0, 1, 2"),
     ({"rewind": 2}, "rewind is 2: nothing is left to train of 2 epochs"), ({"matched_at": 9}, "matched_at is 9"),

@@ -51,6 +51,23 @@ def measured_fairness_of_sparse_networks():
     return _read("fairness_of_sparse_networks")
 
 
+def measured_price_of_alignment():
+    """Permuted masks matched early, with few images or over one layer only, and planted permutations found back.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``, ``settings`` (of :class:`permask_core.lottery.Experiment`)
+        and ``training_images``; ``rows``, a list of dict: ``method``, ``matching``, ``sparsity`` (0 for dense),
+        ``seed``, ``accuracy``, ``loss``, ``seconds`` (of the training), and for ``permuted`` the recipe
+        (``matched_at``, ``matched_images``, ``matched_layers``), ``matching_seconds`` and ``overlap`` (of the mask with
+        the one matched at the end); and ``control``, a list of dict: ``matching`` ("": nothing is moved), ``noise``
+        (standard deviations of the weights), ``seed``, ``sparsity``, ``units_placed``, ``overlap`` (of the mask with
+        the planted one) and ``idle`` (share of units without any connection), all in [0, 1].
+    """
+    return _read("price_of_alignment")
+
+
 def measured_extreme():
     """Output layers for 10,000 labels: static rows of fixed fan-in, SET, its helpers, and dense layers.
 

@@ -1,0 +1,118 @@
+"""How cheaply two networks can be matched before the permuted mask loses its advantage, beside a planted permutation.
+
+Too long for a notebook: noisy digits and a small perceptron, ten seeds, three sparsities and 28 recipes of matching. A
+recipe says at which epoch A and B are matched, by what, with how many images, and which layers may move. All were fixed
+before the run, after a look at the seeds 100 and 101. Results go to
+permask_core/data/measured/price_of_alignment.json. A run that was killed goes on where it was. Run it with
+`python benchmarks/price_of_alignment.py`; about a quarter of an hour of one
+core.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from _machine import at_least
+from fairness_of_sparse_networks import TASKS
+
+import permask_core
+from permask_core import lottery
+from permask_core.alignment import idle_units, mask_overlap, planted, units_placed
+from permask_core.files import written_whole
+from permask_core.matching import match_activations, match_weights, permute
+from permask_core.progress import progress
+from permask_core.store import Store, commit, device_name, versions
+
+RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "price_of_alignment.json"
+BASE = replace(TASKS["digits"], checkpoints=(0, 1, 2, 5, 10, 20))
+SPARSITIES = (0.97, 0.98, 0.99)
+IMAGES, LAYERS = (10, 30, 100, 300), ("fc1", "fc2")
+NOISES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # standard deviations of each tensor's weights
+KNOBS = ("matched_at", "matched_images", "matched_layers")
+
+
+def recipes(base):
+    """(matching, experiment) of each recipe: all epochs; at the rewind point and the end fewer images, one layer."""
+    late = (base.rewind, base.epochs)
+    found = [(by, {"matched_at": k}) for by in lottery.MATCHINGS for k in base.checkpoints]
+    found += [("activations", {"matched_at": k, "matched_images": n}) for k in late for n in IMAGES]
+    found += [(by, {"matched_at": k, "matched_layers": (name,)}) for by in lottery.MATCHINGS for k in late
+              for name in LAYERS]
+    return [(by, replace(base, **changes)) for by, changes in found]
+
+
+def recipe_rows(by, experiment, base, store, seeds, sparsities, workers):
+    """The runs of a recipe, with the seconds of its matching and how far its mask is that of the latest matching."""
+    found, groups = [], lottery.groups(base)
+    rows = lottery.run(experiment, store, seeds=seeds, sparsities=sparsities, methods=["permuted"], matchings=[by],
+                       workers=workers)
+    for row in rows:
+        permutations, record = lottery.matching(experiment, store, row["seed"], by)
+        latest, _ = lottery.matching(base, store, row["seed"], by)
+        masks = lottery.ticket(base, store, row["seed"], row["sparsity"]).masks
+        overlap = mask_overlap(*(permute(groups, one, masks) for one in (permutations, latest)))
+        found.append(kept(row) | experiment.only(*KNOBS) | {"matching_seconds": round(record["seconds"], 5),
+                                                            "overlap": round(overlap, 5)})
+    return found
+
+
+def kept(row):
+    return {key: row[key] for key in ("method", "matching", "sparsity", "seed", "accuracy", "loss")} | {
+        "seconds": round(row["seconds"], 4)}
+
+
+def control_rows(base, store, seed, sparsities):
+    """A network A beside itself, moved at random and disturbed: how far each matching finds back."""
+    groups, data = lottery.groups(base), lottery.data(base).train
+    a = lottery.dense(base, store, seed, "a")[0][base.epochs]
+    tickets = {s: lottery.ticket(base, store, seed, s).masks for s in sparsities}
+    for noise in NOISES:
+        b, truth = planted(groups, a, noise=noise, seed=seed)
+        models = [lottery.network(base, state) for state in (a, b)]
+        everything = data.batches(torch.arange(len(data)).split(base.batch_size), torch.device("cpu"))
+        found = {"weights": match_weights(groups, a, b, seed=seed),
+                 "activations": match_activations(groups, *models, everything),
+                 "": {name: torch.arange(group.size) for name, group in groups.items()}}  # nothing is moved
+        for by, permutations in found.items():
+            for s, masks in tickets.items():
+                yield {"matching": by, "noise": noise, "seed": seed, "sparsity": s,
+                       "units_placed": round(units_placed(permutations, truth), 5),
+                       "overlap": round(mask_overlap(permute(groups, permutations, masks),
+                                                     permute(groups, truth, masks)), 5),
+                       "idle": round(torch.cat(list(idle_units(groups, masks).values())).double().mean().item(), 5)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=at_least(1), default=10)
+    parser.add_argument("--workers", type=at_least(1), default=1)
+    parser.add_argument("--quick", action="store_true", help="few epochs, one sparsity: whether it runs")
+    parser.add_argument("--runs", default="build/price_of_alignment", help="folder of finished stages")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    base, sparsities, seeds, store = BASE, SPARSITIES, range(given.seeds), Store(given.runs)
+    if given.quick:
+        base, sparsities = replace(base, options=base.options | {"copies": 1}, epochs=3, matched_at=3, imp_epochs=1,
+                                   checkpoints=(0, 2), imp_rate=0.6), SPARSITIES[:1]
+    rows = [kept(row) for row in lottery.run(base, store, seeds=seeds, sparsities=sparsities, workers=given.workers,
+                                             methods=["dense", "lth", "naive", "random"])]
+    for by, experiment in recipes(base):
+        rows += recipe_rows(by, experiment, base, store, seeds, sparsities, given.workers)
+    control = [row for seed in progress(seeds, "planted permutations")
+               for row in control_rows(base, store, seed, sparsities)]
+    record = {"command": "python benchmarks/price_of_alignment.py" + (
+                  f" --seeds {given.seeds}" if given.seeds != 10 else ""),
+              "commit": commit(), "versions": versions(), "device": f"{device_name('cpu')}, one thread a process",
+              "settings": asdict(base), "training_images": len(lottery.data(base).train), "rows": rows,
+              "control": control}
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(given.result) as path:
+        path.write_text(json.dumps(record) + "\n")
+    print(f"{len(rows)} runs in {given.result}")
+
+
+if __name__ == "__main__":
+    main()
