@@ -18,6 +18,7 @@ from permask_core.models.feedforward import scaled
 from permask_core.progress import progress
 from permask_core.pruning import (
     FLAVOURS,
+    SCOPES,
     Ticket,
     check_sparsity,
     full_rounds,
@@ -66,9 +67,10 @@ class Experiment(Settings):
     imp_epochs: int = 18  # of training in each round
     imp_lr: float = 0.1
     imp_rate: float = 0.2  # fraction of the remaining weights that a round removes
+    imp_scope: str = "global"  # among which weights the largest are kept: see permask_core.pruning.magnitude_masks
 
     def __post_init__(self):
-        self.check_names(dataset=DATASETS, model=MODELS, imp=FLAVOURS)
+        self.check_names(dataset=DATASETS, model=MODELS, imp=FLAVOURS, imp_scope=SCOPES)
         check_options(self.dataset, self.options)
         object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
         for epoch in self.checkpoints:
@@ -97,7 +99,7 @@ class Experiment(Settings):
 _TRAINING = ("momentum", "weight_decay", "batch_size", "schedule", "step_epochs", "warmup", "label_smoothing",
              "optimizer", "accumulate", "precision")
 _DENSE = ("dataset", "options", "model", "width", "epochs", "lr", "processes", "checkpoints", *_TRAINING)
-_IMP = (*_DENSE, "imp", "imp_rewind", "imp_epochs", "imp_lr", "imp_rate")
+_IMP = (*_DENSE, "imp", "imp_rewind", "imp_epochs", "imp_lr", "imp_rate", "imp_scope")
 
 
 def network(experiment, state=None, *, seed=0):
@@ -182,7 +184,7 @@ def ticket(experiment, store, seed, target):
 
         (_, found), = iterative_magnitude_pruning(
             train, states[experiment.epochs], [target], flavour=experiment.imp, rate=experiment.imp_rate,
-            rewind=states[experiment.imp_rewind] if experiment.imp == "rewind" else None,
+            scope=experiment.imp_scope, rewind=states[experiment.imp_rewind] if experiment.imp == "rewind" else None,
             prunable=prunable_weights(network(experiment)))
         return found.masks, {"achieved": found.sparsity, "rounds": found.rounds}
 
@@ -272,7 +274,7 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     store : Store
     seeds : sequence of int
     sparsities : sequence of float
-        In (0, 1); hit exactly.
+        In (0, 1); hit exactly, or with ``imp_scope="fan_in"`` to within half a weight for each neuron.
     methods : sequence of {"dense", "lth", "permuted", "naive", "random", "pruned"}
         All but the last if not given. ``permuted`` is run once per matching.
     matchings : sequence of {"weights", "activations"}
