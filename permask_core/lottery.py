@@ -26,6 +26,7 @@ from permask_core.pruning import (
     prunable_weights,
     random_masks,
 )
+from permask_core.sparse import condense
 from permask_core.stages import Settings, check_integer, check_one_of, check_work, computed, data, trained
 from permask_core.training import Recipe, default_device, evaluate, fit, predict
 
@@ -233,36 +234,46 @@ def method_masks(experiment, store, seed, target, method, by=None):
     return masks
 
 
-def sparse(experiment, store, seed, target, method, by=None):
+def sparse(experiment, store, seed, target, method, by=None, *, condensed=False):
     """Train under a method's masks, from the rewind point of A (``lth``), the end of A (``pruned``, which is then
     fine-tuned), or the rewind point of B (the others).
 
     Methods of one seed share data order, recipe and number of epochs. ``lth`` and ``pruned`` differ in nothing but the
-    checkpoint; ``naive``, ``permuted`` and ``random`` in nothing but the mask.
+    checkpoint; ``naive``, ``permuted`` and ``random`` in nothing but the mask. With ``condensed`` layers of constant
+    fan-in are trained as :func:`permask_core.sparse.condense` makes them, without a mask.
 
     Returns
     -------
     (dict of str to torch.Tensor, dict)
-        The trained state, and the record: ``accuracy``, ``loss`` (test) and ``achieved``, the real sparsity.
+        The trained state, of the condensed network if it is one, and the record: ``accuracy``, ``loss`` (test) and
+        ``achieved``, the real sparsity.
     """
     check_sparsity(target)
     check_one_of("method", method, KNOWN_METHODS[1:])
     if method == "permuted":
         check_one_of("matching", by, MATCHINGS)
+    if condensed and (experiment.imp_scope != "fan_in" or method == "random"):
+        raise ValueError(f"imp_scope is {experiment.imp_scope!r} and the method {method!r}: expected 'fan_in' and not "
+                         "'random', since only masks of constant fan-in can be condensed")
 
     def train(unfinished):
         masks = method_masks(experiment, store, seed, target, method, by)
         start, _ = dense(experiment, store, seed, parent(method))
         model = network(experiment, start[experiment.epochs if method == "pruned" else experiment.rewind])
+        achieved = sparsity(masks)
+        if condensed:
+            model, left = condense(model, masks)
+            masks = {name: masks[name] for name in left} or None
         fit(model, data(experiment).train,
             experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr), seed=10_000 + seed,
             masks=masks, processes=experiment.processes, resume=unfinished,
             description=f"{method} {by or ''} at {100 * target:g} %, seed {seed}")
-        return model.state_dict(), {**evaluate(model, data(experiment).test)._asdict(), "achieved": sparsity(masks)}
+        return model.state_dict(), {**evaluate(model, data(experiment).test)._asdict(), "achieved": achieved}
 
     settings = experiment.only(*_IMP, "sparse_lr", "rewind", *(["matched_at"] if method == "permuted" else []),
                                *(["matched_images"] if by == "activations" else []))
-    return trained(store, "sparse", train, seed=seed, target=target, method=method, by=by, **settings)
+    return trained(store, "sparse", train, seed=seed, target=target, method=method, by=by, condensed=condensed,
+                   **settings)
 
 
 def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1):

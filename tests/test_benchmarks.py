@@ -127,6 +127,31 @@ def test_distillation(tmp_path):
                 assert 0 <= value <= 1 and 0 <= mean <= high <= 1
 
 
+def test_structured_tickets(tmp_path):
+    result = tmp_path / "structured_tickets.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "structured_tickets.py", "--quick", "--seeds", "1",
+                          "--runs", tmp_path / "runs", "--result", result], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(result.read_text())
+    assert record["command"] == "python benchmarks/structured_tickets.py --seeds 1"
+    assert [(row["scope"], row["method"]) for row in record["rows"]] == [
+        ("global", "dense"), *((scope, method) for scope in ("global", "fan_in")
+                               for method in ("lth", "permuted", "naive"))]
+    for row in record["rows"][1:]:
+        # 64 units in each hidden layer; fan-in is a whole number for each of 64, 64 and 10 neurons.
+        weights = 64 * 64 + 64 * 64 + 64 * 10
+        away = abs(row["achieved"] - row["sparsity"]) * weights
+        assert away <= (0.5 if row["scope"] == "global" else (64 + 64 + 10) / 2)
+        if (row["scope"], row["method"]) == ("fan_in", "permuted"):
+            kept = sum(k * n for k, n in zip(record["fan_in"]["0.985"].values(), (64, 64, 10)))
+            assert row["achieved"] == pytest.approx(1 - kept / weights)
+            assert row["condensed_accuracy"] == pytest.approx(row["accuracy"], abs=0.005)
+    assert [row["batch"] for row in record["times"]] == [1, 256]
+    for row in record["times"]:
+        assert row["turns"] >= 5 and list(row["median_seconds"]) == ["dense", "zeros", "CSR", "fan-in"]
+        assert all(0 < seconds < 1 for seconds in row["median_seconds"].values())
+
+
 def test_images_of_trifeature_a_second(tmp_path):
     result = tmp_path / "trifeature.json"
     run = subprocess.run([sys.executable, BENCHMARKS / "trifeature.py", "--threads", "1", "--rounds", "3", "--sizes",

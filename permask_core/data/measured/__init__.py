@@ -92,6 +92,23 @@ def measured_distillation():
     return _read("distillation")
 
 
+def measured_structured_tickets():
+    """Tickets of constant fan-in and unstructured ones on noisy digits: accuracy, and time of an answer.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``, ``settings`` (of :class:`permask_core.lottery.Experiment`);
+        ``rows``, a list of dict as of :func:`permask_core.lottery.run`, with ``scope`` ("global" or "fan_in"; dense
+        rows stand once, under "global"), and for permuted tickets of constant fan-in ``condensed_accuracy``,
+        ``condensed_loss`` and ``condensed_seconds``, of the same ticket trained as condensed layers; ``fan_in``, by
+        the sparsity as text and the layer; and ``times``, a list of dict: ``seed``, ``sparsity``, ``batch``,
+        ``turns`` and ``median_seconds`` of an answer by "dense", "zeros" and "CSR" (the unstructured ticket) and
+        "fan-in".
+    """
+    return _read("structured_tickets")
+
+
 def measured_torchvision_groups():
     """The permutation groups of torchvision's classification models.
 
