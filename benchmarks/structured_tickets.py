@@ -7,15 +7,19 @@ trained condensed. The recipe was chosen on seed 100.
 
 Then the trained networks of each seed answer in turns, in one process and one thread: B dense; the unstructured
 permuted ticket with its zeros in dense layers, and in CSR matrices of torch; and the permuted ticket of constant
-fan-in, condensed. Before they are timed, their outputs are compared with those of the network under its mask. Medians
-over the turns are kept. Run it with `python benchmarks/structured_tickets.py`; about ten minutes of one core. A run
-that was killed goes on where it was. Results go to permask_core/data/measured/structured_tickets.json.
+fan-in, condensed. Time is the processor's: on a busy machine a long call waits for other programs and a short one does
+not, so that a clock on the wall would flatter the short one. Before they are timed, their outputs are compared with
+those of the network under its mask. Medians over the turns are kept.
+
+Run it with `python benchmarks/structured_tickets.py`; about ten minutes of one core. A run that was killed goes on where
+it was. Results go to permask_core/data/measured/structured_tickets.json.
 """
 
 import argparse
 import copy
 import json
 import statistics
+import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -74,7 +78,7 @@ def networks(chosen, store, seed, sparsity):
 
 @torch.no_grad()
 def times(chosen, store, seed, sparsity, seconds):
-    """Median seconds of an answer, one row for each batch."""
+    """Median seconds of the processor for an answer, one row for each batch."""
     compared = networks(chosen, store, seed, sparsity)
     for batch in BATCHES:
         x = lottery.data(chosen).test.x[:batch]
@@ -82,7 +86,8 @@ def times(chosen, store, seed, sparsity, seconds):
             off = (model(x) - right(x)).abs().max().item()
             if off > 1e-3:
                 raise SystemExit(f"{name} is off by {off} at batch {batch}: not timed")
-        found = timed_turns({name: lambda model=model, x=x: model(x) for name, (model, _) in compared.items()}, seconds)
+        found = timed_turns({name: lambda model=model, x=x: model(x) for name, (model, _) in compared.items()},
+                            seconds, clock=time.process_time)
         yield {"seed": seed, "sparsity": sparsity, "batch": batch, "turns": len(found["dense"]),
                "median_seconds": {name: statistics.median(values) for name, values in found.items()}}
 
