@@ -11,8 +11,8 @@ fan-in, condensed. Time is the processor's: on a busy machine a long call waits 
 not, so that a clock on the wall would flatter the short one. Before they are timed, their outputs are compared with
 those of the network under its mask. Medians over the turns are kept.
 
-Run it with `python benchmarks/structured_tickets.py`; about ten minutes of one core. A run that was killed goes on where
-it was. Results go to permask_core/data/measured/structured_tickets.json.
+Run it with `python benchmarks/structured_tickets.py`; about ten minutes of one core. A run that was killed goes on
+where it was. Results go to permask_core/data/measured/structured_tickets.json.
 """
 
 import argparse
@@ -39,6 +39,7 @@ RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "structured_
 SCOPES = ("global", "fan_in")
 SPARSITIES = (0.9, 0.95, 0.97, 0.985)
 BATCHES = (1, 256)
+KEPT = ("method", "sparsity", "achieved", "seed", "accuracy", "loss")
 EXPERIMENT = lottery.Experiment(
     dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", width=6, epochs=12, lr=0.1, sparse_lr=0.05,
     checkpoints=(0, 2), rewind=2, matched_at=12, imp_rewind=2, imp_epochs=6, imp_lr=0.1, imp_rate=0.5)
@@ -92,27 +93,28 @@ def times(chosen, store, seed, sparsity, seconds):
                "median_seconds": {name: statistics.median(values) for name, values in found.items()}}
 
 
+def connections(masks):
+    """For each layer: how many connections a neuron has at least and at most, and how many neurons have any."""
+    counts = {name.removesuffix(".weight"): mask.sum(1) for name, mask in masks.items()}
+    return {name: [int(count.min()), int(count.max()), int((count > 0).sum())] for name, count in counts.items()}
+
+
 def accuracies(chosen, store, seeds, sparsities, workers):
     """Rows of all methods under both kinds of masks, and of what is trained condensed."""
     rows = []
     for scope in SCOPES:
         one = replace(chosen, imp_scope=scope)
-        rows += [{"scope": scope} | row for row in lottery.run(
-            one, store, seeds=seeds, sparsities=sparsities, methods=("dense", "lth", "permuted", "naive"),
-            matchings=["weights"], workers=workers)]
-    for row in rows:
-        if (row["scope"], row["method"]) == ("fan_in", "permuted"):
-            where = row["seed"], row["sparsity"], "permuted", "weights"
-            found = lottery.sparse(replace(chosen, imp_scope="fan_in"), store, *where, condensed=True)[1]
-            row |= {f"condensed_{key}": found[key] for key in ("accuracy", "loss", "seconds")}
-    return [{key: value for key, value in row.items() if key not in ("width", "sparse_lr", "rewind", "matched_at")}
-            for row in rows if (row["scope"], row["method"]) != ("fan_in", "dense")]
-
-
-def fan_ins(chosen, store, sparsity):
-    """Connections of a neuron in each layer, which are the same in every seed."""
-    masks = lottery.ticket(replace(chosen, imp_scope="fan_in"), store, 0, sparsity).masks
-    return {name.removesuffix(".weight"): int(mask[0].sum()) for name, mask in masks.items()}
+        for row in lottery.run(one, store, seeds=seeds, sparsities=sparsities, matchings=["weights"], workers=workers,
+                               methods=("dense", "lth", "permuted", "naive")[scope != "global":]):
+            row = {"scope": scope} | {key: row[key] for key in KEPT}
+            if row["method"] == "permuted":
+                where = store, row["seed"], row["sparsity"], "permuted", "weights"
+                row["connections"] = connections(lottery.method_masks(one, *where))
+                if scope == "fan_in":
+                    found = lottery.sparse(one, *where, condensed=True)[1]
+                    row |= {f"condensed_{key}": found[key] for key in ("accuracy", "loss")}
+            rows.append(row)
+    return rows
 
 
 def main():
@@ -132,7 +134,6 @@ def main():
         "commit": commit(), "versions": versions(), "device": f"{device_name('cpu')}, one thread",
         "settings": json.loads(json.dumps(asdict(chosen))),
         "rows": accuracies(chosen, store, seeds, sparsities, given.workers),
-        "fan_in": {f"{s:g}": fan_ins(chosen, store, s) for s in sparsities},
         "times": [row for seed in seeds for s in sparsities
                   for row in times(chosen, store, seed, s, 0 if given.quick else 0.5)]}
     given.result.parent.mkdir(parents=True, exist_ok=True)

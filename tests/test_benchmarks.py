@@ -143,7 +143,8 @@ def test_structured_tickets(tmp_path):
         away = abs(row["achieved"] - row["sparsity"]) * weights
         assert away <= (0.5 if row["scope"] == "global" else (64 + 64 + 10) / 2)
         if (row["scope"], row["method"]) == ("fan_in", "permuted"):
-            kept = sum(k * n for k, n in zip(record["fan_in"]["0.985"].values(), (64, 64, 10)))
+            assert all(least == most for least, most, _ in row["connections"].values())
+            kept = sum(fan_in * neurons for fan_in, _, neurons in row["connections"].values())
             assert row["achieved"] == pytest.approx(1 - kept / weights)
             assert row["condensed_accuracy"] == pytest.approx(row["accuracy"], abs=0.005)
     assert [row["batch"] for row in record["times"]] == [1, 256]

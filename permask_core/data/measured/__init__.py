@@ -99,12 +99,12 @@ def measured_structured_tickets():
     -------
     dict
         ``command``, ``commit``, ``versions``, ``device``, ``settings`` (of :class:`permask_core.lottery.Experiment`);
-        ``rows``, a list of dict as of :func:`permask_core.lottery.run`, with ``scope`` ("global" or "fan_in"; dense
-        rows stand once, under "global"), and for permuted tickets of constant fan-in ``condensed_accuracy``,
-        ``condensed_loss`` and ``condensed_seconds``, of the same ticket trained as condensed layers; ``fan_in``, by
-        the sparsity as text and the layer; and ``times``, a list of dict: ``seed``, ``sparsity``, ``batch``,
-        ``turns`` and ``median_seconds`` of an answer by "dense", "zeros" and "CSR" (the unstructured ticket) and
-        "fan-in".
+        ``rows``, a list of dict: ``scope`` ("global" or "fan_in"; dense rows stand once, under "global"), ``method``,
+        ``sparsity`` and ``achieved`` (0 for dense), ``seed``, ``accuracy`` and ``loss``; permuted ones also have
+        ``connections`` (by layer, those of a neuron at least and at most, and how many neurons have any), and those
+        of constant fan-in ``condensed_accuracy`` and ``condensed_loss``, of the ticket trained as condensed layers;
+        and ``times``, a list of dict: ``seed``, ``sparsity``, ``batch``, ``turns`` and ``median_seconds`` of the
+        processor for an answer by "dense", "zeros" and "CSR" (the unstructured ticket) and "fan-in".
     """
     return _read("structured_tickets")
 
