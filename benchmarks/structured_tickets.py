@@ -6,10 +6,11 @@ each mask: ``lth``, ``permuted`` (by matching weights) and ``naive``. Permuted t
 trained condensed. The recipe was chosen on seed 100.
 
 Then the trained networks of each seed answer in turns, in one process and one thread: B dense; the unstructured
-permuted ticket with its zeros in dense layers, and in CSR matrices of torch; and the permuted ticket of constant
-fan-in, condensed. Time is the processor's: on a busy machine a long call waits for other programs and a short one does
-not, so that a clock on the wall would flatter the short one. Before they are timed, their outputs are compared with
-those of the network under its mask. Medians over the turns are kept.
+permuted ticket with its zeros in dense layers, in smaller dense layers without the neurons that it has cut off, and in
+CSR matrices of torch; and the permuted ticket of constant fan-in, condensed. Time is the processor's: on a busy machine
+a long call waits for other programs and a short one does not, so that a clock on the wall would flatter the short one.
+Before they are timed, their outputs are compared with those of the network under its mask. Medians over the turns are
+kept.
 
 Run it with `python benchmarks/structured_tickets.py`; about ten minutes of one core. A run that was killed goes on
 where it was. Results go to permask_core/data/measured/structured_tickets.json.
@@ -66,6 +67,19 @@ def with_csr(model):
     return model
 
 
+@torch.no_grad()
+def trimmed(model):
+    """A smaller dense perceptron that computes the same: neurons that read nothing, or that none reads, are gone."""
+    model = copy.deepcopy(model)
+    linear = [layer for layer in model.children() if isinstance(layer, nn.Linear)]
+    for before, after in reversed(list(zip(linear, linear[1:]))):
+        fed, read = (before.weight != 0).any(1), (after.weight != 0).any(0)
+        after.bias += after.weight[:, ~fed] @ before.bias[~fed].relu()  # what reads nothing says the same every time
+        before.weight, before.bias = nn.Parameter(before.weight[fed & read]), nn.Parameter(before.bias[fed & read])
+        after.weight = nn.Parameter(after.weight[:, fed & read])
+    return model
+
+
 def networks(chosen, store, seed, sparsity):
     """The trained networks that are timed, by name, each with the one that it must agree with."""
     dense = lottery.network(chosen, lottery.dense(chosen, store, seed, "b")[0][chosen.epochs])
@@ -73,8 +87,8 @@ def networks(chosen, store, seed, sparsity):
     zeros, fan_in = (lottery.network(one, lottery.sparse(one, store, seed, sparsity, "permuted", "weights")[0])
                      for one in masked.values())
     masks = lottery.method_masks(masked["fan_in"], store, seed, sparsity, "permuted", "weights")
-    return {"dense": (dense, dense), "zeros": (zeros, zeros), "CSR": (with_csr(zeros), zeros),
-            "fan-in": (condense(fan_in, masks)[0], fan_in)}
+    return {"dense": (dense, dense), "zeros": (zeros, zeros), "trimmed": (trimmed(zeros), zeros),
+            "CSR": (with_csr(zeros), zeros), "fan-in": (condense(fan_in, masks)[0], fan_in)}
 
 
 @torch.no_grad()
@@ -90,6 +104,8 @@ def times(chosen, store, seed, sparsity, seconds):
         found = timed_turns({name: lambda model=model, x=x: model(x) for name, (model, _) in compared.items()},
                             seconds, clock=time.process_time)
         yield {"seed": seed, "sparsity": sparsity, "batch": batch, "turns": len(found["dense"]),
+               "trimmed_to": [len(layer.weight) for layer in compared["trimmed"][0].children()
+                              if isinstance(layer, nn.Linear)][:-1],
                "median_seconds": {name: statistics.median(values) for name, values in found.items()}}
 
 

@@ -149,8 +149,25 @@ def test_structured_tickets(tmp_path):
             assert row["condensed_accuracy"] == pytest.approx(row["accuracy"], abs=0.005)
     assert [row["batch"] for row in record["times"]] == [1, 256]
     for row in record["times"]:
-        assert row["turns"] >= 5 and list(row["median_seconds"]) == ["dense", "zeros", "CSR", "fan-in"]
+        assert row["turns"] >= 5 and list(row["median_seconds"]) == ["dense", "zeros", "trimmed", "CSR", "fan-in"]
+        assert all(0 < units <= 64 for units in row["trimmed_to"]) and len(row["trimmed_to"]) == 2
         assert all(0 < seconds < 1 for seconds in row["median_seconds"].values())
+
+
+def test_neurons_that_a_mask_cuts_off_are_trimmed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    trimmed = importlib.import_module("structured_tickets").trimmed
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(*size) for size in ((6, 9), (9, 8), (8, 3))))
+    model.insert(1, torch.nn.ReLU()).insert(3, torch.nn.ReLU())
+    with torch.no_grad():
+        model[0].weight[:2] = 0  # two that read nothing
+        model[2].weight[:, 4] = 0  # one that none reads
+        model[2].weight[1] = 0
+        model[4].weight[:, 5:] = 0
+    x, small = torch.randn(20, 6), trimmed(model)
+    assert [tuple(layer.weight.shape) for layer in small if hasattr(layer, "weight")] == [(6, 6), (4, 6), (3, 4)]
+    torch.testing.assert_close(small(x), model(x))
 
 
 def test_images_of_trifeature_a_second(tmp_path):

@@ -103,8 +103,9 @@ def measured_structured_tickets():
         ``sparsity`` and ``achieved`` (0 for dense), ``seed``, ``accuracy`` and ``loss``; permuted ones also have
         ``connections`` (by layer, those of a neuron at least and at most, and how many neurons have any), and those
         of constant fan-in ``condensed_accuracy`` and ``condensed_loss``, of the ticket trained as condensed layers;
-        and ``times``, a list of dict: ``seed``, ``sparsity``, ``batch``, ``turns`` and ``median_seconds`` of the
-        processor for an answer by "dense", "zeros" and "CSR" (the unstructured ticket) and "fan-in".
+        and ``times``, a list of dict: ``seed``, ``sparsity``, ``batch``, ``turns``, ``trimmed_to`` (units of the hidden
+        layers of the trimmed network) and ``median_seconds`` of the processor for an answer by "dense", "zeros",
+        "trimmed" and "CSR" (the unstructured ticket) and "fan-in".
     """
     return _read("structured_tickets")
 
