@@ -18,6 +18,7 @@ from permask_core.models.feedforward import scaled
 from permask_core.progress import progress
 from permask_core.pruning import (
     FLAVOURS,
+    SCOPES,
     Ticket,
     check_sparsity,
     full_rounds,
@@ -25,6 +26,7 @@ from permask_core.pruning import (
     prunable_weights,
     random_masks,
 )
+from permask_core.sparse import condense
 from permask_core.stages import Settings, check_integer, check_lists, check_one_of, check_work, computed, data, trained
 from permask_core.training import Recipe, default_device, evaluate, fit, predict
 
@@ -67,9 +69,10 @@ class Experiment(Settings):
     imp_epochs: int = 18  # of training in each round
     imp_lr: float = 0.1
     imp_rate: float = 0.2  # fraction of the remaining weights that a round removes
+    imp_scope: str = "global"  # among which weights the largest are kept: see permask_core.pruning.magnitude_masks
 
     def __post_init__(self):
-        self.check_names(dataset=DATASETS, model=MODELS, imp=FLAVOURS)
+        self.check_names(dataset=DATASETS, model=MODELS, imp=FLAVOURS, imp_scope=SCOPES)
         check_options(self.dataset, self.options)
         object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
         for epoch in self.checkpoints:
@@ -102,7 +105,7 @@ _TRAINING = ("momentum", "weight_decay", "batch_size", "schedule", "step_epochs"
              "optimizer", "accumulate", "precision")
 _DENSE = ("dataset", "options", "model", "width", "epochs", "lr", "processes", "checkpoints", *_TRAINING)
 _MATCHING = ("matched_at", "matched_layers")
-_IMP = (*_DENSE, "imp", "imp_rewind", "imp_epochs", "imp_lr", "imp_rate")
+_IMP = (*_DENSE, "imp", "imp_rewind", "imp_epochs", "imp_lr", "imp_rate", "imp_scope")
 
 
 def network(experiment, state=None, *, seed=0):
@@ -192,7 +195,7 @@ def ticket(experiment, store, seed, target):
 
         (_, found), = iterative_magnitude_pruning(
             train, states[experiment.epochs], [target], flavour=experiment.imp, rate=experiment.imp_rate,
-            rewind=states[experiment.imp_rewind] if experiment.imp == "rewind" else None,
+            scope=experiment.imp_scope, rewind=states[experiment.imp_rewind] if experiment.imp == "rewind" else None,
             prunable=prunable_weights(network(experiment)))
         return found.masks, {"achieved": found.sparsity, "rounds": found.rounds}
 
@@ -242,36 +245,46 @@ def method_masks(experiment, store, seed, target, method, by=None):
     return masks
 
 
-def sparse(experiment, store, seed, target, method, by=None):
+def sparse(experiment, store, seed, target, method, by=None, *, condensed=False):
     """Train under a method's masks, from the rewind point of A (``lth``), the end of A (``pruned``, which is then
     fine-tuned), or the rewind point of B (the others).
 
     Methods of one seed share data order, recipe and number of epochs. ``lth`` and ``pruned`` differ in nothing but the
-    checkpoint; ``naive``, ``permuted`` and ``random`` in nothing but the mask.
+    checkpoint; ``naive``, ``permuted`` and ``random`` in nothing but the mask. With ``condensed`` layers of constant
+    fan-in are trained as :func:`permask_core.sparse.condense` makes them, without a mask.
 
     Returns
     -------
     (dict of str to torch.Tensor, dict)
-        The trained state, and the record: ``accuracy``, ``loss`` (test) and ``achieved``, the real sparsity.
+        The trained state, of the condensed network if it is one, and the record: ``accuracy``, ``loss`` (test) and
+        ``achieved``, the real sparsity.
     """
     check_sparsity(target)
     check_one_of("method", method, KNOWN_METHODS[1:])
     if method == "permuted":
         check_one_of("matching", by, MATCHINGS)
+    if condensed and (experiment.imp_scope != "fan_in" or method == "random"):
+        raise ValueError(f"imp_scope is {experiment.imp_scope!r} and the method {method!r}: expected 'fan_in' and not "
+                         "'random', since only masks of constant fan-in can be condensed")
 
     def train(unfinished):
         masks = method_masks(experiment, store, seed, target, method, by)
         start, _ = dense(experiment, store, seed, parent(method))
         model = network(experiment, start[experiment.epochs if method == "pruned" else experiment.rewind])
+        achieved = sparsity(masks)
+        if condensed:
+            model, left = condense(model, masks)
+            masks = {name: masks[name] for name in left} or None
         fit(model, data(experiment).train,
             experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr), seed=10_000 + seed,
             masks=masks, processes=experiment.processes, resume=unfinished,
             description=f"{method} {by or ''} at {100 * target:g} %, seed {seed}")
-        return model.state_dict(), {**evaluate(model, data(experiment).test)._asdict(), "achieved": sparsity(masks)}
+        return model.state_dict(), {**evaluate(model, data(experiment).test)._asdict(), "achieved": achieved}
 
     settings = experiment.only(*_IMP, "sparse_lr", "rewind", *(_MATCHING if method == "permuted" else []),
                                *(["matched_images"] if by == "activations" else []))
-    return trained(store, "sparse", train, seed=seed, target=target, method=method, by=by, **settings)
+    return trained(store, "sparse", train, seed=seed, target=target, method=method, by=by, condensed=condensed,
+                   **settings)
 
 
 def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1):
@@ -283,7 +296,7 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     store : Store
     seeds : sequence of int
     sparsities : sequence of float
-        In (0, 1); hit exactly.
+        In (0, 1); hit exactly, or with ``imp_scope="fan_in"`` to within half a weight for each neuron.
     methods : sequence of {"dense", "lth", "permuted", "naive", "random", "pruned"}
         All but the last if not given. ``permuted`` is run once per matching.
     matchings : sequence of {"weights", "activations"}

@@ -12,6 +12,7 @@ from torch import nn
 from permask_core.masks import Masks, check_fit, sparsity
 
 FLAVOURS = ("rewind", "finetune")
+SCOPES = ("global", "layer", "fan_in")
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NOT_PRUNED = ("shortcut", "downsample")
 
@@ -44,7 +45,7 @@ def check_sparsity(value):
 
 @torch.no_grad()
 def magnitude_masks(state, sparsity, scope="global", previous=None):
-    """Keep the largest weights by absolute value, at exactly the sparsity asked for.
+    """Keep the largest weights by absolute value: of all, of each layer, or of each neuron.
 
     Parameters
     ----------
@@ -54,7 +55,12 @@ def magnitude_masks(state, sparsity, scope="global", previous=None):
     sparsity : float
         Fraction of zeros in (0, 1), over all pruned tensors together (``global``) or in each of them (``layer``);
         the count of zeros is that fraction rounded to the nearest whole weight.
-    scope : {"global", "layer"}
+    scope : {"global", "layer", "fan_in"}
+        ``fan_in`` keeps the same number of weights in every row [out, ...] of a tensor, so that
+        :func:`permask_core.sparse.condense` can store nothing else. Layers have the densities of
+        :func:`erk_densities`; a row keeps that fraction of its weights, rounded to the nearest whole number, but at
+        least one. The sparsity is hit to within half a weight for each row: :func:`permask_core.masks.sparsity` tells
+        it.
     previous : Masks, optional
         The new masks are nested in these: what they drop stays dropped.
 
@@ -68,8 +74,7 @@ def magnitude_masks(state, sparsity, scope="global", previous=None):
         If the sparsity or scope is unknown, ``previous`` does not fit or is sparser already, or a weight is NaN.
     """
     check_sparsity(sparsity)
-    if scope not in ("global", "layer"):
-        raise ValueError(f"scope is {scope!r}: expected 'global' or 'layer'")
+    check_scope(scope)
     if previous is None:
         previous = {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in state.items() if tensor.ndim >
         1}
@@ -79,21 +84,37 @@ def magnitude_masks(state, sparsity, scope="global", previous=None):
     for name, score in scores.items():
         if score.isnan().any():
             raise ValueError(f"{name!r} holds NaN: its weights cannot be ranked")
-    scopes = [list(scores)] if scope == "global" else [[name] for name in scores]
-    return {name: mask for names in scopes for name, mask in _keep_largest(names, scores, sparsity, previous).items()}
+    if scope == "global":
+        flat = torch.cat([score.flatten() for score in scores.values()])
+        mask = _keep_largest("previous", flat[None], round(sparsity * flat.numel()))[0]
+        parts = mask.split([score.numel() for score in scores.values()])
+        return {name: part.view_as(scores[name]) for name, part in zip(scores, parts)}
+    shares = dict.fromkeys(scores, sparsity)
+    if scope == "fan_in":
+        shares = {name: 1 - density for name, density in erk_densities(scores, 1 - sparsity).items()}
+    masks = {}
+    for name, score in scores.items():
+        rows = score.flatten(1) if scope == "fan_in" else score.reshape(1, -1)
+        zeros = round(shares[name] * rows.shape[1])
+        masks[name] = _keep_largest(name, rows, min(zeros, rows.shape[1] - (scope == "fan_in"))).view(score.shape)
+    return masks
 
 
-def _keep_largest(names, scores, sparsity, previous):
-    flat = torch.cat([scores[name].flatten() for name in names])
-    kept = flat.numel() - round(sparsity * flat.numel())
-    alive = sum(int(previous[name].sum()) for name in names)
+def check_scope(scope):
+    """Raise ValueError unless :func:`magnitude_masks` knows the scope."""
+    if scope not in SCOPES:
+        raise ValueError(f"scope is {scope!r}: expected one of {', '.join(SCOPES)}")
+
+
+def _keep_largest(name, scores, zeros):
+    """Which scores of each row to keep, bool [rows, n]: all but so many; what is below 0 is dropped already."""
+    kept, alive = scores.shape[1] - zeros, int((scores >= 0).sum(1).min())
     if kept > alive:
-        raise ValueError(f"{names[0] if len(names) == 1 else 'previous'} keeps {alive} of {flat.numel()} weights: "
-                         f"sparsity {sparsity} would keep {kept}, expected nested masks")
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[torch.sort(flat, descending=True, stable=True).indices[:kept]] = True  # stable: ties fall the same everywhere
-    parts = mask.split([scores[name].numel() for name in names])
-    return {name: part.view_as(scores[name]) for name, part in zip(names, parts)}
+        raise ValueError(f"{name} keeps {alive} of {scores.shape[1]} weights{' in a row' * (len(scores) > 1)}: the "
+                         f"sparsity would keep {kept}, expected nested masks")
+    # Stable: ties fall the same everywhere.
+    largest = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :kept]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, largest, True)
 
 
 def random_masks(shapes, densities, *, seed):
@@ -186,7 +207,8 @@ def full_rounds(sparsity, rate):
     return rounds
 
 
-def iterative_magnitude_pruning(train, trained, sparsities, *, rewind=None, flavour="rewind", rate=0.2, prunable=None):
+def iterative_magnitude_pruning(train, trained, sparsities, *, rewind=None, flavour="rewind", rate=0.2, scope="global",
+                                prunable=None):
     """Prune, train, prune, ...: a ladder on which each round removes ``rate`` of the weights that are left.
 
     The masks for every sparsity asked for come from one ladder: the last, partial step of each branches off the network
@@ -200,14 +222,16 @@ def iterative_magnitude_pruning(train, trained, sparsities, *, rewind=None, flav
     trained : dict of str to torch.Tensor
         The dense network, trained.
     sparsities : sequence of float
-        Each in (0, 1), hit exactly.
+        Each in (0, 1), hit as the ``scope`` hits it.
     rewind : dict of str to torch.Tensor
         The state to which ``flavour="rewind"`` returns before each training: the true initialisation, or an early
         checkpoint of the dense run.
     flavour : {"rewind", "finetune"}
         ``finetune`` trains on from the weights that were just pruned, and takes no ``rewind``.
     rate : float
-        Fraction of the remaining weights that a full round removes, in (0, 1); globally, by magnitude.
+        Fraction of the remaining weights that a full round removes, in (0, 1), by magnitude.
+    scope : {"global", "layer", "fan_in"}
+        Among which weights the largest are kept: see :func:`magnitude_masks`.
     prunable : iterable of str, optional
         The keys to prune; without it all tensors of two or more axes.
 
@@ -231,6 +255,7 @@ def iterative_magnitude_pruning(train, trained, sparsities, *, rewind=None, flav
         raise ValueError(f"flavour {flavour!r} {'needs' if rewind is None else 'takes no'} rewind state")
     if not 0 < rate < 1:
         raise ValueError(f"rate is {rate!r}: expected a number in (0, 1)")
+    check_scope(scope)
     keys = list(prunable) if prunable is not None else [name for name, tensor in trained.items() if tensor.ndim > 1]
     unknown = [name for name in keys if name not in trained]
     if unknown or not keys:
@@ -239,18 +264,18 @@ def iterative_magnitude_pruning(train, trained, sparsities, *, rewind=None, flav
         if name not in rewind or rewind[name].shape != trained[name].shape:
             got = list(rewind[name].shape) if name in rewind else "nothing"
             raise ValueError(f"{name!r} has shape {list(trained[name].shape)} in the trained state and {got} in rewind")
-    return _ladder(train, trained, sorted(sparsities), rewind, rate, keys)
+    return _ladder(train, trained, sorted(sparsities), rewind, rate, scope, keys)
 
 
-def _ladder(train, trained, sparsities, rewind, rate, keys):
+def _ladder(train, trained, sparsities, rewind, rate, scope, keys):
     state = trained
     masks = {name: torch.ones_like(trained[name], dtype=torch.bool) for name in keys}
     rounds = 0
     for target in sparsities:
         needed = full_rounds(target, rate)
         for n in range(rounds + 1, needed + 1):
-            masks = magnitude_masks(state, 1 - (1 - rate) ** n, previous=masks)
+            masks = magnitude_masks(state, 1 - (1 - rate) ** n, scope, masks)
             state = train(rewind if rewind is not None else state, masks)
         rounds = needed
-        found = magnitude_masks(state, target, previous=masks)
+        found = magnitude_masks(state, target, scope, masks)
         yield target, Ticket(found, sparsity(found), rounds + 1)

@@ -149,6 +149,49 @@ def test_distillation(tmp_path):
                 assert 0 <= value <= 1 and 0 <= mean <= high <= 1
 
 
+def test_structured_tickets(tmp_path):
+    result = tmp_path / "structured_tickets.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "structured_tickets.py", "--quick", "--seeds", "1",
+                          "--runs", tmp_path / "runs", "--result", result], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(result.read_text())
+    assert record["command"] == "python benchmarks/structured_tickets.py --seeds 1"
+    assert [(row["scope"], row["method"]) for row in record["rows"]] == [
+        ("global", "dense"), *((scope, method) for scope in ("global", "fan_in")
+                               for method in ("lth", "permuted", "naive"))]
+    for row in record["rows"][1:]:
+        # 64 units in each hidden layer; fan-in is a whole number for each of 64, 64 and 10 neurons.
+        weights = 64 * 64 + 64 * 64 + 64 * 10
+        away = abs(row["achieved"] - row["sparsity"]) * weights
+        assert away <= (0.5 if row["scope"] == "global" else (64 + 64 + 10) / 2)
+        if (row["scope"], row["method"]) == ("fan_in", "permuted"):
+            assert all(least == most for least, most, _ in row["connections"].values())
+            kept = sum(fan_in * neurons for fan_in, _, neurons in row["connections"].values())
+            assert row["achieved"] == pytest.approx(1 - kept / weights)
+            assert row["condensed_accuracy"] == pytest.approx(row["accuracy"], abs=0.005)
+    assert [row["batch"] for row in record["times"]] == [1, 256]
+    for row in record["times"]:
+        assert row["turns"] >= 5 and list(row["median_seconds"]) == ["dense", "zeros", "trimmed", "CSR", "fan-in"]
+        assert all(0 < units <= 64 for units in row["trimmed_to"]) and len(row["trimmed_to"]) == 2
+        assert all(0 < seconds < 1 for seconds in row["median_seconds"].values())
+
+
+def test_neurons_that_a_mask_cuts_off_are_trimmed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    trimmed = importlib.import_module("structured_tickets").trimmed
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(*size) for size in ((6, 9), (9, 8), (8, 3))))
+    model.insert(1, torch.nn.ReLU()).insert(3, torch.nn.ReLU())
+    with torch.no_grad():
+        model[0].weight[:2] = 0  # two that read nothing
+        model[2].weight[:, 4] = 0  # one that none reads
+        model[2].weight[1] = 0
+        model[4].weight[:, 5:] = 0
+    x, small = torch.randn(20, 6), trimmed(model)
+    assert [tuple(layer.weight.shape) for layer in small if hasattr(layer, "weight")] == [(6, 6), (4, 6), (3, 4)]
+    torch.testing.assert_close(small(x), model(x))
+
+
 def test_images_of_trifeature_a_second(tmp_path):
     result = tmp_path / "trifeature.json"
     run = subprocess.run([sys.executable, BENCHMARKS / "trifeature.py", "--threads", "1", "--rounds", "3", "--sizes",

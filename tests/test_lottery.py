@@ -24,6 +24,7 @@ from tests.data.files import write_cifar
 
 TINY = Experiment(width=0.1, epochs=2, checkpoints=(0, 1), rewind=1, matched_at=2, imp_rewind=1, imp_epochs=1,
                   imp_rate=0.5)
+FAN_IN = dataclasses.replace(TINY, imp_scope="fan_in")
 GRID = {"seeds": [0, 1], "sparsities": [0.5, 0.8]}
 WEIGHTS = 64 * 13 + 13 * 13 + 13 * 10
 COLUMNS = {"method", "matching", "sparsity", "achieved", "seed", "accuracy", "loss", "seconds", "width", "sparse_lr",
@@ -242,6 +243,8 @@ def test_errors_come_before_any_training(store, change, message):
     (lambda store: sparse(TINY, store, 0, 0.5, "permuted", "weight"), "unknown matching 'weight'"),
     (lambda store: sparse(TINY, store, 0, 0.5, "permuted"), "unknown matching None"),
     (lambda store: sparse(TINY, store, 0, 50, "naive"), "sparsity is 50"),
+    (lambda store: sparse(TINY, store, 0, 0.5, "lth", condensed=True), "imp_scope is 'global'"),
+    (lambda store: sparse(FAN_IN, store, 0, 0.5, "random", condensed=True), "the method 'random': expected 'fan_in'"),
     (lambda store: ticket(TINY, store, 0, 1.0), "sparsity is 1.0"),
     (lambda store: matching(TINY, store, 0, "names"), "unknown matching 'names'"),
     (lambda store: dense(TINY, store, 0, "c"), "which is 'c'"),
@@ -291,6 +294,21 @@ def test_a_run_killed_in_the_middle_of_a_training_goes_on_there(finished, tmp_pa
     (left,) = (tmp_path / "dense").iterdir()
     assert left.suffix == ".safetensors"
     assert left.name in {path.name for path in (reference.folder / "dense").iterdir()}
+
+
+def test_tickets_of_constant_fan_in_are_trained_condensed_as_under_their_mask(store):
+    for method, by in (("lth", None), ("permuted", "weights")):
+        masks = method_masks(FAN_IN, store, 0, 0.8, method, by)
+        assert all(len(set(mask.sum(1).tolist())) == 1 for mask in masks.values())
+        state, record = sparse(FAN_IN, store, 0, 0.8, method, by)
+        condensed, of_condensed = sparse(FAN_IN, store, 0, 0.8, method, by, condensed=True)
+        for name in ("fc1", "fc2"):
+            whole = torch.zeros_like(state[f"{name}.weight"])
+            whole[condensed[f"{name}.rows"][:, None], condensed[f"{name}.indices"].long()] = condensed[f"{name}.values"]
+            torch.testing.assert_close(whole, state[f"{name}.weight"], rtol=1e-3, atol=1e-4)
+        assert of_condensed["accuracy"] == pytest.approx(record["accuracy"], abs=2 / 360)
+        assert of_condensed["achieved"] == record["achieved"] == sparsity(masks)
+    assert ticket(FAN_IN, store, 0, 0.8).sparsity != ticket(TINY, store, 0, 0.8).sparsity
 
 
 def test_two_processes_find_the_mask_that_one_finds(finished, tmp_path):

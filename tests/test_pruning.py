@@ -12,6 +12,7 @@ from torch import nn
 
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.pruning import (
+    SCOPES,
     erk_densities,
     iterative_magnitude_pruning,
     magnitude_masks,
@@ -58,7 +59,7 @@ def test_magnitude_masks_are_those_of_sorting(state, fraction):
 
 
 @settings(deadline=None)
-@given(states, states, fractions, fractions, st.sampled_from(["global", "layer"]))
+@given(states, states, fractions, fractions, st.sampled_from(SCOPES))
 def test_new_masks_are_nested_in_previous_ones(first, second, low, high, scope):
     low, high = sorted((low, high))
     previous = magnitude_masks(first, low, scope)
@@ -66,8 +67,37 @@ def test_new_masks_are_nested_in_previous_ones(first, second, low, high, scope):
     assert nested(masks, previous)
     if scope == "global":
         assert sum(mask.sum() for mask in masks.values()) == 32 - round(high * 32)
-    else:
+    elif scope == "layer":
         assert all(mask.sum() == mask.numel() - round(high * mask.numel()) for mask in masks.values())
+
+
+@settings(deadline=None, max_examples=40)
+@given(states, fractions)
+def test_every_neuron_keeps_as_many_of_its_own_weights(state, fraction):
+    masks = magnitude_masks(state, fraction, scope="fan_in")
+    densities = erk_densities({"a": state["a"], "b": state["b"]}, 1 - fraction)
+    for name, mask in masks.items():
+        rows, n = mask.flatten(1), mask[0].numel()
+        fan_in = max(1, n - round((1 - densities[name]) * n))
+        for i, row in enumerate(rows):
+            assert row.nonzero().flatten().tolist() == sorted(
+                i for _, i in by_sorting({name: state[name][i]}, [name], 1 - fan_in / n))
+
+
+def test_constant_fan_in_hits_the_sparsity_to_half_a_weight_a_row():
+    state = {"fc": torch.randn(50, 40), "conv": torch.randn(30, 20, 3, 3)}
+    for target in (0.5, 0.8, 0.9, 0.95):
+        masks = magnitude_masks(state, target, scope="fan_in")
+        assert abs(sparsity(masks) - target) <= 0.5 * (50 + 30) / (50 * 40 + 30 * 180)
+
+
+def test_a_mask_that_is_not_of_constant_fan_in_has_no_constant_fan_in_within():
+    state, uneven = {"fc": torch.randn(20, 10)}, {"fc": torch.ones(20, 10, dtype=torch.bool)}
+    uneven["fc"][3, 2:] = False
+    with pytest.raises(ValueError, match="fc keeps 2 of 10 weights in a row: the sparsity would keep 5"):
+        magnitude_masks(state, 0.5, "fan_in", uneven)
+    kept = magnitude_masks(state, 0.8, "fan_in", uneven)["fc"]
+    assert (kept.sum(1) == 2).all() and nested({"fc": kept}, uneven)
 
 
 def test_previous_masks_say_which_tensors_are_pruned_and_hide_what_was_dropped():
@@ -84,7 +114,7 @@ def test_previous_masks_say_which_tensors_are_pruned_and_hide_what_was_dropped()
     ({"sparsity": "0.9"}, "sparsity is '0.9'"), ({"scope": "channel"}, "scope is 'channel'"),
     ({"previous": {"x": torch.ones(1, dtype=torch.bool)}}, "'x' of shape [1]"),
     ({"previous": {"fc1.weight": torch.ones(30, dtype=torch.bool)}}, "has shape [30], its tensor [30, 20]"),
-    ({"previous": {"fc1.weight": torch.zeros(30, 20, dtype=torch.bool)}}, "fc1.weight keeps 0 of 600"),
+    ({"previous": {"fc1.weight": torch.zeros(30, 20, dtype=torch.bool)}}, "previous keeps 0 of 600"),
     ({"state": {"fc1.bias": torch.ones(3)}}, "masks are empty"),
     ({"state": {"w": torch.tensor([[1.0, float("nan")]])}}, "'w' holds NaN"),
 ])

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from permask_core.masks import layer_sparsity
+from permask_core.masks import apply_masks, layer_sparsity
 from permask_core.matching import Entry, Group, permutation_groups, permute, random_permutations
 from permask_core.matching.permutations import Permutations, assign
 from permask_core.models import build_model
 from permask_core.pruning import magnitude_masks
+from permask_core.sparse import FanInLinear, condense
 
 X = torch.zeros(2, 1, 8, 8)
 
@@ -58,6 +59,36 @@ def test_masks_move_with_their_weights_and_keep_their_zeros(net):
     for name, mask in masks.items():
         assert moved[name].dtype == torch.bool and not torch.equal(moved[name], mask)
         assert torch.equal(moved[name] * moved_state[name], masked[name])
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.sampled_from([("mlp", 8), ("lenet5", 28), ("resnet8", 8)]), st.floats(0.1, 0.97), st.integers(0, 1000))
+def test_constant_fan_in_stays_constant_fan_in(network, sparsity, seed):
+    """Rows move, and within each row columns: no row gains or loses a connection."""
+    name, side = network
+    model = build_model(name, (1, side, side), 10, width=0.5, seed=seed)
+    masks = magnitude_masks(model.state_dict(), sparsity, scope="fan_in")
+    groups = permutation_groups(model, torch.zeros(2, 1, side, side))
+    moved = permute(groups, random_permutations(groups, seed=seed), masks)
+    for key, mask in masks.items():
+        fan_in = mask[0].sum()
+        assert (mask.flatten(1).sum(1) == fan_in).all() and (moved[key].flatten(1).sum(1) == fan_in).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(0.5, 0.97), st.integers(0, 1000))
+def test_a_condensed_network_that_was_moved_computes_the_same(sparsity, seed):
+    model, moved = (build_model("mlp", (1, 8, 8), 10, width=0.2, seed=seed).double() for _ in range(2))
+    masks = magnitude_masks(model.state_dict(), sparsity, scope="fan_in")
+    groups = permutation_groups(model, X.double())
+    there = random_permutations(groups, seed=seed)
+    moved.load_state_dict(permute(groups, there, model.state_dict()))
+    before, _ = condense(model, masks)
+    after, _ = condense(moved, permute(groups, there, masks))
+    x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(seed)).double()
+    torch.testing.assert_close(after(x), apply_masks(model, masks)(x))
+    assert isinstance(before.fc2, FanInLinear)
+    torch.testing.assert_close(after.fc2.values.sort(1).values, before.fc2.values[there["fc2"]].sort(1).values)
 
 
 def test_a_trained_network_keeps_its_outputs_and_moving_one_side_does_not(trained, digits, outputs):

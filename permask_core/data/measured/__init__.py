@@ -109,6 +109,24 @@ def measured_distillation():
     return _read("distillation")
 
 
+def measured_structured_tickets():
+    """Tickets of constant fan-in and unstructured ones on noisy digits: accuracy, and time of an answer.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``, ``settings`` (of :class:`permask_core.lottery.Experiment`);
+        ``rows``, a list of dict: ``scope`` ("global" or "fan_in"; dense rows stand once, under "global"), ``method``,
+        ``sparsity`` and ``achieved`` (0 for dense), ``seed``, ``accuracy`` and ``loss``; permuted ones also have
+        ``connections`` (by layer, those of a neuron at least and at most, and how many neurons have any), and those
+        of constant fan-in ``condensed_accuracy`` and ``condensed_loss``, of the ticket trained as condensed layers;
+        and ``times``, a list of dict: ``seed``, ``sparsity``, ``batch``, ``turns``, ``trimmed_to`` (units of the hidden
+        layers of the trimmed network) and ``median_seconds`` of the processor for an answer by "dense", "zeros",
+        "trimmed" and "CSR" (the unstructured ticket) and "fan-in".
+    """
+    return _read("structured_tickets")
+
+
 def measured_torchvision_groups():
     """The permutation groups of torchvision's classification models.
 

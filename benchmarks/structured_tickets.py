@@ -1,0 +1,162 @@
+"""Tickets of constant fan-in that move to another network: what they lose in accuracy, and how fast they answer.
+
+Noisy digits and a perceptron of two hidden layers of 768 units. Tickets are pruned on A in two ways: by magnitude over
+all weights (``global``), and to the same number of weights in every neuron of a layer (``fan_in``). Three methods use
+each mask: ``lth``, ``permuted`` (by matching weights) and ``naive``. Permuted tickets of constant fan-in are also
+trained condensed. The recipe was chosen on seed 100.
+
+Then the trained networks of each seed answer in turns, in one process and one thread: B dense; the unstructured
+permuted ticket with its zeros in dense layers, in smaller dense layers without the neurons that it has cut off, and in
+CSR matrices of torch; and the permuted ticket of constant fan-in, condensed. Time is the processor's: on a busy machine
+a long call waits for other programs and a short one does not, so that a clock on the wall would flatter the short one.
+Before they are timed, their outputs are compared with those of the network under its mask. Medians over the turns are
+kept.
+
+Run it with `python benchmarks/structured_tickets.py`; about ten minutes of one core. A run that was killed goes on
+where it was. Results go to permask_core/data/measured/structured_tickets.json.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from _machine import at_least
+from fan_in_cpu import timed_turns
+from torch import nn
+
+import permask_core
+from permask_core import lottery
+from permask_core.files import written_whole
+from permask_core.sparse import condense
+from permask_core.store import Store, commit, device_name, versions
+
+RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "structured_tickets.json"
+SCOPES = ("global", "fan_in")
+SPARSITIES = (0.9, 0.95, 0.97, 0.985)
+BATCHES = (1, 256)
+KEPT = ("method", "sparsity", "achieved", "seed", "accuracy", "loss")
+EXPERIMENT = lottery.Experiment(
+    dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", width=6, epochs=12, lr=0.1, sparse_lr=0.05,
+    checkpoints=(0, 2), rewind=2, matched_at=12, imp_rewind=2, imp_epochs=6, imp_lr=0.1, imp_rate=0.5)
+QUICK = replace(EXPERIMENT, width=0.5, epochs=3, checkpoints=(0, 2), matched_at=3, imp_epochs=1)
+
+
+class CSR(nn.Module):
+    """A linear layer whose weight is a CSR matrix of torch."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight.detach().to_sparse_csr(), linear.bias.detach()
+
+    def forward(self, x):
+        return (self.weight @ x.t()).t() + self.bias
+
+
+def with_csr(model):
+    """A copy of a perceptron with CSR matrices for the weights of its linear layers."""
+    model = copy.deepcopy(model)
+    for name, layer in model.named_children():
+        if isinstance(layer, nn.Linear):
+            setattr(model, name, CSR(layer))
+    return model
+
+
+@torch.no_grad()
+def trimmed(model):
+    """A smaller dense perceptron that computes the same: neurons that read nothing, or that none reads, are gone."""
+    model = copy.deepcopy(model)
+    linear = [layer for layer in model.children() if isinstance(layer, nn.Linear)]
+    for before, after in reversed(list(zip(linear, linear[1:]))):
+        fed, read = (before.weight != 0).any(1), (after.weight != 0).any(0)
+        after.bias += after.weight[:, ~fed] @ before.bias[~fed].relu()  # what reads nothing says the same every time
+        before.weight, before.bias = nn.Parameter(before.weight[fed & read]), nn.Parameter(before.bias[fed & read])
+        after.weight = nn.Parameter(after.weight[:, fed & read])
+    return model
+
+
+def networks(chosen, store, seed, sparsity):
+    """The trained networks that are timed, by name, each with the one that it must agree with."""
+    dense = lottery.network(chosen, lottery.dense(chosen, store, seed, "b")[0][chosen.epochs])
+    masked = {scope: replace(chosen, imp_scope=scope) for scope in SCOPES}
+    zeros, fan_in = (lottery.network(one, lottery.sparse(one, store, seed, sparsity, "permuted", "weights")[0])
+                     for one in masked.values())
+    masks = lottery.method_masks(masked["fan_in"], store, seed, sparsity, "permuted", "weights")
+    return {"dense": (dense, dense), "zeros": (zeros, zeros), "trimmed": (trimmed(zeros), zeros),
+            "CSR": (with_csr(zeros), zeros), "fan-in": (condense(fan_in, masks)[0], fan_in)}
+
+
+@torch.no_grad()
+def times(chosen, store, seed, sparsity, seconds):
+    """Median seconds of the processor for an answer, one row for each batch."""
+    compared = networks(chosen, store, seed, sparsity)
+    for batch in BATCHES:
+        x = lottery.data(chosen).test.x[:batch]
+        for name, (model, right) in compared.items():
+            off = (model(x) - right(x)).abs().max().item()
+            if off > 1e-3:
+                raise SystemExit(f"{name} is off by {off} at batch {batch}: not timed")
+        found = timed_turns({name: lambda model=model, x=x: model(x) for name, (model, _) in compared.items()},
+                            seconds, clock=time.process_time)
+        yield {"seed": seed, "sparsity": sparsity, "batch": batch, "turns": len(found["dense"]),
+               "trimmed_to": [len(layer.weight) for layer in compared["trimmed"][0].children()
+                              if isinstance(layer, nn.Linear)][:-1],
+               "median_seconds": {name: statistics.median(values) for name, values in found.items()}}
+
+
+def connections(masks):
+    """For each layer: how many connections a neuron has at least and at most, and how many neurons have any."""
+    counts = {name.removesuffix(".weight"): mask.sum(1) for name, mask in masks.items()}
+    return {name: [int(count.min()), int(count.max()), int((count > 0).sum())] for name, count in counts.items()}
+
+
+def accuracies(chosen, store, seeds, sparsities, workers):
+    """Rows of all methods under both kinds of masks, and of what is trained condensed."""
+    rows = []
+    for scope in SCOPES:
+        one = replace(chosen, imp_scope=scope)
+        for row in lottery.run(one, store, seeds=seeds, sparsities=sparsities, matchings=["weights"], workers=workers,
+                               methods=("dense", "lth", "permuted", "naive")[scope != "global":]):
+            row = {"scope": scope} | {key: row[key] for key in KEPT}
+            if row["method"] == "permuted":
+                where = store, row["seed"], row["sparsity"], "permuted", "weights"
+                row["connections"] = connections(lottery.method_masks(one, *where))
+                if scope == "fan_in":
+                    found = lottery.sparse(one, *where, condensed=True)[1]
+                    row |= {f"condensed_{key}": found[key] for key in ("accuracy", "loss")}
+            rows.append(row)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=at_least(1), default=10)
+    parser.add_argument("--workers", type=at_least(1), default=1)
+    parser.add_argument("--quick", action="store_true", help="a small network and one sparsity: whether it runs")
+    parser.add_argument("--runs", default="build/structured_tickets", help="folder of finished stages")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    chosen, sparsities = (QUICK, SPARSITIES[-1:]) if given.quick else (EXPERIMENT, SPARSITIES)
+    store, seeds = Store(given.runs), range(given.seeds)
+    record = {
+        "command": "python benchmarks/structured_tickets.py" + (f" --seeds {given.seeds}" if given.seeds != 10 else ""),
+        "commit": commit(), "versions": versions(), "device": f"{device_name('cpu')}, one thread",
+        "settings": json.loads(json.dumps(asdict(chosen))),
+        "rows": accuracies(chosen, store, seeds, sparsities, given.workers),
+        "times": [row for seed in seeds for s in sparsities
+                  for row in times(chosen, store, seed, s, 0 if given.quick else 0.5)]}
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(given.result) as path:
+        path.write_text(json.dumps(record) + "\n")
+    print(f"{len(record['rows'])} runs and {len(record['times'])} comparisons of times in {given.result}")
+
+
+if __name__ == "__main__":
+    main()
