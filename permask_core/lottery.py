@@ -27,12 +27,14 @@ from permask_core.pruning import (
     random_masks,
 )
 from permask_core.sparse import condense
+from permask_core.sparse.initialisation import scale_to_fan_in
 from permask_core.stages import Settings, check_integer, check_lists, check_one_of, check_work, computed, data, trained
 from permask_core.training import Recipe, default_device, evaluate, fit, predict
 
 METHODS = ("dense", "lth", "permuted", "naive", "random")  # what is compared unless more is asked for
 KNOWN_METHODS = (*METHODS, "pruned")
 MATCHINGS = ("weights", "activations")
+STARTS = ("dense", "sparse")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Experiment(Settings):
     processes: int = 1  # that share each batch: see permask_core.training.fit
     checkpoints: tuple[int, ...] = (0, 1, 2, 5, 10, 20)  # epochs whose dense states are kept; 0: untrained
     rewind: int = 2  # epoch of the dense run from which the sparse runs start
+    start: str = "dense"  # of the sparse runs: the weights as they are, or "sparse": scaled to the connections left
     matched_at: int = 2  # epoch of the dense runs at which A is matched to B; notebooks/price_of_alignment says why
     matched_images: int = 50_000  # training images at most for matching by activations
     matched_layers: tuple[str, ...] | None = None  # names of the permutation groups that may move; None: all
@@ -72,7 +75,7 @@ class Experiment(Settings):
     imp_scope: str = "global"  # among which weights the largest are kept: see permask_core.pruning.magnitude_masks
 
     def __post_init__(self):
-        self.check_names(dataset=DATASETS, model=MODELS, imp=FLAVOURS, imp_scope=SCOPES)
+        self.check_names(dataset=DATASETS, model=MODELS, imp=FLAVOURS, imp_scope=SCOPES, start=STARTS)
         check_options(self.dataset, self.options)
         object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
         for epoch in self.checkpoints:
@@ -115,6 +118,13 @@ def network(experiment, state=None, *, seed=0):
     if state is not None:
         model.load_state_dict(state)
     return model
+
+
+def sparse_network(experiment, state, masks):
+    """The network with which sparse training from ``state`` starts: its weights are scaled to the connections that the
+    masks leave each neuron if ``start`` says so."""
+    model = network(experiment, state)
+    return scale_to_fan_in(model, masks) if experiment.start == "sparse" else model
 
 
 def logits(experiment, state):
@@ -269,8 +279,9 @@ def sparse(experiment, store, seed, target, method, by=None, *, condensed=False)
 
     def train(unfinished):
         masks = method_masks(experiment, store, seed, target, method, by)
-        start, _ = dense(experiment, store, seed, parent(method))
-        model = network(experiment, start[experiment.epochs if method == "pruned" else experiment.rewind])
+        states, _ = dense(experiment, store, seed, parent(method))
+        model = (network(experiment, states[experiment.epochs]) if method == "pruned" else  # its weights are adapted
+                 sparse_network(experiment, states[experiment.rewind], masks))
         achieved = sparsity(masks)
         if condensed:
             model, left = condense(model, masks)
@@ -281,7 +292,7 @@ def sparse(experiment, store, seed, target, method, by=None, *, condensed=False)
             description=f"{method} {by or ''} at {100 * target:g} %, seed {seed}")
         return model.state_dict(), {**evaluate(model, data(experiment).test)._asdict(), "achieved": achieved}
 
-    settings = experiment.only(*_IMP, "sparse_lr", "rewind", *(_MATCHING if method == "permuted" else []),
+    settings = experiment.only(*_IMP, "sparse_lr", "rewind", "start", *(_MATCHING if method == "permuted" else []),
                                *(["matched_images"] if by == "activations" else []))
     return trained(store, "sparse", train, seed=seed, target=target, method=method, by=by, condensed=condensed,
                    **settings)

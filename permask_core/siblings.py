@@ -9,10 +9,10 @@ and Ioannou, ICML 2025. The stages of :mod:`permask_core.lottery` lie below: its
 
 from dataclasses import fields
 
-from permask_core.lottery import dense, groups, logits, network, ticket
+from permask_core.lottery import dense, groups, logits, network, sparse_network, ticket
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_weights, permute
-from permask_core.pruning import check_sparsity, random_masks
+from permask_core.pruning import check_sparsity, full_rounds, random_masks
 from permask_core.sparse.initialisation import sparse_init
 from permask_core.stages import check_integer, check_lists, check_one_of, check_work, computed, data, trained
 from permask_core.training import evaluate, fit
@@ -88,7 +88,8 @@ def sibling(experiment, store, family, number, target, method):
 
     def train(unfinished):
         masks = sibling_masks(experiment, store, family, number, target, method)
-        model = network(experiment, _start(experiment, store, family, number, method))
+        start = _start(experiment, store, family, number, method)
+        model = network(experiment, start) if method == "pruned" else sparse_network(experiment, start, masks)
         if method == "sparse_init":
             sparse_init(model, masks, seed=own)
         names = {epoch: f"epoch {epoch}" if epoch else "init" for epoch in kept}
@@ -99,7 +100,8 @@ def sibling(experiment, store, family, number, target, method):
                   for key, tensor in run.checkpoints[name].items()}
         return states, {"achieved": sparsity(masks), **evaluate(model, data(experiment).test)._asdict()}
 
-    settings = experiment.only(*(one.name for one in fields(experiment) if one.name != "root"))
+    left_out = ("root", "start") if experiment.start == "dense" else ("root",)  # see permask_core.lottery.sparse
+    settings = experiment.only(*(one.name for one in fields(experiment) if one.name not in left_out))
     tensors, record = trained(store, "sibling", train, family=family, number=number, target=target, method=method,
                               **settings)
     states = {epoch: {} for epoch in kept}
@@ -174,6 +176,42 @@ def run(experiment, store, *, families, siblings, target, methods, workers=1):
     groups(experiment)  # a network that cannot be permuted is refused here
     jobs = [(experiment, family, siblings, target, methods) for family in families]
     return computed(_rows, jobs, store, workers, len(jobs) * siblings * len(methods))
+
+
+def training_epochs(experiment, siblings, target, method):
+    """How many epochs of training it takes to have some siblings of a family, what they share counted once.
+
+    Parameters
+    ----------
+    experiment : permask_core.lottery.Experiment
+    siblings : int
+        At least 1.
+    target : float
+        Sparsity in (0, 1).
+    method : str
+        As for :func:`sibling`.
+
+    Returns
+    -------
+    int
+        No more than what they need: of a network B the epochs to its rewind point, for ``permuted`` those to where it
+        is matched if that is later. (:func:`run` trains each B to its end, for the methods that need it.)
+
+    Raises
+    ------
+    ValueError
+        If a value is unknown or out of range.
+    """
+    check_integer("siblings", siblings, 1)
+    check_sparsity(target)
+    check_one_of("method", method, METHODS)
+    if method == "dense":
+        return siblings * experiment.epochs
+    ticket_epochs = experiment.epochs + full_rounds(target, experiment.imp_rate) * experiment.imp_epochs
+    tickets = siblings if method == "pruned" else 1
+    of_b = {"permuted": max(experiment.rewind, experiment.matched_at), "naive": experiment.rewind,
+            "random": experiment.rewind}.get(method, 0)
+    return tickets * ticket_epochs + siblings * (of_b + experiment.epochs - experiment.rewind)
 
 
 def _rows(store, experiment, family, siblings, target, methods):

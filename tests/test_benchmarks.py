@@ -132,6 +132,42 @@ def test_price_of_alignment(tmp_path):
             assert row["units_placed"] < 0.1 and row["overlap"] < 0.2
 
 
+def test_ensembles_from_one_mask(tmp_path):
+    result = tmp_path / "ensembles.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "ensembles_from_one_mask.py", "--quick", "--families", "1",
+                          "--members", "2", "--runs", tmp_path / "runs", "--result", result],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(result.read_text())
+    found = {(row["method"], row["members"]): row for row in record["rows"]}
+    methods = ("dense", "pruned", "lth", "permuted", "permuted early", "naive")
+    assert set(found) == {(method, k) for method in methods for k in (1, 2)} and len(record["rows"]) == 12
+    # A takes 5 epochs and 3 rounds of 1; a sparse run 3; of a B it takes 5, 4 or 2.
+    assert [found[method, 2]["epochs"] for method in methods] == [10, 2 * 11, 8 + 6, 8 + 16, 8 + 14, 8 + 10]
+    assert [found[method, 2]["weights"] for method in methods] == pytest.approx([2, *[0.2] * 5])
+
+
+def test_an_ensembles_accuracy_is_a_mean_over_its_subsets(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = importlib.import_module("ensembles_from_one_mask")
+    sure, unsure, wrong = [[1.0, 0.0]], [[0.6, 0.4]], [[0.2, 0.8]]
+    # Alone two of three are right. Of the pairs, sure and unsure, and sure and wrong. All three together are.
+    assert benchmark.ensembles(torch.tensor([sure, unsure, wrong]).numpy(), [0]) == pytest.approx([2 / 3, 2 / 3, 1])
+
+
+def test_how_little_rewinding(tmp_path):
+    result = tmp_path / "rewinding.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "how_little_rewinding.py", "--quick", "--seeds", "1",
+                          "--runs", tmp_path / "runs", "--result", result], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(result.read_text())["rows"]
+    assert rows[0]["method"] == "dense" and rows[0]["start"] == ""
+    assert {(row["method"], row["rewind"], row["start"]) for row in rows[1:]} == {
+        (method, k, start) for method in ("lth", "permuted", "naive", "random") for k in (0, 1, 2)
+        for start in ("dense", "sparse")}
+    assert len(rows) == 1 + 4 * 3 * 2 and all(row["sparsity"] == 0.99 for row in rows[1:])
+
+
 def test_distillation(tmp_path):
     result = tmp_path / "distillation.json"
     run = subprocess.run([sys.executable, BENCHMARKS / "distillation.py", "--quick", "--seeds", "1", "--workers", "1",

@@ -181,6 +181,32 @@ def test_methods_share_checkpoint_seed_and_recipe_and_differ_in_the_mask(finishe
     assert len(list((store.folder / "dense").iterdir())) == 4
 
 
+def test_a_sparse_start_is_scaled_to_the_connections_that_are_left(finished, monkeypatch):
+    store, _ = finished
+    starts = {}
+    monkeypatch.setattr(lottery, "fit", lambda model, *_, **__: starts.update({(method, start): model.state_dict()}))
+    for method, start in ((method, start) for method in ("lth", "naive", "pruned") for start in lottery.STARTS):
+        sparse(dataclasses.replace(TINY, sparse_lr=0.2, start=start), store, 0, 0.8, method)
+    name, mask = "fc1.weight", ticket(TINY, store, 0, 0.8).masks["fc1.weight"]
+    for method in ("lth", "naive"):
+        one, other = (starts[method, start][name] for start in lottery.STARTS)
+        for row, (weights, scaled) in enumerate(zip(one, other)):
+            torch.testing.assert_close(scaled, weights * (64 / max(1, int(mask[row].sum()))) ** 0.5
+                                       if mask[row].any() else weights)
+        assert torch.equal(starts[method, "dense"]["fc1.bias"], starts[method, "sparse"]["fc1.bias"])
+    assert same(starts["pruned", "dense"], starts["pruned", "sparse"])
+
+
+def test_what_was_stored_before_starts_could_be_chosen_is_found(finished):
+    store, rows = finished
+    again = Store(store.folder)
+    run(dataclasses.replace(TINY, start="dense"), again, **GRID)
+    assert again.computed == 0
+    (found,) = run(dataclasses.replace(TINY, start="sparse"), again, seeds=[0], sparsities=[0.8], methods=["naive"])
+    (before,) = (row for row in rows if (row["seed"], row["sparsity"], row["method"]) == (0, 0.8, "naive"))
+    assert again.computed == 1 and found["loss"] != before["loss"]
+
+
 def test_logits_are_those_of_which_a_run_keeps_the_accuracy(finished):
     store, rows = finished
     labels = lottery.data(TINY).test.y
@@ -356,6 +382,7 @@ def test_what_files_hold_decides_where_it_may_be_anything_and_their_place_never(
     ({"matched_images": 0}, "matched_images is 0"), ({"matched_layers": "fc1"}, "matched_layers is 'fc1': expected a"),
     ({"matched_layers": []}, "matched_layers is []"), ({"matched_layers": ["fc1", "fc1"]}, "expected each value once"),
     ({"warmup": 2}, "warmup is 2"), ({"precision": "fp16"}, "precision"),
+    ({"start": "warm"}, "start is 'warm': expected one of dense, sparse"),
     ({"imp": "restart"}, "imp is 'restart'"), ({"rewind": 7}, "rewind is 7: expected one of the checkpoints 0, 1, 2"),
     ({"rewind": 2}, "rewind is 2: nothing is left to train of 2 epochs"), ({"matched_at": 9}, "matched_at is 9"),
     ({"imp_rewind": 9}, "imp_rewind is 9"), ({"checkpoints": (-1, 0, 1)}, "checkpoints holds -1"),

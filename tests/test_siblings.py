@@ -1,12 +1,14 @@
 """Siblings of a ticket, as small as they can be: which runs of the lottery they are, what they share."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from permask_core import lottery
+from permask_core import lottery, siblings
 from permask_core.lottery import Experiment, dense, network, ticket
 from permask_core.masks import apply_masks, layer_sparsity
-from permask_core.siblings import METHODS, SPAN, kept_epochs, run, sibling, sibling_masks
+from permask_core.siblings import METHODS, SPAN, kept_epochs, run, sibling, sibling_masks, training_epochs
 from permask_core.store import Store
 
 TINY = Experiment(width=0.3, epochs=4, checkpoints=(0, 1), rewind=1, matched_at=4, imp_rewind=1, imp_epochs=1,
@@ -50,6 +52,14 @@ def test_the_first_sibling_is_the_lotterys_run(finished, method):
         state, expected = lottery.sparse(TINY, store, SPAN * family, 0.8, method,
                                          "weights" if method == "permuted" else None)
         assert same(states[3], state) and record["accuracy"] == expected["accuracy"]
+
+
+def test_a_sparse_start_is_the_lotterys(tmp_path):
+    store, scaled = Store(tmp_path), replace(TINY, start="sparse")
+    for method in ("pruned", "permuted"):
+        by = "weights" if method == "permuted" else None
+        state, _ = lottery.sparse(scaled, store, 0, 0.8, method, by)
+        assert same(sibling(scaled, store, 0, 0, 0.8, method)[0][3], state)
 
 
 def test_states_are_kept_on_the_way(finished):
@@ -103,6 +113,31 @@ def test_finished_runs_are_found_again_and_by_several_workers(finished, tmp_path
     few = {**GRID, "methods": ("dense", "permuted")}
     several = run(TINY, Store(tmp_path), **few, workers=2)
     assert plain(several) == [row for row in plain(rows) if row["method"] in few["methods"]]
+
+
+@pytest.mark.parametrize("method", ["dense", "pruned", "lth", "permuted", "scratch"])
+def test_the_cost_is_what_is_trained(tmp_path, monkeypatch, method):
+    epochs, fit = [], lottery.fit
+
+    def spy(model, train, recipe, **options):
+        epochs.append(recipe.epochs)
+        return fit(model, train, recipe, **options)
+
+    monkeypatch.setattr(lottery, "fit", spy)
+    monkeypatch.setattr(siblings, "fit", spy)
+    siblings.run(TINY, Store(tmp_path), families=[0], siblings=2, target=0.8, methods=[method])
+    assert training_epochs(TINY, 2, 0.8, method) == sum(epochs)
+
+
+def test_the_cost_leaves_out_epochs_that_nobody_looks_at():
+    """A and its two rounds of one epoch are shared: 4 + 2. Three siblings: 3 sparse epochs, and what they need of B."""
+    early = replace(TINY, matched_at=1)
+    found = {method: training_epochs(early, 3, 0.8, method) for method in METHODS}
+    assert found == {"dense": 12, "pruned": 3 * 9, "lth": 6 + 9, "permuted": 6 + 3 * 4, "naive": 6 + 3 * 4,
+                     "random": 6 + 3 * 4, "scratch": 6 + 9, "sparse_init": 6 + 9}
+    assert training_epochs(TINY, 3, 0.8, "permuted") == 6 + 3 * 7
+    with pytest.raises(ValueError, match="siblings is 0"):
+        training_epochs(TINY, 0, 0.8, "lth")
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -49,6 +49,43 @@ def sparse_init(model, masks, *, seed):
     return model
 
 
+@torch.no_grad()
+def scale_to_fan_in(model, masks):
+    """Scale the weights of each neuron by sqrt(fan-in / connections left), which makes up for those that are gone.
+
+    Weights that were drawn with a variance of c / fan-in then have c / connections, as :func:`sparse_init` draws them
+    with c = 2; what was learned since is scaled alike.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Is changed in place; weights that are masked out are scaled too, and tensors without a mask stay.
+    masks : Masks
+        For linear and convolution weights [out, ...]; a row without connections stays.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model itself.
+
+    Raises
+    ------
+    ValueError
+        If a mask does not fit.
+
+    References
+    ----------
+    Evci et al., AAAI 2022, for weights that were not trained.
+    """
+    weights = dict(model.named_parameters())
+    check_fit(masks, weights)
+    for name, mask in masks.items():
+        left = mask.flatten(1).float().mean(1)
+        factor = left.where(left > 0, 1).rsqrt().view(-1, *[1] * (mask.ndim - 1))
+        weights[name].mul_(factor.to(weights[name].device))
+    return model
+
+
 def gradient_flow(model, masks, x, y):
     """The squared Euclidean norm of the loss's gradient, without the weights that are masked out.
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from permask_core.masks import apply_masks
 from permask_core.models import build_model
 from permask_core.pruning import random_masks
-from permask_core.sparse.initialisation import gradient_flow, sparse_init
+from permask_core.sparse.initialisation import gradient_flow, scale_to_fan_in, sparse_init
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(400, 300), lambda: nn.Conv2d(50, 300, (2, 4))])
@@ -47,6 +47,28 @@ def test_the_seed_decides_and_tensors_without_a_mask_stay():
     assert not torch.equal(runs[0]["fc1.weight"], runs[2]["fc1.weight"])
     for name, tensor in model.state_dict().items():
         assert torch.equal(runs[0][name], tensor) == (name != "fc1.weight")
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(400, 300), lambda: nn.Conv2d(50, 300, (2, 4))])
+def test_scaled_weights_are_those_that_would_have_been_drawn(make):
+    """He's initialisation, scaled to the connections of a mask, is what sparse_init draws from the same seed."""
+    dense, sparse = make(), make()
+    sparse.load_state_dict(dense.state_dict())
+    mask = torch.rand(dense.weight.shape) < torch.linspace(0.05, 1, 300).view(300, *[1] * (dense.weight.ndim - 1))
+    mask[0] = False
+    sparse_init(dense, {"weight": torch.ones_like(mask)}, seed=0)
+    assert scale_to_fan_in(dense, {"weight": mask}) is dense
+    assert torch.equal(dense.bias, sparse.bias)
+    apply_masks(dense, {"weight": mask})
+    sparse_init(sparse, {"weight": mask}, seed=0)
+    torch.testing.assert_close(dense.weight, sparse.weight)
+
+
+def test_a_full_mask_scales_nothing():
+    model = build_model("mlp", (1, 8, 8), 10, width=0.2, seed=0)
+    before = copy.deepcopy(model.state_dict())
+    scale_to_fan_in(model, {"fc1.weight": torch.ones_like(model.fc1.weight, dtype=torch.bool)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def loss(model, x, y):
@@ -99,6 +121,7 @@ def test_sparse_initialisation_lets_more_gradient_through_than_a_dense_one():
 
 def test_masks_that_do_not_fit_are_refused():
     model, masks, x, y = sparse_network()
-    for use in (lambda masks: sparse_init(model, masks, seed=0), lambda masks: gradient_flow(model, masks, x, y)):
+    for use in (lambda masks: sparse_init(model, masks, seed=0), lambda masks: scale_to_fan_in(model, masks),
+                lambda masks: gradient_flow(model, masks, x, y)):
         with pytest.raises(ValueError, match=re.escape("mask '9.weight' of shape [2] has no tensor of that name")):
             use(masks | {"9.weight": torch.ones(2, dtype=torch.bool)})

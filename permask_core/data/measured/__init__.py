@@ -143,6 +143,34 @@ def measured_torchvision_groups():
     return _read("torchvision_groups")
 
 
+def measured_ensembles_from_one_mask():
+    """Ensembles of dense, pruned, ticket, permuted and naive networks on noisy digits: accuracy, training and weights.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``, ``settings``; ``early``, the epoch at which the masks of
+        ``permuted early`` are matched; and ``rows``, a list of dict: ``method``, ``sparsity`` (0 for dense), ``seed``
+        (the family), ``members``, ``accuracy`` (a mean over all subsets of that size, of eight networks), ``weights``
+        (those that all members keep, in weights of one dense network), ``epochs`` (of training, what members share
+        counted once).
+    """
+    return _read("ensembles_from_one_mask")
+
+
+def measured_how_little_rewinding():
+    """Sparse training from several rewind points, of weights as they are and scaled to the connections left.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``, ``settings``, and ``rows``, a list of dict: ``method``,
+        ``start`` ("dense", "sparse"; "" for the dense network), ``rewind`` (epochs), ``seed``, ``sparsity``,
+        ``achieved``, ``accuracy`` and ``loss``.
+    """
+    return _read("how_little_rewinding")
+
+
 def measured_grids():
     """Grids of runs that were run beforehand.
 

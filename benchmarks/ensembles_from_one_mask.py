@@ -1,0 +1,92 @@
+"""Ensembles from one mask: how good they are, what they cost to train, and how many weights they keep.
+
+Noisy digits and a small perceptron; families 0 to 9 of eight networks by each method, and the mean over all subsets of
+each size. The recipe, the sparsity and the epoch of the early matching were fixed on two other families. Results go
+to permask_core/data/measured/ensembles_from_one_mask.json. A run that was killed goes on where it was. Run it with
+`python benchmarks/ensembles_from_one_mask.py`; about six minutes of one core.
+"""
+
+import argparse
+import itertools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from _machine import at_least
+
+import permask_core
+from permask_core import lottery, siblings
+from permask_core.diversity import ensemble_accuracy, probabilities
+from permask_core.files import written_whole
+from permask_core.store import Store, commit, device_name, versions
+
+RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "ensembles_from_one_mask.json"
+SPARSITY = 0.9
+EXPERIMENT = lottery.Experiment(
+    dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", epochs=12, sparse_lr=0.05,
+    checkpoints=(0, 1, 2, 4, 8), rewind=2, matched_at=12, imp_rewind=2, imp_epochs=6, imp_rate=0.5)
+EARLY = 4  # epoch of the dense runs at which the masks of `permuted early` are matched
+METHODS = ("dense", "pruned", "lth", "permuted", "permuted early", "naive")
+
+
+def experiment(quick):
+    if not quick:
+        return EXPERIMENT
+    return replace(EXPERIMENT, options=EXPERIMENT.options | {"copies": 1}, epochs=5, matched_at=5, imp_epochs=1,
+                   checkpoints=(0, 2, 4))
+
+
+def arranged(chosen, method):
+    """The experiment and the method of :mod:`permask_core.siblings` behind a name of this script."""
+    return (replace(chosen, matched_at=EARLY), "permuted") if method == "permuted early" else (chosen, method)
+
+
+def ensembles(p, y):
+    """Of each size the accuracy of an ensemble, a mean over all subsets of the members."""
+    sizes = range(1, len(p) + 1)
+    return [np.mean([ensemble_accuracy(p[list(subset)], y) for subset in itertools.combinations(range(len(p)), size)])
+            for size in sizes]
+
+
+def measured(chosen, store, families, members, method, workers):
+    """A row for each family and each size of an ensemble."""
+    used, base = arranged(chosen, method)
+    rows = siblings.run(used, store, families=families, siblings=members, target=SPARSITY, methods=[base],
+                        workers=workers)
+    y, sparsity = lottery.data(chosen).test.y, 0.0 if base == "dense" else SPARSITY
+    for family in families:
+        p = probabilities([row["logits"] for row in rows if row["seed"] == family])
+        for size, accuracy in enumerate(ensembles(p, y), 1):
+            yield {"method": method, "sparsity": sparsity, "seed": family, "members": size,
+                   "accuracy": round(float(accuracy), 6), "weights": round(size * (1 - sparsity), 6),
+                   "epochs": siblings.training_epochs(used, size, SPARSITY, base)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--families", type=at_least(1), default=10)
+    parser.add_argument("--members", type=at_least(2), default=8)
+    parser.add_argument("--workers", type=at_least(1), default=1)
+    parser.add_argument("--quick", action="store_true", help="few epochs: whether it runs")
+    parser.add_argument("--runs", default="build/ensembles_from_one_mask", help="folder of finished stages")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen, store, families = experiment(given.quick), Store(given.runs), range(given.families)
+    rows = [row for method in METHODS
+            for row in measured(chosen, store, families, given.members, method, given.workers)]
+    changes = "".join(f" --{name} {value}" for name, value, usual in (
+        ("families", given.families, 10), ("members", given.members, 8)) if value != usual)
+    record = {"command": f"python benchmarks/ensembles_from_one_mask.py{' --quick' * given.quick}{changes}",
+              "commit": commit(), "versions": versions(), "device": f"{device_name('cpu')}, one thread a process",
+              "settings": json.loads(json.dumps(asdict(chosen))), "early": EARLY, "rows": rows}
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(given.result) as path:
+        path.write_text(json.dumps(record) + "\n")
+    print(f"{len(rows)} rows in {given.result}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""How little rewinding a sparse training needs, from weights as they are and from weights scaled to their connections.
+
+Noisy digits and a small perceptron at 99 % sparsity, seeds 0 to 9. The recipe, the sparsity and the rewind points were
+fixed on two other seeds. A's mask is the same at all of them: what changes is where its sparse training starts. Results
+go to permask_core/data/measured/how_little_rewinding.json. A run that was killed goes on where it was. Run it with
+`python benchmarks/how_little_rewinding.py`; about six minutes of one core.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from _machine import at_least
+
+import permask_core
+from permask_core import lottery
+from permask_core.files import written_whole
+from permask_core.store import Store, commit, device_name, versions
+
+RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "how_little_rewinding.json"
+SPARSITY = 0.99
+METHODS = ("lth", "permuted", "naive", "random")
+REWINDS = (0, 1, 2, 4)
+EXPERIMENT = lottery.Experiment(
+    dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", epochs=20, lr=0.1, sparse_lr=0.05,
+    checkpoints=(*REWINDS, 8), rewind=2, matched_at=20, imp_rewind=2, imp_epochs=10, imp_rate=0.35)
+
+
+def experiment(quick):
+    if not quick:
+        return EXPERIMENT
+    return replace(EXPERIMENT, options=EXPERIMENT.options | {"copies": 1}, epochs=3, matched_at=3, imp_epochs=1,
+                   imp_rate=0.6, checkpoints=(0, 1, 2))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=at_least(1), default=10)
+    parser.add_argument("--workers", type=at_least(1), default=1)
+    parser.add_argument("--quick", action="store_true", help="few epochs and rewind points: whether it runs")
+    parser.add_argument("--runs", default="build/how_little_rewinding", help="folder of finished stages")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen, store = experiment(given.quick), Store(given.runs)
+    shared = {"seeds": range(given.seeds), "sparsities": [SPARSITY], "matchings": ["weights"], "workers": given.workers}
+    rows = [row | {"start": ""} for row in lottery.run(chosen, store, methods=["dense"], **shared)]
+    for rewind in (k for k in REWINDS if k < chosen.epochs):
+        for start in lottery.STARTS:
+            found = lottery.run(replace(chosen, rewind=rewind, start=start), store, methods=METHODS, **shared)
+            rows += [row | {"start": start} for row in found]
+    names = ("method", "start", "rewind", "seed", "sparsity", "achieved", "accuracy", "loss")
+    seeds = f" --seeds {given.seeds}" if given.seeds != 10 else ""
+    record = {"command": f"python benchmarks/how_little_rewinding.py{' --quick' * given.quick}{seeds}",
+              "commit": commit(), "versions": versions(), "device": f"{device_name('cpu')}, one thread a process",
+              "settings": json.loads(json.dumps(asdict(chosen))),
+              "rows": [{name: row[name] for name in names} for row in rows]}
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(given.result) as path:
+        path.write_text(json.dumps(record) + "\n")
+    print(f"{len(rows)} runs in {given.result}")
+
+
+if __name__ == "__main__":
+    main()
