@@ -180,7 +180,7 @@ def mask_overlap(one, other):
     Returns
     -------
     float
-        |one and other| / |one|, in [0, 1], over all tensors together.
+        How many weights both keep over how many ``one`` keeps, in [0, 1], over all tensors together.
 
     Raises
     ------
