@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from permask_core.data.splits import in_order
 from permask_core.matching import interpolate, repair, reset_batchnorm
+from permask_core.matching.batchnorm import resettable
 from permask_core.matching.weights import STATISTICS, check_pair
 from permask_core.models import evaluating
 from permask_core.training import as_split, evaluate
@@ -220,7 +221,7 @@ def between(model, source, target, alpha=0.5, *, correction="none", batches=None
     check_states([source, target], model)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha!r}: expected a number in [0, 1]")
-    _check_correction(correction, batches)
+    _check_correction(correction, model, batches)
     if correction == "repair":
         return repair(_with(model, source), _with(model, target), batches, alpha=alpha)
     network = _with(model, interpolate(source, target, alpha))
@@ -252,7 +253,7 @@ def line(model, source, target, split, *, points=25, correction="none", batches=
     if not isinstance(points, int) or points < 3:
         raise ValueError(f"points is {points!r}: expected an integer of at least 3")
     check_states([source, target], model)
-    _check_correction(correction, batches)
+    _check_correction(correction, model, batches)
     alphas = np.linspace(0, 1, points)
     if correction == "none":
         return Line(alphas, *mixtures(model, [source, target], np.stack([1 - alphas, alphas], 1), split))
@@ -298,11 +299,18 @@ def barrier(alphas, values):
     return float(rise) if rise.ndim == 0 else rise
 
 
-def _check_correction(correction, batches):
+def check_correction(correction, model):
+    """Raise ValueError unless the correction is known and the model has the BatchNorm that it needs."""
     if correction not in CORRECTIONS:
         raise ValueError(f"unknown correction {correction!r}: expected one of {', '.join(CORRECTIONS)}")
-    if correction != "none" and batches is None:
+    if correction != "none" and not resettable(model) and correction == "reset":
+        raise ValueError(f"{type(model).__name__} has no BatchNorm: there is nothing to reset")
+
+
+def _check_correction(correction, model, batches):
+    if correction in CORRECTIONS[1:] and batches is None:
         raise ValueError(f"correction is {correction!r} without batches: expected inputs to correct on")
+    check_correction(correction, model)
 
 
 # ---- Planes ----------------------------------------------------------------------------------------------------------
