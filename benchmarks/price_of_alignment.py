@@ -81,7 +81,7 @@ def control_rows(base, store, seed, sparsities):
                        "units_placed": round(units_placed(permutations, truth), 5),
                        "overlap": round(mask_overlap(permute(groups, permutations, masks),
                                                      permute(groups, truth, masks)), 5),
-                       "idle": round(torch.cat(list(idle_units(groups, masks).values())).double().mean().item(), 5)}
+                       "idle": round(torch.cat(list(idle_units(groups, masks, a).values())).double().mean().item(), 5)}
 
 
 def main():

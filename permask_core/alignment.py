@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from permask_core.masks import check_bool
+from permask_core.masks import check_bool, check_fit
 from permask_core.matching import check_groups, permute, random_permutations
 from permask_core.matching.groups import indices
 from permask_core.matching.weights import STATISTICS
@@ -198,13 +198,17 @@ def mask_overlap(one, other):
     return sum(int((mask & other[name]).sum()) for name, mask in one.items()) / kept
 
 
-def idle_units(groups, masks):
+def idle_units(groups, masks, state):
     """Which units have lost all their connections: where such a unit goes does not matter to the mask.
 
     Parameters
     ----------
     groups : dict of str to permask_core.matching.Group
     masks : Masks
+    state : dict of str to torch.Tensor
+        The network's ``state_dict``, which tells what the groups name beside the masks: a tensor of two or more axes
+        without a mask, as a shortcut's convolution, connects all its units; a bias or what belongs to a normalisation
+        connects none.
 
     Returns
     -------
@@ -214,10 +218,11 @@ def idle_units(groups, masks):
     Raises
     ------
     ValueError
-        If the groups do not fit the masks.
+        If the groups do not fit the masks or the state, or the masks the state.
     """
-    check_bool(masks)
+    check_fit(masks, state)
     check_groups(groups, masks)
+    check_groups(groups, state, whole=True)
     idle = {}
     for name, group in groups.items():
         idle[name] = torch.ones(group.size, dtype=torch.bool)
@@ -225,6 +230,8 @@ def idle_units(groups, masks):
             if entry.tensor in masks:
                 mask = masks[entry.tensor] if entry.rows is None else masks[entry.tensor][slice(*entry.rows)]
                 idle[name] &= ~mask.movedim(entry.axis, 0)[indices(entry, group.size)].flatten(1).any(1)
+            elif state[entry.tensor].ndim > 1:
+                idle[name][:] = False
     return idle
 
 

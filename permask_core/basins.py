@@ -11,7 +11,7 @@ from dataclasses import fields
 
 import torch
 
-from permask_core.connectivity import CORRECTIONS, angle, barrier, distance, line
+from permask_core.connectivity import angle, barrier, check_correction, distance, line
 from permask_core.lottery import MATCHINGS, dense, groups, matching, network, sparse
 from permask_core.matching import permute
 from permask_core.pruning import check_sparsity
@@ -69,6 +69,7 @@ def losses_between(experiment, store, seed, target, method, by="weights", *, poi
         ``alphas``, ``test_losses``, ``test_errors``, ``train_losses`` and ``train_errors``, float64 [points]; and the
         record with ``distance`` and ``angle`` (degrees) between the ends.
     """
+    check_correction(correction, network(experiment))
     source, goal = ends(experiment, store, seed, target, method, by)
 
     def compute():
@@ -123,11 +124,13 @@ def run(experiments, store, *, seeds, sparsities, by="weights", points=25, corre
     seeds, sparsities = list(seeds), list(sparsities)
     check_work(seeds, workers)
     check_one_of("matching", by, MATCHINGS)
-    check_one_of("correction", correction, CORRECTIONS)
     check_integer("points", points, 3)
     for value in sparsities:
         if value != 0:
             check_sparsity(value)
+    for experiment in experiments:
+        groups(experiment)  # a network that cannot be permuted or corrected is refused here, not after hours
+        check_correction(correction, network(experiment))
     runs = [(target, method) for target in sparsities for method in (SPARSE if target else DENSE)]
     jobs = [(experiment, seed, runs, by, points, correction) for experiment in experiments for seed in seeds]
     return computed(_rows, jobs, store, workers, len(jobs) * len(runs))

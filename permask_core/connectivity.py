@@ -10,6 +10,7 @@ a plane are mixtures of a few states, and many of them are evaluated at once.
 
 import copy
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +21,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from permask_core.data.splits import in_order
 from permask_core.matching import interpolate, repair, reset_batchnorm
+from permask_core.matching.activations import inputs
+from permask_core.matching.batchnorm import resettable
 from permask_core.matching.weights import STATISTICS, check_pair
 from permask_core.models import evaluating
+from permask_core.stages import check_integer
+from permask_core.statistics import as_labels
 from permask_core.training import as_split, evaluate
 
 CORRECTIONS = ("none", "reset", "repair")
@@ -69,19 +74,18 @@ def mixtures(model, states, weights, split, *, batches=None):
     Raises
     ------
     ValueError
-        If a state does not fit the model; if whole numbers differ that are no count of batches, which have no
-        mixture; if weights have another shape or are not finite; if a mixed variance is negative; or if the split is
-        empty.
+        If there are no states, or one does not fit the model or is not finite; if whole numbers differ that are no
+        count of batches, which have no mixture; if weights have another shape or are not finite; if a mixed variance is
+        negative; if the split is empty or its labels are not those of the model's classes; or if there are no batches.
     """
     check_states(states, model)
     weights = np.asarray(weights, dtype=float)
-    if weights.ndim != 2 or weights.shape[1] != len(states) or not np.isfinite(weights).all():
-        raise ValueError(f"weights has the shape {list(weights.shape)}: expected [n, {len(states)}], all finite")
-    split = as_split(split)
-    if len(split) == 0:
-        raise ValueError("the split is empty: expected at least one input")
+    if weights.ndim != 2 or not len(weights) or weights.shape[1] != len(states) or not np.isfinite(weights).all():
+        raise ValueError(f"weights has the shape {list(weights.shape)}: expected [n, {len(states)}], at least one row, "
+                         "all finite")
+    split = _checked_split(split, model)
     if batches is not None:
-        batches = list(batches)
+        batches = list(inputs(batches))
         found = [evaluate(reset_batchnorm(_with(model, mixed(states, row)), batches), split) for row in weights]
         return Values(np.array([one.loss for one in found]), np.array([1 - one.accuracy for one in found]))
     return _at_once(model, states, weights, split)
@@ -94,8 +98,10 @@ def mixed(states, weights):
 
 
 def check_states(states, model=None):
-    """Raise ValueError unless the states, and the model's own if it is given, have the same keys and shapes, and whole
-    numbers that are the same in all, but for BatchNorm's counts of batches."""
+    """Raise ValueError unless there are states, all of them finite, which have the same keys and shapes, as the model's
+    own if it is given, and whole numbers that are the same in all, but for BatchNorm's counts of batches."""
+    if not len(states):
+        raise ValueError("there are no states: expected at least one state_dict")
     first = states[0]
     for other in [*states[1:], *([model.state_dict()] if model else [])]:
         check_pair(first, other)
@@ -104,6 +110,25 @@ def check_states(states, model=None):
             if any(not torch.equal(tensor.cpu(), other[name].cpu()) for other in states[1:]):
                 raise ValueError(f"{name!r} holds whole numbers ({tensor.dtype}) that differ between the states: there "
                                  "is nothing between them")
+    for state in states:
+        _check_finite(state, [name for name, tensor in state.items() if tensor.is_floating_point()])
+
+
+def _checked_split(split, model):
+    """The split, with ValueError if it is empty or if its labels are no classes of the model."""
+    split = as_split(split)
+    if len(split) == 0:
+        raise ValueError("the split is empty: expected at least one input")
+    with evaluating(model):
+        x, _ = next(iter(split.batches([torch.arange(1)], next(model.parameters()).device)))
+        as_labels("y", split.y, model(x).shape[1])
+    return split
+
+
+def _check_finite(state, names):
+    for name in names:
+        if not state[name].isfinite().all():
+            raise ValueError(f"{name!r} holds NaN or infinite values: expected finite ones")
 
 
 def _stacked(states, like):
@@ -214,13 +239,13 @@ def between(model, source, target, alpha=0.5, *, correction="none", batches=None
     Raises
     ------
     ValueError
-        If a state does not fit, ``alpha`` is out of range, the correction is unknown or lacks batches, or the model has
-        no BatchNorm to reset.
+        If a state does not fit or is not finite, ``alpha`` is out of range, the correction is unknown or lacks batches,
+        or the model has no BatchNorm to reset.
     """
     check_states([source, target], model)
-    if not 0 <= alpha <= 1:
+    if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha!r}: expected a number in [0, 1]")
-    _check_correction(correction, batches)
+    _check_correction(correction, model, batches)
     if correction == "repair":
         return repair(_with(model, source), _with(model, target), batches, alpha=alpha)
     network = _with(model, interpolate(source, target, alpha))
@@ -247,16 +272,16 @@ def line(model, source, target, split, *, points=25, correction="none", batches=
     Raises
     ------
     ValueError
-        As :func:`between` does, if there are too few points, or if the split is empty.
+        As :func:`between` does, if there are too few points, if the split is empty, or if its labels are not those of
+        the model's classes.
     """
-    if not isinstance(points, int) or points < 3:
-        raise ValueError(f"points is {points!r}: expected an integer of at least 3")
+    check_integer("points", points, 3)
     check_states([source, target], model)
-    _check_correction(correction, batches)
+    _check_correction(correction, model, batches)
     alphas = np.linspace(0, 1, points)
     if correction == "none":
         return Line(alphas, *mixtures(model, [source, target], np.stack([1 - alphas, alphas], 1), split))
-    batches = list(batches)
+    split, batches = _checked_split(split, model), list(inputs(batches))
     found = [evaluate(between(model, source, target, float(alpha), correction=correction, batches=batches), split)
              for alpha in alphas]
     return Line(alphas, np.array([one.loss for one in found]), np.array([1 - one.accuracy for one in found]))
@@ -289,7 +314,7 @@ def barrier(alphas, values):
     2.25
     """
     alphas, values = np.asarray(alphas, dtype=float), np.asarray(values, dtype=float)
-    if alphas.ndim != 1 or len(alphas) < 2 or alphas[0] != 0 or alphas[-1] != 1 or (np.diff(alphas) <= 0).any():
+    if alphas.ndim != 1 or len(alphas) < 2 or alphas[0] != 0 or alphas[-1] != 1 or not (np.diff(alphas) > 0).all():
         raise ValueError(f"alphas is {alphas.tolist()}: expected numbers that rise from 0 to 1, both included")
     if values.shape[-1:] != alphas.shape or not np.isfinite(values).all():
         raise ValueError(f"got values of shape {list(values.shape)} for {len(alphas)} alphas: expected as many, all "
@@ -298,11 +323,18 @@ def barrier(alphas, values):
     return float(rise) if rise.ndim == 0 else rise
 
 
-def _check_correction(correction, batches):
+def check_correction(correction, model):
+    """Raise ValueError unless the correction is known and the model has the BatchNorm that it needs."""
     if correction not in CORRECTIONS:
         raise ValueError(f"unknown correction {correction!r}: expected one of {', '.join(CORRECTIONS)}")
-    if correction != "none" and batches is None:
+    if correction != "none" and not resettable(model) and correction == "reset":
+        raise ValueError(f"{type(model).__name__} has no BatchNorm: there is nothing to reset")
+
+
+def _check_correction(correction, model, batches):
+    if correction in CORRECTIONS[1:] and batches is None:
         raise ValueError(f"correction is {correction!r} without batches: expected inputs to correct on")
+    check_correction(correction, model)
 
 
 # ---- Planes ----------------------------------------------------------------------------------------------------------
@@ -347,9 +379,8 @@ class Plane(NamedTuple):
         ValueError
             If there are fewer than two points, or the margin is below 0.
         """
-        if not isinstance(points, int) or points < 2:
-            raise ValueError(f"points is {points!r}: expected an integer of at least 2")
-        if not 0 <= margin < math.inf:
+        check_integer("points", points, 2)
+        if not isinstance(margin, Real) or not 0 <= margin < math.inf:
             raise ValueError(f"margin is {margin!r}: expected a number of at least 0")
         low, high = self.points.min(0), self.points.max(0)
         around = margin * (high - low).max()
@@ -372,7 +403,7 @@ def plane_through(origin, first, second):
     Raises
     ------
     ValueError
-        If keys or shapes differ, or the three lie on one line.
+        If keys or shapes differ, a weight is not finite, or the three lie on one line.
     """
     states = (origin, first, second)
     check_states(states)
@@ -407,9 +438,11 @@ def surface(model, plane, xs, ys, split, *, batches=None):
     Raises
     ------
     ValueError
-        As :func:`mixtures` does.
+        As :func:`mixtures` does, or if the grid has no columns or no rows.
     """
     columns, rows = np.meshgrid(xs, ys)
+    if not rows.size:
+        raise ValueError(f"the grid has {rows.shape[1]} columns and {rows.shape[0]} rows: expected at least one each")
     found = mixtures(model, plane.states, plane.weights(np.stack([columns.ravel(), rows.ravel()], 1)), split,
                      batches=batches)
     return Values(*(values.reshape(rows.shape) for values in found))
@@ -428,7 +461,7 @@ def distance(one, other):
     Raises
     ------
     ValueError
-        If keys or shapes differ.
+        If keys or shapes differ, a weight is not finite, or there are none.
     """
     check_pair(one, other)
     return float((_vector(one) - _vector(other)).norm())
@@ -445,13 +478,15 @@ def angle(one, other, origin=None):
     Raises
     ------
     ValueError
-        If keys or shapes differ, or a network does not differ from the origin, so that it has no direction.
+        If keys or shapes differ, a weight is not finite, there are none, or a network does not differ from the origin,
+        so that it has no direction.
     """
-    check_states([one, other, *([origin] if origin else [])])
-    base = _vector(origin) if origin else 0
+    check_states([one, other, *([origin] if origin is not None else [])])
+    base = _vector(origin) if origin is not None else 0
     one, other = (_vector(state) - base for state in (one, other))
     if not (one.any() and other.any()):
-        raise ValueError(f"a network {'does not differ from the origin' if origin else 'is zero'}: it has no direction")
+        why = "is zero" if origin is None else "does not differ from the origin"
+        raise ValueError(f"a network {why}: it has no direction")
     one, other = one / one.norm(), other / other.norm()
     # The arc cosine would lose half the digits of a small angle (Kahan).
     return math.degrees(2 * math.atan2(float((one - other).norm()), float((one + other).norm())))
@@ -464,4 +499,9 @@ def _weights(state):
 
 
 def _vector(state):
-    return torch.cat([state[name].detach().cpu().double().flatten() for name in _weights(state)])
+    names = _weights(state)
+    if not names:
+        raise ValueError(f"none of the tensors {', '.join(state) or '(there are none)'} is a weight: expected a "
+                         "state_dict with some")
+    _check_finite(state, names)
+    return torch.cat([state[name].detach().cpu().double().flatten() for name in names])

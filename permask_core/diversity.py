@@ -6,6 +6,7 @@ classes]. A comparison of each with each is a matrix [models, models], a mean ov
 Ticket Masks using Weight Symmetry", ICML 2025, measure so that a ticket trained again finds almost the same function.
 """
 
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,8 @@ def probabilities(logits):
     Parameters
     ----------
     logits : array-like, shape [..., classes]
-        Such as a list of what :func:`permask_core.training.predict` returns.
+        Such as a list of what :func:`permask_core.training.predict` returns; tensors of any type and device, also with
+        a gradient.
 
     Returns
     -------
@@ -51,9 +53,19 @@ def probabilities(logits):
     Raises
     ------
     ValueError
-        If one is not finite.
+        If there are none, their shapes differ, or one is not finite.
     """
-    logits = np.asarray([np.asarray(one, dtype=float) for one in logits])
+    try:
+        logits = [np.asarray(one.detach().cpu().double() if hasattr(one, "detach") else one, dtype=float)
+                  for one in logits]
+        if len({one.shape for one in logits}) > 1:
+            raise ValueError(f"the shapes are {', '.join(str(list(one.shape)) for one in logits)}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the logits are no array of numbers ({error}): expected [..., classes], of the same shape "
+                         "for each model") from error
+    logits = np.asarray(logits)
+    if not logits.size:
+        raise ValueError(f"the logits have the shape {list(logits.shape)}: expected at least one number")
     if not np.isfinite(logits).all():
         raise ValueError(f"{(~np.isfinite(logits)).sum()} of the logits are not finite: expected numbers")
     return softmax(logits, axis=-1)
@@ -224,7 +236,7 @@ def function_map(distances, dimensions=2):
     if not np.allclose(distances, distances.T):
         raise ValueError("distances are not symmetric: expected the same both ways (of Kullback-Leibler divergences, "
                          "the mean of the two)")
-    if not isinstance(dimensions, int) or not 1 <= dimensions <= len(distances):
+    if not isinstance(dimensions, Integral) or isinstance(dimensions, bool) or not 1 <= dimensions <= len(distances):
         raise ValueError(f"dimensions is {dimensions!r}: expected an integer from 1 to {len(distances)}")
     squares = distances**2
     centred = squares - squares.mean(0)

@@ -59,8 +59,8 @@ def magnitude_masks(state, sparsity, scope="global", previous=None):
         ``fan_in`` keeps the same number of weights in every row [out, ...] of a tensor, so that
         :func:`permask_core.sparse.condense` can store nothing else. Layers have the densities of
         :func:`erk_densities`; a row keeps that fraction of its weights, rounded to the nearest whole number, but at
-        least one. The sparsity is hit to within half a weight for each row: :func:`permask_core.masks.sparsity` tells
-        it.
+        least one. The sparsity is hit to within half a weight for each row, but may fall short by more where rows
+        would have less than that one: :func:`permask_core.masks.sparsity` tells it.
     previous : Masks, optional
         The new masks are nested in these: what they drop stays dropped.
 

@@ -16,7 +16,7 @@ from permask_core.alignment import cost, gap_closed, idle_units, mask_overlap, p
 from permask_core.lottery import Experiment
 from permask_core.matching import Entry, Group, match_weights, permutation_groups, permute, random_permutations
 from permask_core.models import build_model
-from permask_core.pruning import magnitude_masks
+from permask_core.pruning import magnitude_masks, prunable_weights
 from permask_core.store import Store
 
 TINY = Experiment(width=0.1, epochs=3, checkpoints=(0, 1, 2), rewind=1, matched_at=2, imp_rewind=1, imp_epochs=2,
@@ -166,8 +166,8 @@ def test_overlap_by_hand():
 
 
 def test_a_wrong_permutation_of_idle_units_costs_the_mask_nothing(network):
-    groups, _, masks = network
-    idle = idle_units(groups, masks)
+    groups, state, masks = network
+    idle = idle_units(groups, masks, state)
     truth = random_permutations(groups, seed=0)
     found = {name: order.clone() for name, order in truth.items()}
     for name, order in found.items():
@@ -181,10 +181,52 @@ def test_a_wrong_permutation_of_idle_units_costs_the_mask_nothing(network):
 def test_a_unit_is_idle_if_nothing_leads_to_it_or_from_it():
     groups = {"fc": Group(3, (Entry("in", 0), Entry("out", 1, torch.tensor([[0, 1], [2, 3], [4, 5]]))))}
     masks = {"in": torch.zeros(3, 2, dtype=torch.bool), "out": torch.zeros(2, 6, dtype=torch.bool)}
-    assert idle_units(groups, masks)["fc"].tolist() == [True, True, True]
+    state = {name: mask.float() for name, mask in masks.items()}
+    assert idle_units(groups, masks, state)["fc"].tolist() == [True, True, True]
     masks["in"][0, 1] = masks["out"][1, 5] = True
-    assert idle_units(groups, masks)["fc"].tolist() == [False, True, False]
-    assert idle_units(groups, {"out": masks["out"]})["fc"].tolist() == [True, True, False]
+    assert idle_units(groups, masks, state)["fc"].tolist() == [False, True, False]
+
+
+def test_a_weight_without_a_mask_connects_its_units(network):
+    groups, state, masks = network
+    before = idle_units(groups, masks, state)
+    first, *_, last = masks
+    assert all(one.any() for one in before.values())
+    assert not idle_units(groups, {first: masks[first]}, state)["fc2"].any()  # neither of its weights has a mask
+    without = idle_units(groups, {name: mask for name, mask in masks.items() if name != last}, state)
+    assert not without["fc2"].any() and torch.equal(without["fc1"], before["fc1"])
+
+
+def test_a_shortcut_without_a_mask_connects_and_a_norm_does_not():
+    model = build_model("resnet8", (3, 8, 8), 10, seed=0)
+    groups, state = permutation_groups(model, torch.zeros(2, 3, 8, 8)), model.state_dict()
+
+    def cut(names, place, unit=3):
+        group = next(group for group in groups.values() if Entry(place, 0) in group.entries)
+        masks = {name: torch.ones_like(state[name], dtype=torch.bool) for name in names}
+        for entry in group.entries:
+            if entry.tensor in masks:
+                masks[entry.tensor].movedim(entry.axis, 0)[unit] = False
+        return {name: one.nonzero()[:, 0].tolist() for name, one in idle_units(groups, masks, state).items()
+                if one.any()}, next(name for name, other in groups.items() if other is group)
+
+    pruned, everything = (prunable_weights(model, shortcuts=one) for one in (False, True))
+    assert len(everything) > len(pruned)
+    for place in ("stage2.block1.conv2.weight", "stage3.block1.conv2.weight"):  # read and written; written alone
+        assert cut(pruned, place)[0] == {}
+        idle, name = cut(everything, place)
+        assert idle == {name: [3]}
+    idle, name = cut(pruned, "stage2.block1.conv1.weight")
+    assert idle == {name: [3]}  # of a unit inside of a block only BatchNorm has no mask
+
+
+def test_idle_units_of_what_does_not_fit(network):
+    groups, state, masks = network
+    name = next(iter(masks))
+    with pytest.raises(ValueError, match="which is none of"):
+        idle_units(groups, masks, {key: state[key] for key in masks})
+    with pytest.raises(ValueError, match=f"mask '{name}' has shape"):
+        idle_units(groups, masks, {**state, name: state[name][:1]})
 
 
 def test_units_placed_by_hand():

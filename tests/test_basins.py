@@ -1,5 +1,6 @@
 """The stages of lines: their ends are the stored networks, their barriers those of plain evaluations."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -79,19 +80,41 @@ def test_lines_are_found_again(rows, store):
     assert again.computed == 0
 
 
-def test_a_reset_asks_for_batchnorm(store):
+def test_a_reset_asks_for_batchnorm_before_any_training(tmp_path):
+    store = Store(tmp_path)
     with pytest.raises(ValueError, match="has no BatchNorm"):
         basins.losses_between(TINY, store, 0, 0, "naive", points=3, correction="reset")
+    with pytest.raises(ValueError, match="has no BatchNorm"):
+        basins.run(TINY, store, seeds=[0], sparsities=[0], points=3, correction="reset")
+    assert store.computed == 0
+
+
+def test_a_repair_asks_for_no_batchnorm(store):
+    found, _ = basins.losses_between(TINY, store, 0, 0, "naive", points=3, correction="repair")
+    assert found["test_losses"].isfinite().all()
+
+
+@pytest.mark.parametrize("correction", ["reset", "repair"])
+def test_a_batchnorm_without_statistics_is_refused_before_any_training(correction, tmp_path, monkeypatch):
+    def without(experiment, *_):
+        return torch.nn.Sequential(torch.nn.BatchNorm1d(2, track_running_stats=False))
+
+    monkeypatch.setattr(basins, "network", without)
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="BatchNorm '0' keeps no running statistics"):
+        basins.run(TINY, store, seeds=[0], sparsities=[0], correction=correction)
+    assert store.computed == 0
 
 
 @pytest.mark.parametrize("changes, said", [
     ({"sparsities": [1.0]}, "sparsity is 1.0"), ({"by": "eye"}, "unknown matching 'eye'"),
     ({"points": 2}, "points is 2"), ({"seeds": [-1]}, "seed is -1"), ({"workers": 0}, "workers is 0"),
-    ({"correction": "rest"}, "unknown correction 'rest'")])
+    ({"correction": "rest"}, "unknown correction 'rest'"),
+    ({"experiments": replace(TINY, matched_layers=("head",))}, "unknown group in matched_layers 'head'")])
 def test_what_is_out_of_range_is_refused_before_any_training(changes, said, tmp_path):
     store = Store(tmp_path)
     with pytest.raises(ValueError, match=said):
-        basins.run(TINY, store, **{"seeds": [0], "sparsities": [0], **changes})
+        basins.run(**{"experiments": TINY, "store": store, "seeds": [0], "sparsities": [0], **changes})
     assert store.computed == 0
 
 

@@ -78,7 +78,7 @@ def test_the_barrier_is_not_the_value_in_the_middle():
 @pytest.mark.parametrize("alphas, values, said", [
     ([0, 0.5], [1, 2], "expected numbers that rise from 0 to 1"), ([0, 1, 0.5], [1, 2, 3], "that rise from 0 to 1"),
     ([0, 0.5, 0.5, 1], [1, 2, 3, 4], "that rise from 0 to 1"), ([0, 0.5, 1], [1, 2], r"shape \[2\] for 3 alphas"),
-    ([0, 0.5, 1], [1, math.nan, 2], "all finite")])
+    ([0, 0.5, 1], [1, math.nan, 2], "all finite"), ([0, math.nan, 1], [1, 2, 3], "that rise from 0 to 1")])
 def test_no_barrier(alphas, values, said):
     with pytest.raises(ValueError, match=said):
         barrier(alphas, values)
@@ -356,3 +356,66 @@ def test_values_out_of_range_are_named(mlps, residual):
     ):
         with pytest.raises(ValueError, match=said):
             call()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_state_that_is_not_finite_is_named(mlps, value):
+    a, b, c = states_of(mlps)
+    bad = {name: tensor.clone() for name, tensor in c.items()}
+    bad["fc2.weight"][0, 0] = value
+    for call in (lambda: line(mlps[0], a, bad, SPLIT), lambda: between(mlps[0], bad, a),
+                 lambda: mixtures(mlps[0], [bad, a], [[0.5, 0.5]], SPLIT), lambda: plane_through(a, b, bad),
+                 lambda: plane_through(bad, a, b), lambda: distance(a, bad), lambda: angle(bad, a),
+                 lambda: angle(a, b, bad)):
+        with pytest.raises(ValueError, match="'fc2.weight' holds NaN or infinite values"):
+            call()
+
+
+@pytest.mark.parametrize("labels, said", [
+    (LABELS + 1, "y has the label 10: expected 0 to 9"), (LABELS - 1, "y has the label -1"),
+    (LABELS.float(), "expected integer labels"), (F.one_hot(LABELS), r"y has the shape \[60, 10\]: expected \[n\]")])
+def test_labels_that_are_no_classes_are_refused(residual, labels, said):
+    model, (a, b) = residual[0], states_of(residual[:2])
+    for more in ({}, {"correction": "reset", "batches": [INPUTS]}):
+        with pytest.raises(ValueError, match=said):
+            line(model, a, b, (INPUTS, labels), points=3, **more)
+    for more in ({}, {"batches": [INPUTS]}):
+        with pytest.raises(ValueError, match=said):
+            mixtures(model, [a, b], [[0.5, 0.5]], (INPUTS, labels), **more)
+
+
+def test_one_tensor_is_no_list_of_batches(residual):
+    model, (a, b, c) = residual[0], states_of(residual)
+    for correction in ("reset", "repair"):
+        for call in (between, lambda *given, **more: line(*given, SPLIT, points=3, **more)):
+            with pytest.raises(ValueError, match=r"batches is one tensor of shape \[60, 1, 8, 8\]: .* such as \[x\]"):
+                call(model, a, b, correction=correction, batches=INPUTS)
+    with pytest.raises(ValueError, match="batches is one tensor"):
+        surface(model, plane_through(a, b, c), [0.0], [0.0], SPLIT, batches=INPUTS)
+
+
+def test_empty_values_and_text_are_refused(mlps):
+    model, (a, b, c) = mlps[0], states_of(mlps)
+    plane = plane_through(a, b, c)
+    for call, said in (
+        (lambda: mixtures(model, [], [[]], SPLIT), "there are no states"),
+        (lambda: mixtures(model, [a, b], np.zeros((0, 2)), SPLIT), "at least one row"),
+        (lambda: surface(model, plane, [], [], SPLIT), "0 columns and 0 rows"),
+        (lambda: surface(model, plane, [0.0], [], SPLIT), "1 columns and 0 rows"),
+        (lambda: distance({}, {}), "expected a state_dict with some"),
+        (lambda: angle({}, {}), "expected a state_dict with some"),
+        (lambda: plane_through({}, {}, {}), "expected a state_dict with some"),
+        (lambda: angle(a, b, {}), "is in the source only"),
+        (lambda: between(model, a, b, "0.5"), "alpha is '0.5'"), (lambda: plane.grid(5, "a"), "margin is 'a'"),
+        (lambda: plane.grid("5"), "points is '5'"), (lambda: plane.grid(True), "points is True"),
+        (lambda: line(model, a, b, SPLIT, points=True), "points is True: expected an integer of at least 3"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+def test_integers_and_numbers_of_numpy_will_do(mlps):
+    model, (a, b, c) = mlps[0], states_of(mlps)
+    assert len(line(model, a, b, SPLIT, points=np.int64(3)).losses) == 3
+    assert len(plane_through(a, b, c).grid(np.int64(5), np.float32(0.5))[0]) == 5
+    assert distance(between(model, a, b, np.float32(0.5)).state_dict(), mixed([a, b], [0.5, 0.5])) < 1e-5

@@ -46,6 +46,16 @@ def test_probabilities_are_the_softmax_of_a_list_of_tensors():
     assert np.isfinite(kl_divergence(probabilities(torch.tensor([[[0.0, 200.0]], [[200.0, 0.0]]])))).all()
 
 
+def test_logits_of_any_type_that_require_a_gradient():
+    logits = torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(0))
+    expected = softmax(logits.numpy().astype(float), axis=-1)
+    for given_ in (logits.clone().requires_grad_(), [one.clone().requires_grad_() for one in logits],
+                   [list(one) for one in logits]):
+        assert np.allclose(probabilities(given_), expected)
+    low = logits.bfloat16().requires_grad_()
+    assert np.allclose(probabilities(low), softmax(low.detach().double().numpy(), axis=-1))
+
+
 # ---- Comparisons of each with each -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -186,12 +196,19 @@ def test_distances_of_no_space_are_not_wholly_explained():
 
 def test_one_function_is_one_point():
     assert function_map(np.zeros((3, 3)))[1:] == (1, 0)
+    assert function_map(np.zeros((3, 3)), np.int64(1)).points.shape == (3, 1)
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("call, message", [
     (lambda: probabilities([[[0.0, math.nan]]]), "1 of the logits are not finite"),
+    (lambda: probabilities([]), r"the logits have the shape \[0\]: expected at least one number"),
+    (lambda: probabilities([[[0.0, 1.0]], [[0.0]]]), r"the shapes are \[1, 2\], \[1, 1\]\): expected \[..., classes\]"),
+    (lambda: probabilities([torch.zeros(3, 2), torch.zeros(2, 2)]), r"the shapes are \[3, 2\], \[2, 2\]"),
+    (lambda: probabilities([[[0.0, 1.0], [0.0]]]), "the logits are no array of numbers"),
+    (lambda: probabilities(3.0), "the logits are no array of numbers"),
+    (lambda: probabilities(["a"]), "the logits are no array of numbers"),
     (lambda: disagreement(np.ones((3, 2))), r"shape \[3, 2\]: expected \[models, n, classes\]"),
     (lambda: js_divergence(np.ones((2, 0, 3))), r"shape \[2, 0, 3\]"),
     (lambda: kl_divergence([[[2.0, -1.0]]]), "not probabilities.*probabilities\\(logits\\)"),
@@ -204,6 +221,7 @@ def test_one_function_is_one_point():
     (lambda: function_map([[0, -1], [-1, 0]]), "at least 0"),
     (lambda: function_map([[0, math.inf], [math.inf, 0]]), "finite"),
     (lambda: function_map([[1, 1], [1, 1]]), "zeros on the diagonal"),
+    (lambda: function_map([[0, 1], [1, 0]], True), "dimensions is True: expected an integer from 1 to 2"),
     (lambda: function_map([[0, 1], [1, 0]], 3), "dimensions is 3: expected an integer from 1 to 2"),
 ])
 def test_errors(call, message):

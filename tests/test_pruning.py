@@ -91,6 +91,12 @@ def test_constant_fan_in_hits_the_sparsity_to_half_a_weight_a_row():
         assert abs(sparsity(masks) - target) <= 0.5 * (50 + 30) / (50 * 40 + 30 * 180)
 
 
+def test_the_floor_of_one_weight_a_row_keeps_more_than_half_a_weight_too_many():
+    state = {"fc": torch.randn(40, 10, generator=torch.Generator().manual_seed(0))}
+    masks = magnitude_masks(state, 0.99, scope="fan_in")  # 0.1 weights a row were asked for
+    assert (masks["fc"].sum(1) == 1).all() and sparsity(masks) == pytest.approx(0.9)
+
+
 def test_a_mask_that_is_not_of_constant_fan_in_has_no_constant_fan_in_within():
     state, uneven = {"fc": torch.randn(20, 10)}, {"fc": torch.ones(20, 10, dtype=torch.bool)}
     uneven["fc"][3, 2:] = False

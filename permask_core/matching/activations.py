@@ -84,7 +84,11 @@ def activation_correlations(groups, source_model, target_model, batches):
 
 
 def inputs(batches):
-    """The inputs in some batches: tensors, or the first of each tuple or list; ValueError if there are none."""
+    """The inputs in some batches: tensors, or the first of each tuple or list; ValueError if there are none, or one
+    tensor in their place, which would be taken row by row."""
+    if isinstance(batches, torch.Tensor):
+        raise ValueError(f"batches is one tensor of shape {list(batches.shape)}: expected an iterable of batches, such "
+                         "as [x]")
     batch = None
     for batch in batches:
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

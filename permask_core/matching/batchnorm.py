@@ -72,12 +72,9 @@ def reset_batchnorm(model, batches):
         If the model has no BatchNorm with running statistics, there are no batches, or an activation is not finite; the
         statistics are then as they were.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    layers = resettable(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no BatchNorm: there is nothing to reset")
-    for name, layer in layers.items():
-        if layer.running_mean is None:
-            raise ValueError(f"BatchNorm {name!r} keeps no running statistics: there is nothing to reset")
     moments, n = {name: _Moments() for name in layers}, 0
 
     def read(name, layer, given, output):
@@ -95,6 +92,15 @@ def reset_batchnorm(model, batches):
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(n)
     return model
+
+
+def resettable(model):
+    """The model's BatchNorms by name; ValueError if one keeps no running statistics."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    for name, layer in layers.items():
+        if layer.running_mean is None:
+            raise ValueError(f"BatchNorm {name!r} keeps no running statistics: there is nothing to reset")
+    return layers
 
 
 def repair(source_model, target_model, batches, *, alpha=0.5):

@@ -129,7 +129,7 @@ def test_models_are_read_in_evaluation_mode_and_come_back_as_they_were():
     nets[1].eval()
     modes = [[module.training for module in net.modules()] for net in nets]
     states = [{name: tensor.clone() for name, tensor in net.state_dict().items()} for net in nets]
-    groups, batches = permutation_groups(nets[0], torch.zeros(1, 3, 32, 32)), torch.randn(2, 4, 3, 32, 32)
+    groups, batches = permutation_groups(nets[0], torch.zeros(1, 3, 32, 32)), list(torch.randn(2, 4, 3, 32, 32))
     correlations = activation_correlations(groups, *nets, batches)
     assert [[module.training for module in net.modules()] for net in nets] == modes
     assert all(torch.equal(tensor, states[i][name]) for i in (0, 1) for name, tensor in nets[i].state_dict().items())
@@ -156,6 +156,8 @@ def test_bad_input_is_named(lively):
     groups = permutation_groups(one, x)
     with pytest.raises(ValueError, match="there are no batches"):
         match_activations(groups, one, two, [])
+    with pytest.raises(ValueError, match="batches is one tensor of shape .*: expected an iterable of batches"):
+        match_activations(groups, one, two, x)
     with pytest.raises(ValueError, match="group 'fc2' has no taps"):
         match_activations({**groups, "fc2": groups["fc2"]._replace(taps=())}, one, two, [x])
     with torch.no_grad():
