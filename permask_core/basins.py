@@ -132,7 +132,8 @@ def run(experiments, store, *, seeds, sparsities, by="weights", points=25, corre
         groups(experiment)  # a network that cannot be permuted or corrected is refused here, not after hours
         check_correction(correction, network(experiment))
     runs = [(target, method) for target in sparsities for method in (SPARSE if target else DENSE)]
-    jobs = [(experiment, seed, runs, by, points, correction) for experiment in experiments for seed in seeds]
+    jobs = [(experiment, seed, runs, by, int(points), correction) for experiment in experiments
+            for seed in map(int, seeds)]
     return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
 
 

@@ -228,7 +228,7 @@ def trained_network(experiment, store, seed, target, method):
 
 def check_run(seeds, sparsities, methods, workers=1):
     """Raise ValueError unless :func:`run` takes these; no data set is loaded."""
-    check_lists(seeds=list(seeds), sparsities=sparsities, methods=methods)
+    check_lists(sparsities=sparsities, methods=methods)
     check_work(seeds, workers)
     for value in sparsities:
         check_sparsity(value)
@@ -271,7 +271,7 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, workers=1):
     for value in sparsities:
         layer_densities(experiment, weights, value)
     runs = [(method, target) for method in methods for target in (sparsities if method != "dense" else [0.0])]
-    jobs = [(experiment, seed, runs) for seed in seeds]
+    jobs = [(experiment, seed, runs) for seed in map(int, seeds)]
     return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
 
 

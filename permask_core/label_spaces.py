@@ -271,7 +271,7 @@ def train(experiment, method, seed, resume=None):
 
 def check(experiment, *, seeds, methods, workers=1):
     """Raise ValueError, in which the value is named, for what :func:`run` cannot run; no data are needed."""
-    check_lists(seeds=list(seeds), methods=methods)
+    check_lists(methods=methods)
     check_work(seeds, workers)
     for method in methods:
         experiment.layers(method)
@@ -312,7 +312,7 @@ def run(experiment, store, *, seeds, methods=None, workers=1):
     seeds, methods = list(seeds), experiment.methods if methods is None else methods
     check(experiment, seeds=seeds, methods=methods, workers=workers)
     data(experiment, seeds[0])
-    jobs = [(experiment, seed, list(methods)) for seed in seeds]
+    jobs = [(experiment, seed, list(methods)) for seed in map(int, seeds)]
     return computed(_rows, jobs, store, workers, len(jobs) * len(methods))
 
 

@@ -307,7 +307,7 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     store : Store
     seeds : sequence of int
     sparsities : sequence of float
-        In (0, 1); hit exactly, or with ``imp_scope="fan_in"`` to within half a weight for each neuron.
+        In (0, 1); hit exactly, or with ``imp_scope="fan_in"`` as :func:`permask_core.pruning.magnitude_masks` says.
     methods : sequence of {"dense", "lth", "permuted", "naive", "random", "pruned"}
         All but the last if not given. ``permuted`` is run once per matching.
     matchings : sequence of {"weights", "activations"}
@@ -329,6 +329,9 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     RuntimeError
         If a worker process died.
     """
+    check_lists(methods=methods if isinstance(methods, str) else list(methods))
+    if isinstance(matchings, str):
+        check_lists(matchings=matchings)
     if isinstance(sparsities, str):
         raise ValueError(f"sparsities is {sparsities!r}: expected a list of numbers (papermill takes lists with -y, as "
                          "in -y '{sparsities: [0.9, 0.97]}')")
@@ -345,7 +348,7 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
         groups(experiment)  # a network that cannot be permuted is refused here, not after hours
     runs = [(method, by) for method in methods for by in (matchings if method == "permuted" else ("",))]
     runs = [(method, by, target) for method, by in runs for target in (sparsities if method != "dense" else [0.0])]
-    jobs = [(experiment, seed, runs) for experiment in experiments for seed in seeds]
+    jobs = [(experiment, seed, runs) for experiment in experiments for seed in map(int, seeds)]
     return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
 
 

@@ -121,9 +121,10 @@ def check_number(family, number):
 
 def check_run(families, siblings, target, methods, workers):
     """Raise ValueError for what :func:`run` would not take."""
-    check_work(families, workers)
+    check_work(families, workers, "families")
     check_integer("siblings", siblings, 1)
-    check_number(0, siblings - 1)
+    if siblings > SPAN:
+        raise ValueError(f"siblings is {siblings}: expected at most {SPAN}")
     check_sparsity(target)
     check_lists(methods=methods)
     for method in methods:
@@ -171,10 +172,10 @@ def run(experiment, store, *, families, siblings, target, methods, workers=1):
     RuntimeError
         If a worker process died.
     """
-    families, methods = list(families), list(methods)
+    families, methods = list(families), methods if isinstance(methods, str) else list(methods)
     check_run(families, siblings, target, methods, workers)
     groups(experiment)  # a network that cannot be permuted is refused here
-    jobs = [(experiment, family, siblings, target, methods) for family in families]
+    jobs = [(experiment, family, siblings, target, methods) for family in map(int, families)]
     return computed(_rows, jobs, store, workers, len(jobs) * siblings * len(methods))
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields, replace
 from functools import lru_cache
+from numbers import Integral
 
 import torch
 
@@ -59,7 +60,8 @@ def check_lists(**lists):
     """Raise ValueError unless each is a list with at least one value, and each value stands in it once."""
     for name, values in lists.items():
         if not isinstance(values, (list, tuple)) or not values:
-            raise ValueError(f"{name} is {values!r}: expected a list (papermill takes lists with -y, as in "
+            least = " with at least one value" if isinstance(values, (list, tuple)) else ""
+            raise ValueError(f"{name} is {values!r}: expected a list{least} (papermill takes lists with -y, as in "
                              f"-y '{{{name}: [...]}}')")
         if any(values.count(value) > 1 for value in values):  # runs counted twice would narrow intervals
             raise ValueError(f"{name} is {values!r}: expected each value once")
@@ -67,12 +69,14 @@ def check_lists(**lists):
 
 def check_integer(name, value, least):
     """Raise ValueError unless the value is an integer of at least that."""
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}: expected an integer of at least {least}")
 
 
-def check_work(seeds, workers):
-    """Raise ValueError unless seeds are integers of at least 0, and workers is one of at least 1."""
+def check_work(seeds, workers, name="seeds"):
+    """Raise ValueError unless seeds, of that name, are different integers of at least 0, at least one, and workers is
+    an integer of at least 1."""
+    check_lists(**{name: list(seeds)})
     for value in seeds:
         check_integer("seed", value, 0)
     check_integer("workers", workers, 1)

@@ -228,15 +228,14 @@ def run(experiment, store, *, seeds, temperatures, workers=1):
     """
     seeds, temperatures = list(seeds), list(temperatures)
     check_work(seeds, workers)
-    for name, values in (("seeds", seeds), ("temperatures", temperatures)):
-        if len(set(values)) < len(values):  # runs counted twice would narrow intervals
-            raise ValueError(f"{name} is {values}: expected each value once")
+    if len(set(temperatures)) < len(temperatures):  # runs counted twice would narrow intervals
+        raise ValueError(f"temperatures is {temperatures}: expected each value once")
     runs = [("teacher", None), ("student", None), *(("distilled", value) for value in temperatures)]
     for one in runs:
         check_role(*one)
     for role in ROLES[:2]:
         network(experiment, role)  # one that does not fit the data is refused here
-    jobs = [(experiment, seed, runs) for seed in seeds]
+    jobs = [(experiment, seed, runs) for seed in map(int, seeds)]
     return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
 
 

@@ -255,7 +255,11 @@ def test_rounds_rewind_or_train_on(finished, monkeypatch, imp):
     ({"methods": ["lth", "permutated"]}, "unknown method 'permutated': expected one of dense, lth, permuted, naive"),
     ({"matchings": ["weight"]}, "unknown matching 'weight'"), ({"sparsities": [0.5, 1.5]}, "sparsity is 1.5"),
     ({"sparsities": [0]}, "sparsity is 0"), ({"seeds": [0, -1]}, "seed is -1"), ({"seeds": [0.5]}, "seed is 0.5"),
-    ({"workers": 0}, "workers is 0"), ({"workers": 1.5}, "workers is 1.5"),
+    ({"workers": 0}, "workers is 0"), ({"workers": 1.5}, "workers is 1.5"), ({"workers": True}, "workers is True"),
+    ({"seeds": [0, 0]}, "seeds is [0, 0]: expected each value once"), ({"seeds": [True]}, "seed is True"),
+    ({"seeds": []}, "seeds is []: expected a list with at least one value"),
+    ({"methods": "lth"}, "methods is 'lth': expected a list"), ({"methods": []}, "methods is []: expected a list with"),
+    ({"matchings": "weights"}, "matchings is 'weights': expected a list"),
     ({"experiments": [TINY, dataclasses.replace(TINY, model="vgg11")]}, "vgg11 halves the image five times"),
 ])
 def test_errors_come_before_any_training(store, change, message):
@@ -380,7 +384,8 @@ def test_what_files_hold_decides_where_it_may_be_anything_and_their_place_never(
     ({"model": "cnn"}, "model is 'cnn': expected one of mlp, lenet5, vgg11"),
     ({"options": {"fold": 1}}, "digits has no option 'fold'"), ({"processes": 0}, "processes is 0"),
     ({"matched_images": 0}, "matched_images is 0"), ({"matched_layers": "fc1"}, "matched_layers is 'fc1': expected a"),
-    ({"matched_layers": []}, "matched_layers is []"), ({"matched_layers": ["fc1", "fc1"]}, "expected each value once"),
+    ({"matched_layers": []}, "matched_layers is []: expected a list with at least one value"),
+    ({"matched_layers": ["fc1", "fc1"]}, "expected each value once"),
     ({"warmup": 2}, "warmup is 2"), ({"precision": "fp16"}, "precision"),
     ({"start": "warm"}, "start is 'warm': expected one of dense, sparse"),
     ({"imp": "restart"}, "imp is 'restart'"), ({"rewind": 7}, "rewind is 7: expected one of the checkpoints 0, 1, 2"),

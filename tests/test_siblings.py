@@ -143,7 +143,10 @@ def test_the_cost_leaves_out_epochs_that_nobody_looks_at():
 @pytest.mark.parametrize("changes, message", [
     ({"methods": ["lth", "best"]}, "unknown method 'best': expected one of dense, pruned"),
     ({"families": [-1]}, "seed is -1"), ({"siblings": 0}, "siblings is 0: expected an integer of at least 1"),
-    ({"siblings": SPAN + 1}, f"number is {SPAN}: expected at most {SPAN - 1}"),
+    ({"siblings": SPAN + 1}, f"siblings is {SPAN + 1}: expected at most {SPAN}"),
+    ({"siblings": True}, "siblings is True"),
+    ({"methods": "lth"}, "methods is 'lth': expected a list"), ({"families": [0, 0]}, r"families is \[0, 0\].* once"),
+    ({"families": []}, r"families is \[\]: expected a list with at least one value"),
     ({"target": 1.0}, "sparsity is 1.0|1.0"), ({"workers": 0}, "workers is 0"),
 ])
 def test_nothing_is_trained_before_what_is_wrong_is_said(tmp_path, changes, message):
