@@ -4,8 +4,7 @@ Too long for a notebook: noisy digits and a small perceptron, ten seeds, three s
 recipe says at which epoch A and B are matched, by what, with how many images, and which layers may move. All were fixed
 before the run, after a look at the seeds 100 and 101. Results go to
 permask_core/data/measured/price_of_alignment.json. A run that was killed goes on where it was. Run it with
-`python benchmarks/price_of_alignment.py`; about a quarter of an hour of one
-core.
+`python benchmarks/price_of_alignment.py`; about a quarter of an hour of one core.
 """
 
 import argparse
@@ -103,8 +102,8 @@ def main():
         rows += recipe_rows(by, experiment, base, store, seeds, sparsities, given.workers)
     control = [row for seed in progress(seeds, "planted permutations")
                for row in control_rows(base, store, seed, sparsities)]
-    record = {"command": "python benchmarks/price_of_alignment.py" + (
-                  f" --seeds {given.seeds}" if given.seeds != 10 else ""),
+    asked = " --quick" * given.quick + (f" --seeds {given.seeds}" if given.seeds != 10 else "")
+    record = {"command": f"python benchmarks/price_of_alignment.py{asked}",
               "commit": commit(), "versions": versions(), "device": f"{device_name('cpu')}, one thread a process",
               "settings": asdict(base), "training_images": len(lottery.data(base).train), "rows": rows,
               "control": control}
