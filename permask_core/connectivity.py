@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
@@ -49,7 +50,7 @@ def mixtures(model, states, weights, split, *, batches=None):
     """Loss and error of networks each of which is a weighted sum of the same few.
 
     As many are evaluated at once as fit into a bounded memory; networks with convolutions one by one on a CPU, where
-    that is faster.
+    that is faster. Of perceptrons the first layer is computed for the states alone and its answers are mixed.
 
     Parameters
     ----------
@@ -143,9 +144,10 @@ def _mixed(stacked, weights):
             .view(len(weights), *tensor.shape[1:]) for name, tensor in stacked.items()}
 
 
-def _check_variances(tensors, weights):
-    for name, tensor in tensors.items():
-        if name.endswith("running_var") and (tensor < 0).any():
+def _check_variances(stacked, weights):
+    variances = {name: tensor for name, tensor in stacked.items() if name.endswith("running_var")}
+    for name, tensor in _mixed(variances, weights).items():
+        if (tensor < 0).any():
             at = weights[int((tensor < 0).any(1).int().argmax())]
             raise ValueError(f"{name!r} is negative in the mixture {np.round(at, 3).tolist()}: away from the networks "
                              "mixed variances mean nothing; give batches, to compute them anew")
@@ -155,27 +157,60 @@ def _at_once(model, states, weights, split):
     # A parameter of two names is one for the model, which knows it by the first.
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     stacked = {name: tensor for name, tensor in _stacked(states, model.state_dict()).items() if name in own}
+    _check_variances(stacked, weights)
     device = next(model.parameters()).device
     losses, hits = torch.zeros(2, len(weights), dtype=torch.float64)
-
-    def answers(parameters, x):
-        return functional_call(model, parameters, (x,))
-
-    def single(parameters, x):
-        return answers({name: tensor[0] for name, tensor in parameters.items()}, x)[None]
-
     with evaluating(model):
         at_once = _how_many(model, stacked, split, device)
-        several = vmap(answers, (0, None)) if at_once > 1 else single
-        for rows in np.array_split(np.arange(len(weights)), math.ceil(len(weights) / at_once)):
-            parameters = _mixed(stacked, weights[rows])
-            _check_variances(parameters, weights[rows])
-            for x, y in split.batches(in_order(split, IMAGES), device):
-                logits = several(parameters, x).transpose(1, 2)  # [networks, classes, inputs]
-                y = y.expand(len(rows), -1)
-                losses[rows] += F.cross_entropy(logits, y, reduction="none").sum(1).cpu()
-                hits[rows] += (logits.argmax(1) == y).sum(1).cpu()
+        parts = np.array_split(np.arange(len(weights)), math.ceil(len(weights) / at_once))
+        way = _perceptrons if _is_perceptron(model) else _by_vmap if at_once > 1 else _one_by_one
+        for x, y in split.batches(in_order(split, IMAGES), device):
+            answers = way(model, stacked, x)
+            for rows in parts:
+                logits = answers(weights[rows]).transpose(1, 2)  # [networks, classes, inputs]
+                labels = y.expand(len(rows), -1)
+                losses[rows] += F.cross_entropy(logits, labels, reduction="none").sum(1).cpu()
+                hits[rows] += (logits.argmax(1) == labels).sum(1).cpu()
     return Values((losses / len(split)).numpy(), (1 - hits / len(split)).numpy())
+
+
+# Three ways to what mixtures answer to inputs: each gives a function from their weights [n, k] to [n, inputs, classes].
+
+def _by_vmap(model, stacked, x):
+    several = vmap(lambda parameters: functional_call(model, parameters, (x,)))
+    return lambda weights: several(_mixed(stacked, weights))
+
+
+def _one_by_one(model, stacked, x):
+    return lambda weights: torch.stack([
+        functional_call(model, {name: tensor[0] for name, tensor in _mixed(stacked, row[None]).items()}, (x,))
+        for row in weights])
+
+
+def _is_perceptron(model):
+    """Whether the model flattens its inputs, and then has linear layers and ReLUs alone, a linear one first."""
+    kinds = [type(layer) for layer in model] if type(model) is nn.Sequential else []
+    return (kinds[:2] == [nn.Flatten, nn.Linear] and {*kinds[1:]} <= {nn.Linear, nn.ReLU}
+            and model[0].start_dim == 1 and all(layer.bias is not None for layer in model if type(layer) is nn.Linear))
+
+
+def _perceptrons(model, stacked, x):
+    # What is linear in its weights is mixed after it is computed: the first layer is, and costs three networks, not n.
+    (_, flatten), (name, _), *rest = model.named_children()
+    x = flatten(x)
+    first = {"": torch.stack([F.linear(x, *both) for both in zip(stacked[f"{name}.weight"], stacked[f"{name}.bias"])])}
+    stacked = {key: tensor for key, tensor in stacked.items() if not key.startswith(f"{name}.")}
+
+    def answers(weights):
+        parameters, x = _mixed(stacked, weights), _mixed(first, weights)[""]
+        for name, layer in rest:
+            if isinstance(layer, nn.ReLU):
+                x.relu_()
+            else:
+                x = torch.baddbmm(parameters[f"{name}.bias"][:, None], x, parameters[f"{name}.weight"].transpose(1, 2))
+        return x
+
+    return answers
 
 
 def _how_many(model, stacked, split, device):

@@ -103,13 +103,34 @@ def test_many_at_once_are_as_one_by_one(name, single, monkeypatch):
 
 
 def test_memory_is_bounded(mlps, monkeypatch):
-    sizes, whole = [], connectivity._mixed
-    monkeypatch.setattr(connectivity, "_mixed", lambda stacked, rows: sizes.append(len(rows)) or whole(stacked, rows))
+    sizes, whole = [], connectivity._perceptrons
+
+    def counted(*given):
+        answers = whole(*given)
+        return lambda weights: sizes.append(len(weights)) or answers(weights)
+
+    monkeypatch.setattr(connectivity, "_perceptrons", counted)
     # One network: its weights (3,466), and the layers' answers to 60 inputs (64 + 4 x 32 + 10).
     one = 4 * (3466 + 60 * (64 + 4 * 32 + 10))
     monkeypatch.setattr(connectivity, "MEMORY", 3 * one + one // 2)
     mixtures(mlps[0], states_of(mlps), np.full((10, 3), 1 / 3), SPLIT)
     assert sum(sizes) == 10 and max(sizes) == 3
+
+
+@pytest.mark.parametrize("tail", [[], [nn.Linear(6, 4)], [nn.Linear(6, 5), nn.ReLU(), nn.ReLU(), nn.Linear(5, 4)],
+                                  [nn.Linear(6, 4, bias=False)], [nn.Tanh()], [nn.Dropout(), nn.Linear(6, 4)]])
+def test_perceptrons_of_any_form(tail):
+    torch.manual_seed(0)
+    head = [nn.Flatten(), nn.Linear(64, 6), nn.ReLU()]
+    models = [copy.deepcopy(nn.Sequential(*head, *tail)) for _ in range(3)]
+    for model in models:
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+    weights = np.random.default_rng(0).dirichlet(np.ones(3), 5)
+    split = INPUTS, LABELS % 4
+    found = mixtures(models[0], states_of(models), weights, split).losses
+    expected = [evaluate(models[0], split, state=mixed(states_of(models), row)).loss for row in weights]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet8"])
