@@ -7,6 +7,7 @@ it, so that any order of calls, a kill, or another worker leads to the same file
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -140,12 +141,18 @@ def parent(method):
 
 def groups(experiment):
     """The permutation groups of the experiment's network that may move: ``matched_layers``, or all."""
-    found = permutation_groups(network(experiment), torch.zeros(2, *data(experiment).input_shape))
+    _, _, _, input_shape, classes = data(experiment)
+    found = _all_groups(experiment.model, input_shape, classes, experiment.width)
     if experiment.matched_layers is None:
         return found
     for name in experiment.matched_layers:
         check_one_of("group in matched_layers", name, found)
     return Groups({name: found[name] for name in experiment.matched_layers}, found.fixed)
+
+
+@lru_cache(maxsize=64)
+def _all_groups(model, input_shape, classes, width):
+    return permutation_groups(build_model(model, input_shape, classes, width=width), torch.zeros(2, *input_shape))
 
 
 def dense(experiment, store, seed, which):

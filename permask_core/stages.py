@@ -143,11 +143,12 @@ def in_parallel(rows, jobs, store, workers):
     RuntimeError
         If one of them died.
     """
-    # A server that has imported the library once forks each worker; a fork of this process could inherit held locks.
+    # A server that has imported the library once, and what else takes long (for torch.export, for the digits), forks
+    # each worker; a fork of this process could inherit held locks.
     known = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
     if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([rows.__module__])
+        context.set_forkserver_preload([rows.__module__, "torch._dynamo", "sklearn.datasets"])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         # Each worker counts in a copy of the store that starts from zero.
         futures = [pool.submit(_counted, rows, Store(store.folder), *job) for job in jobs]

@@ -24,6 +24,7 @@ from permask_core.files import is_whole, load_tensors, locked, save_tensors, wri
 
 LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn")
 OPTIONAL = ("timm", "transformers")
+HERE = Path(__file__).parent
 
 
 class Store:
@@ -179,7 +180,7 @@ def commit():
     it lies in none, or there is no git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
@@ -220,25 +221,27 @@ def _modules_hash(root, extra):
 def _reached(root):
     """Files of the permask_core modules that ``root`` reaches through its import statements, itself included."""
     if root == "permask_core":
-        folder = Path(importlib.util.find_spec(root).origin).parent
-        return {str(path.relative_to(folder)): path for path in folder.rglob("*.py")}
+        return {str(path.relative_to(HERE)): path for path in HERE.rglob("*.py")}
     found, waiting = {}, [root]
     while waiting:
         name = waiting.pop()
-        spec = _spec(name)
-        if name in found or spec is None or not spec.origin:
+        # By its path, because to ask the import system means to import all packages above.
+        place = HERE.joinpath(*name.split(".")[1:])
+        path = next(filter(Path.is_file, (place / "__init__.py", place.with_suffix(".py"))), None)
+        if name in found or path is None:  # or the name of a function, not of a module
             continue
-        found[name] = Path(spec.origin)
-        for node in ast.walk(ast.parse(found[name].read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("permask_core"):
-                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            elif isinstance(node, ast.Import):
-                waiting += [alias.name for alias in node.names if alias.name.startswith("permask_core.")]
+        found[name] = path
+        waiting += _imported(path)
     return found
 
 
-def _spec(name):
-    try:
-        return importlib.util.find_spec(name)
-    except ModuleNotFoundError:  # the name of a function, not of a module
-        return None
+@cache
+def _imported(path):
+    """What the import statements of a file name that may be a module of permask_core."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("permask_core"):
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names if alias.name.startswith("permask_core.")]
+    return names

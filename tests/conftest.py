@@ -9,17 +9,18 @@ if shutil.which("nvidia-smi") is None:
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from permask_core.data import load_dataset
 from permask_core.models import build_model
 from permask_core.store import Store
 from permask_core.training import Recipe, fit
 
-# A search for new failing examples belongs on a developer's machine; continuous integration repeats the same ones.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# How long an example takes says more about who else uses the machine. A search for new failing examples belongs on a
+# developer's machine; continuous integration repeats the same ones.
+settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 @pytest.fixture(autouse=True)

@@ -311,7 +311,7 @@ def test_the_commit_is_gits_and_unknown_without(tmp_path, monkeypatch):
     if (root / ".git").exists():
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True).stdout
         assert head.startswith(commit().removesuffix("-dirty"))
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "store.py"))
+    monkeypatch.setattr(module, "HERE", tmp_path)
     assert commit() == "unknown"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() == "unknown"

@@ -7,8 +7,6 @@ test part).
 import math
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from permask_core.data.splits import Split
 
@@ -43,6 +41,10 @@ def digits(seed=0, test_size=360, noise=0.0, copies=1, channels=1):
         raise ValueError(f"copies is {copies!r}: expected an integer of at least 1")
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels!r}: expected 1 or 3")
+    # Takes a second, which a process that only looks for finished stages need not spend.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=test_size, stratify=y, random_state=seed)
     mean, sd = x_train.mean(), x_train.std()
