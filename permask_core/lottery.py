@@ -30,7 +30,8 @@ from permask_core.pruning import (
 from permask_core.sparse import condense
 from permask_core.sparse.initialisation import scale_to_fan_in
 from permask_core.stages import Settings, check_integer, check_lists, check_one_of, check_work, computed, data, trained
-from permask_core.training import Recipe, default_device, evaluate, fit, predict
+from permask_core.together import fitted, rows_together
+from permask_core.training import Recipe, default_device, predict
 
 METHODS = ("dense", "lth", "permuted", "naive", "random")  # what is compared unless more is asked for
 KNOWN_METHODS = (*METHODS, "pruned")
@@ -170,12 +171,13 @@ def dense(experiment, store, seed, which):
     def train(unfinished):
         model = network(experiment, seed=own)
         names = {epoch: f"epoch {epoch}" for epoch in experiment.checkpoints}
-        run = fit(model, data(experiment).train, experiment.recipe(experiment.epochs, experiment.lr), seed=own,
-                  checkpoints=tuple(names.values()), processes=experiment.processes, resume=unfinished,
-                  description=f"dense {which}, seed {seed}")
+        run, evaluation = fitted(
+            store, model, data(experiment).train, experiment.recipe(experiment.epochs, experiment.lr), seed=own,
+            test=data(experiment).test, checkpoints=tuple(names.values()), processes=experiment.processes,
+            resume=unfinished, description=f"dense {which}, seed {seed}")
         states = {f"{epoch}/{key}": tensor for epoch, name in names.items()
                   for key, tensor in run.checkpoints[name].items()}
-        return states, evaluate(model, data(experiment).test)._asdict()
+        return states, evaluation._asdict()
 
     tensors, record = trained(store, "dense", train, seed=own, **experiment.only(*_DENSE))
     states = {epoch: {} for epoch in experiment.checkpoints}
@@ -203,9 +205,9 @@ def ticket(experiment, store, seed, target):
             rounds += 1
 
             def train_round(unfinished):
-                run = fit(network(experiment, state), data(experiment).train, recipe, seed=2 * seed, masks=masks,
-                          processes=experiment.processes, resume=unfinished,
-                          description=f"pruning round {rounds}, seed {seed}")
+                run, _ = fitted(store, network(experiment, state), data(experiment).train, recipe, seed=2 * seed,
+                                masks=masks, processes=experiment.processes, resume=unfinished,
+                                description=f"pruning round {rounds}, seed {seed}")
                 return run.state, {"sparsity": sparsity(masks)}
 
             return trained(store, "imp_round", train_round, seed=seed, round=rounds, **experiment.only(*_IMP))[0]
@@ -293,11 +295,12 @@ def sparse(experiment, store, seed, target, method, by=None, *, condensed=False)
         if condensed:
             model, left = condense(model, masks)
             masks = {name: masks[name] for name in left} or None
-        fit(model, data(experiment).train,
+        _, evaluation = fitted(
+            store, model, data(experiment).train,
             experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr), seed=10_000 + seed,
-            masks=masks, processes=experiment.processes, resume=unfinished,
+            test=data(experiment).test, masks=masks, processes=experiment.processes, resume=unfinished,
             description=f"{method} {by or ''} at {100 * target:g} %, seed {seed}")
-        return model.state_dict(), {**evaluate(model, data(experiment).test)._asdict(), "achieved": achieved}
+        return model.state_dict(), {**evaluation._asdict(), "achieved": achieved}
 
     settings = experiment.only(*_IMP, "sparse_lr", "rewind", "start", *(_MATCHING if method == "permuted" else []),
                                *(["matched_images"] if by == "activations" else []))
@@ -305,7 +308,7 @@ def sparse(experiment, store, seed, target, method, by=None, *, condensed=False)
                    **settings)
 
 
-def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1):
+def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1, together=1):
     """Run experiments over seeds, sparsities and methods, and tell their results as rows.
 
     Parameters
@@ -321,6 +324,9 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     workers : int
         Processes that share the work, seed by seed; with more than one, each computes with one thread, and a script
         must call this below ``if __name__ == "__main__":``.
+    together : int
+        Networks that are trained at once, whatever their seeds, methods and sparsities, where that is faster: see
+        :func:`permask_core.together.fit_together`. What is stored and found is the same, up to rounding.
 
     Returns
     -------
@@ -351,11 +357,16 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     for value in sparsities:
         check_sparsity(value)
     check_work(seeds, workers)
+    check_integer("together", together, 1)
+    if together > 1 and (workers > 1 or any(one.processes > 1 for one in experiments)):
+        raise ValueError(f"together is {together}, beside several processes: expected one process")
     for experiment in experiments:
         groups(experiment)  # a network that cannot be permuted is refused here, not after hours
     runs = [(method, by) for method in methods for by in (matchings if method == "permuted" else ("",))]
     runs = [(method, by, target) for method, by in runs for target in (sparsities if method != "dense" else [0.0])]
     jobs = [(experiment, seed, runs) for experiment in experiments for seed in map(int, seeds)]
+    if together > 1:
+        return rows_together(_rows, [(one, seed, [run]) for one, seed, runs in jobs for run in runs], store, together)
     return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
 
 

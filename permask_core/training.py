@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -129,9 +130,10 @@ def fit(model, train, recipe, *, seed, loss=None, masks=None, rewiring=None, che
     train : Split or (torch.Tensor, torch.Tensor)
         What :func:`permask_core.data.load_dataset` gives, or inputs [n, ...] and labels [n].
     recipe : Recipe
-    seed : int
+    seed : int or list of int
         Of the order of the data, of augmentation, of dropout and of random growth; the global random state comes back
-        afterwards.
+        afterwards. A list for a :class:`permask_core.together.Batch`: one seed of each of its networks, which then gets
+        its batches; losses are lists of as many.
     loss : callable, optional
         ``loss(logits, targets)``, a mean over the images of a batch, where ``targets`` are what the split's batches
         have beside their inputs; by default the cross-entropy. A run is found again by the loss's name, or by the
@@ -211,7 +213,7 @@ class _Job(NamedTuple):
     """What decides about a run."""
 
     recipe: Recipe
-    seed: int
+    seed: int | list  # a list for networks that are trained together
     loss: object  # a function of logits and targets, or None for the recipe's cross-entropy
     masks: dict | None
     rewiring: Rewiring | None
@@ -223,8 +225,13 @@ class _Job(NamedTuple):
 def _checked(model, train, recipe, seed, loss, masks, rewiring, checkpoints, processes):
     if not isinstance(processes, int) or processes < 1:
         raise ValueError(f"processes is {processes!r}: expected an integer of at least 1")
-    if not isinstance(seed, int) or not 0 <= seed < 2 ** 63:
-        raise ValueError(f"seed is {seed!r}: expected an integer of at least 0 and below 2**63")
+    together = isinstance(seed, list)
+    for one in seed if together else [seed]:
+        if not isinstance(one, int) or not 0 <= one < 2 ** 63:
+            raise ValueError(f"seed is {one!r}: expected an integer of at least 0 and below 2**63")
+    if together and (processes > 1 or loss or rewiring or recipe.sparse_opt):
+        raise ValueError(f"seed is {seed}: expected one where there are several processes, a loss of its own, rewiring "
+                         "or sparse_opt")
     if loss and recipe.label_smoothing:
         raise ValueError(f"label_smoothing is {recipe.label_smoothing} beside a loss of its own: expected 0")
     n, parts = len(train), processes * recipe.accumulate
@@ -289,7 +296,8 @@ def _train(fabric, model, train, job, resume, description):
         optimizer = SparseOpt(optimizer, model, masks)
 
     # Each process adds to a place of its own, so that a run that is resumed adds in the same order.
-    kept, losses, done, totals = {}, [], 0, torch.zeros(ranks, device=device)
+    networks = [len(job.seed)] if isinstance(job.seed, list) else []
+    kept, losses, done, totals = {}, [], 0, torch.zeros(ranks, *networks, device=device)
     if run:
         model.load_state_dict(run.state)
         restore_optimizer(optimizer, parameters, run.optimizer)
@@ -321,7 +329,7 @@ def _train(fabric, model, train, job, resume, description):
 
     if done == 0:
         keep_checkpoints()
-    dropout_seed = mixed_seed(job.seed, rank)
+    dropout_seed = mixed_seed(job.seed[0] if networks else job.seed, rank)
     batches = _batches(train, job, done, device, rank, ranks)
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         for size, parts in progress(batches, description if rank == 0 else None,
@@ -351,9 +359,9 @@ def _train(fabric, model, train, job, resume, description):
             done += 1
             keep_checkpoints()
             if done % job.steps_per_epoch == 0:
-                losses.append(summed(totals).sum().item() / len(train))
+                losses.append((summed(totals).sum(0) / len(train)).tolist())
                 totals = torch.zeros_like(totals)
-                if not math.isfinite(losses[-1]):
+                if not np.isfinite(losses[-1]).all():
                     raise FloatingPointError(f"the training loss is {losses[-1]} in epoch {len(losses)}: try a smaller "
                                              f"learning rate than {recipe.lr}")
             if resume and first_says(time.monotonic() - saved >= SAVE_SECONDS):
@@ -376,6 +384,11 @@ def _backward(fabric, network, x, targets, job, share):
     with autocast(x.device, recipe.precision):
         logits = network(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    if isinstance(job.seed, list):  # [n, networks, classes]; the gradient of a sum is each one's own
+        loss = F.cross_entropy(logits.transpose(1, 2), targets, label_smoothing=recipe.label_smoothing,
+                               reduction="none").mean(0)
+        (loss.sum() * share).backward()
+        return loss.detach()
     loss = (job.loss(logits, targets) if job.loss else
             F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing))
     fabric.backward(loss * share) if fabric else (loss * share).backward()
@@ -388,7 +401,16 @@ def autocast(device, precision):
 
 
 def _batches(train, job, done, device, rank, ranks):
-    """From step ``done`` on: the size of each batch, and the parts of it that are this process's, as (x, y)."""
+    """From step ``done`` on: the size of each batch, and the parts of it that are this process's, as (x, y); of
+    networks that are trained together with one more axis, [n, networks, ...]."""
+    if isinstance(job.seed, list):
+        seeds = sorted({*job.seed})
+        at = torch.tensor([seeds.index(seed) for seed in job.seed], device=device)
+        streams = [_batches(train, job._replace(seed=seed), done, device, rank, ranks) for seed in seeds]
+        for several in zip(*streams):
+            yield several[0][0], [tuple(torch.stack(parts, 1)[:, at] for parts in zip(*those))
+                                  for those in zip(*(parts for _, parts in several))]
+        return
     recipe, order = job.recipe, torch.Generator().manual_seed(job.seed)
     for epoch in range(recipe.epochs):
         batches = torch.randperm(len(train), generator=order).split(recipe.batch_size)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from permask_core import lottery, training
+from permask_core import lottery, together, training
 from permask_core.files import save_tensors
 from permask_core.lottery import Experiment, dense, matching, method_masks, network, run, sparse, ticket
 from permask_core.masks import layer_sparsity, sparsity
@@ -167,7 +167,7 @@ def test_methods_share_checkpoint_seed_and_recipe_and_differ_in_the_mask(finishe
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         calls[method] = state, recipe, seed, masks
 
-    monkeypatch.setattr(lottery, "fit", spy)
+    monkeypatch.setattr(together, "fit", spy)
     other = dataclasses.replace(TINY, sparse_lr=0.3)  # nothing of it is finished, but all that it needs
     for method in lottery.KNOWN_METHODS[1:]:
         sparse(other, store, 1, 0.8, method, "weights" if method == "permuted" else None)
@@ -184,7 +184,7 @@ def test_methods_share_checkpoint_seed_and_recipe_and_differ_in_the_mask(finishe
 def test_a_sparse_start_is_scaled_to_the_connections_that_are_left(finished, monkeypatch):
     store, _ = finished
     starts = {}
-    monkeypatch.setattr(lottery, "fit", lambda model, *_, **__: starts.update({(method, start): model.state_dict()}))
+    monkeypatch.setattr(together, "fit", lambda model, *_, **__: starts.update({(method, start): model.state_dict()}))
     for method, start in ((method, start) for method in ("lth", "naive", "pruned") for start in lottery.STARTS):
         sparse(dataclasses.replace(TINY, sparse_lr=0.2, start=start), store, 0, 0.8, method)
     name, mask = "fc1.weight", ticket(TINY, store, 0, 0.8).masks["fc1.weight"]
@@ -237,13 +237,13 @@ def test_parents():
 def test_rounds_rewind_or_train_on(finished, monkeypatch, imp):
     store, _ = finished
     a, _ = dense(TINY, store, 0, "a")
-    starts, fit = [], lottery.fit
+    starts, fit = [], together.fit
 
     def spy(model, *arguments, **options):
         starts.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return fit(model, *arguments, **options)
 
-    monkeypatch.setattr(lottery, "fit", spy)
+    monkeypatch.setattr(together, "fit", spy)
     found = ticket(dataclasses.replace(TINY, imp=imp, imp_lr=0.05), store, 0, 0.8)
     assert found.rounds == 3 and len(starts) == 2 and same(starts[0], a[1 if imp == "rewind" else 2])
     assert same(starts[1], a[1]) == (imp == "rewind")
@@ -353,13 +353,13 @@ def test_two_processes_find_the_mask_that_one_finds(finished, tmp_path):
 @pytest.mark.parametrize("methods", [["dense"], ["lth", "permuted"], lottery.KNOWN_METHODS])
 def test_the_cost_is_what_a_run_trains(tmp_path, monkeypatch, methods):
     epochs = {"dense": 0, "pruning": 0, "sparse": 0}
-    fit = lottery.fit
+    fit = together.fit
 
     def spy(model, train, recipe, *, resume, **options):
         epochs[{"imp_round": "pruning"}.get(resume.parent.name, resume.parent.name)] += recipe.epochs
         return fit(model, train, recipe, resume=resume, **options)
 
-    monkeypatch.setattr(lottery, "fit", spy)
+    monkeypatch.setattr(together, "fit", spy)
     run(TINY, Store(tmp_path), **GRID, methods=methods)
     if methods == ["dense"]:  # which is network B
         assert epochs == {"dense": 2 * 2, "pruning": 0, "sparse": 0}

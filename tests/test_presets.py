@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from permask_core import lottery
+from permask_core import together
 from permask_core.data.published import published_permuted_masks
 from permask_core.lottery import MATCHINGS, Experiment, run
 from permask_core.models import build_model
@@ -182,13 +182,13 @@ def test_a_run_shorter_than_its_warmup_is_refused():
 
 def test_the_cost_counts_the_epochs_that_are_trained(tmp_path, monkeypatch):
     """Dense networks and tickets once for all rewind points."""
-    chosen, trained, fit = preset("digits", **TINY), Counter(), lottery.fit
+    chosen, trained, fit = preset("digits", **TINY), Counter(), together.fit
 
     def spy(model, train, recipe, *, resume, **options):
         trained[len(next(model.parameters())), resume.parent.name] += recipe.epochs
         return fit(model, train, recipe, resume=resume, **options)
 
-    monkeypatch.setattr(lottery, "fit", spy)
+    monkeypatch.setattr(together, "fit", spy)
     run(experiments(chosen), Store(tmp_path), seeds=range(chosen.seeds), sparsities=chosen.sparsities,
         matchings=chosen.matchings)
     costs = training_cost(chosen, 1000, {0.1: 10.0, 0.2: 4.0})

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from permask_core import lottery, siblings
+from permask_core import lottery, siblings, together
 from permask_core.lottery import Experiment, dense, network, ticket
 from permask_core.masks import apply_masks, layer_sparsity
 from permask_core.siblings import METHODS, SPAN, kept_epochs, run, sibling, sibling_masks, training_epochs
@@ -117,13 +117,13 @@ def test_finished_runs_are_found_again_and_by_several_workers(finished, tmp_path
 
 @pytest.mark.parametrize("method", ["dense", "pruned", "lth", "permuted", "scratch"])
 def test_the_cost_is_what_is_trained(tmp_path, monkeypatch, method):
-    epochs, fit = [], lottery.fit
+    epochs, fit = [], together.fit
 
     def spy(model, train, recipe, **options):
         epochs.append(recipe.epochs)
         return fit(model, train, recipe, **options)
 
-    monkeypatch.setattr(lottery, "fit", spy)
+    monkeypatch.setattr(together, "fit", spy)
     monkeypatch.setattr(siblings, "fit", spy)
     siblings.run(TINY, Store(tmp_path), families=[0], siblings=2, target=0.8, methods=[method])
     assert training_epochs(TINY, 2, 0.8, method) == sum(epochs)

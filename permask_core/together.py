@@ -1,0 +1,388 @@
+"""Many networks of one architecture, trained as one.
+
+A small network leaves most of a GPU idle: what a step costs is then the number of operations, not their size. The
+weights of k networks, stacked along a new axis, are those of one network of k branches that never meet. The gradient of
+the sum of their losses is each one's own, and an optimizer that works element by element moves each as it would alone,
+up to rounding.
+
+A :class:`Queue` collects the trainings that the stages of an experiment ask for, until no stage gets further without
+one, and then trains those that are alike together.
+"""
+
+import copy
+import hashlib
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+from permask_core.data.splits import in_order
+from permask_core.models import evaluating
+from permask_core.stages import check_integer
+from permask_core.store import Store
+from permask_core.training import Evaluation, Fit, as_split, default_device, evaluate, fit
+
+WAYS = ("grouped", "vmap", "alone")
+SMALL = 250_000  # multiplications for an image up to which a CPU, too, spends more on calls than on numbers
+
+
+# ---- Several networks as one -----------------------------------------------------------------------------------------
+
+class Batch(nn.Module):
+    """Networks of one architecture as one, from ``x`` [n, k, ...] to logits [n, k, classes].
+
+    Its parameters and buffers are copies of theirs, stacked along a first axis, under ``inner`` and their own names. A
+    list of k seeds for :func:`~permask_core.training.fit` gives each network the batches of its own.
+
+    Parameters
+    ----------
+    models : sequence of torch.nn.Module
+        k of them, on one device.
+    way : {"grouped", "vmap"}
+        ``"grouped"`` lays the networks' channels side by side and makes convolutions grouped ones; it knows
+        convolutions, BatchNorm and linear layers, and needs what lies between them to keep channels apart. ``"vmap"``
+        is :func:`torch.func.vmap`.
+
+    Raises
+    ------
+    ValueError
+        If there are no models, they are not of one architecture, or the way cannot compute them.
+    """
+
+    def __init__(self, models, way="grouped"):
+        super().__init__()
+        models = list(models)
+        if len({_architecture(model) for model in models}) != 1:
+            raise ValueError(f"got {len(models)} models of {len({_architecture(model) for model in models})} "
+                             "architectures: expected some of one")
+        if way not in (known := ways(models[0])) or way == "alone":
+            raise ValueError(f"way is {way!r} for a {type(models[0]).__name__}: expected "
+                             f"{' or '.join(known[:-1]) or 'none, such networks are trained alone'}")
+        self.way, self.members = way, len(models)
+        self.inner = copy.deepcopy(models[0])
+        self._one = [copy.deepcopy(models[0])]  # in a list, which hides it: its weights are none of the batch's
+        made = {}  # a tensor of two names stays one
+        for own, *theirs in zip(self.inner.modules(), *(model.modules() for model in models)):
+            for kind in ("_parameters", "_buffers"):
+                for name, tensor in getattr(own, kind).items():
+                    if tensor is not None:
+                        if id(tensor) not in made:
+                            made[id(tensor)] = tensor, torch.stack([getattr(one, name).detach() for one in theirs])
+                        stacked = made[id(tensor)][1]
+                        getattr(own, kind)[name] = stacked if kind == "_buffers" else made.setdefault(
+                            id(stacked), nn.Parameter(stacked, tensor.requires_grad))
+            if way == "grouped":
+                own.__class__ = GROUPED.get(type(own), type(own))
+
+    def forward(self, x):
+        if self.way == "grouped":
+            x = x.flatten(1, 2)  # [n, k * channels, ...]
+            x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+            return self.inner(x).unflatten(1, (self.members, -1))
+        one, = self._one
+        one.train(self.training)
+        tensors = {**dict(self.inner.named_parameters()), **dict(self.inner.named_buffers())}
+        return vmap(lambda own, x: functional_call(one, own, (x,)), (0, 1), 1)(tensors, x)
+
+    def split(self, state):
+        """The ``state_dict`` of each network, from one of the batch."""
+        return [{name.removeprefix("inner."): tensor[i].clone() for name, tensor in state.items()}
+                for i in range(self.members)]
+
+
+class _Conv2d(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight.flatten(0, 1), None if self.bias is None else self.bias.flatten(), self.stride,
+                        self.padding, self.dilation, len(self.weight) * self.groups)
+
+
+class _BatchNorm2d(nn.BatchNorm2d):
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(x, self.running_mean.flatten(), self.running_var.flatten(), self.weight.flatten(),
+                            self.bias.flatten(), self.training, self.momentum, self.eps)
+
+
+class _Linear(nn.Linear):
+    def forward(self, x):
+        x = x.unflatten(1, (len(self.weight), -1)).transpose(0, 1)
+        x = torch.bmm(x, self.weight.transpose(1, 2)) if self.bias is None else torch.baddbmm(
+            self.bias[:, None], x, self.weight.transpose(1, 2))
+        return x.transpose(0, 1).flatten(1)
+
+
+GROUPED = {nn.Conv2d: _Conv2d, nn.BatchNorm2d: _BatchNorm2d, nn.Linear: _Linear}
+
+
+def ways(model):
+    """How several of a model can be trained, the one that is expected to be the fastest on a GPU first."""
+    modules = list(model.modules())
+    random = any(isinstance(one, nn.modules.dropout._DropoutNd) and one.p > 0 for one in modules)
+    if random or not all(tensor.is_floating_point() for tensor in model.parameters()) or any(
+            type(one).__module__.startswith("permask_core.sparse") for one in modules):
+        return ["alone"]  # random numbers would be others, and a compiled kernel knows no batch of networks
+    plain = all(
+        type(one) in GROUPED and getattr(one, "padding_mode", "zeros") == "zeros"
+        and not (isinstance(one, nn.BatchNorm2d) and (one.momentum is None or one.weight is None
+                                                      or one.running_mean is None))
+        for one in modules if one._parameters or one._buffers)
+    return ["grouped"] * plain + ["vmap", "alone"]
+
+
+def _architecture(model):
+    return str(model), tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items())
+
+
+def fastest(models, train, device):
+    """The way of :func:`fit_together` where none is given: on a CPU alone, but for the smallest networks; on a GPU
+    grouped, where that gives what the networks give alone."""
+    known = ways(models[0])
+    x, _ = next(iter(train.batches([torch.arange(min(2, len(train)))], device)))
+    if torch.device(device).type == "cpu" and _multiplications(models[0], x) > SMALL or len(models) == 1:
+        return "alone"
+    for way in known[:-1]:
+        batch = Batch(models, way).to(device)
+        with evaluating(batch):
+            found = batch(x[:, None].expand(-1, len(models), *x.shape[1:]))
+        for model, logits in zip(models, found.unbind(1)):
+            with evaluating(model.to(device)):
+                expected = model(x)
+            if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+                break
+        else:
+            return way
+    return "alone"
+
+
+def _multiplications(model, x):
+    """For one input, of layers with weights: places times weights."""
+    counted = []
+
+    def count(layer, given, output):
+        own = getattr(layer, "weight", None)
+        if own is not None and own.ndim > 1:
+            counted.append(own.numel() * (output[0].numel() // own.shape[0]))
+
+    handles = [module.register_forward_hook(count) for module in model.modules()]
+    try:
+        with evaluating(model):
+            model.to(x.device)(x[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(counted)
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+def fit_together(models, train, recipe, *, seeds, masks=None, checkpoints=(), way=None, compiled=False, device=None,
+                 resume=None, description="training"):
+    """Train networks of one architecture, each as :func:`~permask_core.training.fit` trains it alone.
+
+    Parameters
+    ----------
+    models : sequence of torch.nn.Module
+        Start from the weights they have; are left trained, on the device.
+    train, recipe, checkpoints, device, description
+        As for :func:`~permask_core.training.fit`; the recipe without ``sparse_opt``.
+    seeds : sequence of int
+        One of each network. Networks of one seed see the same batches.
+    masks : sequence of Masks or None, optional
+        One of each network, or None for a dense one.
+    way : {"grouped", "vmap", "alone"}, optional
+        How: see :class:`Batch`; ``"alone"`` is one after the other. By default what is expected to be the fastest.
+    compiled : bool
+        Whether the batch goes through :func:`torch.compile`, with CUDA graphs on a GPU.
+    resume : path-like, optional
+        As for :func:`~permask_core.training.fit`; networks that are trained alone have files of their own beside it.
+
+    Returns
+    -------
+    list of Fit
+        One of each network.
+
+    Raises
+    ------
+    ValueError
+        As :func:`~permask_core.training.fit` does; if models, seeds and masks are not as many, the models are not of
+        one architecture, or the way cannot train them.
+    FloatingPointError
+        If the loss of an epoch, or a weight at the end, is not finite in one of the networks.
+    """
+    models, seeds = list(models), list(seeds)
+    masks = list(masks) if masks is not None else [None] * len(models)
+    if not models or not len(models) == len(seeds) == len(masks):
+        raise ValueError(f"got {len(models)} models, {len(seeds)} seeds and {len(masks)} masks: expected as many of "
+                         "each, at least one")
+    if way is not None and way not in WAYS:
+        raise ValueError(f"unknown way {way!r}: expected one of {', '.join(WAYS)}")
+    train, device = as_split(train), torch.device(device or default_device())
+    way = way or ("alone" if recipe.sparse_opt else fastest(models, train, device))
+    if way == "alone":
+        places = [f"{resume}.{i}" if resume else None for i in range(len(models))]
+        return [fit(model, train, recipe, seed=seed, masks=own, checkpoints=checkpoints, device=device, resume=place,
+                    description=description and f"{description} {i} of {len(models)}")
+                for i, (model, seed, own, place) in enumerate(zip(models, seeds, masks, places), 1)]
+    batch = Batch(models, way)
+    if compiled:
+        batch.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
+    run = fit(batch, train, recipe, seed=seeds, masks=_stacked_masks(models[0], masks), checkpoints=checkpoints,
+              device=device, resume=resume, description=description and f"{description}, {len(models)} networks")
+    states, kept = batch.split(run.state), {name: batch.split(state) for name, state in run.checkpoints.items()}
+    for model, state in zip(models, states):
+        model.to(device).load_state_dict(state)
+    return [Fit(states[i], {name: split[i] for name, split in kept.items()}, [losses[i] for losses in run.losses],
+                masks[i]) for i in range(len(models))]
+
+
+def _stacked_masks(model, masks):
+    shapes = {name: one for own in masks if own for name, one in own.items()}
+    return {f"inner.{name}": torch.stack([(own or {}).get(name, torch.ones_like(one)) for own in masks])
+            for name, one in shapes.items()} or None
+
+
+def evaluate_together(models, split, *, way=None, device=None, batch_size=1000):
+    """:func:`~permask_core.training.evaluate` for networks of one architecture: a list of Evaluation."""
+    split, device = as_split(split), torch.device(device or default_device())
+    way = way or fastest(models, split, device)
+    if way == "alone":
+        return [evaluate(model.to(device), split, batch_size=batch_size) for model in models]
+    batch = Batch(models, way).to(device)
+    hits, losses = torch.zeros(2, len(models), dtype=torch.float64, device=device)
+    with evaluating(batch):
+        for x, y in split.batches(in_order(split, max(1, batch_size // len(models))), device):
+            logits = batch(x[:, None].expand(-1, len(models), *x.shape[1:])).transpose(1, 2)  # [n, classes, k]
+            y = y[:, None].expand(-1, len(models))
+            hits += (logits.argmax(1) == y).sum(0)
+            losses += F.cross_entropy(logits, y, reduction="none").sum(0)
+    return [Evaluation(*values) for values in zip((hits / len(split)).tolist(), (losses / len(split)).tolist())]
+
+
+# ---- The trainings of an experiment ----------------------------------------------------------------------------------
+
+class Training(NamedTuple):
+    """What a stage asks a :class:`Queue` for."""
+
+    model: nn.Module
+    train: object
+    recipe: object
+    test: object
+    seed: int
+    masks: dict | None
+    checkpoints: tuple
+
+    def kind(self):
+        """What trainings have in common that can be one."""
+        return _architecture(self.model), self.recipe, id(self.train), id(self.test), self.checkpoints
+
+
+class Waits(Exception):
+    """A stage cannot go on before the training ``path`` is done."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.path = path
+
+
+class Queue(Store):
+    """A store whose stages train together: see :func:`rows_together`."""
+
+    def __init__(self, store, most):
+        super().__init__(store.folder)
+        self.most, self.wanted, self.done = most, {}, {}
+
+    def fitted(self, path, training):
+        if path in self.done:
+            *result, seconds = self.done.pop(path)
+            self._seconds -= seconds  # for the stage, whose own seconds are those that no other stage has spent
+            return result
+        self.wanted.setdefault(path, training)
+        raise Waits(path)
+
+    def train(self, waiting):
+        """Train what is wanted for one kind of stage, and give the files from which that could go on.
+
+        Of the kinds, that of the training for which most of the jobs are ``waiting``: when it is done, more trainings
+        of the others will be wanted, which can then be done together.
+        """
+        jobs = Counter(waiting)
+        stage = max(self.wanted, key=jobs.__getitem__).parent.name
+        alike, files = {}, []
+        for path, training in sorted(self.wanted.items()):  # an order that a restart does not change
+            if path.parent.name == stage:
+                alike.setdefault(training.kind(), []).append(path)
+        for paths in alike.values():
+            for part in (paths[i:i + self.most] for i in range(0, len(paths), self.most)):
+                files.append(self._train(stage, part))
+        return files
+
+    def _train(self, stage, paths):
+        wanted = [self.wanted.pop(path) for path in paths]
+        first = wanted[0]
+        models = [one.model for one in wanted]
+        name = hashlib.sha256(" ".join(path.stem for path in paths).encode()).hexdigest()[:20]
+        file = self.folder / "together" / f"{name}.unfinished"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        runs = fit_together(models, first.train, first.recipe, seeds=[one.seed for one in wanted],
+                            masks=[one.masks for one in wanted], checkpoints=first.checkpoints, resume=file,
+                            description=f"{stage}: {len(paths)}")
+        found = evaluate_together(models, first.test) if first.test is not None else [None] * len(models)
+        for path, model, run, evaluation in zip(paths, models, runs, found):
+            model.cpu()
+            self.done[path] = run, evaluation, (time.perf_counter() - start) / len(paths)
+        return file
+
+
+def fitted(store, model, train, recipe, *, test=None, seed, masks=None, checkpoints=(), processes=1, resume=None,
+           description="training"):
+    """Train a model for a stage, now or, in a :class:`Queue`, together with others.
+
+    Returns
+    -------
+    (Fit, Evaluation or None)
+        As :func:`~permask_core.training.fit` gives it, and the evaluation on ``test`` if there is one.
+    """
+    if isinstance(store, Queue):
+        run, evaluation = store.fitted(resume, Training(model, train, recipe, test, seed, masks, tuple(checkpoints)))
+        model.load_state_dict(run.state)
+        return run, evaluation
+    run = fit(model, train, recipe, seed=seed, masks=masks, checkpoints=checkpoints, processes=processes,
+              resume=resume, description=description)
+    return run, evaluate(model, test) if test is not None else None
+
+
+def rows_together(rows, jobs, store, most):
+    """The rows of all jobs, ``rows(store, *job)`` each, whose trainings are done together.
+
+    Parameters
+    ----------
+    rows : callable
+        A generator whose stages train by :func:`fitted`.
+    jobs : list of tuple
+        The smaller each, the more is trained together.
+    store : Store
+    most : int
+        Networks that are trained at once.
+    """
+    check_integer("together", most, 1)
+    queue, found, waiting, finished = Queue(store, most), {}, {}, []
+    while len(found) < len(jobs):
+        for i, job in enumerate(jobs):
+            if i in found or waiting.get(i) in queue.wanted:
+                continue
+            try:
+                found[i] = list(rows(queue, *job))
+            except Waits as one:
+                waiting[i] = one.path
+        for file in finished:  # by now their networks are stored
+            for path in file.parent.glob(f"{file.name}*"):
+                path.unlink()
+        finished = queue.train(waiting.values()) if queue.wanted else []
+    store.computed, store.found = store.computed + queue.computed, store.found + queue.found
+    return [row for i in range(len(jobs)) for row in found[i]]

@@ -1,0 +1,311 @@
+"""Networks trained together, against each of them trained alone."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from permask_core import lottery, together, training
+from permask_core.data import Split
+from permask_core.models import build_model
+from permask_core.sparse import condense
+from permask_core.store import Store
+from permask_core.together import Batch, evaluate_together, fastest, fit_together, rows_together, ways
+from permask_core.training import Recipe, evaluate, fit
+from tests.test_lottery import TINY, files, without_seconds
+
+CLOSE = {"rtol": 0, "atol": 1e-6}  # after twenty steps in float64
+SEEDS = [3, 3, 5]  # two of them share their batches
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return Split(torch.randn(160, 3, 8, 8, dtype=torch.float64, generator=generator),
+                 torch.randint(10, (160,), generator=generator), pad=1, flip=True)
+
+
+def networks(name, n=3, shape=(3, 8, 8), width=0.5):
+    return [build_model(name, shape, 10, width=width, seed=seed).double() for seed in range(n)]
+
+
+def some_masks(models):
+    """Another mask for each network, and none for the second."""
+    generator = torch.Generator().manual_seed(1)
+    return [None if i == 1 else {name: torch.rand(one.shape, generator=generator) < 0.3
+                                 for name, one in model.named_parameters() if one.ndim > 1}
+            for i, model in enumerate(models)]
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one.state, other.state, **CLOSE)
+    assert one.checkpoints.keys() == other.checkpoints.keys()
+    for name in one.checkpoints:
+        torch.testing.assert_close(one.checkpoints[name], other.checkpoints[name], **CLOSE)
+    assert one.losses == pytest.approx(other.losses, abs=1e-6)
+
+
+RECIPES = {"sgd": Recipe(4, 0.1, batch_size=32),
+           "adamw": Recipe(4, 0.01, batch_size=32, optimizer="adamw", label_smoothing=0.1, accumulate=2, warmup=1.0)}
+
+
+# ---- Together as alone -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("way", ["grouped", "vmap", "alone"])
+@pytest.mark.parametrize("name", ["resnet8", "lenet5", "mlp"])
+def test_each_network_trains_as_it_does_alone(images, name, way, recipe):
+    models, wanted = networks(name), ("init", "epoch 2", "step 20")
+    masks = some_masks(models)
+    alone = [fit(model, images, recipe, seed=seed, masks=own, checkpoints=wanted)
+             for model, seed, own in zip(copy.deepcopy(models), SEEDS, masks)]
+    found = fit_together(models, images, recipe, seeds=SEEDS, masks=masks, checkpoints=wanted, way=way)
+    assert len(found) == 3
+    for model, own, one, other in zip(models, masks, found, alone):
+        assert_same(one, other)
+        assert one.masks is own
+        torch.testing.assert_close(model.state_dict(), one.state, rtol=0, atol=0)
+        assert all((one.state[key][~mask] == 0).all() for key, mask in (own or {}).items())
+    assert not torch.equal(found[0].state["conv1.weight" if name != "mlp" else "fc1.weight"],
+                           found[1].state["conv1.weight" if name != "mlp" else "fc1.weight"])
+
+
+@pytest.mark.parametrize("way", ["grouped", "vmap"])
+def test_in_bf16_the_weights_stay_float32(way):
+    images = Split(torch.randn(64, 3, 8, 8), torch.arange(64) % 10)
+    models = [model.float() for model in networks("resnet8")]
+    recipe = Recipe(2, 0.05, batch_size=32, precision="bf16")
+    alone = [fit(model, images, recipe, seed=0) for model in copy.deepcopy(models)]
+    found = fit_together(models, images, recipe, seeds=[0] * 3, way=way)
+    for one, other in zip(found, alone):
+        assert all(tensor.dtype != torch.bfloat16 for tensor in one.state.values())
+        assert one.losses == pytest.approx(other.losses, rel=0.05)
+
+
+def test_only_what_fits_together_is_in_a_batch_of_its_own(images):
+    assert ways(networks("resnet8")[0]) == ["grouped", "vmap", "alone"]
+    assert ways(build_model("vit_b_16", (3, 32, 32), 10, width=0.05, seed=0)) in (["vmap", "alone"], ["alone"])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Dropout(0.5), nn.Linear(8, 10))
+    assert ways(model) == ["alone"]
+    condensed, _ = condense(*_constant_fan_in())
+    assert ways(condensed) == ["alone"]
+
+
+def _constant_fan_in():
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[:, :2] = True
+    return model, {"0.weight": mask}
+
+
+def test_networks_with_dropout_are_trained_alone(images):
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Dropout(0.5), nn.Linear(8, 10)).double()
+              for _ in range(2)]
+    alone = [fit(model, images, RECIPES["sgd"], seed=seed) for model, seed in zip(copy.deepcopy(models), (0, 1))]
+    for one, other in zip(fit_together(models, images, RECIPES["sgd"], seeds=[0, 1]), alone):
+        assert_same(one, other)
+
+
+def test_channels_that_a_network_mixes_are_seen_and_taken_another_way():
+    """Channels of two branches side by side are no longer network by network: grouped, the result would be wrong."""
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.head = nn.Conv2d(3, 2, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(6, 10, 3)
+
+        def forward(self, x):
+            return self.head(torch.cat([self.left(x), self.right(x)], 1)).mean((2, 3))
+
+    images = Split(torch.randn(64, 3, 8, 8), torch.arange(64) % 10)
+    models = [Joined() for _ in range(2)]
+    assert fastest(models, images, "cpu") == "vmap"
+    with torch.no_grad():
+        x = images.x[:2, None].expand(-1, 2, -1, -1, -1)
+        assert not torch.allclose(Batch(models, "grouped")(x)[:, 1], models[1](images.x[:2]), rtol=1e-2)
+        assert torch.allclose(Batch(models, "vmap")(x)[:, 1], models[1](images.x[:2]), atol=1e-6)
+
+
+def test_large_networks_are_trained_alone_on_a_cpu(monkeypatch):
+    images = Split(torch.randn(4, 3, 32, 32), torch.arange(4))
+    models = [model.float() for model in networks("resnet8", shape=(3, 32, 32), width=1)]
+    assert fastest(models, images, "cpu") == "alone"
+    monkeypatch.setattr(together, "SMALL", 10**9)
+    assert fastest(models, images, "cpu") == "grouped"
+    assert fastest(models[:1], images, "cpu") == "alone"
+
+
+def test_a_compiled_batch_trains_to_the_same_numbers(images, monkeypatch):
+    asked = {}
+
+    def compiled(call, **options):  # by tracing alone: not everybody has a compiler
+        asked.update(options)
+        return torch._dynamo.optimize("eager")(call)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    models = networks("resnet8", 2)
+    plain = fit_together(copy.deepcopy(models), images, RECIPES["sgd"], seeds=[0, 1], way="grouped")
+    for one, other in zip(fit_together(models, images, RECIPES["sgd"], seeds=[0, 1], way="grouped", compiled=True),
+                          plain):
+        assert_same(one, other)
+    assert asked == {"mode": "default"}
+
+
+@pytest.mark.parametrize("way", ["grouped", "vmap", "alone"])
+def test_evaluations_are_those_of_each_network(images, way):
+    models = networks("resnet8")
+    found = evaluate_together(models, images, way=way, batch_size=50)
+    for one, model in zip(found, models):
+        expected = evaluate(model, images)
+        assert one.accuracy == pytest.approx(expected.accuracy) and one.loss == pytest.approx(expected.loss)
+    assert len({one.loss for one in found}) == 3
+
+
+def test_a_run_that_was_interrupted_goes_on(images, tmp_path, monkeypatch):
+    models, recipe = networks("resnet8"), RECIPES["sgd"]
+    whole = fit_together(copy.deepcopy(models), images, recipe, seeds=SEEDS, way="grouped")
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    passes, forward = iter(range(7)), Batch.forward
+
+    def interrupted(self, x):
+        if next(passes, None) is None:
+            raise KeyboardInterrupt
+        return forward(self, x)
+
+    monkeypatch.setattr(Batch, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit_together(copy.deepcopy(models), images, recipe, seeds=SEEDS, way="grouped", resume=tmp_path / "run")
+    steps = []
+    monkeypatch.setattr(Batch, "forward", lambda self, x: steps.append(1) or forward(self, x))
+    found = fit_together(copy.deepcopy(models), images, recipe, seeds=SEEDS, way="grouped", resume=tmp_path / "run")
+    assert len(steps) == 20 - 7
+    for one, other in zip(found, whole):
+        assert one.losses == other.losses
+        torch.testing.assert_close(one.state, other.state, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="is of a run with seed"):
+        fit_together(copy.deepcopy(models), images, recipe, seeds=[3, 3, 4], way="grouped", resume=tmp_path / "run")
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"seeds": [0]}, "got 3 models, 1 seeds and 3 masks: expected as many"),
+    ({"masks": [None]}, "got 3 models, 3 seeds and 1 masks"),
+    ({"way": "fast"}, "unknown way 'fast': expected one of grouped, vmap, alone"),
+    ({"seeds": [0, 1, -1], "way": "vmap"}, "seed is -1: expected an integer of at least 0"),
+    ({"recipe": Recipe(4, sparse_opt=True, batch_size=32), "way": "grouped"}, "expected one where there are"),
+    ({"models": []}, "got 0 models"),
+    ({"models": [*networks("resnet8", 2), *networks("mlp", 1)], "way": "vmap"}, "3 models of 2 architectures"),
+    ({"models": [nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 3)], "way": "grouped"}, "3 models of 2 architectures"),
+    ({"models": [nn.Dropout(0.5)] * 3, "way": "vmap"}, "way is 'vmap' for a Dropout: expected none"),
+])
+def test_what_does_not_fit_is_refused(images, change, said):
+    given = {"models": networks("resnet8"), "recipe": RECIPES["sgd"], "seeds": SEEDS, **change}
+    models, recipe = given.pop("models"), given.pop("recipe")
+    with pytest.raises(ValueError, match=said):
+        fit_together(models, images, recipe, **given)
+
+
+# ---- An experiment ---------------------------------------------------------------------------------------------------
+
+GRID = {"seeds": [0, 1], "sparsities": [0.5, 0.8]}
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """How many networks each call trains, and which way."""
+    calls, whole = [], together.fit_together
+
+    def spy(models, *given, **options):
+        calls.append(len(models))
+        return whole(models, *given, **options)
+
+    monkeypatch.setattr(together, "fit_together", spy)
+    return calls
+
+
+@pytest.mark.parametrize("model", ["mlp", "resnet8"])
+def test_an_experiment_together_is_that_one_by_one(tmp_path, batches, model):
+    experiment = dataclasses.replace(TINY, model=model, width=0.1 if model == "mlp" else 0.125)
+    one_by_one, at_once = Store(tmp_path / "alone"), Store(tmp_path / "together")
+    alone = lottery.run(experiment, one_by_one, **GRID)
+    assert batches == []
+    found = lottery.run(experiment, at_once, **GRID, together=100)
+    # Two networks of each seed; two rounds of pruning, though sparse networks could be trained; five methods at two
+    # sparsities.
+    assert batches == [4, 2, 2, 20]
+    numbers = ("accuracy", "loss", "seconds")
+    assert [{key: value for key, value in row.items() if key not in numbers} for row in found] == [
+        {key: value for key, value in row.items() if key not in numbers} for row in alone]
+    for one, other in zip(found, alone):
+        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.02)
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02) and one["seconds"] > 0
+    assert {path for path in files(at_once) if path.suffix} == {path for path in files(one_by_one) if path.suffix}
+    assert at_once.computed == one_by_one.computed
+    again = Store(tmp_path / "alone")  # what was made one by one is found, and the other way around
+    assert lottery.run(experiment, again, **GRID, together=100) == alone and again.computed == 0
+    assert len(batches) == 4
+
+
+def test_no_more_are_trained_at_once_than_asked_for(tmp_path, batches):
+    lottery.run(TINY, Store(tmp_path), **GRID, methods=["naive", "random"], together=3)
+    assert sum(batches) == 4 + 2 * 2 + 8 and batches[-3:] == [3, 3, 2] and max(batches) == 3
+
+
+def test_the_seconds_of_a_batch_are_shared_among_its_networks(tmp_path, monkeypatch):
+    clock = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(together.time, "perf_counter", lambda: float(next(clock)))
+    whole = lottery.run(TINY, Store(tmp_path), seeds=[0, 1], sparsities=[0.5], methods=["dense"], together=4)
+    assert len(whole) == 2 and all(row["seconds"] >= 50 for row in whole)
+
+
+def test_an_experiment_killed_between_its_stages_goes_on(tmp_path, batches, monkeypatch):
+    whole = lottery.run(TINY, Store(tmp_path / "whole"), **GRID, together=100)
+    del batches[:]
+    store, train = Store(tmp_path / "killed"), together.Queue.train
+
+    def interrupted(queue, waiting):
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return train(queue, waiting)
+
+    monkeypatch.setattr(together.Queue, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lottery.run(TINY, store, **GRID, together=100)
+    monkeypatch.setattr(together.Queue, "train", train)
+    assert without_seconds(lottery.run(TINY, store, **GRID, together=100)) == without_seconds(whole)
+    assert batches == [4, 2, 2, 20]  # nothing twice
+    assert not list((tmp_path / "killed" / "together").iterdir())
+
+
+def test_a_training_killed_before_it_is_stored_is_not_done_again(tmp_path, monkeypatch):
+    whole = lottery.run(TINY, Store(tmp_path / "whole"), **GRID, methods=["dense"], together=100)
+    store, steps, forward = Store(tmp_path / "killed"), [], Batch.forward
+    monkeypatch.setattr(Batch, "forward", lambda self, x: steps.append(self.training) or forward(self, x))
+    monkeypatch.setattr(together, "evaluate_together", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        lottery.run(TINY, store, **GRID, methods=["dense"], together=100)
+    trained = sum(steps)
+    assert trained and len(list((tmp_path / "killed" / "together").iterdir())) == 1
+    monkeypatch.setattr(together, "evaluate_together", evaluate_together)
+    assert without_seconds(lottery.run(TINY, store, **GRID, methods=["dense"], together=100)) == without_seconds(whole)
+    assert sum(steps) == trained
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"together": 0}, "together is 0: expected an integer of at least 1"),
+    ({"together": 2.0}, "together is 2.0: expected an integer"),
+    ({"together": 2, "workers": 2}, "together is 2, beside several processes"),
+])
+def test_what_cannot_be_is_refused_before_any_training(store, change, said):
+    with pytest.raises(ValueError, match=said):
+        lottery.run(TINY, store, **{**GRID, **change})
+    assert not store.folder.exists()
+
+
+def test_an_error_of_a_job_is_that_of_the_run(store):
+    def rows(store, number):
+        raise ValueError(f"job {number} fails")
+        yield
+
+    with pytest.raises(ValueError, match="job 1 fails"):
+        rows_together(rows, [(1,), (2,)], store, 2)
