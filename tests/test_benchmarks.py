@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from papermill import execute_notebook
 
 from permask_core.data.attributes import attribute
 from permask_core.data.measured import measured_dynamic_sparse_training
@@ -546,3 +547,63 @@ def test_what_a_job_of_a_batch_costs(tmp_path):
     assert record["over"] == pytest.approx({
         "a job over its notebook": seconds["job"] - seconds["notebook"], "a grid, once": seconds["nothing to do"],
         "a job of a grid over its notebook": (seconds["grid"] - seconds["nothing to do"]) / 2 - seconds["notebook"]})
+
+
+def test_speeds_of_networks_trained_together(tmp_path):
+    result = tmp_path / "together.json"
+    run = subprocess.run([sys.executable, BENCHMARKS / "together.py", "--quick", "--rounds", "2", "--networks", "2",
+                          "--device", "cpu", "--result", result], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    record = json.loads(result.read_text())
+    assert [row["network"] for row in record["rows"]] == ["mlp"] * 3 + ["resnet8 on digits", "resnet8", "resnet20"]
+    for row in record["rows"]:
+        plain = {"plain loop"} if row["network"] in ("resnet8", "resnet20") else set()
+        assert row["failed"] == {} and row["seconds"].keys() == plain | {"fit", "grouped", "vmap"}
+        for side, times in row["seconds"].items():
+            assert len(times) == 2
+            networks = 2 if side in ("grouped", "vmap") else 1
+            assert row["images_per_second"][side] == pytest.approx(4 * networks / statistics.median(times))
+
+
+def test_a_way_that_fails_is_told_and_does_not_stop_the_others(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    together = importlib.import_module("together")
+
+    def fails():
+        raise RuntimeError("no such kernel")
+
+    found = together.compared({"good": (1, lambda: None), "bad": (2, fails)}, 10, 2, torch.device("cpu"))
+    assert found["failed"] == {"bad": "RuntimeError: no such kernel"}
+    assert found["images_per_second"].keys() == {"good"} and len(found["seconds"]["good"]) == 2
+
+
+def test_the_experiment_at_cifars_size_in_small_and_its_page(tmp_path, monkeypatch):
+    """A hundredth of the images, in two pieces at least; and the page of the book reads what comes out."""
+    result, runs = tmp_path / "cifar_sized.json", tmp_path / "runs"
+    command = [sys.executable, BENCHMARKS / "cifar_sized.py", "--quick", "--runs", runs, "--result", result]
+    first = subprocess.run([*command, "--minutes", "0.2"], capture_output=True, text=True)
+    assert first.returncode == 1 and "the same command goes on from here" in first.stderr and not result.exists()
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    record = json.loads(result.read_text())
+    assert len(record["pieces"]) == 2 and record["seconds"] == sum(one["seconds"] for one in record["pieces"])
+    assert record["pieces"][0]["seconds"] == pytest.approx(12, abs=3)
+    assert "'n_train': 500" in record["settings"] and record["images"] == 500
+    # Two dense networks; an epoch after each round of pruning but the last; four methods from two rewind points.
+    assert record["epochs"] == 2 * 2 + 5 + 4 * (2 + 1)
+    assert {(row["method"], row["matching"], row["rewind"]) for row in record["rows"]} == {
+        (method, "activations" if method == "permuted" else "", rewind) for rewind in (0, 1)
+        for method in ("dense", "lth", "permuted", "naive", "random")}
+    assert all(0 <= row["accuracy"] <= 1 for row in record["rows"])
+
+    monkeypatch.setenv("PERMASK_DISPLAY", "static")
+    page = execute_notebook(BENCHMARKS.parent / "notebooks" / "cifar_sized.ipynb", tmp_path / "page.ipynb",
+                            {"result": str(result), "strict": False, "epochs": 1, "counts": [1, 2]},
+                            progress_bar=False, kernel_name="python3")
+    printed = "".join(output.get("text", "") for cell in page.cells for output in cell.get("outputs", []))
+    assert f"{record['epochs']} epochs of 500 images in" in printed
+    assert "measured, x 1, 90 %, rewind 1: LTH - permuted" in printed
+    shown = "".join(output.get("data", {}).get("text/html", "") for cell in page.cells
+                    for output in cell.get("outputs", []))
+    lth, = (row["accuracy"] for row in record["rows"] if (row["method"], row["rewind"]) == ("lth", 1))
+    assert "Trifeature, x 1" in shown and f"{100 * lth:.1f}" in shown

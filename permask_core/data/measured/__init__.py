@@ -18,6 +18,20 @@ def measured_noisy_digits():
     return _read("noisy_digits")
 
 
+def measured_cifar_sized():
+    """The permuted-mask experiment with ResNet20 on 50,000 Trifeature images, trained together on one GPU.
+
+    Returns
+    -------
+    dict or None
+        ``command``, ``commit``, ``versions``, ``device``, ``machine``, ``settings``; ``together`` (networks at once at
+        most), ``pieces`` (of the work: ``seconds``, ``commit`` and ``device`` of each), their ``seconds`` in all, the
+        ``epochs`` of training, the ``images`` of an epoch, and ``rows`` as :func:`permask_core.lottery.run` returns
+        them. None if it has not been run.
+    """
+    return _read("cifar_sized") if files(__package__).joinpath("cifar_sized.json").is_file() else None
+
+
 def measured_dynamic_sparse_training():
     """Static masks against dynamic sparse training on digits, and SparseOpt beside plain SGD.
 

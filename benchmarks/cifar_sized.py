@@ -1,0 +1,107 @@
+"""The permuted-mask experiment at CIFAR's size: ResNet20 on 50,000 + 10,000 Trifeature images in 100 classes.
+
+It is the preset `trifeature-resnet20`: pairs of networks, tickets by rewinding, masks permuted by matched activations,
+four methods at two sparsities and two rewind points. Networks of all seeds and methods are trained at once, as many as
+--together says (permask_core.together). Every stage is stored, and a training is saved every minute; after --minutes
+the script ends with status 1, and the same command goes on. The results, with the time that all pieces took, go to
+permask_core/data/measured/cifar_sized.json.
+
+Run it with `python benchmarks/cifar_sized.py` on a GPU; more with `--widths 4 --seeds 1`, `--sparsities`, `--rewinds`
+and `--matchings`: what is stored is not trained again. `--quick` takes a hundredth of the images, two epochs and one
+pair, on a CPU a minute; its accuracies mean nothing.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from _machine import at_least
+
+import permask_core
+from permask_core import lottery
+from permask_core.files import written_whole
+from permask_core.presets import experiments, preset, training_cost
+from permask_core.store import Store, commit, device_name, versions
+from permask_core.training import default_device
+
+RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "cifar_sized.json"
+QUICK = {"seeds": 1, "sparsities": [0.9], "epochs": 2, "imp_epochs": 1}
+
+
+def written(path, record):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@contextmanager
+def piece(store, minutes):
+    """A part of the work, whose time is kept beside the stages; after some minutes it is ended."""
+    path, start = store.folder / "pieces.json", time.perf_counter()
+    pieces = json.loads(path.read_text()) if path.exists() else []
+
+    def end(*_):
+        raise SystemExit(f"stopped after {minutes:g} minutes: the same command goes on from here")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield pieces
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        pieces.append({"seconds": round(time.perf_counter() - start, 1), "commit": commit(),
+                       "device": device_name(default_device())})
+        written(path, pieces)
+
+
+def chosen_by(given):
+    """The preset with what was asked for."""
+    quick = QUICK if given.quick else {}
+    base = preset("trifeature-resnet20").experiment
+    images = {"n_train": 500, "n_test": 100} if given.quick else {}
+    return preset("trifeature-resnet20", **{"widths": given.widths, "rewinds": given.rewinds,
+                                            "matchings": given.matchings, "seeds": given.seeds,
+                                            "sparsities": given.sparsities, "epochs": given.epochs, **quick},
+                  precision=given.precision, options=base.options | images)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--widths", type=float, nargs="+", help="by default 1")
+    parser.add_argument("--seeds", type=at_least(1), help="pairs of networks, by default 3")
+    parser.add_argument("--sparsities", type=float, nargs="+", help="by default 0.9 and 0.97")
+    parser.add_argument("--rewinds", type=int, nargs="+", help="epochs, by default 0 and 1")
+    parser.add_argument("--matchings", nargs="+", help="by default activations")
+    parser.add_argument("--epochs", type=at_least(2), help="of dense training, by default 10")
+    parser.add_argument("--precision", default="bf16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--together", type=at_least(1), default=48, help="networks that are trained at once")
+    parser.add_argument("--minutes", type=float, default=9, help="after which it ends, to be run again")
+    parser.add_argument("--quick", action="store_true", help="a hundredth of the images, to see that everything runs")
+    parser.add_argument("--runs", default="build/cifar_sized", help="folder of finished stages")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    chosen, store = chosen_by(given), Store(given.runs)
+    with piece(store, given.minutes) as pieces:
+        rows = lottery.run(experiments(chosen), store, seeds=range(chosen.seeds), sparsities=chosen.sparsities,
+                           matchings=chosen.matchings, together=given.together)
+    seconds = sum(one["seconds"] for one in pieces)
+    images = chosen.experiment.options["n_train"]
+    epochs = sum(sum(cost[kind] for kind in ("dense", "pruning", "sparse"))
+                 for cost in training_cost(chosen, images, dict.fromkeys(chosen.widths, 1.0)))
+    written(given.result, {
+        "command": " ".join(["python benchmarks/cifar_sized.py", *sys.argv[1:]]), "commit": commit(),
+        "versions": versions(), "device": device_name(default_device()), "machine": device_name("cpu"),
+        "settings": lottery.settings_text(chosen.experiment), "together": given.together, "pieces": pieces,
+        "seconds": seconds, "epochs": epochs, "images": images, "rows": rows})
+    print(f"{len(rows)} runs in {given.result}: {epochs} epochs of {images:,} images in {seconds / 60:.1f} minutes, "
+          f"{epochs * images / seconds:,.0f} images a second")
+
+
+if __name__ == "__main__":
+    main()
