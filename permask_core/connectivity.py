@@ -191,7 +191,7 @@ def _is_perceptron(model):
     """Whether the model flattens its inputs, and then has linear layers and ReLUs alone, a linear one first."""
     kinds = [type(layer) for layer in model] if type(model) is nn.Sequential else []
     return (kinds[:2] == [nn.Flatten, nn.Linear] and {*kinds[1:]} <= {nn.Linear, nn.ReLU}
-            and model[0].start_dim == 1 and all(layer.bias is not None for layer in model if type(layer) is nn.Linear))
+            and all(layer.bias is not None for layer in model if type(layer) is nn.Linear))
 
 
 def _perceptrons(model, stacked, x):

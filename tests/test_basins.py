@@ -85,7 +85,8 @@ def test_a_reset_asks_for_batchnorm_before_any_training(tmp_path):
     with pytest.raises(ValueError, match="has no BatchNorm"):
         basins.losses_between(TINY, store, 0, 0, "naive", points=3, correction="reset")
     with pytest.raises(ValueError, match="has no BatchNorm"):
-        basins.run(TINY, store, seeds=[0], sparsities=[0], points=3, correction="reset")
+        basins.run([replace(TINY, model="resnet8"), TINY], store, seeds=[0], sparsities=[0], points=3,
+                   correction="reset")
     assert store.computed == 0
 
 
