@@ -66,7 +66,8 @@ test: $(READY) ## style, notebooks without outputs, the book, pytest (with brows
 	@printf '\n== The book\n'
 	@$(MAKE) book
 	@printf '\n== Tests\n'
-	@$(EMPTY_STORE); $(BIN)/pytest -q -n 2 --dist loadfile tests
+	@# The longest tests lie in files of few, which would come last, one process waiting for the other.
+	@$(EMPTY_STORE); $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 	@printf '\n== Notebooks from an empty store\n'
 	@# PERMASK_DISPLAY=live: the widgets of a live notebook, which the book never draws, run here.
 	@$(EMPTY_STORE); export PERMASK_DISPLAY=live; test -z '$(NOTEBOOKS)' || $(BIN)/pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env notebooks

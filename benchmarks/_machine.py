@@ -1,11 +1,14 @@
-"""What the benchmarks share: how long something takes and how much memory."""
+"""What the benchmarks share: how long something takes and how much memory, and how results are written."""
 
 import argparse
+import json
 import re
 import time
 from pathlib import Path
 
 import torch
+
+from permask_core.files import written_whole
 
 
 def timed(part, device):
@@ -33,3 +36,10 @@ def at_least(least):
             raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
         return int(text)
     return number
+
+
+def written(path, record, indent=1):
+    """Write a record as JSON, whole or not at all, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=indent) + "\n")

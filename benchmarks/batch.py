@@ -15,9 +15,8 @@ from pathlib import Path
 from statistics import median
 
 import nbformat
-from _machine import at_least, timed
+from _machine import at_least, timed, written
 
-from permask_core.files import written_whole
 from permask_core.store import commit, device_name, versions
 
 ROOT = Path(__file__).parents[1]
@@ -83,9 +82,7 @@ def main():
         print(f"{name}: {value:.2f} s, {value / 60:.1%} of a minute")
     record = {"command": "python benchmarks/batch.py", "commit": commit(), "versions": versions(),
               "device": device_name("cpu"), "jobs": given.jobs, "seconds": seconds, "over": over}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(given.result) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    written(given.result, record)
 
 
 if __name__ == "__main__":

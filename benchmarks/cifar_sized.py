@@ -20,23 +20,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from _machine import at_least
+from _machine import at_least, written
 
 import permask_core
 from permask_core import lottery
-from permask_core.files import written_whole
 from permask_core.presets import experiments, preset, training_cost
 from permask_core.store import Store, commit, device_name, versions
 from permask_core.training import default_device
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "cifar_sized.json"
 QUICK = {"seeds": 1, "sparsities": [0.9], "epochs": 2, "imp_epochs": 1}
-
-
-def written(path, record):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
 
 
 @contextmanager

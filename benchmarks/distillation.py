@@ -12,12 +12,11 @@ permask_core/data/measured/distillation.json. A run that was killed goes on wher
 """
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from _machine import at_least
+from _machine import at_least, written
 
 import permask_core
 from permask_core.fairness import (
@@ -26,7 +25,6 @@ from permask_core.fairness import (
     equalized_odds_difference,
     individual_fairness,
 )
-from permask_core.files import written_whole
 from permask_core.progress import progress
 from permask_core.statistics import class_accuracies
 from permask_core.store import Store, commit, device_name, versions
@@ -90,9 +88,7 @@ def main():
     command = "python benchmarks/distillation.py" + (f" --seeds {given.seeds}" if given.seeds != 10 else "")
     record = {"command": command, "commit": commit(), "versions": versions(),
               "device": f"{device_name('cpu')}, one thread a process", "tasks": tasks}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(given.result) as path:
-        path.write_text(json.dumps(record) + "\n")
+    written(given.result, record, indent=None)
     print(f"{sum(len(one['rows']) for one in tasks.values())} runs in {given.result}")
 
 

@@ -19,18 +19,17 @@ rewirings; results are of seeds from 100 on, in permask_core/data/measured/dynam
 """
 
 import argparse
-import json
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from _machine import written
 from torch import nn
 
 import permask_core
 from permask_core.data import load_dataset
 from permask_core.dst import UNEQUAL, starting_masks
-from permask_core.files import written_whole
 from permask_core.masks import sparsity
 from permask_core.models import build_model
 from permask_core.progress import progress
@@ -148,9 +147,7 @@ def main():
     record = {"command": command, "commit": commit(), "versions": versions(),
               "device": f"{device_name('cpu')}, one thread", "settings": settings, "rows": rows,
               "sparse_opt": sparse_opt}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(given.result) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    written(given.result, record)
     print(f"{len(rows) + len(sparse_opt)} runs in {given.result}")
 
 

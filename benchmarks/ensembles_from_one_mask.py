@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _machine import at_least
+from _machine import at_least, written
 
 import permask_core
 from permask_core import lottery, siblings
 from permask_core.diversity import ensemble_accuracy, probabilities
-from permask_core.files import written_whole
 from permask_core.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "ensembles_from_one_mask.json"
@@ -82,9 +81,7 @@ def main():
     record = {"command": f"python benchmarks/ensembles_from_one_mask.py{' --quick' * given.quick}{changes}",
               "commit": commit(), "versions": versions(), "device": f"{device_name('cpu')}, one thread a process",
               "settings": json.loads(json.dumps(asdict(chosen))), "early": EARLY, "rows": rows}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(given.result) as path:
-        path.write_text(json.dumps(record) + "\n")
+    written(given.result, record, indent=None)
     print(f"{len(rows)} rows in {given.result}")
 
 

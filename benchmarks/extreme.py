@@ -23,12 +23,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _machine import at_least, resident
+from _machine import at_least, resident, written
 
 import permask_core
 from permask_core import label_spaces
 from permask_core.data.extreme import planted
-from permask_core.files import written_whole
 from permask_core.sparse.extreme import ExtremeClassifier, ExtremeRecipe, best_precision, fit_extreme, training_bytes
 from permask_core.statistics import paired_comparison
 from permask_core.store import commit, device_name, versions
@@ -139,8 +138,7 @@ def main():
               "versions": versions()}
     (memory if given.memory else precision)(given, record)
     size = "_memory" if given.memory else f"_{given.labels}" * (given.labels != min(EXPERIMENTS))
-    with written_whole(given.result or MEASURED / f"extreme{size}.json") as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    written(given.result or MEASURED / f"extreme{size}.json", record)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _machine import at_least
+from _machine import at_least, written
 
 import permask_core
 from permask_core import lottery
@@ -30,7 +30,6 @@ from permask_core.fairness import (
     equalized_odds_difference,
     individual_fairness,
 )
-from permask_core.files import written_whole
 from permask_core.progress import progress
 from permask_core.statistics import class_accuracies
 from permask_core.store import Store, commit, device_name, versions
@@ -121,9 +120,7 @@ def main():
         f" --seeds {given.seeds}" if given.seeds != 10 else "")
     record = {"command": command, "commit": commit(), "versions": versions(),
               "device": f"{device_name('cpu')}, one thread a process", "tasks": tasks}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(given.result) as path:
-        path.write_text(json.dumps(record) + "\n")
+    written(given.result, record, indent=None)
     print(f"{sum(len(one['rows']) for one in tasks.values())} runs in {given.result}")
 
 

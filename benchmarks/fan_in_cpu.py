@@ -23,11 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _machine import at_least, resident
+from _machine import at_least, resident, written
 from scipy.sparse import csr_array
 from torch.nn import functional as F
 
-from permask_core.files import written_whole
 from permask_core.sparse import FanInLinear
 from permask_core.store import commit, device_name, versions
 
@@ -224,8 +223,7 @@ def main():
         print(f"{'met ' if row['ratio'] >= row['least'] else 'MISSED'}  {row['inputs']} -> {row['outputs']}, "
               f"{row['sparsity']:.0%}, batch {row['batch']}, {row['way']}: {row['ratio']:.2f} times faster than "
               f"{row['peer']}, hoped {row['least']}")
-    with written_whole(given.result or Path(__file__).parent / "results" / "fan_in_cpu.json") as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    written(given.result or Path(__file__).parent / "results" / "fan_in_cpu.json", record)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _machine import at_least
+from _machine import at_least, written
 from torch.nn import functional as F
 
 from permask_core.data.extreme import planted
-from permask_core.files import written_whole
 from permask_core.sparse import FanInLinear, kernels
 from permask_core.sparse.extreme import ExtremeClassifier, ExtremeRecipe, fit_extreme, training_bytes
 from permask_core.sparse.kernels import eager
@@ -338,8 +337,7 @@ def main():
     print(f"a copy reads and writes {bandwidth / 1e9:.0f} GB/s", flush=True)
 
     def save():
-        with written_whole(given.result) as path:
-            path.write_text(json.dumps(record, indent=1) + "\n")
+        written(given.result, record)
 
     def skip(at, way, reason):
         record["skipped"].append(at | {"left_out": way, "reason": reason})

@@ -12,11 +12,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from _machine import at_least
+from _machine import at_least, written
 
 import permask_core
 from permask_core import lottery
-from permask_core.files import written_whole
 from permask_core.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "how_little_rewinding.json"
@@ -57,9 +56,7 @@ def main():
               "commit": commit(), "versions": versions(), "device": f"{device_name('cpu')}, one thread a process",
               "settings": json.loads(json.dumps(asdict(chosen))),
               "rows": [{name: row[name] for name in names} for row in rows]}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(given.result) as path:
-        path.write_text(json.dumps(record) + "\n")
+    written(given.result, record, indent=None)
     print(f"{len(rows)} runs in {given.result}")
 
 

@@ -8,18 +8,16 @@ matching goes. All times are left in results/matching.json. Run it with `python 
 """
 
 import argparse
-import json
 import statistics
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from _machine import timed
+from _machine import timed, written
 
 from permask_core import lottery
 from permask_core.data import load_dataset
-from permask_core.files import written_whole
 from permask_core.matching import (
     match_activations,
     match_weights,
@@ -176,8 +174,7 @@ def main():
         record["residual"][label] = residual(*network, options.residual_repeats, options.device)
         print_residual(label, record["residual"][label])
     name = "matching.json" if options.device == "cpu" else f"matching_{torch.device(options.device).type}.json"
-    with written_whole(Path(__file__).parent / "results" / name) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    written(Path(__file__).parent / "results" / name, record)
 
 
 if __name__ == "__main__":

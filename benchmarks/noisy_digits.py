@@ -7,14 +7,13 @@ permask_core/data/measured/noisy_digits.json. A run that was killed goes on wher
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
+from _machine import written
 
 import permask_core
 from permask_core import lottery
-from permask_core.files import written_whole
 from permask_core.presets import experiments, preset
 from permask_core.store import Store, commit, versions
 
@@ -38,9 +37,7 @@ def main():
     record = {"command": f"python benchmarks/noisy_digits.py --seeds {given.seeds}", "commit": commit(),
               "versions": versions(), "device": "CPU, one thread a process",
               "settings": lottery.settings_text(chosen.experiment), "rows": rows}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(given.result) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    written(given.result, record)
     print(f"{len(rows)} runs in {given.result}")
 
 

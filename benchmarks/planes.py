@@ -7,17 +7,15 @@ benchmarks/results/planes.json. Run it with `python benchmarks/planes.py`; some 
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from _machine import at_least, timed
+from _machine import at_least, timed, written
 
 from permask_core import connectivity
 from permask_core.data import load_dataset
-from permask_core.files import written_whole
 from permask_core.models import build_model
 from permask_core.store import commit, device_name, versions
 from permask_core.training import evaluate
@@ -79,9 +77,7 @@ def main():
         "--quick " if given.quick else f"--rounds {rounds} --points {points} ")
         + f"--threads {' '.join(map(str, given.threads))}", "commit": commit(), "versions": versions(),
               "device": device_name("cpu"), "wanted": WANTED, "rows": rows}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(given.result) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    written(given.result, record)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,16 @@ permask_core/data/measured/price_of_alignment.json. A run that was killed goes o
 """
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from _machine import at_least
+from _machine import at_least, written
 from fairness_of_sparse_networks import TASKS
 
 import permask_core
 from permask_core import lottery
 from permask_core.alignment import idle_units, mask_overlap, planted, units_placed
-from permask_core.files import written_whole
 from permask_core.matching import match_activations, match_weights, permute
 from permask_core.progress import progress
 from permask_core.store import Store, commit, device_name, versions
@@ -107,9 +105,7 @@ def main():
               "commit": commit(), "versions": versions(), "device": f"{device_name('cpu')}, one thread a process",
               "settings": asdict(base), "training_images": len(lottery.data(base).train), "rows": rows,
               "control": control}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(given.result) as path:
-        path.write_text(json.dumps(record) + "\n")
+    written(given.result, record, indent=None)
     print(f"{len(rows)} runs in {given.result}")
 
 

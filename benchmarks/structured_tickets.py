@@ -26,13 +26,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from _machine import at_least
+from _machine import at_least, written
 from fan_in_cpu import timed_turns
 from torch import nn
 
 import permask_core
 from permask_core import lottery
-from permask_core.files import written_whole
 from permask_core.sparse import condense
 from permask_core.store import Store, commit, device_name, versions
 
@@ -152,9 +151,7 @@ def main():
         "rows": accuracies(chosen, store, seeds, sparsities, given.workers),
         "times": [row for seed in seeds for s in sparsities
                   for row in times(chosen, store, seed, s, 0 if given.quick else 0.5)]}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(given.result) as path:
-        path.write_text(json.dumps(record) + "\n")
+    written(given.result, record, indent=None)
     print(f"{len(record['rows'])} runs and {len(record['times'])} comparisons of times in {given.result}")
 
 

@@ -13,18 +13,16 @@ thread, results in results/together.json. It asserts nothing.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 from pathlib import Path
 
 import torch
-from _machine import at_least, timed
+from _machine import at_least, timed, written
 from training import plain_loader, plain_loop, random_split
 
 from permask_core.data import load_dataset
-from permask_core.files import written_whole
 from permask_core.models import build_model
 from permask_core.store import commit, device_name, versions
 from permask_core.together import fastest, fit_together, ways
@@ -123,8 +121,7 @@ def main():
                     for side, speed in speeds.items()), *(f"\n  {side} failed: {why}" for side, why
                                                           in row["failed"].items()), flush=True)
     name = f"together{'_cuda' if on_gpu else ''}.json"
-    with written_whole(given.result or Path(__file__).parent / "results" / name) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    written(given.result or Path(__file__).parent / "results" / name, record)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from _machine import written
 
 import permask_core
-from permask_core.files import written_whole
 from permask_core.matching import function_change, permutation_groups, shuffles, steady
 from permask_core.progress import progress
 from permask_core.store import commit, versions
@@ -85,8 +85,7 @@ def main():
               f"{row['change']:.1e}, with an entry left out at least {row['left_out']:.1e} "
               f"({row['left_out_groups']} tried)", flush=True)
         record["rows"] = sorted([*record["rows"], row], key=lambda row: row["model"])
-        with written_whole(RESULT) as path:
-            path.write_text(json.dumps(record, indent=1) + "\n")
+        written(RESULT, record)
         gc.collect()
 
 

@@ -16,7 +16,6 @@ does. It asserts nothing.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -25,13 +24,12 @@ from pathlib import Path
 
 import PIL
 import torch
-from _machine import at_least, timed
+from _machine import at_least, timed, written
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from permask_core.data import Split
-from permask_core.files import written_whole
 from permask_core.models import build_model
 from permask_core.store import commit, device_name, versions
 from permask_core.training import OPTIMIZERS, PRECISIONS, Recipe, default_device, fit
@@ -181,8 +179,7 @@ def main():
             recipe = Recipe(1, lr=0.01, batch_size=batch_size, precision=precision)
             add(f"resnet20 x {width}", precision, trainings(width, n, recipe, readers, device), n)
     name = f"training{'_cuda' if on_gpu else ''}.json"
-    with written_whole(given.result or Path(__file__).parent / "results" / name) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    written(given.result or Path(__file__).parent / "results" / name, record)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ Run it with `python benchmarks/trifeature.py --threads 2`; some seconds.
 
 import argparse
 import io
-import json
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from _machine import at_least, timed
+from _machine import at_least, timed, written
 from PIL import Image
 
 from permask_core.data.trifeature import attributes, draw
-from permask_core.files import written_whole
 from permask_core.store import commit, device_name, versions
 
 RESULT = Path(__file__).parent / "results" / "trifeature.json"
@@ -54,9 +52,7 @@ def main():
               f"ratio {speed['drawn'] / speed['decoded']:.2f}")
     record = {"command": f"python benchmarks/trifeature.py --threads {given.threads}", "commit": commit(),
               "versions": versions(), "device": device_name("cpu"), "threads": given.threads, "rows": rows}
-    given.result.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(given.result) as path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    written(given.result, record)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,11 @@ class Experiment(Settings):
     def __post_init__(self):
         self.check_names(dataset=DATASETS, model=MODELS, imp=FLAVOURS, imp_scope=SCOPES, start=STARTS)
         check_options(self.dataset, self.options)
-        object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
+        check_integer("epochs", self.epochs, 1)
         for epoch in self.checkpoints:
             if not isinstance(epoch, int) or not 0 <= epoch <= self.epochs:
                 raise ValueError(f"checkpoints holds {epoch!r}: expected epochs from 0 to {self.epochs}")
+        object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
         for name in ("rewind", "matched_at", "imp_rewind"):
             if getattr(self, name) not in self.checkpoints:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of the checkpoints "
@@ -94,7 +95,7 @@ class Experiment(Settings):
         if self.matched_layers is not None:
             check_lists(matched_layers=self.matched_layers)
             object.__setattr__(self, "matched_layers", tuple(self.matched_layers))
-        if not 0 < self.imp_rate < 1:
+        if not isinstance(self.imp_rate, (int, float)) or not 0 < self.imp_rate < 1:
             raise ValueError(f"imp_rate is {self.imp_rate!r}: expected a number in (0, 1)")
         scaled(self.width)
         for epochs, lr in ((self.epochs, self.lr), (self.imp_epochs, self.imp_lr),

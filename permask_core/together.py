@@ -323,15 +323,14 @@ class Queue(Store):
 
     def _train(self, stage, paths):
         wanted = [self.wanted.pop(path) for path in paths]
-        first = wanted[0]
-        models = [one.model for one in wanted]
+        first, models = wanted[0], [one.model for one in wanted]
         name = hashlib.sha256(" ".join(path.stem for path in paths).encode()).hexdigest()[:20]
         file = self.folder / "together" / f"{name}.unfinished"
         file.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         runs = fit_together(models, first.train, first.recipe, seeds=[one.seed for one in wanted],
                             masks=[one.masks for one in wanted], checkpoints=first.checkpoints, resume=file,
-                            description=f"{stage}: {len(paths)}")
+                            description=stage)
         found = evaluate_together(models, first.test) if first.test is not None else [None] * len(models)
         for path, model, run, evaluation in zip(paths, models, runs, found):
             model.cpu()

@@ -393,6 +393,9 @@ def test_what_files_hold_decides_where_it_may_be_anything_and_their_place_never(
     ({"width": 0}, "width is 0"), ({"width": "2"}, "width is '2'"), ({"lr": -1}, "lr is -1"),
     ({"sparse_lr": 0}, "lr is 0"), ({"imp_epochs": 0}, "epochs is 0"), ({"momentum": 1.0}, "momentum is 1.0"),
     ({"batch_size": 0.5}, "batch_size is 0.5"), ({"weight_decay": -1}, "weight_decay is -1"),
+    ({"epochs": "2"}, "epochs is '2': expected an integer"), ({"imp_rate": "0.5"}, "imp_rate is '0.5': expected a"),
+    ({"checkpoints": ("0", "1")}, "checkpoints holds '0'"), ({"rewind": "1"}, "rewind is '1'"),
+    ({"lr": "0.1"}, "lr is '0.1'"), ({"imp_epochs": "1"}, "epochs is '1'"),
 ])
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
