@@ -53,7 +53,7 @@ _TRIFEATURE = Experiment(
     checkpoints=(0, 2, 6), rewind=2, matched_at=6, imp="finetune", imp_rewind=0, imp_epochs=1, imp_lr=0.004,
     imp_rate=0.35)
 
-# CIFAR's size and shape without its files: ten epochs in place of 200, so that the whole fits into minutes on a GPU.
+# CIFAR's size and shape without its files: ten epochs in place of 200, so that the whole may fit into minutes on a GPU.
 # The noise was chosen by three dense networks (float32, seed 0): test accuracy 94.9 % after ten epochs with noise 1.5;
 # after three, 61.1 % with 2.5 and 35.8 % with 3.5.
 _CIFAR_SIZED = Experiment(

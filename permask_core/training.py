@@ -229,6 +229,10 @@ def _checked(model, train, recipe, seed, loss, masks, rewiring, checkpoints, pro
     for one in seed if together else [seed]:
         if not isinstance(one, int) or not 0 <= one < 2 ** 63:
             raise ValueError(f"seed is {one!r}: expected an integer of at least 0 and below 2**63")
+    members = getattr(model, "members", None)  # of a permask_core.together.Batch
+    if (len(seed) if together else None) != members:
+        raise ValueError(f"seed is {seed!r} for {members or 'no'} networks of a Batch: expected a list of as many for "
+                         "a Batch, and one integer for any other model")
     if together and (processes > 1 or loss or rewiring or recipe.sparse_opt):
         raise ValueError(f"seed is {seed}: expected one where there are several processes, a loss of its own, rewiring "
                          "or sparse_opt")
@@ -359,7 +363,7 @@ def _train(fabric, model, train, job, resume, description):
             done += 1
             keep_checkpoints()
             if done % job.steps_per_epoch == 0:
-                losses.append((summed(totals).sum(0) / len(train)).tolist())
+                losses.append((summed(totals).sum(0).double() / len(train)).tolist())
                 totals = torch.zeros_like(totals)
                 if not np.isfinite(losses[-1]).all():
                     raise FloatingPointError(f"the training loss is {losses[-1]} in epoch {len(losses)}: try a smaller "

@@ -208,6 +208,14 @@ def test_what_does_not_fit_is_refused(images, change, said):
         fit_together(models, images, recipe, **given)
 
 
+@pytest.mark.parametrize("seed", [0, [0], [0, 1, 2], []])
+def test_a_batch_takes_a_seed_for_each_of_its_networks(images, seed):
+    with pytest.raises(ValueError, match="for 2 networks of a Batch: expected a list of as many"):
+        fit(Batch(networks("mlp", 2)), images, RECIPES["sgd"], seed=seed)
+    with pytest.raises(ValueError, match="for no networks of a Batch|integer of at least 0"):
+        fit(networks("mlp", 1)[0], images, RECIPES["sgd"], seed=[0])
+
+
 # ---- An experiment ---------------------------------------------------------------------------------------------------
 
 GRID = {"seeds": [0, 1], "sparsities": [0.5, 0.8]}
