@@ -197,5 +197,20 @@ def measured_grids():
     return {path.parent.name: path.parent for path in sorted(Path(str(files(__package__))).glob("grids/*/table.csv"))}
 
 
+def measured_claims():
+    """How often the claims of the notebooks held when the notebooks were repeated.
+
+    Returns
+    -------
+    dict
+        ``command``; ``repetitions``, by name a dict: ``seeds`` (what was added to every seed), ``environment`` (the
+        variables that choose other arithmetic) and ``machines`` (processors, commits and versions it ran with); and
+        ``pages``, by the notebook's name a dict: ``version`` (of its code) and ``claims``, by sentence and repetition a
+        dict: ``holds`` and ``evidence``. Both are empty if nothing was repeated.
+    """
+    there = files(__package__).joinpath("claims.json").is_file()
+    return _read("claims") if there else {"repetitions": {}, "pages": {}}
+
+
 def _read(name):
     return json.loads(files(__package__).joinpath(f"{name}.json").read_text())

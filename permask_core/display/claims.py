@@ -1,0 +1,221 @@
+"""Claims: what a notebook found on some seeds, each in one quiet line with its evidence and its replication rate.
+
+What must hold (an identity, a planted solution) is asserted. What was found may fail on another machine or with other
+seeds: it is a claim, which says whether it holds in this run and never stops it. A claim is shown as HTML and text, and
+carries itself as JSON, so that a program can read it from the executed notebook. How often claims held when the
+notebooks were repeated is stored in ``permask_core/data/measured/claims.json``.
+"""
+
+import ast
+import hashlib
+import html
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from IPython.display import display
+
+from permask_core.data.measured import measured_claims
+from permask_core.statistics import Interval, paired_comparison
+
+MIME = "application/vnd.permask.claim+json"
+PAGE = "PERMASK_PAGE"  # "name@version" of the notebook that runs with the parameters it was committed with
+
+_STYLE = """<style>
+.permask-claim{max-width:46rem;margin:.25rem auto;font-size:.92em;line-height:1.45;display:flex;gap:.55rem}
+.permask-claim b{flex:none;width:1.1em;font-weight:700;text-align:center}
+.permask-claim small{font-size:.92em;opacity:.78}
+</style>"""
+
+
+class Claim(NamedTuple):
+    """A claim as it is shown (:func:`claim`). ``rate`` says how often it held before; empty where nothing is known."""
+
+    sentence: str
+    holds: bool
+    evidence: str
+    rate: str
+
+    def __repr__(self):
+        return f"{'holds' if self.holds else 'does not hold here'}: {self.sentence} ({self._behind})"
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        mark, label = ("✓", "holds in this run") if self.holds else ("✗", "does not hold in this run")
+        lead = "" if self.holds else "<em>Not in this run:</em> "
+        line = (f'{_STYLE}<div class="permask-claim" data-holds="{str(self.holds).lower()}">'
+                f'<b role="img" aria-label="{label}" title="{label}">{mark}</b>'
+                f"<span>{lead}{html.escape(self.sentence)} <small>{html.escape(self._behind)}</small></span></div>")
+        return {"text/html": line, "text/plain": repr(self),
+                MIME: {"sentence": self.sentence, "holds": self.holds, "evidence": self.evidence}}
+
+    @property
+    def _behind(self):
+        return "; ".join(part for part in (self.evidence, self.rate) if part)
+
+
+def claim(sentence, holds, evidence):
+    """Show one line: whether a sentence about the results above holds, on what evidence, and how often it held before.
+
+    Parameters
+    ----------
+    sentence : str
+        What was found, as a sentence that is true as often as its rate says. It identifies the claim on its page, so
+        the numbers that differ from run to run belong to the evidence.
+    holds : bool
+        Whether it holds in this run.
+    evidence : str
+        The numbers behind it: what was measured, n and an interval. :func:`evidence` writes those of a comparison.
+
+    Raises
+    ------
+    ValueError
+        If the sentence or the evidence is empty, or ``holds`` is not one truth value.
+
+    Examples
+    --------
+    >>> claim("Permuted is ahead of naive in every pair.", True, "5 of 5 pairs; +5.2 points, 95 % interval 3.5 to 6.8")
+    holds: Permuted is ahead of naive in every pair. (5 of 5 pairs; +5.2 points, 95 % interval 3.5 to 6.8)
+    """
+    if not isinstance(sentence, str) or not sentence.strip():
+        raise ValueError(f"the sentence of a claim is {sentence!r}: expected text")
+    if not isinstance(evidence, str) or not evidence.strip():
+        raise ValueError(f"the claim {sentence!r} has the evidence {evidence!r}: expected text with its numbers")
+    if not isinstance(holds, bool | np.bool_):
+        raise ValueError(f"the claim {sentence!r} has holds = {holds!r}: expected True or False (.all() or .any() of "
+                         "several)")
+    display(Claim(sentence, bool(holds), evidence, _rate(sentence)))
+
+
+def evidence(found, unit="points", blocks="pairs"):
+    """The evidence of a comparison or a mean, as text with its n and interval.
+
+    Parameters
+    ----------
+    found : Paired or Interval
+        Of :func:`permask_core.statistics.paired_comparison` or :func:`~permask_core.statistics.mean_interval`.
+    unit, blocks : str
+        What the values are measured in, and what there are n of.
+
+    Returns
+    -------
+    str
+
+    Examples
+    --------
+    >>> from permask_core.statistics import mean_interval, paired_comparison
+    >>> evidence(paired_comparison([5, 7, 6], [1, 2, 3]))
+    '3 of 3 pairs; +4.0 points, 95 % interval +1.5 to +6.5'
+    >>> evidence(mean_interval([0.1, 0.2, 0.3]), unit="nats", blocks="seeds")
+    '0.20 nats, 95 % interval -0.05 to 0.45, n = 3 seeds'
+    """
+    width = found.high - found.low
+    digits = 1 if not np.isfinite(width) or width <= 0 else int(np.clip(1 - np.floor(np.log10(width)), 1, 4))
+    if isinstance(found, Interval):
+        return (f"{found.mean:.{digits}f} {unit}, 95 % interval {found.low:.{digits}f} to {found.high:.{digits}f}, "
+                f"n = {found.n} {blocks}")
+    return (f"{found.wins} of {found.n} {blocks}; {found.difference:+.{digits}f} {unit}, 95 % interval "
+            f"{found.low:+.{digits}f} to {found.high:+.{digits}f}")
+
+
+def ahead(a, b, unit="points", blocks="pairs"):
+    """Whether ``a`` is above ``b`` in the mean, and the evidence: what a claim needs behind its sentence.
+
+    Parameters
+    ----------
+    a, b : array-like, shape [n]
+        Values of the same blocks, in the same order. One block has no interval.
+    unit, blocks : str
+        As for :func:`evidence`.
+
+    Returns
+    -------
+    (bool, str)
+
+    Examples
+    --------
+    >>> ahead([5, 7, 6], [1, 2, 3])
+    (True, '3 of 3 pairs; +4.0 points, 95 % interval +1.5 to +6.5')
+    >>> ahead([0.25], [0.125], unit="nats")
+    (True, '+0.12 nats, n = 1')
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.size == b.size == 1:
+        return bool(a[0] > b[0]), f"{a[0] - b[0]:+.2g} {unit}, n = 1"
+    return bool(a.mean() > b.mean()), evidence(paired_comparison(a, b), unit, blocks)
+
+
+def read_claims(notebook):
+    """The claims of an executed notebook.
+
+    Parameters
+    ----------
+    notebook : path-like
+        An .ipynb file with its outputs.
+
+    Returns
+    -------
+    list of dict
+        In reading order: ``sentence``, ``holds`` (bool) and ``evidence``.
+
+    Raises
+    ------
+    ValueError
+        If a sentence is claimed twice on the page: then its rate could not be told from that of the other.
+    """
+    cells = json.loads(Path(notebook).read_text(encoding="utf8"))["cells"]
+    found = [output["data"][MIME] for cell in cells for output in cell.get("outputs", [])
+             if MIME in output.get("data", {})]
+    sentences = [one["sentence"] for one in found]
+    for sentence in sentences:
+        if sentences.count(sentence) > 1:
+            raise ValueError(f"{notebook} claims {sentence!r} {sentences.count(sentence)} times: expected each "
+                             "sentence once on a page")
+    return found
+
+
+def notebook_version(notebook):
+    """A hash of what a notebook computes: its code without comments and layout. Its claims' rates belong to it."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells
+            if cell["cell_type"] == "code" and "setup" not in cell["metadata"].get("tags", [])]
+    return hashlib.sha256("\n".join(map(_without_layout, code)).encode()).hexdigest()[:16]
+
+
+def rates(page, version):
+    """How often each claim of a page held when its notebook was repeated.
+
+    Parameters
+    ----------
+    page, version : str
+        The notebook's name, and what :func:`notebook_version` gives for it.
+
+    Returns
+    -------
+    dict
+        By sentence a pair (held, made): of ``made`` repetitions in which it was claimed it held in ``held``. Empty if
+        another version of the notebook was repeated, or none.
+    """
+    stored = measured_claims()["pages"].get(page, {})
+    if stored.get("version") != version:
+        return {}
+    return {sentence: (sum(one["holds"] for one in made.values()), len(made))
+            for sentence, made in stored["claims"].items()}
+
+
+def rate_text(rate):
+    """How a rate reads: ``held in 12 of 13 repetitions``, or ``not yet repeated`` for None."""
+    return "not yet repeated" if rate is None else f"held in {rate[0]} of {rate[1]} repetitions"
+
+
+def _without_layout(code):
+    try:
+        return ast.dump(ast.parse(code))
+    except SyntaxError:  # a magic of IPython's, or a cell that fails anyway
+        return code
+
+
+def _rate(sentence):
+    page, _, version = os.environ.get(PAGE, "").partition("@")
+    return rate_text(rates(page, version).get(sentence)) if page else ""
