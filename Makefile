@@ -5,7 +5,9 @@ BIN := $(CURDIR)/.venv/bin
 READY := .venv/.ready
 BOOK := build/_build/html
 
-NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# The longest first, so that two at once end together.
+LONGEST := permuted_masks cifar class_bias basins_and_connectivity extreme_labels
+NOTEBOOKS := $(wildcard $(LONGEST:%=notebooks/%.ipynb)) $(filter-out $(LONGEST:%=notebooks/%.ipynb),$(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:%=build/source/%)
 FIGURES := build/source/book/figures/.drawn
 LIBRARY := $(shell find permask_core -type f ! -path '*/__pycache__/*' 2>/dev/null)
@@ -25,19 +27,19 @@ MAKEFLAGS += -j2
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: all book test lab zip batch readme bench address clean help
+.PHONY: all book test test-long replicate lab zip batch readme bench address clean help
 
-all: book ## set up, run what changed, build the book (the default)
-	@echo "The book: file://$(CURDIR)/$(BOOK)/index.html"
+all: book ## set up, run what changed, build the book, say which claims hold (the default)
 
 $(READY): requirements.txt constraints.txt pyproject.toml book/tools/install.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: try make PYTHON=python3.12" % v[:2])'
-	$(PYTHON) book/tools/install.py
+	@$(PYTHON) book/tools/install.py
 	@touch $@
 
 # A notebook runs again when it or the library changed; prose is no prerequisite.
+# One that fails leaves its page up to the error, out of date, and the book goes on. PERMASK_SEED=1000 gives other seeds.
 build/source/notebooks/%.ipynb: notebooks/%.ipynb $(LIBRARY) $(READY) book/tools/execute.py
-	@PERMASK_DISPLAY=static PERMASK_FIGURES=$(RESULTS) $(BIN)/python book/tools/execute.py $< $@
+	@PERMASK_DISPLAY=static PERMASK_FIGURES=$(RESULTS) $(BIN)/python -m book.tools.execute $< $@
 
 # The page of results runs again when there are new ones.
 build/source/notebooks/results.ipynb: $(wildcard build/batch/*/table.csv)
@@ -54,26 +56,39 @@ $(BOOK)/index.html: $(EXECUTED) $(FIGURES) $(PROSE) $(LIBRARY) $(READY)
 	@mkdir -p $(RESULTS)
 	@find build/source/book -mindepth 1 -maxdepth 1 ! -name results ! -name figures -exec rm -rf {} +
 	@cp -R book batch _config.yml _toc.yml build/source/
+	@# What the landing page shows, if its notebook failed: the result that was committed.
+	@cp -n book/readme/permuted_masks.svg book/readme/permuted_masks.md $(RESULTS)
+	$(BIN)/python -m book.tools.claims page $(RESULTS)/claims.md
 	$(BIN)/jupyter-book build --quiet -W --keep-going -n build/source --path-output build
 
 book: $(BOOK)/index.html
+	@echo "The book: file://$(CURDIR)/$(BOOK)/index.html"
+	@$(BIN)/python -m book.tools.claims summary
 
-test: $(READY) ## style, notebooks without outputs, the book, pytest (with browser tests), every notebook from an empty store
+test: $(READY) ## style, notebooks without outputs, the book and its claims, pytest (with browser tests), the notebooks live
 	@printf '\n== Style\n'
 	$(BIN)/ruff check .
 	@printf '\n== Notebooks as committed\n'
 	$(BIN)/pytest -q tests/test_notebooks.py
 	@printf '\n== The book\n'
 	@$(MAKE) book
+	@printf '\n== Claims\n'
+	@$(BIN)/python -m book.tools.claims check
 	@printf '\n== Tests\n'
 	@# The longest tests lie in files of few, which would come last, one process waiting for the other.
 	@$(EMPTY_STORE); $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
-	@printf '\n== Notebooks from an empty store\n'
-	@# PERMASK_DISPLAY=live: the widgets of a live notebook, which the book never draws, run here.
-	@$(EMPTY_STORE); export PERMASK_DISPLAY=live; test -z '$(NOTEBOOKS)' || $(BIN)/pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env notebooks
+	@printf '\n== Notebooks live\n'
+	@# The widgets of a live notebook, which the book never draws. Finished stages are those of the book.
+	@test -z '$(NOTEBOOKS)' || PERMASK_DISPLAY=live PERMASK_FIGURES=$(CURDIR)/build/live $(BIN)/pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env $(NOTEBOOKS)
 
-# A store and a folder for figures of their own, removed when the line of the recipe ends.
+test-long: $(READY) ## pytest with more, and random, examples of every property; minutes longer
+	@$(EMPTY_STORE); PERMASK_HYPOTHESIS=long $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# A store of its own, removed when the line of the recipe ends.
 EMPTY_STORE = set -e; store=$$(mktemp -d); trap 'rm -rf "$$store"' EXIT; export PERMASK_RUNS="$$store/runs" PERMASK_FIGURES="$$store/figures"; mkdir "$$store/figures"
+
+replicate: $(READY) ## repeat every notebook with N other seeds and 3 kinds of arithmetic: make replicate N=10
+	@$(BIN)/python -m book.tools.replicate $(or $(N),10)
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=. notebooks

@@ -1,23 +1,31 @@
 """Execute one notebook with papermill: ``execute.py notebooks/x.ipynb build/source/notebooks/x.ipynb``.
 
 The notebook runs in the folder that its executed copy goes to, so that whatever it writes beside itself stays in
-build/. The copy appears under its own name only when every cell has finished; a failed one is kept in build/failed/.
+build/. The copy appears under its own name when the last cell has finished. A notebook that fails does not take the
+book with it: the copy ends at the error, begins with a notice, and is out of date at once, so that the next `make` runs
+it again. ``--seed`` is added to the seed that the notebook was committed with.
 """
 
+import argparse
 import os
-import sys
 import time
 from pathlib import Path
 
+import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
+from permask_core.display.claims import PAGE, notebook_version, read_claims
+
+SEEDS = ("seed", "first_seed")  # one of these is the parameter of a notebook that draws random numbers
 RUNNING, FAILED = Path("build/running"), Path("build/failed")
+PARTIAL = "permask_failure"  # metadata of a page that ends at an error: what the error says
 
 
 class Narrator(NBClientEngine):
-    """Papermill's engine, saying in one whole line (two notebooks may run at once) which cell has finished."""
+    """Papermill's engine, printing one whole line (two notebooks may run at once) for each cell that has finished."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
@@ -38,36 +46,78 @@ class Narrator(NBClientEngine):
         return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
 
 
-def execute(source: Path, target: Path) -> None:
-    """Execute the notebook `source` and write it, with its outputs, to `target`.
+def seeded(source: Path, added: int) -> dict:
+    """Return the parameter that gives the notebook `source` other seeds: its own seed plus `added`.
 
-    Raises
-    ------
-    PapermillExecutionError
-        If a cell raises; the notebook up to there is then in build/failed/.
+    A notebook without a seed draws no random numbers, and gets none.
+    """
+    found = papermill.inspect_notebook(source)
+    return {name: int(found[name]["default"]) + added for name in SEEDS if name in found}
+
+
+def run(source: Path, target: Path, parameters: dict, **options) -> str:
+    """Execute the notebook `source` with `parameters`, and write it with its outputs to `target`.
+
+    Returns
+    -------
+    str
+        What failed, empty if nothing did: an error of a cell, a kernel that died, a sentence that is claimed twice.
+    """
+    # The name of the page gives its claims their rates, which hold for the committed parameters: other seeds included.
+    os.environ[PAGE] = f"{source.stem}@{notebook_version(source)}" if parameters.keys() <= set(SEEDS) else ""
+    try:  # a kernel inherits the environment
+        papermill.execute_notebook(source, target, parameters, cwd=target.parent, progress_bar=False,
+                                   extra_arguments=["--log-level=ERROR"],  # for the kernel, which warns of its TCP
+                                   **options)
+        read_claims(target)
+    except PapermillExecutionError as error:
+        return f"code cell {error.exec_count} failed: {error.ename}: {error.evalue}"
+    except DeadKernelError:
+        return "its kernel died, perhaps for want of memory"
+    except ValueError as error:
+        return str(error)
+    finally:
+        del os.environ[PAGE]
+    return ""
+
+
+def with_notice(notebook: nbformat.NotebookNode, failure: str) -> nbformat.NotebookNode:
+    """Return an executed `notebook` that failed with a notice below its title, and without papermill's own."""
+    cells = [cell for cell in notebook.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    text = failure.replace("`", "'").splitlines()[0]
+    notice = nbformat.v4.new_markdown_cell(
+        '<div class="admonition warning">\n<p class="admonition-title">This page is not complete</p>\n\n'
+        f"In this build it failed: `{text}`\n\n</div>")
+    metadata = {**notebook.metadata, PARTIAL: failure}
+    return nbformat.from_dict({**notebook, "metadata": metadata, "cells": [*cells[:1], notice, *cells[1:]]})
+
+
+def execute(source: Path, target: Path, added: int = 0) -> str:
+    """Execute the notebook `source` into `target` and return what failed, empty if nothing did.
+
+    A copy of a failed notebook is in build/failed/ too.
     """
     for folder in (target.parent, RUNNING, FAILED, Path(os.environ["PERMASK_FIGURES"])):
         folder.mkdir(parents=True, exist_ok=True)
-    running = RUNNING / target.name
+    running, failed = RUNNING / target.name, FAILED / target.name
     papermill_engines.register("narrator", Narrator)
-    try:
-        papermill.execute_notebook(
-            source,
-            running,
-            cwd=target.parent,
-            engine_name="narrator",
-            progress_bar=False,
-            extra_arguments=["--log-level=ERROR"],  # for the kernel, which warns that it talks over TCP
-        )
-    except PapermillExecutionError:
-        running.replace(FAILED / target.name)
-        raise
+    failure = run(source, running, seeded(source, added) if added else {}, engine_name="narrator")
+    if failure:
+        nbformat.write(with_notice(nbformat.read(running, as_version=4), failure), failed)
+        running.write_bytes(failed.read_bytes())
+        os.utime(running, (0, 0))
+    else:
+        failed.unlink(missing_ok=True)
     running.replace(target)
+    return failure
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    try:
-        execute(source, target)
-    except PapermillExecutionError as error:
-        sys.exit(f"{error}\n{source}: code cell {error.exec_count} failed; up to there it is in {FAILED / target.name}")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--seed", type=int, default=int(os.environ.get("PERMASK_SEED") or 0),
+                        help="what is added to the notebook's seed (default: the environment's PERMASK_SEED, or 0)")
+    given = parser.parse_args()
+    if failure := execute(given.source, given.target, given.seed):
+        print(f"{given.source}: {failure}\nUp to there it is in {FAILED / given.target.name}.", flush=True)

@@ -1,19 +1,22 @@
 """Create .venv and install the pinned packages; run by `make` with the system's Python, so standard library only.
 
-PyTorch's own index has builds for the CPU that are gigabytes smaller than the ordinary ones. They are taken on a Linux
-machine without an NVIDIA GPU where that index answers a quick probe; everywhere else the ordinary index serves.
+pip's own output goes to .venv/pip.log; the terminal gets one line. PyTorch's own index has builds for the CPU that are
+gigabytes smaller than the ordinary ones. They are taken on a Linux machine without an NVIDIA GPU where that index
+answers a quick probe; everywhere else the ordinary index serves.
 """
 
 import re
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
+BACK = "\r\033[K"  # to the start of the line, which it clears
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -49,20 +52,40 @@ def main() -> None:
     """Install everything, and stop at the first command that fails."""
     if not (VENV / "bin" / "python").exists():
         venv.create(VENV, with_pip=True)
-    pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
+    pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off"]
     commands = [
         [*pip, "-r", "requirements.txt", "-c", "constraints.txt"],
-        [*pip, "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."],
+        [*pip, "--no-deps", "--no-build-isolation", "--editable", "."],
     ]
     if sys.platform == "linux" and not has_nvidia_gpu() and answers(CPU_INDEX):
         pins = torch_pins((ROOT / "requirements.txt").read_text(encoding="utf8"))
         # --no-deps: what torch needs comes, pinned, with everything else.
         commands.insert(0, [*pip, "--no-deps", "--index-url", CPU_INDEX, *pins])
+    log = VENV / "pip.log"
+    log.write_text("")
+    start = time.monotonic()
+    print("Installing the pinned packages into .venv; this takes some minutes ...", end="", flush=True)
     for command in commands:
-        print("$", " ".join(command), flush=True)
-        finished = subprocess.run(command, cwd=ROOT)
-        if finished.returncode:
-            sys.exit(f"pip failed with exit status {finished.returncode}")
+        status = run(command, log)
+        if status:
+            last = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+            sys.exit(f"\n{last}\npip failed with exit status {status}; all of its output is in {log}")
+    print(f"{BACK if sys.stdout.isatty() else ' '}done in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def run(command: list[str], log: Path) -> int:
+    """Run `command`, append its output to `log`, count packages at a terminal, and return the exit status."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          errors="replace") as pip, log.open("a") as file:
+        print("$", *command, file=file)
+        found = 0
+        for line in pip.stdout:
+            file.write(line)
+            found += line.startswith(("Collecting", "Processing"))
+            if sys.stdout.isatty():
+                what = "installing" if line.startswith("Installing collected") else f"{found} packages found"
+                print(f"{BACK}Installing the pinned packages into .venv: {what} ...", end="", flush=True)
+    return pip.returncode
 
 
 if __name__ == "__main__":

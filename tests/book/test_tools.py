@@ -3,7 +3,6 @@
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from zipfile import ZipFile
 
 import nbformat
@@ -75,15 +74,22 @@ def test_main_writes_config_and_notebooks(tmp_path, monkeypatch):
 # install.py
 
 
-def commands_of_main(monkeypatch, *, gpu, answers, status=0):
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A folder in place of .venv."""
+    monkeypatch.setattr(install, "VENV", tmp_path)
+    return tmp_path
+
+
+def commands_of_main(monkeypatch, *, gpu, answers):
     """The pip commands that install.main would run on a Linux machine."""
     commands = []
 
-    def run(command, cwd):
+    def run(command, log):
         commands.append(command[4:])
-        return SimpleNamespace(returncode=status)
+        return 0
 
-    monkeypatch.setattr(install.subprocess, "run", run)
+    monkeypatch.setattr(install, "run", run)
     monkeypatch.setattr(install.venv, "create", lambda *args, **kwargs: None)
     monkeypatch.setattr(install, "has_nvidia_gpu", lambda: gpu)
     monkeypatch.setattr(install, "answers", lambda index: answers)
@@ -92,21 +98,34 @@ def commands_of_main(monkeypatch, *, gpu, answers, status=0):
     return commands
 
 
-def test_cpu_builds_are_taken_without_a_gpu(monkeypatch):
+def test_cpu_builds_are_taken_without_a_gpu(room, monkeypatch):
     first, *_ = commands_of_main(monkeypatch, gpu=False, answers=True)
     assert install.CPU_INDEX in first and any(pin.startswith("torchvision==") for pin in first)
 
 
 @pytest.mark.parametrize(("gpu", "answers"), [(True, True), (False, False)])
-def test_ordinary_index_serves_otherwise(monkeypatch, gpu, answers):
+def test_ordinary_index_serves_otherwise(room, monkeypatch, gpu, answers):
     commands = commands_of_main(monkeypatch, gpu=gpu, answers=answers)
     assert not any("--index-url" in command for command in commands)
     assert ["-r", "requirements.txt", "-c", "constraints.txt"] == commands[0][-4:]
 
 
-def test_failing_pip_stops_the_installation(monkeypatch):
-    with pytest.raises(SystemExit, match="exit status 3"):
-        commands_of_main(monkeypatch, gpu=False, answers=False, status=3)
+def test_pip_gets_one_line_of_the_terminal_and_a_log(room, capfd):
+    chatty = [sys.executable, "-c", "import sys; print('Collecting numpy'); print('a warning', file=sys.stderr)"]
+    assert install.run(chatty, room / "pip.log") == 0
+    assert "Collecting numpy" in (room / "pip.log").read_text() and "a warning" in (room / "pip.log").read_text()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_failing_pip_stops_the_installation_with_its_last_words(room, monkeypatch):
+    words = "No matching distribution found"
+    monkeypatch.setattr(install.venv, "create", lambda *args, **kwargs: None)
+    monkeypatch.setattr(install, "has_nvidia_gpu", lambda: True)
+    run = install.run
+    monkeypatch.setattr(install, "run", lambda command, log: run(
+        [sys.executable, "-c", f"import sys; print({words!r}); sys.exit(3)"], log))
+    with pytest.raises(SystemExit, match=f"{words}\npip failed with exit status 3"):
+        install.main()
 
 
 def test_silent_index_does_not_answer():
@@ -148,25 +167,54 @@ def workshop(tmp_path, monkeypatch):
     return tmp_path
 
 
+def executed(*sources, added=0, parameters=""):
+    """What failed, and the executed cells, of a notebook of these cells."""
+    first = notebook(parameters) if parameters else notebook()
+    for cell in first.cells:
+        cell.metadata["tags"] = ["parameters"]
+    title = nbformat.v4.new_markdown_cell("# Title")
+    nbformat.write(nbformat.from_dict({**first, "cells": [title, *first.cells, *notebook(*sources).cells]}), "x.ipynb")
+    failure = execute.execute(Path("x.ipynb"), Path("build/source/x.ipynb"), added)
+    return failure, nbformat.read("build/source/x.ipynb", as_version=4).cells
+
+
 def test_executed_notebook_has_outputs_and_leaves_its_files_in_build(workshop, capsys):
     leave = "import os, pathlib\npathlib.Path('left.txt').touch()\nos.path.isdir(os.environ['PERMASK_FIGURES'])"
-    nbformat.write(notebook("1 + 1", leave), "x.ipynb")
-    execute.execute(Path("x.ipynb"), Path("build/source/x.ipynb"))
-    cells = nbformat.read("build/source/x.ipynb", as_version=4).cells
-    assert [cell.outputs[0].data["text/plain"] for cell in cells] == ["2", "True"]
+    failure, cells = executed("1 + 1", leave)
+    assert "PERMASK_PAGE" not in os.environ
+    assert failure == "" and [cell.outputs[0].data["text/plain"] for cell in cells[1:]] == ["2", "True"]
     assert {path.name for path in workshop.iterdir()} <= {"x.ipynb", "build", "ipython"}
     assert "cell  2 of 2" in capsys.readouterr().out
 
 
-def test_failed_notebook_is_kept_aside_and_replaces_nothing(workshop):
-    nbformat.write(notebook("1 + 1", "raise ValueError('no such mask')"), "x.ipynb")
+def test_failed_notebook_is_a_page_with_a_notice_that_is_out_of_date(workshop):
+    failure, cells = executed("1 + 1", "raise ValueError('no such mask')", "'not reached'")
+    assert failure == "code cell 2 failed: ValueError: no such mask"
+    assert cells[0].source == "# Title" and "not complete" in cells[1].source and failure in cells[1].source
+    assert [bool(cell.outputs) for cell in cells[2:]] == [True, True, False]
     target = workshop / "build/source/x.ipynb"
-    target.parent.mkdir(parents=True)
-    target.write_text("an earlier success")
-    with pytest.raises(execute.PapermillExecutionError, match="no such mask"):
-        execute.execute(Path("x.ipynb"), target)
-    assert target.read_text() == "an earlier success"
-    assert "no such mask" in (workshop / execute.FAILED / "x.ipynb").read_text()
+    assert target.stat().st_mtime < (workshop / "x.ipynb").stat().st_mtime  # the next make runs it again
+    assert (workshop / execute.FAILED / "x.ipynb").read_text() == target.read_text()
+    assert executed("1 + 1")[0] == "" and not (workshop / execute.FAILED / "x.ipynb").exists()
+
+
+def test_kernel_that_dies_is_a_failure_with_a_page(workshop):
+    failure, cells = executed("1 + 1", "import os; os._exit(1)")
+    assert "kernel died" in failure and "not complete" in cells[1].source
+
+
+@pytest.mark.parametrize("parameter, seed", [("seed: int = 3  # of all", 1003), ("first_seed: int = 3  # of all", 1003),
+                                             ("width: float = 3  # of all", 3)])
+def test_other_seeds_are_those_of_the_notebook_and_more(workshop, parameter, seed):
+    name = parameter.split(":")[0]
+    failure, cells = executed(name, parameters=parameter, added=1000)
+    assert not failure and cells[-1].outputs[0].data["text/plain"] == str(seed)
+
+
+def test_sentence_that_is_claimed_twice_is_a_failure(workshop):
+    one = "from permask_core.display import claim\nclaim('A is ahead.', True, 'n = 3')"
+    assert executed(one)[0] == ""
+    assert "claims 'A is ahead.' 2 times" in executed(one, one)[0]
 
 
 # pack.py
