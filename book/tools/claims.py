@@ -125,10 +125,10 @@ def write_page(pages: list[Page]) -> str:
         if page.part != part:
             part = page.part
             blocks.append(f"## {part}")
-        blocks.append(f"### {{doc}}`/notebooks/{page.name}`")
+        blocks.append(f"### {{doc}}`{page.title} </notebooks/{page.name}>`")
         if page.failed:
             blocks.append("This page failed in this build, so nothing is known about its claims.")
-        blocks += [Claim(**one, rate=rate_text(page.rates.get(one["sentence"])))._repr_mimebundle_()["text/html"]
+        blocks += [Claim(**one, rate=rate_text(page.rates.get(one["sentence"])))._repr_mimebundle_()[0]["text/html"]
                    for one in page.claims]
     return "\n\n".join(blocks) + "\n"
 
@@ -141,10 +141,10 @@ def _repetitions(pages, repeated):
                  if name in made]
         variables = ", ".join(f"{key}={value}" for key, value in settings["environment"].items())
         machines = settings["machines"]
-        rows.append({"repetition": name, "what is different": variables or f"every seed plus {settings['seeds']}",
+        rows.append({"repetition": name, "claims held": f"{sum(found)} of {len(found)}",
                      "processor": ", ".join(dict.fromkeys(one["processor"] for one in machines)),
                      "commit": ", ".join(dict.fromkeys(one["commit"] for one in machines)),
-                     "claims held": f"{sum(found)} of {len(found)}"})
+                     "what is different": variables or f"every seed plus {settings['seeds']}"})
     return rows
 
 

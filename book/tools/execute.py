@@ -87,7 +87,7 @@ def with_notice(notebook: nbformat.NotebookNode, failure: str) -> nbformat.Noteb
     text = failure.replace("`", "'").splitlines()[0]
     notice = nbformat.v4.new_markdown_cell(
         '<div class="admonition warning">\n<p class="admonition-title">This page is not complete</p>\n\n'
-        f"In this build it failed: `{text}`\n\n</div>")
+        f"It ends where this build failed: `{text}`\n\n</div>")
     metadata = {**notebook.metadata, PARTIAL: failure}
     return nbformat.from_dict({**notebook, "metadata": metadata, "cells": [*cells[:1], notice, *cells[1:]]})
 

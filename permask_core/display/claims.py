@@ -2,8 +2,8 @@
 
 What must hold (an identity, a planted solution) is asserted. What was found may fail on another machine or with other
 seeds: it is a claim, which says whether it holds in this run and never stops it. A claim is shown as HTML and text, and
-carries itself as JSON, so that a program can read it from the executed notebook. How often claims held when the
-notebooks were repeated is stored in ``permask_core/data/measured/claims.json``.
+lies as JSON in the metadata of its output, where a program finds it in the executed notebook. How often claims held
+when the notebooks were repeated is stored in ``permask_core/data/measured/claims.json``.
 """
 
 import ast
@@ -20,7 +20,7 @@ from IPython.display import display
 from permask_core.data.measured import measured_claims
 from permask_core.statistics import Interval, paired_comparison
 
-MIME = "application/vnd.permask.claim+json"
+KEY = "permask_claim"  # of an output's metadata
 PAGE = "PERMASK_PAGE"  # "name@version" of the notebook that runs with the parameters it was committed with
 
 _STYLE = """<style>
@@ -47,8 +47,8 @@ class Claim(NamedTuple):
         line = (f'{_STYLE}<div class="permask-claim" data-holds="{str(self.holds).lower()}">'
                 f'<b role="img" aria-label="{label}" title="{label}">{mark}</b>'
                 f"<span>{lead}{html.escape(self.sentence)} <small>{html.escape(self._behind)}</small></span></div>")
-        return {"text/html": line, "text/plain": repr(self),
-                MIME: {"sentence": self.sentence, "holds": self.holds, "evidence": self.evidence}}
+        found = {"sentence": self.sentence, "holds": self.holds, "evidence": self.evidence}
+        return {"text/html": line, "text/plain": repr(self)}, {KEY: found}
 
     @property
     def _behind(self):
@@ -165,8 +165,8 @@ def read_claims(notebook):
         If a sentence is claimed twice on the page: then its rate could not be told from that of the other.
     """
     cells = json.loads(Path(notebook).read_text(encoding="utf8"))["cells"]
-    found = [output["data"][MIME] for cell in cells for output in cell.get("outputs", [])
-             if MIME in output.get("data", {})]
+    found = [output["metadata"][KEY] for cell in cells for output in cell.get("outputs", [])
+             if KEY in output.get("metadata", {})]
     sentences = [one["sentence"] for one in found]
     for sentence in sentences:
         if sentences.count(sentence) > 1:

@@ -9,7 +9,7 @@ import pytest
 
 from book.tools import claims, replicate
 from permask_core.display import read_claims
-from permask_core.display.claims import MIME, notebook_version
+from permask_core.display.claims import KEY, notebook_version
 
 CLAIMS = """import os
 from permask_core.display import claim
@@ -55,7 +55,7 @@ def run_without_kernel(source, target, parameters):
                 names |= parameters if "parameters" in cell.metadata.get("tags", []) else {}
         except AssertionError as error:
             return f"AssertionError: {error}"
-    book.cells[-1].outputs = [nbformat.v4.new_output("display_data", data) for data in claimed]
+    book.cells[-1].outputs = [nbformat.v4.new_output("display_data", data, metadata=found) for data, found in claimed]
     nbformat.write(book, target)
     return ""
 
@@ -144,8 +144,8 @@ def test_a_repetition_runs_in_its_environment_with_a_store_of_its_own(project, m
 
 def build(project, holds=(True, True), failed=""):
     """Executed notebooks as the book has them."""
-    claimed = [{"output_type": "display_data", "metadata": {},
-                "data": {MIME: {"sentence": f"Sentence {k}.", "holds": one, "evidence": "n = <3>"}}}
+    claimed = [{"output_type": "display_data", "data": {},
+                "metadata": {KEY: {"sentence": f"Sentence {k}.", "holds": one, "evidence": "n = <3>"}}}
                for k, one in enumerate(holds)]
     for name, outputs in (("sure", []), ("chance", claimed)):
         path = project / "built" / f"{name}.ipynb"
@@ -187,9 +187,9 @@ def test_page_has_every_claim_by_chapter_with_its_rate(project, monkeypatch):
     rates_of(monkeypatch, project, {"Sentence 0.": [True, True, True], "Sentence 1.": [True, False, True]})
     text = claims.write_page(build(project, holds=(True, False)))
     assert "**1 of 2 claims hold in this build.**" in text and "## Part one" in text
-    assert "{doc}`/notebooks/chance`" in text and "{doc}`/notebooks/sure`" not in text  # which claims nothing
+    assert "{doc}`The title of chance </notebooks/chance>`" in text and "/notebooks/sure" not in text  # no claims there
     assert "held in 3 of 3 repetitions" in text and "n = &lt;3&gt;; held in 2 of 3 repetitions" in text
-    assert "1 of 2" in text.split("seeds + 1")[1]  # the repetition in which one did not hold
+    assert [f"{held} of 2</td><td>P" in text for held in (0, 1, 2)] == [False, True, True]  # by repetition
 
 
 def test_rates_of_another_version_are_no_rates(project, monkeypatch):

@@ -38,7 +38,7 @@ def repeated(monkeypatch):
                                           (np.bool_(True), "A is ahead.")])
 def test_claim_is_one_line_with_mark_sentence_and_evidence(shown, holds, words):
     claim("A is ahead.", holds, "5 of 5 pairs; 1 < 2")
-    page = BeautifulSoup(shown[0]._repr_mimebundle_()["text/html"], "html.parser")
+    page = BeautifulSoup(shown[0]._repr_mimebundle_()[0]["text/html"], "html.parser")
     (line,) = page.select(".permask-claim")
     assert line.b.text == ("✓" if holds else "✗") and line.b["aria-label"]
     assert line.span.text == f"{words} 5 of 5 pairs; 1 < 2"
@@ -98,7 +98,7 @@ def test_program_reads_the_claims_of_an_executed_notebook(tmp_path):
 
 
 def test_same_sentence_twice_on_a_page_is_refused(tmp_path):
-    one = {"data": {claims.MIME: {"sentence": "A is ahead.", "holds": True, "evidence": "n = 3"}}}
+    one = {"metadata": {claims.KEY: {"sentence": "A is ahead.", "holds": True, "evidence": "n = 3"}}}
     (tmp_path / "x.ipynb").write_text(json.dumps({"cells": [{"outputs": [one]}, {}, {"outputs": [one]}]}))
     with pytest.raises(ValueError, match="x.ipynb claims 'A is ahead.' 2 times: expected each sentence once"):
         read_claims(tmp_path / "x.ipynb")
@@ -127,7 +127,7 @@ def test_rate_is_of_this_version_of_this_page(shown, repeated, monkeypatch, page
     claim("A is ahead.", True, "n = 3")
     claim("B is ahead.", True, "n = 3")
     assert [one.rate for one in shown] == [expected, "not yet repeated"]
-    assert expected in repr(shown[0]) and expected in shown[0]._repr_mimebundle_()["text/html"]
+    assert expected in repr(shown[0]) and expected in shown[0]._repr_mimebundle_()[0]["text/html"]
 
 
 @pytest.mark.parametrize("page", [None, ""])
