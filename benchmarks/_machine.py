@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -36,6 +37,11 @@ def at_least(least):
             raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
         return int(text)
     return number
+
+
+def command(script, argv):
+    """How a script is called, with the arguments that its ``main`` was given or else with those of this process."""
+    return " ".join([f"python benchmarks/{script}.py", *(sys.argv[1:] if argv is None else argv)])
 
 
 def written(path, record, indent=1):

@@ -47,12 +47,12 @@ def prepared(root, jobs):
     (root / "grid.yaml").write_text(json.dumps({"notebook": "idle", "cross": {"seed": list(range(jobs))}}))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--jobs", type=at_least(1), default=8)
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         prepared(root, given.jobs)

@@ -14,13 +14,12 @@ pair, on a CPU a minute; its accuracies mean nothing.
 import argparse
 import json
 import signal
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from _machine import at_least, written
+from _machine import at_least, command, written
 
 import permask_core
 from permask_core import lottery
@@ -64,7 +63,7 @@ def chosen_by(given):
                   precision=given.precision, options=base.options | images)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--widths", type=float, nargs="+", help="by default 1")
     parser.add_argument("--seeds", type=at_least(1), help="pairs of networks, by default 3")
@@ -78,7 +77,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a hundredth of the images, to see that everything runs")
     parser.add_argument("--runs", default="build/cifar_sized", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     chosen, store = chosen_by(given), Store(given.runs)
     with piece(store, given.minutes) as pieces:
         rows = lottery.run(experiments(chosen), store, seeds=range(chosen.seeds), sparsities=chosen.sparsities,
@@ -88,7 +87,7 @@ def main():
     epochs = sum(sum(cost[kind] for kind in ("dense", "pruning", "sparse"))
                  for cost in training_cost(chosen, images, dict.fromkeys(chosen.widths, 1.0)))
     written(given.result, {
-        "command": " ".join(["python benchmarks/cifar_sized.py", *sys.argv[1:]]), "commit": commit(),
+        "command": command("cifar_sized", argv), "commit": commit(),
         "versions": versions(), "device": device_name(default_device()), "machine": device_name("cpu"),
         "settings": lottery.settings_text(chosen.experiment), "together": given.together, "pieces": pieces,
         "seconds": seconds, "epochs": epochs, "images": images, "rows": rows})

@@ -68,7 +68,7 @@ def measured(chosen, store, row):
     return found
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--workers", type=at_least(1), default=2)
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="tiny images and one epoch: whether it runs")
     parser.add_argument("--runs", default="build/distillation", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     store, seeds = Store(given.runs), range(FIRST, FIRST + given.seeds)
     chosen = {task: experiment(task, given.quick) for task in given.tasks}

@@ -124,12 +124,12 @@ def sparse_opt_trained(kind, wanted, seed, sparse_opt, recipe):
             "accuracy": evaluate(model, digits.test).accuracy}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one epoch at one sparsity: whether it runs")
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     recipe = replace(RECIPE, epochs=1) if given.quick else RECIPE
     sparsities = SPARSITIES[-1:] if given.quick else SPARSITIES

@@ -63,7 +63,7 @@ def measured(chosen, store, families, members, method, workers):
                    "epochs": siblings.training_epochs(used, size, SPARSITY, base)}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--families", type=at_least(1), default=10)
     parser.add_argument("--members", type=at_least(2), default=8)
@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="few epochs: whether it runs")
     parser.add_argument("--runs", default="build/ensembles_from_one_mask", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     chosen, store, families = experiment(given.quick), Store(given.runs), range(given.families)
     rows = [row for method in METHODS

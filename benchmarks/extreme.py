@@ -17,13 +17,12 @@ place. It needs Linux.
 import argparse
 import json
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _machine import at_least, resident, written
+from _machine import at_least, command, resident, written
 
 import permask_core
 from permask_core import label_spaces
@@ -122,7 +121,7 @@ def memory(given, record):
     print(f"output layer, its gradient and Adam's moments, computed: {computed}")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--labels", type=int, choices=list(EXPERIMENTS), default=min(EXPERIMENTS))
     parser.add_argument("--seeds", type=at_least(1), default=3)
@@ -131,9 +130,9 @@ def main():
     parser.add_argument("--memory", action="store_true", help="measure memory with a million labels instead")
     parser.add_argument("--batch", type=at_least(1), default=64, help="points in a step, with --memory")
     parser.add_argument("--result", type=Path, help="where the JSON goes")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
-    record = {"command": " ".join(["python benchmarks/extreme.py", *sys.argv[1:]]), "commit": commit(),
+    record = {"command": command("extreme", argv), "commit": commit(),
               "machine": device_name("cpu" if given.memory else default_device()), "threads": given.threads,
               "versions": versions()}
     (memory if given.memory else precision)(given, record)

@@ -96,14 +96,14 @@ def shortcut(test, named):
     return (named == colour)[wrong].double().mean().item()
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--workers", type=at_least(1), default=2)
     parser.add_argument("--quick", action="store_true", help="tiny images, few epochs and sparsities: whether it runs")
     parser.add_argument("--runs", default="build/fairness_of_sparse_networks", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     tasks, store, seeds = {}, Store(given.runs), range(FIRST, FIRST + given.seeds)
     for task in TASKS:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _machine import at_least, resident, written
+from _machine import at_least, command, resident, written
 from scipy.sparse import csr_array
 from torch.nn import functional as F
 
@@ -188,21 +188,21 @@ def hoped(rows):
     return found
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=at_least(1), default=2)
     parser.add_argument("--seconds", type=float, default=1.0, help="of taking turns, for each row")
     parser.add_argument("--quick", action="store_true", help="a small layer, to see that everything runs")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help="where the JSON goes")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     if given.peak:
         kind, *numbers = given.peak
         return peak(kind, *map(int, numbers[:2]), float(numbers[2]))
     sizes, batches = ([(96, 64)], [1, 40]) if given.quick else (SIZES, BATCHES)
     compiled = torch.compile(gathered, dynamic=True) if shutil.which("g++") and not given.quick else None
-    record = {"command": " ".join(["python benchmarks/fan_in_cpu.py", *sys.argv[1:]]), "commit": commit(),
+    record = {"command": command("fan_in_cpu", argv), "commit": commit(),
               "device": device_name("cpu"), "threads": given.threads, "precision": "float32", "versions": versions(),
               "rows": [], "memory": []}
     print(", ".join(f"{name} {record[name]}" for name in ("command", "commit", "device", "threads", "precision")))

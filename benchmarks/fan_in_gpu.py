@@ -22,14 +22,13 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from _machine import at_least, written
+from _machine import at_least, command, written
 from torch.nn import functional as F
 
 from permask_core.data.extreme import planted
@@ -319,17 +318,17 @@ def machine():
         "cuda": torch.version.cuda, "triton": kernels._triton().triton.__version__, "driver": driver}}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=at_least(0), default=1, help="of taking turns, for each row")
     parser.add_argument("--only", nargs="+", choices=SIZES, default=list(SIZES), help="shapes, inputs x outputs")
     parser.add_argument("--quick", action="store_true", help="a small layer, to see that everything runs")
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "fan_in_gpu.json",
                         help="where the JSON goes")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     if given.result.is_dir():
         parser.error(f"--result {given.result} is a folder: expected a file")
-    record = {"command": " ".join(["python benchmarks/fan_in_gpu.py", *sys.argv[1:]]), "commit": commit(), **machine(),
+    record = {"command": command("fan_in_gpu", argv), "commit": commit(), **machine(),
               "precision": PRECISION, "copied_bytes": min(2 ** (20 if given.quick else 32), free_bytes() // 4),
               "rows": [], "skipped": []}
     bandwidth = record["copy_bytes_per_second"] = copy_bandwidth(record["copied_bytes"])

@@ -34,14 +34,14 @@ def experiment(quick):
                    imp_rate=0.6, checkpoints=(0, 1, 2))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--workers", type=at_least(1), default=1)
     parser.add_argument("--quick", action="store_true", help="few epochs and rewind points: whether it runs")
     parser.add_argument("--runs", default="build/how_little_rewinding", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     chosen, store = experiment(given.quick), Store(given.runs)
     shared = {"seeds": range(given.seeds), "sparsities": [SPARSITY], "matchings": ["weights"], "workers": given.workers}

@@ -147,13 +147,13 @@ def print_residual(label, record):
     print(f"    the permuted copy was {'' if record['recovered'] else 'not '}recovered", flush=True)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="how often each part of the digits runs")
     parser.add_argument("--residual-repeats", type=int, default=5, help="how often each part of the others")
     parser.add_argument("--threads", type=int, default=2, help="for the residual networks")
     parser.add_argument("--device", default="cpu", help="for the residual networks; on another than the CPU only these")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     record = {"command": "python benchmarks/matching.py " + " ".join(
         f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items()),
         "device": device_name(options.device), "machine": device_name("cpu"), "threads": options.threads,

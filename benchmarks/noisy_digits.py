@@ -22,13 +22,13 @@ FIRST = 100
 WIDTHS, SPARSITIES = [0.5, 1.0, 2.0], [0.9, 0.95, 0.97, 0.985]
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", default="build/noisy_digits", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     chosen = preset("digits", seeds=given.seeds, widths=WIDTHS, sparsities=SPARSITIES,
                     matchings=["weights", "activations"])

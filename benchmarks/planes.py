@@ -55,14 +55,14 @@ def compare(width, points, rounds, data):
             "median_seconds": medians, "ratio": medians["loop"] / medians["at once"]}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", type=at_least(1), nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--points", type=at_least(2), default=41, help="along each side of the grid")
     parser.add_argument("--quick", action="store_true", help="a grid of 5 x 5, two rounds")
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     points, rounds = (5, 2) if given.quick else (given.points, given.rounds)
     data, rows = load_dataset("digits"), []
     for threads in given.threads:

@@ -81,14 +81,14 @@ def control_rows(base, store, seed, sparsities):
                        "idle": round(torch.cat(list(idle_units(groups, masks, a).values())).double().mean().item(), 5)}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--workers", type=at_least(1), default=1)
     parser.add_argument("--quick", action="store_true", help="few epochs, one sparsity: whether it runs")
     parser.add_argument("--runs", default="build/price_of_alignment", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     base, sparsities, seeds, store = BASE, SPARSITIES, range(given.seeds), Store(given.runs)
     if given.quick:

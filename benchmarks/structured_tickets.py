@@ -132,14 +132,14 @@ def accuracies(chosen, store, seeds, sparsities, workers):
     return rows
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--workers", type=at_least(1), default=1)
     parser.add_argument("--quick", action="store_true", help="a small network and one sparsity: whether it runs")
     parser.add_argument("--runs", default="build/structured_tickets", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     chosen, sparsities = (QUICK, SPARSITIES[-1:]) if given.quick else (EXPERIMENT, SPARSITIES)

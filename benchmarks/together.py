@@ -15,11 +15,10 @@ thread, results in results/together.json. It asserts nothing.
 import argparse
 import os
 import statistics
-import sys
 from pathlib import Path
 
 import torch
-from _machine import at_least, timed, written
+from _machine import at_least, command, timed, written
 from training import plain_loader, plain_loop, random_split
 
 from permask_core.data import load_dataset
@@ -88,7 +87,7 @@ def compared(every, n, rounds, device):
     return {"images": n, "seconds": seconds, "images_per_second": speeds, "failed": failed}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=at_least(1), default=3, help="how often each side is timed")
     parser.add_argument("--networks", type=at_least(1), nargs="+", default=[4, 12, 24], help="trained at once")
@@ -96,11 +95,11 @@ def main():
     parser.add_argument("--device", choices=list(NETWORKS), default=torch.device(default_device()).type)
     parser.add_argument("--quick", action="store_true", help="two batches of 2, to see that everything runs")
     parser.add_argument("--result", type=Path, help="where the JSON goes")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     device, on_gpu = torch.device(given.device), given.device == "cuda"
     readers = (min(8, os.cpu_count()) if on_gpu else 0) if given.readers is None else given.readers
     torch.set_num_threads(1)
-    record = {"command": " ".join(["python benchmarks/together.py", *sys.argv[1:]]), "commit": commit(),
+    record = {"command": command("together", argv), "commit": commit(),
               "device": device_name(device), "machine": device_name("cpu"), "readers": readers, "rounds": given.rounds,
               "versions": versions(), "rows": []}
     print(", ".join(f"{name} {record[name]}" for name in list(record)[:-2]), flush=True)

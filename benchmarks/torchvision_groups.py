@@ -65,12 +65,12 @@ def spread(names):
     return [names[i] for i in order if i < len(names)]
 
 
-def main():
+def main(argv=None):
     models = torchvision.models.list_models(module=torchvision.models)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=models, choices=models, metavar="NAME", help="default: all")
     parser.add_argument("--seconds", type=float, default=15, help="for leaving out entries, in each model")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     record = {"command": f"python benchmarks/torchvision_groups.py --seconds {options.seconds:g}",
               "versions": versions() | {"torchvision": torchvision.__version__}, "device": platform.machine(),
               "precision": "float64", "rows": []}

@@ -18,13 +18,12 @@ does. It asserts nothing.
 import argparse
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import PIL
 import torch
-from _machine import at_least, timed, written
+from _machine import at_least, command, timed, written
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -141,7 +140,7 @@ def print_row(row):
           + (f"{row['processor_ratio']:>12.2f}" if "processor_ratio" in row else ""), flush=True)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=at_least(1), default=5, help="how often each side runs")
     parser.add_argument("--threads", type=at_least(1), default=1, help="of the main process on the CPU")
@@ -149,14 +148,14 @@ def main():
     parser.add_argument("--device", choices=list(IMAGES), default=torch.device(default_device()).type)
     parser.add_argument("--quick", action="store_true", help="batches of 2, to see that everything runs")
     parser.add_argument("--result", type=Path, help="where the JSON goes")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     device, on_gpu = torch.device(given.device), given.device == "cuda"
     readers = (min(8, os.cpu_count()) if on_gpu else 0) if given.readers is None else given.readers
     alone = not on_gpu and readers == 0
     batch_size = 2 if given.quick else 128
     images = {part: batch_size if given.quick else n for part, n in IMAGES[given.device].items()}
     torch.set_num_threads(given.threads)
-    record = {"command": " ".join(["python benchmarks/training.py", *sys.argv[1:]]), "commit": commit(),
+    record = {"command": command("training", argv), "commit": commit(),
               "device": device_name(device), "machine": device_name("cpu"), "threads": given.threads,
               "readers": readers, "batch_size": batch_size, "rounds": given.rounds,
               "tf32_convolutions": on_gpu and torch.backends.cudnn.allow_tf32,

@@ -27,13 +27,13 @@ def jpeg(image):
     return written.getvalue()
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", type=at_least(1), default=2)
     parser.add_argument("--rounds", type=at_least(1), default=7)
     parser.add_argument("--sizes", type=at_least(16), nargs="+", default=[16, 32, 64, 224])
     parser.add_argument("--result", type=Path, default=RESULT)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     rows = []
     for size in given.sizes:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 # Triton decides when it is imported whether it interprets its kernels, which is how they are tested without a GPU.
 if shutil.which("nvidia-smi") is None:
@@ -16,11 +17,23 @@ from permask_core.models import build_model
 from permask_core.store import Store
 from permask_core.training import Recipe, fit
 
-# How long an example takes says more about who else uses the machine. A search for new failing examples belongs on a
-# developer's machine; continuous integration repeats the same ones.
-settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says more about who else uses the machine. Continuous integration repeats the same examples
+# after every push; new failing ones are searched for on a developer's machine and, longer, by PERMASK_HYPOTHESIS=long.
+settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+settings.register_profile("long", settings.get_profile("local"), max_examples=300)
+settings.load_profile(os.environ.get("PERMASK_HYPOTHESIS") or ("ci" if os.environ.get("CI") else "local"))
+
+# The files that take longest, the longest first: begun last, one would keep a process waiting for the other.
+LONGEST = ["slurm/test_slurm.py", "browser/test_pages.py", "batch/test_snakefile.py", "sparse/test_kernels.py",
+           "sparse/test_triton.py", "test_benchmarks.py", "test_processes.py", "test_experiments.py",
+           "test_fairness_notebooks.py", "test_training.py", "sparse/test_fan_in.py", "matching/test_tracing.py"]
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in ranks), f"LONGEST names a file that there is not: {LONGEST}"
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -78,7 +78,6 @@ def drawn(seed, n=6, share=0.8, gap=0.3, sd=0.02):
     return 0.5 + share * gap + noise[0], 0.5 + noise[1], 0.5 + gap + noise[2]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(3, 12), st.floats(-0.5, 1.2), st.floats(0.6, 0.99))
 def test_at_the_ends_of_the_interval_a_t_test_is_just_significant(seed, n, share, confidence):
     permuted, naive, lth = drawn(seed, n, share)

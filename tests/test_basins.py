@@ -1,9 +1,7 @@
 """The stages of lines: their ends are the stored networks, their barriers those of plain evaluations."""
 
 from dataclasses import replace
-from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 
@@ -15,6 +13,7 @@ from permask_core.pruning import prunable_weights
 from permask_core.stages import data
 from permask_core.store import Store
 from permask_core.training import evaluate
+from tests import notebooks
 
 TINY = lottery.Experiment(width=0.25, epochs=3, checkpoints=(0, 1, 3), rewind=1, matched_at=3, imp_rewind=1,
                           imp_epochs=1, imp_rate=0.5)
@@ -128,15 +127,7 @@ def test_a_method_that_has_no_line_is_named(store):
 
 def checked(**changes):
     """Run the chapter's parameters, with changes, and its check."""
-    notebook = nbformat.read(Path(__file__).parents[1] / "notebooks" / "basins_and_connectivity.ipynb", as_version=4)
-    code = {cell.id: cell.source for cell in notebook.cells}
-    names = {}
-    exec(code["parameters"], names)
-    unknown = changes.keys() - names.keys()
-    assert not unknown
-    names |= changes
-    exec(code["check"], names)
-    return names["base"]
+    return notebooks.run("basins_and_connectivity", changes, until="check").space["base"]
 
 
 def test_the_chapter_runs_what_it_says():

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.spatial.distance import jensenshannon, pdist, squareform
@@ -92,7 +92,6 @@ def test_the_kullback_leibler_divergence_has_a_direction():
     assert pair_mean(found) == pytest.approx((found[0, 1] + found[1, 0]) / 2)
 
 
-@settings(deadline=None)
 @given(models())
 def test_bounds_of_the_divergences(p):
     js, kl = js_divergence(p), kl_divergence(p)
@@ -101,7 +100,6 @@ def test_bounds_of_the_divergences(p):
     assert (js <= (kl + kl.T) / 4 + 1e-12).all()  # half the mean of the two directions
 
 
-@settings(deadline=None)
 @given(models(least=3))
 def test_disagreement_is_a_metric(p):
     found = disagreement(p)
@@ -109,7 +107,6 @@ def test_disagreement_is_a_metric(p):
     assert (found[:, None, :] <= found[:, :, None] + found[None] + 1e-12).all()  # the triangle inequality
 
 
-@settings(deadline=None)
 @given(models(), st.randoms(use_true_random=False))
 def test_the_order_of_models_and_inputs_does_not_matter(p, chance):
     y = np.arange(p.shape[1]) % p.shape[2]
@@ -177,7 +174,6 @@ def test_stress_by_hand():
     assert (placed ** 2).sum() / 2 == pytest.approx(1.5)  # half of the sum of squares, 3 x 1/2 x 1
 
 
-@settings(deadline=None)
 @given(models(least=3))
 def test_square_roots_of_disagreement_and_js_divergence_fit_into_a_space(p):
     for measure in (disagreement, js_divergence):

@@ -1,39 +1,29 @@
-"""The notebook of dynamic sparse training, end to end on tiny files in the published formats, as one run and as jobs of
-a grid; what it refuses before any training; and its grids."""
+"""The notebook of dynamic sparse training on tiny files in the published formats, as one run and as jobs of a grid;
+what it refuses before any training; and its grids."""
 
 import json
 import warnings
 from pathlib import Path
 
 import numpy as np
-import papermill
 import pytest
 from scipy import stats
 
-from batch.grids import GridError, read_grid
+from batch.grids import GridError, read_grid, unchecked
 from permask_core import dst
 from permask_core.data.published import published_dynamic_sparse_training
 from permask_core.store import Store
 from tests.data.files import write_cifar, write_imagenet
-from tests.test_experiments import execute, shown_table, stages
+from tests.notebooks import run, shown_table
+from tests.test_experiments import stages
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOK = ROOT / "notebooks" / "sparse_training_on_images.ipynb"
+NOTEBOOK = "sparse_training_on_images"
 GRIDS = sorted(path.stem for path in (ROOT / "batch" / "grids").glob("dst_*.yaml"))
-TINY = {"width": 0.0625, "epochs": 1, "batch_size": 8, "precision": "float32", "strict": False,
+TINY = {"width": 0.0625, "epochs": 1, "batch_size": 8, "precision": "float32",
         "recipe": {"accumulate": 1, "warmup": 0}, "rewiring": {"every": 1}}
 LABELS = {"dense": "dense", "random": "random", "fan_in": "fan-in", "set": "SET", "rigl": "RigL", "srigl": "SRigL",
           "srigl+ablation": "SRigL, ablation"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    """One thread for each kernel, and controls that need none."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PERMASK_DISPLAY", "static")
-        patch.setenv("PYTHONPATH", str(ROOT))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +46,9 @@ def record(folder):
 
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
-    """CIFAR-10 with all methods, two sparsities and two seeds: where it left its files, and the executed notebook."""
+    """CIFAR-10 with all methods, two sparsities and two seeds: where it left its files, and what it showed."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, execute(NOTEBOOK, folder, given(data, folder, seeds=2, first_seed=3, sparsities=[0.8, 0.9]))
+    return folder, run(NOTEBOOK, given(data, folder, seeds=2, first_seed=3, sparsities=[0.8, 0.9]), folder)
 
 
 def test_its_results_are_those_of_the_library(whole, data):
@@ -100,7 +90,7 @@ def test_a_job_of_a_grid_is_a_part_of_the_whole(whole, data, tmp_path, methods, 
     own = given(data, tmp_path, seeds=1, first_seed=4, methods=methods, runs=str(folder / "runs"),
                 sparsities=sparsities)
     before = stages(folder / "runs")
-    executed = execute(NOTEBOOK, tmp_path, own)
+    executed = run(NOTEBOOK, own, tmp_path)
     assert stages(folder / "runs") == before
     expected = [row for row in record(folder)["runs"]
                 if row["seed"] == 4 and row["method"] in methods and row["sparsity"] in (sparsities or [0.0])]
@@ -112,32 +102,29 @@ def test_a_job_of_a_grid_is_a_part_of_the_whole(whole, data, tmp_path, methods, 
 def test_imagenet_in_its_own_format(data, tmp_path):
     own = given(data / "imagenet", tmp_path, preset="imagenet-resnet50", options={"image_size": 32, "workers": 0},
                 sparsities=[0.8], methods=["rigl", "srigl"])
-    execute(NOTEBOOK, tmp_path, own)
+    run(NOTEBOOK, own, tmp_path)
     assert [row["method"] for row in record(tmp_path)["runs"]] == ["rigl", "srigl"]
 
 
 def test_a_folder_with_results_of_other_settings_is_refused(whole, data, tmp_path):
     folder, _ = whole
-    with pytest.raises(papermill.PapermillExecutionError, match="was begun with methods"):
-        execute(NOTEBOOK, tmp_path, given(data, tmp_path, seeds=2, first_seed=3, sparsities=[0.8, 0.9],
-                                          methods=["rigl"], output=str(folder / "output")))
+    with pytest.raises(ValueError, match="was begun with methods"):
+        run(NOTEBOOK, given(data, tmp_path, seeds=2, first_seed=3, sparsities=[0.8, 0.9], methods=["rigl"],
+                            output=str(folder / "output")), tmp_path)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_grids_are_accepted_and_have_a_job_for_each_run(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PERMASK_DATA", str(tmp_path / "nothing"))  # no data set is read
-    jobs = read_grid(ROOT / "batch" / "grids" / f"{name}.yaml").values()
+def test_grids_have_a_job_for_each_run(name):
+    jobs = unchecked(ROOT / "batch" / "grids" / f"{name}.yaml").values()  # checked in tests/batch/test_grids.py
     counts = {}
     for job in jobs:
         own = job.parameters
-        assert own["seeds"] == own["workers"] == len(own["methods"]) == 1 and own["strict"] is False
+        assert own["seeds"] == own["workers"] == len(own["methods"]) == 1
         assert len(own.get("sparsities", [0])) == 1
         counts[own["preset"]] = counts.get(own["preset"], 0) + 1
     assert counts == {preset: one.seeds * (1 + 6 * len(one.sparsities)) for preset, one in dst.PRESETS.items()
                       if preset.startswith(f"{name.removeprefix('dst_')}-")}
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_there_is_a_grid_for_each_published_data_set():
@@ -160,7 +147,7 @@ BAD = [
 def test_a_grid_with_bad_values_is_refused_with_all_of_them(tmp_path):
     grid = tmp_path / "bad.yaml"
     presets = {f"p{i}": changes for i, (changes, _) in enumerate(BAD)}
-    grid.write_text(json.dumps({"notebook": NOTEBOOK.stem, "presets": presets}))
+    grid.write_text(json.dumps({"notebook": NOTEBOOK, "presets": presets}))
     with warnings.catch_warnings(), pytest.raises(GridError) as caught:
         warnings.simplefilter("ignore")
         read_grid(grid)

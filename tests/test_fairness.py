@@ -10,7 +10,7 @@ import pandas
 import pytest
 import torch
 from fairlearn import metrics as fairlearn
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -27,6 +27,7 @@ from permask_core.fairness import (
     individual_fairness,
 )
 from permask_core.statistics import proportion_interval
+from tests.hypotheses import examples
 
 METRICS = {demographic_parity_difference: fairlearn.demographic_parity_difference,
            equalized_odds_difference: fairlearn.equalized_odds_difference}
@@ -83,7 +84,6 @@ def test_several_classes_are_the_mean_of_fairlearns_of_each_against_the_rest(met
 
 
 @both
-@settings(deadline=None)
 @given(sample=samples(classes=2))
 def test_with_two_classes_both_give_the_same(metric, sample):
     y_true, y_pred, group = sample
@@ -94,7 +94,6 @@ def test_with_two_classes_both_give_the_same(metric, sample):
 
 
 @both
-@settings(deadline=None)
 @given(sample=samples(), undefined=st.sampled_from(fairness.UNDEFINED), data=st.data())
 def test_neither_order_nor_names_matter(metric, sample, undefined, data):
     y_true, y_pred, group = sample
@@ -109,7 +108,6 @@ def test_neither_order_nor_names_matter(metric, sample, undefined, data):
 
 
 @both
-@settings(deadline=None)
 @given(seed=st.integers(0, 10_000), classes=st.integers(2, 4))
 def test_groups_that_are_merged_are_not_further_apart(metric, seed, classes):
     y_true, y_pred, group = random_sample(np.random.default_rng(seed), 60, classes, 4)
@@ -368,7 +366,7 @@ def test_memory_does_not_matter(pairs, monkeypatch):
 
 
 @given(st.floats(0.01, 100), st.integers(0, 100))
-@settings(deadline=None, max_examples=20)
+@examples(1 / 3)
 def test_a_scaled_rotation_has_its_scale_everywhere(scale, seed):
     rng = np.random.default_rng(seed)
     inputs = rng.normal(size=(20, 5))

@@ -1,13 +1,10 @@
-"""The notebooks of class bias and fairness, end to end on tiny files in the published formats, and what they refuse."""
+"""The notebooks of class bias and fairness on tiny files in the published formats, and what they refuse."""
 
 import json
 import warnings
-from pathlib import Path
 
 import numpy as np
-import papermill
 import pytest
-from papermill.exceptions import PapermillExecutionError
 from transformers import BertConfig, DistilBertConfig
 
 from permask_core import transfer
@@ -23,23 +20,11 @@ from tests.data.files import (
     write_tiny_imagenet,
     write_tokenizer,
 )
-from tests.test_experiments import execute, shown_table, until
+from tests.notebooks import run, shown_table
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-IMAGES = ["cifar10", "cifar100", "svhn", "tiny_imagenet", "imagenet"]
-QUICK = {"seeds": 2, "temperatures": [2, 40], "workers": 1, "strict": False,
-         "recipe": {"epochs": 1, "batch_size": 8, "precision": "float32", "warmup": 0}}
+QUICK = {"seeds": 2, "temperatures": [2, 40], "workers": 1,
+         "recipe": {"epochs": 1, "lr": 0.001, "batch_size": 20, "precision": "float32", "warmup": 0}}
 NARROW = {"teacher_options": {"width": 0.125}, "student_options": {"width": 0.125}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    """One thread for each kernel, and controls that need none."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PERMASK_DISPLAY", "static")
-        patch.setenv("PYTHONPATH", str(NOTEBOOKS.parent))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +70,7 @@ def test_class_bias_on_every_image_set(names, data, tmp_path):
         own = {**own, "data_root": None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERMASK_DATA", str(data))
-        executed = execute(until(NOTEBOOKS / "class_bias.ipynb", "publish", tmp_path), tmp_path, own)
+        executed = run("class_bias", own, tmp_path, until="publish")
         for name in names:
             chosen = transfer.pair(name, options={key: value for key, value in options.items() if key != "image_size" or
                                                   name == "imagenet"} if name != "tiny_imagenet" else None,
@@ -104,13 +89,30 @@ def test_class_bias_on_every_image_set(names, data, tmp_path):
     assert [line[:2] for line in lines[1:]] == [[name, t] for name in names for t in ("2", "40")]
 
 
+def test_class_bias_goes_on_where_a_network_is_right_on_no_image(tmp_path):
+    def wrong_everywhere(names):
+        student = next(row for row in names["rows"]["digits"] if row["role"] == "student")
+        student["predictions"] = (names["truth"]["digits"] + 1) % names["classes"]["digits"]
+
+    own = {"runs": str(tmp_path / "runs"), "output": str(tmp_path / "output"), **QUICK, "pairs": ["digits"]}
+    executed = run("class_bias", own, tmp_path, until="publish", after={"run": wrong_everywhere})
+    head, *lines = shown_table(executed, "count")
+    assert [line[:2] for line in lines] == [["digits", "2"], ["digits", "40"]]
+    for line in lines:
+        found = dict(zip(head, line))
+        assert {value == "undefined" for name, value in found.items() if "#SC" in name} == {True}
+        assert 0 <= int(found["#TC"]) <= 10 and found["#TC expected"] != "undefined"
+    assert "Undefined: one of the networks compared is right on no test image" in record(tmp_path)["caption"]
+    assert len(record(tmp_path)["runs"]) == 2 * 4 and (tmp_path / "output" / "results.svg").exists()
+
+
 @pytest.mark.parametrize("pair, attributes", [
     ("celeba", ["Young", "Male"]), ("hatexplain", ["gender", "race", "religion", "sexual_orientation"])])
 def test_groups_and_individuals_on_people_and_texts(pair, attributes, data, tmp_path):
     settings = ({"options": {"image_size": 32, "workers": 0, "verify": False}, **NARROW} if pair == "celeba" else
                 texts(data))
     own = given(data, tmp_path, pair=pair, attributes=attributes, **settings)
-    executed = execute(until(NOTEBOOKS / "group_and_individual_fairness.ipynb", "publish", tmp_path), tmp_path, own)
+    executed = run("group_and_individual_fairness", own, tmp_path, until="publish")
     chosen = transfer.pair(pair, recipe=QUICK["recipe"], root=str(data), **{
         **settings, "options": {**settings["options"], "attributes": attributes}})
     store = Store(tmp_path / "runs")
@@ -135,18 +137,17 @@ def test_groups_and_individuals_on_people_and_texts(pair, attributes, data, tmp_
 
 
 @pytest.mark.parametrize("notebook, changes, error, message", [
-    ("class_bias", {"pairs": ["cifar"]}, "ValueError", "unknown pair 'cifar': expected one of digits, trifeature"),
-    ("class_bias", {"options": {"noize": 1}}, "ValueError", "options has 'noize': no data set of digits, trifeature"),
-    ("class_bias", {"seeds": 1}, "ValueError", "seeds is 1: expected at least 2"),
-    ("class_bias", {"temperatures": [0]}, "ValueError", "temperature is 0: expected a number above 0"),
-    ("group_and_individual_fairness", {"attributes": ["size"]}, "ValueError",
+    ("class_bias", {"pairs": ["cifar"]}, ValueError, "unknown pair 'cifar': expected one of digits, trifeature"),
+    ("class_bias", {"options": {"noize": 1}}, ValueError, "options has 'noize': no data set of digits, trifeature"),
+    ("class_bias", {"seeds": 1}, ValueError, "seeds is 1: expected at least 2"),
+    ("class_bias", {"temperatures": [0]}, ValueError, "temperature is 0: expected a number above 0"),
+    ("group_and_individual_fairness", {"attributes": ["size"]}, ValueError,
      "unknown attribute 'size': trifeature has shape, texture, colour"),
-    ("group_and_individual_fairness", {"pair": "celeba", "attributes": ["Young"]}, "FileNotFoundError", "CelebA"),
-    ("temperature", {"unseen": 10}, "ValueError", "unseen is 10: expected a digit from 0 to 9"),
+    ("group_and_individual_fairness", {"pair": "celeba", "attributes": ["Young"]}, FileNotFoundError, "CelebA"),
+    ("temperature", {"unseen": 10}, ValueError, "unseen is 10: expected a digit from 0 to 9"),
 ])
 def test_notebooks_refuse_what_they_cannot_do(notebook, changes, error, message, tmp_path):
-    with pytest.raises(PapermillExecutionError) as caught:
-        papermill.execute_notebook(NOTEBOOKS / f"{notebook}.ipynb", tmp_path / "out.ipynb", changes, cwd=tmp_path,
-                                   progress_bar=False, extra_arguments=["--log-level=ERROR"])
-    assert caught.value.ename == error and message in caught.value.evalue
+    with pytest.raises(error) as caught:
+        run(notebook, changes, tmp_path)
+    assert message in str(caught.value)
     assert not list(tmp_path.rglob("*.safetensors"))

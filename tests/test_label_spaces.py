@@ -8,13 +8,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import papermill
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from batch.grids import GridError, read_grid
+from batch.grids import GridError, read_grid, unchecked
 from permask_core import label_spaces
 from permask_core.data.extreme import planted
 from permask_core.label_spaces import METHODS, PRESETS, Experiment, check, classifier, data, parameters, preset, run
@@ -27,6 +26,7 @@ from permask_core.sparse.extreme import (
     training_bytes,
 )
 from permask_core.store import Store
+from tests.notebooks import run as run_notebook
 
 ROOT = Path(__file__).parents[1]
 SMALL = Experiment(labels=100, points=200, test_points=100, clusters=5, features=16, hidden=20, fan_in=10,
@@ -293,18 +293,15 @@ def test_files_of_different_width_or_without_tail_are_refused(tmp_path):
 
 # ---- The notebook and the grid ---------------------------------------------------------------------------------------
 
-def execute(folder, given, monkeypatch):
+def execute(folder, given):
     """The notebook with parameters, and what it left."""
-    monkeypatch.setenv("PERMASK_DISPLAY", "static")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    given = {"runs": str(folder / "runs"), "output": str(folder / "output"), "strict": False, "workers": 1, **given}
-    papermill.execute_notebook(ROOT / "notebooks" / "extreme_labels.ipynb", folder / "out.ipynb", given, cwd=folder,
-                               progress_bar=False, extra_arguments=["--log-level=ERROR"])
+    given = {"runs": str(folder / "runs"), "output": str(folder / "output"), "workers": 1, **given}
+    run_notebook("extreme_labels", given, folder)
     return json.loads((folder / "output" / "results.json").read_text())
 
 
-def test_the_notebook_leaves_a_row_for_every_run(tmp_path, monkeypatch):
-    found = execute(tmp_path, {"labels": 300, "seeds": 2, "first_seed": 5, "epochs": 1, "fan_in": 16}, monkeypatch)
+def test_the_notebook_leaves_a_row_for_every_run(tmp_path):
+    found = execute(tmp_path, {"labels": 300, "seeds": 2, "first_seed": 5, "epochs": 1, "fan_in": 16})
     experiment = preset("planted", labels=300, fan_in=16, recipe={"epochs": 1})
     store = Store(tmp_path / "runs")
     assert found["runs"] == run(experiment, store, seeds=[5, 6]) and store.computed == 0
@@ -314,10 +311,10 @@ def test_the_notebook_leaves_a_row_for_every_run(tmp_path, monkeypatch):
     assert (tmp_path / "output" / "results.svg").stat().st_size > 1000
 
 
-def test_the_notebook_reads_files_and_runs_one_method_of_one_seed(tmp_path, monkeypatch):
+def test_the_notebook_reads_files_and_runs_one_method_of_one_seed(tmp_path):
     write_files(tmp_path / "wiki31k", labels=50, train=200)
     found = execute(tmp_path, {"preset": "wiki31k", "labels": 50, "seeds": 1, "methods": ["set"], "epochs": 1,
-                               "data_root": str(tmp_path)}, monkeypatch)
+                               "data_root": str(tmp_path)})
     row, = found["runs"]
     assert (row["method"], row["labels"], row["fan_in"]) == ("set", 50, 64)
     assert row["parameters"] == 30 * 768 + 50 * 65
@@ -325,8 +322,8 @@ def test_the_notebook_reads_files_and_runs_one_method_of_one_seed(tmp_path, monk
     assert line["P@1, all"] == f"{100 * row['precision']['all']['1']:.1f}"
 
 
-def test_the_grid_is_accepted():
-    jobs = read_grid(ROOT / "batch" / "grids" / "extreme.yaml")
+def test_the_grid_runs_every_preset_of_files():  # it is checked in tests/batch/test_grids.py
+    jobs = unchecked(ROOT / "batch" / "grids" / "extreme.yaml")
     assert all(job.notebook == "extreme_labels" and job.parameters["seeds"] == 1 for job in jobs.values())
     assert {job.parameters["preset"] for job in jobs.values()} == set(PRESETS) - {"planted", "planted-10k"}
     for job in jobs.values():

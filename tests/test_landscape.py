@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.integrate import quad
 from scipy.optimize import linear_sum_assignment, minimize
 
 from permask_core import landscape
+from tests.hypotheses import examples
 
 weight = st.floats(-4, 4).filter(lambda w: w == 0 or abs(w) > 1e-3)
 pair = arrays(float, 2, elements=weight)
@@ -27,7 +28,7 @@ def autograd(weights, points=20_001):
     return value.item(), w.grad.numpy()
 
 
-@settings(max_examples=30, deadline=None)
+@examples(1 / 2)
 @given(pair)
 def test_loss_is_the_integral(weights):
     def squared_error(x):
@@ -36,7 +37,7 @@ def test_loss_is_the_integral(weights):
     assert landscape.loss(weights) == pytest.approx(quad(squared_error, -1, 1, points=[0])[0], abs=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(1 / 2)
 @given(pair)
 def test_loss_and_gradient_agree_with_autograd(weights):
     value, slope = autograd(weights)
@@ -61,7 +62,6 @@ def test_minima_and_best_single_weights():
             assert found.fun == pytest.approx(value, abs=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
 @given(pair, st.floats(0.1, 1.5))
 def test_descent_ends_at_its_closed_form(weights, learning_rate):
     for slope in (3, 1):  # the edge between two fates is crossed ever more slowly

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors import safe_open
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from permask_core.files import save_tensors
 from permask_core.masks import apply_masks, layer_sparsity, load_masks, save_masks, sparsity
 from permask_core.models import build_model
+from tests.hypotheses import examples
 
 masks = st.dictionaries(st.sampled_from(["fc1.weight", "fc2.weight", "head.weight"]),
                         arrays(bool, array_shapes(max_dims=4, max_side=4)).map(torch.from_numpy), min_size=1)
@@ -24,7 +25,6 @@ def test_sparsity_is_the_fraction_of_zeros_of_all_masked_weights():
     assert layer_sparsity(JAGGED) == {"a": 0.5, "b": 0.25}
 
 
-@settings(deadline=None)
 @given(masks)
 def test_sparsity_is_the_weighted_mean_of_the_layers(masks):
     sizes = {name: mask.numel() for name, mask in masks.items()}
@@ -84,7 +84,7 @@ def test_the_first_offending_key_is_named_with_both_shapes():
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@settings(deadline=None, max_examples=30)
+@examples(1 / 2)
 @given(masks, st.dictionaries(st.sampled_from(["seed", "command", "dataset"]), st.integers() | st.text()))
 def test_round_trip_with_provenance(tmp_path_factory, masks, provenance):
     path = tmp_path_factory.mktemp("masks") / "ticket.safetensors"

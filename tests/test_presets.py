@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import fields, replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from permask_core import together
@@ -111,7 +111,6 @@ def values(one):
     return st.lists(one, min_size=1, max_size=4, unique=True)
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.sampled_from(sorted(PRESETS)), st.data())
 def test_any_valid_change_gives_experiments_that_can_run(name, data):
     base = PRESETS[name].experiment

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
@@ -48,7 +48,6 @@ def nested(inner, outer):
     return all((mask <= outer[name]).all() for name, mask in inner.items())
 
 
-@settings(deadline=None, max_examples=40)
 @given(states, fractions)
 def test_magnitude_masks_are_those_of_sorting(state, fraction):
     everywhere = magnitude_masks(state, fraction)
@@ -58,7 +57,6 @@ def test_magnitude_masks_are_those_of_sorting(state, fraction):
     assert kept(by_layer) == by_sorting(state, ["a"], fraction) | by_sorting(state, ["b"], fraction)
 
 
-@settings(deadline=None)
 @given(states, states, fractions, fractions, st.sampled_from(SCOPES))
 def test_new_masks_are_nested_in_previous_ones(first, second, low, high, scope):
     low, high = sorted((low, high))
@@ -71,7 +69,6 @@ def test_new_masks_are_nested_in_previous_ones(first, second, low, high, scope):
         assert all(mask.sum() == mask.numel() - round(high * mask.numel()) for mask in masks.values())
 
 
-@settings(deadline=None, max_examples=40)
 @given(states, fractions)
 def test_every_neuron_keeps_as_many_of_its_own_weights(state, fraction):
     masks = magnitude_masks(state, fraction, scope="fan_in")
@@ -139,7 +136,6 @@ def test_prunable_are_linear_and_convolution_weights_but_no_shortcuts():
     assert not weights["head.weight"].requires_grad
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1), st.integers(0, 1000))
 def test_random_masks_have_exact_counts_and_a_seed(density, seed):
     state = normal_state(0)
@@ -184,7 +180,6 @@ def test_a_saturated_layer_is_dense_and_the_others_share_the_rest():
     assert erk_densities(shapes, 0.1) == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=4), min_size=1, max_size=6), st.floats(0.001, 1))
 def test_erdos_renyi_kernel_densities_add_up(sizes, density):
     shapes = {str(i): torch.empty(shape) for i, shape in enumerate(sizes)}

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import confusion_matrix, recall_score
@@ -34,7 +34,6 @@ def test_an_interval_by_hand():
     assert interval == pytest.approx((96.4, sd, 96.4 - half, 96.4 + half, 3))
 
 
-@settings(deadline=None)
 @given(values, confidences)
 def test_an_interval_is_scipys(values, confidence):
     assume(np.std(values) > 1e-6)
@@ -51,7 +50,6 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
         assert abs(hits / 2000 - confidence) < 4 * math.sqrt(confidence * (1 - confidence) / 2000)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=2, max_size=7), confidences)
 def test_a_paired_comparison_is_scipys_and_an_enumeration(pairs, confidence):
     a, b = np.array(pairs).T
@@ -103,7 +101,6 @@ def test_equal_differences(a, b, effect, p):
     assert found.low == pytest.approx(found.high)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), confidences)
 def test_wilsons_interval_by_its_formula(counts, confidence):
     """Wilson, "Probable inference, the law of succession, and statistical inference", 1927."""
@@ -119,7 +116,6 @@ def test_wilsons_interval_by_its_formula(counts, confidence):
 
 # ---- Unpaired --------------------------------------------------------------------------------------------------------
 
-@settings(deadline=None)
 @given(values, values, confidences)
 def test_an_unpaired_comparison_is_scipys_and_an_enumeration(a, b, confidence):
     a, b = (np.round(side, 3).tolist() for side in (a, b))  # differences are then the same or clearly not

@@ -21,9 +21,9 @@ import psutil
 ROOT = Path(__file__).parents[2]
 
 
-def started(grid, folder):
-    """The scheduler of a grid, whose results and stages lie below `folder`."""
-    command = [Path(sys.executable).parent / "snakemake", "-s", ROOT / "batch" / "Snakefile", "--config",
+def started(grid, folder, root=ROOT, options=()):
+    """The scheduler of a grid, whose results and stages lie below `folder`, with the batch of a repository."""
+    command = [Path(sys.executable).parent / "snakemake", "-s", root / "batch" / "Snakefile", *options, "--config",
                f"grid={grid}", f"output={folder / 'grid'}", f"store={folder / 'store'}"]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log:

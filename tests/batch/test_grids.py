@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from batch import grids
@@ -30,6 +30,7 @@ def faults(path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_grids_that_come_with_the_book_are_accepted(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PERMASK_DATA", str(tmp_path / "nothing"))
     jobs = read_grid(path)
     assert jobs and jobs == unchecked(path)
     assert list(tmp_path.iterdir()) == []  # no data were fetched, no folder made
@@ -55,7 +56,6 @@ VALUES = st.one_of(st.integers(0, 10), st.text("ab c/.'é-", max_size=4), st.boo
                    st.lists(st.sampled_from(["x/y", 0.5]), min_size=1, max_size=2))
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(VALUES, min_size=1, max_size=3), min_size=1, max_size=3))
 def test_names_of_jobs_are_files_and_tell_combinations_apart(lists):
     cross = {name: values for name, values in zip(("value", "names", "rate"), lists)}

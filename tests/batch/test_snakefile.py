@@ -1,43 +1,49 @@
-"""The whole of a batch: refused grids, a dry run, and a run that is killed again and again."""
+"""The whole of a batch: refused grids, dry runs, runs that are killed, and the smallest grid of the book."""
 
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from tests.batch.kill import ROOT, compare
+import pytest
+
+from permask_core.tables import read_table
+from tests.batch.kill import ROOT, compare, cut, kill, started
+from tests.batch.tiny import WORK, write_grid, write_notebook
+from tests.hypotheses import LONG
+
+STUCK = '''import pathlib, time
+begun = pathlib.Path(runs, "begun")
+if value == 2 and not begun.exists():
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    begun.touch()
+    time.sleep(600)
+'''
 
 
-def snakemake(tmp_path, *arguments):
-    return subprocess.run([Path(sys.executable).parent / "snakemake", "-s", ROOT / "batch" / "Snakefile", *arguments],
-                          cwd=tmp_path, capture_output=True, text=True)
+def snakemake(folder, *arguments, root=ROOT):
+    return subprocess.run([Path(sys.executable).parent / "snakemake", "-s", root / "batch" / "Snakefile", *arguments],
+                          cwd=folder, capture_output=True, text=True)
 
 
-def test_a_grid_with_faults_is_refused_with_all_of_them(tmp_path):
-    grid = ROOT / "tests" / "batch" / "faults.yaml"
-    done = snakemake(tmp_path, "--config", f"grid={grid}", f"output={tmp_path / 'out'}")
-    assert done.returncode == 1 and not (tmp_path / "out").exists()
-    for fault in ("'sparsites', perhaps 'sparsities'", "seeds is 'three', a str", "'cifar11': expected one of"):
+@pytest.fixture
+def place(tmp_path):
+    """A repository with the batch, a notebook of a moment, of which value 2 gets stuck the first time, and a grid."""
+    shutil.copytree(ROOT / "batch", tmp_path / "batch", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "permask_core").symlink_to(ROOT / "permask_core")
+    write_notebook(tmp_path, work=STUCK + WORK)
+    return tmp_path, write_grid(tmp_path / "grid.yaml", {"notebook": "tiny", "cross": {"value": [1, 2]}})
+
+
+def test_a_grid_with_faults_is_refused_with_all_of_them(place):
+    root, grid = place
+    write_grid(grid, {"notebook": "tiny", "fixed": {"rat": 1, "fail": "no"}, "cross": {"value": [1, -1]}})
+    done = snakemake(root, "--config", f"grid={grid}", f"output={root / 'out'}", root=root)
+    assert done.returncode == 1 and not (root / "out").exists()
+    for fault in ("'rat', perhaps 'rate'", "fail is 'no', a str", "value is -1: expected at least 0"):
         assert fault in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_a_dry_run_lists_the_jobs_and_runs_nothing(tmp_path):
-    done = snakemake(tmp_path, "-n", "--config", "grid=smoke", f"output={tmp_path / 'out'}")
-    assert done.returncode == 0 and not (tmp_path / "out").exists()
-    assert "to run    cifar_first_seed-1_sparsities-0.8, at most 10 minutes" in done.stderr
-    assert "4 jobs, 0 of them finished; the others take at most 40 minutes" in done.stderr
-
-
-def test_a_dry_run_deletes_nothing_and_a_result_of_other_parameters_is_put_aside(tmp_path):
-    result = tmp_path / "out" / "jobs" / "cifar_first_seed-0_sparsities-0.5.json"
-    result.parent.mkdir(parents=True)
-    result.write_text('{"parameters": {"of": "another grid"}}')
-    for dry in ("-n", "-pn", "--dry-run"):
-        done = snakemake(tmp_path, dry, "--config", "grid=smoke", f"output={tmp_path / 'out'}")
-        assert done.returncode == 0 and "to run    cifar_first_seed-0_sparsities-0.5, at most" in done.stderr
-        assert list((tmp_path / "out").rglob("*.*")) == [result]
-    snakemake(tmp_path, "--until", "nothing", "--config", "grid=smoke", f"output={tmp_path / 'out'}")
-    assert not result.exists() and "another grid" in result.with_suffix(".old").read_text()
 
 
 def test_without_a_grid_the_grids_are_named(tmp_path):
@@ -45,6 +51,64 @@ def test_without_a_grid_the_grids_are_named(tmp_path):
     assert done.returncode == 1 and "no grid ''" in done.stderr and "smoke" in done.stderr
 
 
+def test_a_dry_run_lists_the_jobs_and_touches_nothing_and_a_result_of_other_parameters_is_put_aside(place):
+    root, grid = place
+    result = root / "out" / "jobs" / "tiny_value-1.json"
+    result.parent.mkdir(parents=True)
+    result.write_text('{"parameters": {"of": "another grid"}}')
+    settings = "--config", f"grid={grid}", f"output={root / 'out'}"
+    for dry in ("-pn", "--dry-run"):
+        done = snakemake(root, dry, *settings, root=root)
+        assert done.returncode == 0 and "to run    tiny_value-1, at most 60 minutes" in done.stderr
+        assert "2 jobs, 0 of them finished; the others take at most 2 hours" in done.stderr
+        assert list((root / "out").rglob("*.*")) == [result]
+    snakemake(root, "--until", "nothing", *settings, root=root)
+    assert not result.exists() and "another grid" in result.with_suffix(".old").read_text()
+
+
+def test_a_killed_grid_goes_on_and_what_is_cut_off_is_made_again(place):
+    root, grid = place
+    first, second = (root / "grid" / "jobs" / f"tiny_value-{value}.json" for value in (1, 2))
+
+    def stuck():
+        return first.exists() and (root / "store" / "begun").exists()
+
+    process = started(grid, root, root, ["--cores", "2"])
+    end = time.monotonic() + 300
+    while not stuck() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    kill(process)
+    assert stuck() and not second.exists() and not (root / "grid" / "table.csv").exists()
+
+    before = first.stat().st_mtime_ns
+    process = started(grid, root, root)
+    assert process.wait() == 0, (root / "log.txt").read_text()
+    assert first.stat().st_mtime_ns == before and (root / "store" / "log").read_text().split() == ["1", "2"]
+    rows = read_table(root / "grid" / "table.csv")
+    assert [(row["job"], row["value"], row["seed"]) for row in rows] == [
+        (f"tiny_value-{value}", value, seed) for value in (1, 2) for seed in (0, 1)]
+
+    table, other = (root / "grid" / "table.csv").read_bytes(), second.stat().st_mtime_ns
+    cut(first)
+    process = started(grid, root, root)
+    assert process.wait() == 0, (root / "log.txt").read_text()
+    assert second.stat().st_mtime_ns == other and (root / "grid" / "table.csv").read_bytes() == table
+    assert (root / "store" / "log").read_text().split() == ["1", "2", "1"]
+
+
+def test_a_job_of_a_notebook_of_the_book(tmp_path):
+    """Of the grid `smoke`; that jobs at once share what they have in common is in tests/test_store.py."""
+    name = "cifar_first_seed-0_sparsities-0.5"
+    done = snakemake(tmp_path, tmp_path / "grid" / "jobs" / f"{name}.json", "--config", "grid=smoke",
+                     f"output={tmp_path / 'grid'}", f"store={tmp_path / 'store'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_table(tmp_path / "grid" / "table.csv")
+    assert [row["method"] for row in rows] == ["dense", "lth", "permuted", "naive", "random"]
+    assert all(row["job"] == name and row["given.epochs"] == 3 for row in rows)
+    assert len(list((tmp_path / "store" / "dense").glob("*.safetensors"))) == 2  # A and B
+
+
+@pytest.mark.skipif(not LONG, reason="takes minutes: make test-long")
 def test_a_grid_killed_three_times_gives_the_same_table(tmp_path):
     compare("smoke", tmp_path, 3)
     assert "Nothing to be done" in snakemake(

@@ -67,8 +67,11 @@ def test_page_is_whole_over_http(visit, page):
     check_whole(visit("http", page))
 
 
-def test_chapter_is_whole_from_a_folder(visit, chapter):
-    check_whole(visit("file", chapter))
+def test_chapter_is_whole_from_a_folder_and_fits_a_narrow_screen(visit, chapter):
+    page = visit("file", chapter)
+    check_whole(page)
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 @pytest.mark.parametrize("scheme", ["http", "file"])
@@ -88,9 +91,3 @@ def test_every_control_changes_the_picture_from_the_keyboard(visit, scheme, expl
             after = explore.evaluate(SHOWN)
             changed = len(after) == 1 and after != before  # pictures are long; keep them out of the message
             assert changed, f"{control.evaluate('input => input.outerHTML')} leaves the picture as it was"
-
-
-def test_chapter_fits_a_narrow_screen(visit, chapter):
-    page = visit("file", chapter)
-    page.set_viewport_size({"width": 390, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from permask_core.masks import apply_masks, layer_sparsity
@@ -15,6 +15,7 @@ from permask_core.matching.permutations import Permutations, assign
 from permask_core.models import build_model
 from permask_core.pruning import magnitude_masks
 from permask_core.sparse import FanInLinear, condense
+from tests.hypotheses import examples
 
 X = torch.zeros(2, 1, 8, 8)
 
@@ -61,7 +62,7 @@ def test_masks_move_with_their_weights_and_keep_their_zeros(net):
         assert torch.equal(moved[name] * moved_state[name], masked[name])
 
 
-@settings(deadline=None, max_examples=20)
+@examples(1 / 3)
 @given(st.sampled_from([("mlp", 8), ("lenet5", 28), ("resnet8", 8)]), st.floats(0.1, 0.97), st.integers(0, 1000))
 def test_constant_fan_in_stays_constant_fan_in(network, sparsity, seed):
     """Rows move, and within each row columns: no row gains or loses a connection."""
@@ -75,7 +76,7 @@ def test_constant_fan_in_stays_constant_fan_in(network, sparsity, seed):
         assert (mask.flatten(1).sum(1) == fan_in).all() and (moved[key].flatten(1).sum(1) == fan_in).all()
 
 
-@settings(deadline=None, max_examples=20)
+@examples(1 / 3)
 @given(st.floats(0.5, 0.97), st.integers(0, 1000))
 def test_a_condensed_network_that_was_moved_computes_the_same(sparsity, seed):
     model, moved = (build_model("mlp", (1, 8, 8), 10, width=0.2, seed=seed).double() for _ in range(2))
@@ -143,7 +144,7 @@ def test_what_is_within_a_unit_moves_before_the_unit():
     assert permute(groups, dict(reversed(both.items())), {"w": torch.arange(6)})["w"].tolist() == [3, 4, 5, 2, 0, 1]
 
 
-@settings(max_examples=30, deadline=None)
+@examples(1 / 2)
 @given(n=st.integers(1, 6), seed=st.integers(0, 2**32))
 def test_an_assignment_is_as_good_as_trying_all(n, seed):
     similarity = np.random.default_rng(seed).normal(size=(n, n))

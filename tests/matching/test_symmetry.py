@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from permask_core.matching.symmetry import INERT, UNIFORM, Site, Structure, colour_of, mixed, orbits
@@ -204,7 +204,6 @@ def swaps(structure, orbit):
         yield image
 
 
-@settings(deadline=None, max_examples=300)
 @given(structure=structures())
 def test_every_exchange_is_a_symmetry(structure):
     result, _, fixed = orbits(structure)

@@ -1,4 +1,4 @@
-"""One small model of every torchvision family: followed, its function kept, and the committed table still true.
+"""One small model of each kind in torchvision: followed, its function kept, and the committed table still true.
 
 All models: benchmarks/torchvision_groups.py, whose results the table in the book shows.
 """
@@ -9,11 +9,14 @@ import torch
 from permask_core.data.measured import measured_torchvision_groups
 from permask_core.matching import function_change, permutation_groups, redrawn, shuffles
 from permask_core.vision import torchvision
+from tests.hypotheses import LONG
 
 ROWS = {row["model"]: row for row in measured_torchvision_groups()["rows"]}
-FAMILIES = ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t",
-            "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d",
-            "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32"]
+FAMILIES = ["alexnet", "convnext_tiny", "googlenet", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf",
+            "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_v2_t", "vit_b_32"]
+if LONG:  # of families whose kinds of layers others above have, too
+    FAMILIES += ["densenet121", "efficientnet_b0", "inception_v3", "maxvit_t", "mnasnet0_5", "resnext50_32x4d",
+                 "swin_t", "vgg11_bn"]
 
 
 def test_the_table_has_every_classification_model_and_none_changed():
@@ -33,6 +36,6 @@ def test_a_torchvision_model_is_followed_and_keeps_its_function(name):
     model, permutations = redrawn(model), shuffles(groups)
     assert function_change(groups, permutations, model, x) < 1e-9
     outer = [name for name, group in groups.items() if group.within is None]
-    for name in outer[:: max(1, len(outer) // 3)]:
-        part = {**groups, name: groups[name]._replace(entries=groups[name].entries[1:])}
-        assert function_change(part, {name: permutations[name]}, model, x) > 1e-2, name
+    one = outer[len(outer) // 2]
+    part = {**groups, one: groups[one]._replace(entries=groups[one].entries[1:])}
+    assert function_change(part, {one: permutations[one]}, model, x) > 1e-2, one

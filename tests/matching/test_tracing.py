@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -24,6 +24,7 @@ from permask_core.matching import (
     shuffles,
 )
 from permask_core.models import build_model
+from tests.hypotheses import examples
 
 Linear, Conv, Seq, ReLU, BN = nn.Linear, nn.Conv2d, nn.Sequential, nn.ReLU, nn.BatchNorm2d
 
@@ -857,7 +858,7 @@ class Parts(nn.Module):
                 "outer": lambda: (parts @ (parts.mT @ parts)).flatten(1)}[self.how]()
 
 
-@settings(deadline=None, max_examples=25)
+@examples(1 / 2)
 @given(model=chains(), seed=st.integers(0, 100))
 def test_any_chain_keeps_its_function(model, seed):
     x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(seed))

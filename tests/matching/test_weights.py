@@ -7,12 +7,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from permask_core.matching import Entry, Group, match_weights, permutation_groups, permute, random_permutations
 from permask_core.matching.weights import _State
 from permask_core.models import build_model
+from tests.hypotheses import examples
 
 
 def mlp_groups(model):
@@ -187,7 +188,6 @@ def test_groups_of_statistics_alone_are_refused():
         match_weights({"norm": Group(3, (Entry("norm.running_mean", 0),))}, state, state)
 
 
-@settings(max_examples=40, deadline=None)
 @given(sizes=st.lists(st.integers(1, 7), min_size=2, max_size=5), seed=st.integers(0, 2**32),
        restarts=st.integers(1, 3), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
 def test_the_objective_is_that_of_the_result_and_never_falls(sizes, seed, restarts, dtype):
@@ -267,7 +267,7 @@ def test_heads_and_their_dimensions_are_recovered_10_of_10(attention, attention_
         assert all(torch.equal(found[name], planted[name]) for name in attention_groups) and rises(found.objective)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(1 / 4)
 @given(seed=st.integers(0, 2**32), restarts=st.integers(1, 2))
 def test_permuting_leads_where_the_search_through_heads_ended(attention, attention_groups, seed, restarts):
     generator = torch.Generator().manual_seed(seed)
@@ -279,7 +279,7 @@ def test_permuting_leads_where_the_search_through_heads_ended(attention, attenti
     assert found.objective[-1] == pytest.approx(inner_product(attention_groups, moved, target))
 
 
-@settings(max_examples=30, deadline=None)
+@examples(1 / 2)
 @given(seed=st.integers(0, 2**32), visits=st.lists(st.integers(0, 4), max_size=12))
 def test_similarities_that_are_kept_are_those_of_the_moment(seed, visits):
     """A matrix with both axes in one group, a tensor with two axes in one and the third in another, blocks behind a
@@ -317,7 +317,7 @@ def three_levels():
     return groups
 
 
-@settings(max_examples=25, deadline=None)
+@examples(1 / 2)
 @given(seed=st.integers(0, 2**32))
 def test_three_levels_deep(seed):
     groups, generator = three_levels(), torch.Generator().manual_seed(seed)

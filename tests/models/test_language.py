@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +20,7 @@ from permask_core.models import build_model, evaluating, extras
 from permask_core.pruning import prunable_weights
 from permask_core.training import Recipe, evaluate, fit
 from permask_core.vision import torchvision  # noqa: F401 - before transformers, which loads what is asked for, imports it
+from tests.hypotheses import examples
 
 NAMES = ("bert", "distilbert")
 CONFIGS = {"bert": transformers.BertConfig, "distilbert": transformers.DistilBertConfig}
@@ -93,7 +94,7 @@ def test_they_are_transformers_with_padding_left_out(name, small):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=25)
+@examples(1 / 2)
 @given(ids=st.lists(st.integers(1, 39), min_size=1, max_size=10), more=st.integers(1, 6), other=st.integers(1, 39))
 def test_padding_changes_nothing_and_a_token_does(name, ids, more, other, folders):
     model = lively(build_model(name, (16,), 2, source=folders[name], pretrained=False))

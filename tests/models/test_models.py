@@ -9,20 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import permask_core
 from permask_core.models import build_model, evaluating
 from permask_core.vision import torchvision
+from tests.hypotheses import examples
 
 
 def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@settings(deadline=None, max_examples=20)
+@examples(1 / 3)
 @given(shape=st.tuples(*[st.integers(1, 6)] * 3), classes=st.integers(2, 12), depth=st.integers(1, 4),
        width=st.sampled_from([0.25, 0.5, 1.0, 2]))
 def test_an_mlp_by_its_formula(shape, classes, depth, width):

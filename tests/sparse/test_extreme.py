@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from torch import nn
@@ -62,7 +62,6 @@ def problem():
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 
-@settings(deadline=None, max_examples=100)
 @given(st.sampled_from(["dense", "fan-in"]), st.integers(1, 6), st.integers(1, 9), st.integers(1, 40),
        st.integers(1, 50), st.booleans(), st.data())
 def test_the_loss_in_chunks_is_the_whole_one(kind, n, inputs, n_labels, chunk, bias, data):

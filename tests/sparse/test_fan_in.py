@@ -5,12 +5,11 @@ import io
 import math
 import pickle
 import re
-import time
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,7 +77,6 @@ sizes = st.integers(1, 40) | st.integers(1, 40) | st.sampled_from([64, 257])
 layouts = st.sampled_from(["contiguous", "transposed", "strided", "expanded"])
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), sizes, sizes, st.data(),
        st.booleans(), layouts, layouts, st.tuples(st.booleans(), st.booleans(), st.booleans()), seeds)
 def test_outputs_and_gradients_are_those_of_the_dense_layer(dtype, n_out, n_in, data, bias, layout, grad_layout,
@@ -281,7 +279,6 @@ def test_device_and_type_are_taken():
 # Dense layers and back
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.data(), st.booleans(), seeds)
 def test_from_dense_and_back(n_out, n_in, data, bias, seed):
     torch.manual_seed(seed)
@@ -577,7 +574,6 @@ def moves(draw):
     return layer, keep, torch.tensor(grow, dtype=torch.int64).view(-1, 2)[order], active, fan
 
 
-@settings(max_examples=150, deadline=None)
 @given(moves(), st.sampled_from(sorted(OPTIMIZERS)), st.integers(0, 2), st.integers(1, 40))
 def test_rewire_is_moving_the_entries_of_a_dict(move, name, steps, chunk):
     layer, keep, grow, active, fan = move
@@ -752,7 +748,6 @@ def test_no_step_holds_anything_dense(name, batch):
 # Drawing columns
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 12), st.integers(1, 60), st.data(), st.integers(1, 100), seeds)
 def test_drawn_columns_are_distinct_ascending_and_free(n, n_in, data, chunk, seed):
     torch.manual_seed(seed)
@@ -807,14 +802,12 @@ def test_wide_inputs_need_more_than_16_bits(n_in):
     assert layer.values.grad.tolist() == [[1], [0]]
 
 
-def test_many_rows_are_drawn_quickly_and_never_as_a_whole():
+def test_many_rows_are_drawn_in_few_steps_and_never_as_a_whole():
     n, n_in = 300_000, 1000
     taken = sample_columns(n, n_in, 8)
     with Shapes() as shapes:
-        start = time.perf_counter()
         columns = sample_columns(n, n_in, 8, taken=taken)
-        seconds = time.perf_counter() - start
-    assert shapes.largest <= 2 * max(fan_in.CHUNK, n * 8) < n * n_in / 50 and seconds < 5
+    assert shapes.largest <= 2 * max(fan_in.CHUNK, n * 8) < n * n_in / 50 and shapes.calls < n / 100
     assert (torch.cat([columns, taken], 1).sort(1).values.diff(dim=1) > 0).all()
 
 

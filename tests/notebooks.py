@@ -1,0 +1,88 @@
+"""Notebooks run in this process: their code cells one after the other, with parameters of the test's.
+
+A kernel takes seconds to start and to import what is imported here already. The book and nbval run every notebook in a
+kernel, and the tests of the batch run some there with parameters; what a notebook refuses, shows and leaves on disk
+can be seen without one.
+"""
+
+import ast
+import contextlib
+import html
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import nbformat
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def run(name, given, folder=".", *, until=None, after=None):
+    """Run a notebook.
+
+    Parameters
+    ----------
+    name : str
+    given : dict
+        Values of its parameters. One that it does not have is an error.
+    folder : path-like
+        The working directory meanwhile.
+    until : str, optional
+        Id or tag of the last cell to run; by default all are run.
+    after : dict of str to callable, optional
+        By the id of a cell what is done after it, with the notebook's names: a change of a result.
+
+    Returns
+    -------
+    SimpleNamespace
+        ``shown``: by the id of each cell that was run, what it printed and displayed, as text or HTML; ``complaints``:
+        what went to standard error, and warnings that a kernel would show; ``space``: the notebook's names.
+    """
+    cells = [cell for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells
+             if cell.cell_type == "code"]
+    tags = [{cell.id, *cell.metadata.get("tags", [])} for cell in cells]
+    last = len(cells) if until is None else 1 + next(i for i, own in enumerate(tags) if until in own)
+    found = SimpleNamespace(shown={}, complaints="", space={"__name__": "__main__"})
+    errors = io.StringIO()
+    with (contextlib.chdir(folder), patch.dict(os.environ, PERMASK_DISPLAY="static"),
+          patch("IPython.display.display", _display), contextlib.redirect_stderr(errors),
+          warnings.catch_warnings(record=True) as heard):
+        warnings.simplefilter("default")
+        for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", hidden)
+        for cell, own in list(zip(cells, tags))[:last]:
+            found.shown[cell.id] = _shown(cell.source, f"{name}.ipynb, {cell.id}", found.space)
+            if "parameters" in own:
+                assert given.keys() <= found.space.keys(), f"{name} lacks {given.keys() - found.space.keys()}"
+                found.space.update(given)
+            if cell.id in (after or {}):
+                after[cell.id](found.space)
+    found.complaints = errors.getvalue() + "".join(f"{one.category.__name__}: {one.message}\n" for one in heard)
+    return found
+
+
+def _display(*objects, **_):
+    for one in objects:
+        print(getattr(one, "_repr_html_", one.__repr__)())
+
+
+def _shown(source, where, space):
+    """What a cell prints and displays, its last expression included."""
+    body = ast.parse(source, where).body
+    value = body.pop().value if body and isinstance(body[-1], ast.Expr) else None
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        exec(compile(ast.Module(body, []), where, "exec"), space)
+        last = value and eval(compile(ast.Expression(value), where, "eval"), space)
+        if last is not None:
+            _display(last)
+    return text.getvalue()
+
+
+def shown_table(found, cell):
+    """The rows of the table below a cell, as the reader sees them."""
+    return [[html.unescape(text) for text in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
+            for row in re.findall(r"<tr>(.*?)</tr>", found.shown[cell])]
