@@ -74,9 +74,10 @@ def repeat(name: str, source: Path) -> None:
 def started(name: str, settings: dict, source: Path) -> bool:
     """Run :func:`repeat` in the environment of a repetition and return whether it succeeded."""
     folder = result_path(name, source.stem).parent
-    folder.mkdir(parents=True, exist_ok=True)
+    figures = folder / "figures"  # not of the book
+    figures.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings["environment"], "PERMASK_DISPLAY": "static",
-                   "PERMASK_RUNS": str(folder), "PERMASK_FIGURES": str(folder), "PYTHONPATH": str(ROOT),
+                   "PERMASK_RUNS": str(folder), "PERMASK_FIGURES": str(figures), "PYTHONPATH": str(ROOT),
                    "PERMASK_REPETITION": json.dumps(settings)}
     command = [sys.executable, "-m", "book.tools.replicate", "--repeat", name, str(source)]
     return subprocess.run(command, env=environment, cwd=ROOT).returncode == 0
