@@ -117,7 +117,7 @@ def main(n: int, only: list[str], jobs: int) -> int:
 
     def work(job):
         failed.extend([] if started(*job) else [job])
-        left = sum(not result_path(name, source.stem).exists() for name, _, source in waiting)
+        left = sum(result(name, source) is None for name, _, source in waiting)
         print(f"{job[2].stem}, {job[0]}: {'failed' if job in failed else 'done'}; {left} left", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
