@@ -125,7 +125,7 @@ def _shape_faults(part):
                        for name, values in part.get(key, {}).items() if not isinstance(values, dict)]
         elif key == "resources":
             faults += [f"resources has {name}: {value!r}, expected whole numbers for {', '.join(RESOURCES)}, of at "
-                       "least 1 but for gpus" for name, value in part.get(key, {}).items() if name not in RESOURCES
+                       "least 1 except for gpus" for name, value in part.get(key, {}).items() if name not in RESOURCES
                        or not isinstance(value, int) or value < (name != "gpus")]
     return faults
 

@@ -19,7 +19,7 @@ from permask_core.stages import check_integer, check_one_of, check_work, compute
 from permask_core.training import default_device
 
 DENSE, SPARSE = ("permuted", "naive"), ("lth", "permuted", "naive")  # the methods whose lines are drawn
-IMAGES = 2000  # of the training set, on which BatchNorm's statistics are computed anew
+IMAGES = 2000  # of the training set, on which BatchNorm's statistics are computed again
 
 
 def ends(experiment, store, seed, target, method, by="weights"):

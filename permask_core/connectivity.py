@@ -64,7 +64,7 @@ def mixtures(model, states, weights, split, *, batches=None):
     split : Split or (torch.Tensor, torch.Tensor)
         As for :func:`permask_core.training.fit`.
     batches : iterable of torch.Tensor, optional
-        Inputs on which each network's BatchNorm statistics are computed anew, one network after the other
+        Inputs on which each network's BatchNorm statistics are computed again, one network after the other
         (:func:`~permask_core.matching.reset_batchnorm`). Without them running statistics are mixed as weights are.
 
     Returns
@@ -100,7 +100,7 @@ def mixed(states, weights):
 
 def check_states(states, model=None):
     """Raise ValueError unless there are states, all of them finite, which have the same keys and shapes, as the model's
-    own if it is given, and whole numbers that are the same in all, but for BatchNorm's counts of batches."""
+    own if it is given, and whole numbers that are the same in all, apart from BatchNorm's counts of batches."""
     if not len(states):
         raise ValueError("there are no states: expected at least one state_dict")
     first = states[0]
@@ -150,7 +150,7 @@ def _check_variances(stacked, weights):
         if (tensor < 0).any():
             at = weights[int((tensor < 0).any(1).int().argmax())]
             raise ValueError(f"{name!r} is negative in the mixture {np.round(at, 3).tolist()}: away from the networks "
-                             "mixed variances mean nothing; give batches, to compute them anew")
+                             "mixed variances mean nothing; give batches, to compute them again")
 
 
 def _at_once(model, states, weights, split):

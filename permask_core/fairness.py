@@ -2,7 +2,7 @@
 model treats inputs that are alike.
 
 The difference in demographic parity and that in equalized odds have the names, the order of arguments and, for two
-classes, the values of fairlearn. For several classes each class is told from the rest in turn, and the mean over the
+classes, the values of fairlearn. For several classes each class is compared with the rest, and the mean over the
 classes is taken, as by Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledge Transfer Impacts
 Fairness and Bias", TMLR 2025, arXiv 2410.08407. Everything follows from one table, how many inputs of which groups are
 of which class and put into which: a bootstrap and a permutation are other tables of the same inputs.
@@ -108,10 +108,10 @@ class Estimate(NamedTuple):
 
 def difference_interval(metric, y_true, y_pred, *, sensitive_features, undefined="nan", draws=1000, confidence=0.95,
                         seed=0):
-    """A difference between groups with its bootstrap interval, from samples of the inputs drawn anew.
+    """A difference between groups with its bootstrap interval, from samples of the inputs drawn with replacement.
 
     The interval says how much another test set of this size would move the value. A largest minus smallest grows with
-    noise, and drawing anew adds noise to what the sample has already: among many groups, all draws may lie above the
+    noise, and each resample adds noise to what the sample has already: among many groups, all draws may lie above the
     value. Their percentiles are therefore moved until the mean of the draws is the value. What noise has added to the
     value itself, and so whether the groups differ at all, is a question for :func:`chance_level`.
 

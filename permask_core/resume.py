@@ -58,7 +58,7 @@ def load_run(path, identity):
     differ = [f"{name} {record['identity'].get(name)!r} (here {value!r})" for name, value in identity.items()
               if record["identity"].get(name) != value]
     if differ:
-        again = " (a model that was trained already is another start: build it anew)" * any(
+        again = " (a model that was trained already is another start: build it again)" * any(
             text.startswith("initial weights") for text in differ)
         raise ValueError(f"{path} is of a run with {', '.join(differ)}: give another file, or delete it{again}")
     parts, checkpoints = {kind: {} for kind in ("state", "optimizer", *_MOVING)}, {}

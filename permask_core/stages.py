@@ -115,7 +115,7 @@ def trained(store, name, train, **parameters):
 
     def compute():
         if unfinished.exists() and not is_whole(unfinished):
-            print(f"{unfinished} is damaged: the training begins anew", flush=True)
+            print(f"{unfinished} is damaged: the training starts from the beginning", flush=True)
             unfinished.unlink()
         return train(unfinished)
 

@@ -449,7 +449,7 @@ def _largest(a, b):
 
 
 def _constant(a, b):
-    """Which columns vary neither in a nor in b, but for rounding."""
+    """Which columns vary neither in a nor in b, apart from rounding."""
     return np.maximum(np.ptp(a, axis=0), np.ptp(b, axis=0)) <= ROUNDING * _largest(a, b)
 
 

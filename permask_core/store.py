@@ -72,7 +72,7 @@ class Store:
         ------
         ValueError
             If the stage's file holds another stage, or the parameters or the record cannot be written as JSON. A
-            damaged file is told and made again.
+            damaged file is reported and made again.
         """
         identity = self._identity(name, compute, parameters)
         path = self._path(identity)

@@ -139,7 +139,7 @@ def _architecture(model):
 
 
 def fastest(models, train, device):
-    """The way of :func:`fit_together` where none is given: on a CPU alone, but for the smallest networks; on a GPU
+    """The way of :func:`fit_together` where none is given: on a CPU alone, except for the smallest networks; on a GPU
     grouped, where that gives what the networks give alone."""
     known = ways(models[0])
     x, _ = next(iter(train.batches([torch.arange(min(2, len(train)))], device)))

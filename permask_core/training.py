@@ -156,7 +156,7 @@ def fit(model, train, recipe, *, seed, loss=None, masks=None, rewiring=None, che
     resume : path-like, optional
         A file to which the run is saved every minute and at the end. Where it exists, the run goes on from there, and
         on the same CPU, in one or two processes, ends in the same bits as one that was never interrupted. (The sum
-        of more gradients depends on how they are grouped, which their engine settles anew in its first step.)
+        of more gradients depends on how they are grouped, which their engine decides in its first step.)
     description : str or None
         Shown with the progress bar; None for no bar.
 

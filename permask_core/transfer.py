@@ -215,7 +215,7 @@ def run(experiment, store, *, seeds, temperatures, workers=1):
     Returns
     -------
     list of dict
-        One row per run: ``role``, ``temperature`` (None but for distilled students), ``seed``, test ``accuracy`` in
+        One row per run: ``role``, ``temperature`` (None for the others), ``seed``, test ``accuracy`` in
         [0, 1], ``loss`` in nats, ``seconds`` of training, and ``predictions``, int64 [n], the classes named for the
         test inputs.
 

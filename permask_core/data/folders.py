@@ -1,6 +1,6 @@
 """Images that stay on disk: a split whose batches are read, decoded with PIL and cut by worker processes.
 
-Each call of ``batches`` starts its workers anew. Kept from epoch to epoch, they would have to be told the new seed and
+Each call of ``batches`` starts new workers. Kept from epoch to epoch, they would need the new seed and
 epoch, and a split would be no value that other processes can be sent; their start takes a fraction of a second, an
 epoch of a set too large for memory takes minutes.
 """

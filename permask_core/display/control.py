@@ -2,7 +2,7 @@
 
 Without a kernel (the rendered book, nbviewer, a notebook run by papermill) every combination of the choices is drawn
 beforehand; plain HTML controls and a few lines of script switch between the frames, with no network and from
-``file://`` too. In a live notebook the same ``draw`` is called anew whenever an ipywidgets control moves. Frames are
+``file://`` too. In a live notebook the same ``draw`` is called whenever an ipywidgets control moves. Frames are
 SVG images as data addresses: each keeps its own ids and its own alternative text.
 """
 

@@ -19,7 +19,7 @@ def bert(input_shape, classes, *, source="bert-base-uncased", pretrained=True, d
 
     Ids are those of the tokenizer that belongs to ``source``. Where they equal the ``pad_token_id`` of its
     configuration they are padding, which changes nothing. Names of weights are those of transformers'
-    ``BertForSequenceClassification``. The classifier on top is drawn anew whatever ``source`` holds, and so is the
+    ``BertForSequenceClassification``. The classifier on top is drawn at random whatever ``source`` holds, and so is the
     pooling layer below it where ``source`` has none.
 
     Parameters

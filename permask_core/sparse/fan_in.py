@@ -45,7 +45,7 @@ class FanInLinear(nn.Module):
     torch.export and the meta device are not supported.
 
     A state with another number of active neurons or another fan-in can be loaded; the layer takes its shape, and an
-    optimizer has to be made anew. Which ``in_features`` it was for is not stored.
+    optimizer has to be made again. Which ``in_features`` it was for is not stored.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ from permask_core.masks import apply_masks, check_fit
 
 @torch.no_grad()
 def sparse_init(model, masks, *, seed):
-    """Draw the masked weights anew, with variance 2 / fan-in of each neuron's own connections.
+    """Draw the masked weights again, with variance 2 / fan-in of each neuron's own connections.
 
     Parameters
     ----------

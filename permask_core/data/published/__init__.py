@@ -51,7 +51,7 @@ def published_fairness():
     -------
     list of dict
         ``dataset``, ``attribute`` ("" where there is none), ``measure`` ("DPD", "EOD", "individual" or "accuracy"),
-        ``role`` ("teacher", "student" or "distilled"), ``temperature`` (None but for distilled students), ``value`` (a
+        ``role`` ("teacher", "student" or "distilled"), ``temperature`` (None for the others), ``value`` (a
         fraction; of "individual", whose unit the source does not state, as published), and ``read_from``, a "table" or
         a "figure", whose values are less exact.
 

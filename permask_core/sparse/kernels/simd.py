@@ -259,8 +259,8 @@ def _compiled(function, parallel=True):
 
 def _joined(function, width, **parts):
     """One call of several compiled ``parts``, which the function has as globals. In a closure they would look new to
-    numba in every process, and compiled code would be kept for each anew. Of globals it does not take note: so the name
-    tells the width."""
+    numba in every process, and compiled code would be kept for each of them. It does not look at globals: so the
+    name contains the width."""
     name = f"{function.__name__}_{width}"
     joined = FunctionType(function.__code__, {**globals(), **parts}, name)
     joined.__qualname__ = name
