@@ -65,7 +65,7 @@ book: $(BOOK)/index.html
 	@echo "The book: file://$(CURDIR)/$(BOOK)/index.html"
 	@$(BIN)/python -m book.tools.claims summary
 
-test: $(READY) ## style, notebooks without outputs, the book and its claims, pytest (with browser tests), the notebooks live
+test: $(READY) ## style, notebooks without outputs, the book and its claims, pytest (with browser tests), every notebook as a job
 	@printf '\n== Style\n'
 	$(BIN)/ruff check .
 	@printf '\n== Notebooks as committed\n'
@@ -77,12 +77,15 @@ test: $(READY) ## style, notebooks without outputs, the book and its claims, pyt
 	@printf '\n== Tests\n'
 	@# The longest tests lie in files of few, which would come last, one process waiting for the other.
 	@$(EMPTY_STORE); $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
-	@printf '\n== Notebooks live\n'
-	@# The widgets of a live notebook, which the book never draws. Finished stages are those of the book.
-	@test -z '$(NOTEBOOKS)' || PERMASK_DISPLAY=live PERMASK_FIGURES=$(CURDIR)/build/live $(BIN)/pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env $(NOTEBOOKS)
+	@printf '\n== Notebooks as jobs\n'
+	@# Every notebook at its smallest, with the widgets of a live notebook, which the book never draws.
+	@$(EMPTY_STORE); PERMASK_DISPLAY=live $(MAKE) --no-print-directory batch GRID=tests/batch/every.yaml OUTPUT="$$store/jobs" STORE="$$store/runs" ARGS=--quiet
 
-test-long: $(READY) ## pytest with more, and random, examples of every property; minutes longer
+test-long: $(READY) ## pytest with more, and random, examples of every property, and every notebook live; minutes longer
 	@$(EMPTY_STORE); PERMASK_HYPOTHESIS=long $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	@printf '\n== Notebooks live\n'
+	@# Finished stages are those of the book, where it was built.
+	@test -z '$(NOTEBOOKS)' || PERMASK_DISPLAY=live PERMASK_FIGURES=$(CURDIR)/build/live $(BIN)/pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env $(NOTEBOOKS)
 
 # A store of its own, removed when the line of the recipe ends.
 EMPTY_STORE = set -e; store=$$(mktemp -d); trap 'rm -rf "$$store"' EXIT; export PERMASK_RUNS="$$store/runs" PERMASK_FIGURES="$$store/figures"; mkdir "$$store/figures"
@@ -99,8 +102,8 @@ build/permask-book.zip: $(BOOK)/index.html book/tools/pack.py
 	$(BIN)/python book/tools/pack.py $(BOOK) $@
 
 # Snakemake divides the cores among jobs itself: no -j2 of make's. ARGS go to Snakemake.
-batch: $(READY) ## run a grid of runs: make batch GRID=smoke; make batch GRID=digits ARGS=-n lists its jobs and runs none
-	@$(BIN)/snakemake -s batch/Snakefile --config "grid='$(GRID)'" $(ARGS)
+batch: $(READY) ## run a grid of runs: make batch GRID=smoke [OUTPUT=folder] [STORE=folder]; ARGS=-n lists its jobs and runs none
+	@$(BIN)/snakemake -s batch/Snakefile --config "grid='$(GRID)'" $(if $(OUTPUT),"output='$(OUTPUT)'") $(if $(STORE),"store='$(STORE)'") $(ARGS)
 
 readme: book ## bring the picture and the table in README.md up to date
 	$(BIN)/python book/tools/readme.py

@@ -1,9 +1,9 @@
-"""What the jobs of a grid found, as one tidy table, and how far they are.
+"""What the jobs of a grid found, as one tidy table for each notebook, and how far they are.
 
-`python -m batch.gather GRID FOLDER` writes ``table.csv``, with a row for each run of each job, of which the same grid
-on the same machine gives the same bytes whatever happened on the way; ``times.csv`` with what is never the same: when,
-where, how long; and ``status.json`` with what is missing. With ``--list`` it writes nothing and tells what is finished
-and what is left to do.
+`python -m batch.gather JOBS FOLDER`, with JOBS as :func:`batch.grids.freeze` wrote it, writes ``tables/NOTEBOOK.csv``,
+with a row for each run, of which the same grid on the same machine gives the same bytes whatever happened on the way;
+``jobs.csv`` with the parameters of each job and what is never the same: when, where, how long; and ``status.json`` with
+what is missing. With ``--list`` it writes nothing and says what is finished and what is left to do.
 """
 
 import argparse
@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from batch.grids import grid_path, unchecked
+from batch.grids import frozen
 from permask_core.files import written_whole
 from permask_core.tables import write_table
 
 
 def finished(folder, job):
     """What a finished job found, as a dict; None if it is not finished. A file of it that is damaged, or of other
-    parameters, is told, and the job is not finished."""
+    parameters, is reported, and the job is not finished."""
     result, notebook = folder / "jobs" / f"{job.name}.json", folder / "notebooks" / f"{job.name}.ipynb"
     if not result.exists():
         return None
@@ -50,24 +50,37 @@ def gather(jobs, folder):
     str
         How much that is, for people.
     """
-    rows, times, status = [], [], {"finished": [], "failed": [], "missing": []}
+    tables, times, status = {}, [], {"finished": [], "failed": [], "missing": []}
     for name, job in sorted(jobs.items()):
         found = finished(folder, job)
         status["finished" if found else "failed" if _failed(folder, name).exists() else "missing"].append(name)
         if not found:
             continue
-        about = {key: found[key] for key in ("commit", "device", "threads", "versions")}
-        rows += [{"job": name, "notebook": job.notebook, "given": found["parameters"],
-                  **{key: value for key, value in row.items() if key != "seconds"}, **about} for row in found["runs"]]
-        times.append({"job": name, **found["times"]})
+        about = {"commit": found["commit"], "device": found["device"], "threads": found["threads"]}
+        for row in found["runs"]:  # of which jobs that share a network, such as the dense one, have the same
+            line = _cells(found["settings"]) | _cells(row)
+            tables.setdefault(job.notebook, {}).setdefault(json.dumps(line, sort_keys=True),
+                                                           {"job": name, **line, **about})
+        times.append({"job": name, **found["times"], "given": found["parameters"], "versions": found["versions"]})
     text = f"{len(times)} of {len(jobs)} jobs are finished"
-    if rows or (folder / "table.csv").exists():  # of which nothing may be left
-        write_table(folder / "table.csv", rows)
-        write_table(folder / "times.csv", times)
+    if times or (folder / "status.json").exists():  # of which nothing may be left
+        for left in (folder / "tables").glob("*.csv"):
+            if left.stem not in tables:
+                left.unlink()
+        for notebook, rows in tables.items():
+            write_table(folder / "tables" / f"{notebook}.csv", list(rows.values()))
+        write_table(folder / "jobs.csv", times)
         with written_whole(folder / "status.json") as temporary:
             temporary.write_text(json.dumps(status, indent=1) + "\n")
-        text += f": {len(rows)} rows in {folder / 'table.csv'}"
+        text += "".join(f"; {len(rows)} rows in {folder / 'tables' / notebook}.csv"
+                        for notebook, rows in tables.items())
     return "\n  ".join([text, *(f"failed: {_failed(folder, name)}" for name in status["failed"])])
+
+
+def _cells(values):
+    """What fits into cells: lists stay in the job's own file, and seconds, which are never the same, too."""
+    return {key: _cells(value) if isinstance(value, dict) else value for key, value in values.items()
+            if not isinstance(value, list) and key != "seconds"}
 
 
 def outlook(jobs, folder, every=False):
@@ -111,11 +124,11 @@ def _duration(seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("grid")
+    parser.add_argument("jobs", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--list", action="store_true")
     given = parser.parse_args()
-    jobs = unchecked(grid_path(given.grid))
+    jobs = frozen(given.jobs)
     print(outlook(jobs, given.folder, every=True) if given.list else gather(jobs, given.folder))
 
 

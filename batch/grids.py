@@ -1,12 +1,14 @@
 """Grids of runs: a YAML file names a notebook, its fixed parameters and lists to cross, and every combination is a job.
 
-Before anything starts each parameter of each job is checked: that the notebook has it, that its value is of the type
-that stands there, and that the notebook accepts it, by running the notebook as far as its cell with the tag "check".
-All faults are told at once.
+Before anything starts each parameter of each job is checked: that the notebook has it, that it is of the type that
+stands there, and that the notebook accepts it, by running the notebook as far as its cell with the tag "check", which
+also looks for the files of data sets. All faults are reported at once. What was checked is then kept beside the
+results, and jobs read that: an edit of the grid changes nothing that has begun.
 """
 
 import contextlib
-import difflib
+import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -16,10 +18,14 @@ from pathlib import Path
 
 import yaml
 
+from permask_core.files import written_whole
+from permask_core.parameters import nearest
+
 ROOT = Path(__file__).parents[1]
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
 KEYS = ("notebook", "presets", "fixed", "cross", "resources")
 RESOURCES = {"threads": 1, "gpus": 0, "mem_mb": 4000, "runtime": 60}  # runtime in minutes
+NAME, LONGEST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"), 180  # characters of a job's name: files add theirs
 
 
 class GridError(ValueError):
@@ -50,7 +56,7 @@ def grid_path(name):
         if path.is_file():
             return path.absolute()
     known = sorted(one.stem for one in (ROOT / "batch" / "grids").glob("*.yaml"))
-    raise FileNotFoundError(f"no grid {str(name)!r}{_nearest(name, known)}: expected a file, or one of "
+    raise FileNotFoundError(f"no grid {str(name)!r}{nearest(name, known)}: expected a file, or one of "
                             f"{', '.join(known)}")
 
 
@@ -63,7 +69,7 @@ def read_grid(path):
         YAML: one mapping, or a list of them, with ``notebook`` (a name in notebooks/), ``presets`` (a mapping of names
         to parameters, each of which is run), ``fixed`` (parameters of all jobs), ``cross`` (a mapping of parameters to
         lists of values, all combinations of which are run), and ``resources`` (threads, gpus, mem_mb, runtime in
-        minutes). Only ``notebook`` has to be there.
+        minutes). Only ``notebook`` has to be there. A parameter may stand in one of presets, fixed and cross.
 
     Returns
     -------
@@ -81,53 +87,112 @@ def read_grid(path):
     return jobs
 
 
-def unchecked(path):
-    """As :func:`read_grid`, for a grid that was checked before: its parameters are taken as they are."""
-    jobs, faults = _parsed(Path(path))
-    if faults:
-        raise GridError(f"{path}:\n  " + "\n  ".join(faults))
-    return jobs
+# ---- What was checked, beside the results ----------------------------------------------------------------------------
+
+def frozen_path(path, folder):
+    """Where the checked jobs of a grid are kept: the name says which grid, notebooks and library were checked."""
+    files = [Path(path), *(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "batch").glob("*.py"),
+             *(ROOT / "permask_core").rglob("*.py")]
+    summary = hashlib.sha256()
+    for file in sorted(files):
+        summary.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    return Path(folder) / "grids" / f"{Path(path).stem}-{summary.hexdigest()[:12]}.json"
+
+
+def freeze(jobs, target):
+    """Write checked jobs to the file of :func:`frozen_path`."""
+    with written_whole(target) as temporary:
+        temporary.write_text(json.dumps([dataclasses.asdict(job) for job in jobs.values()], indent=1) + "\n")
+
+
+def frozen(path):
+    """The jobs that :func:`freeze` wrote, by name."""
+    return {job["name"]: Job(**job) for job in json.loads(Path(path).read_text())}
+
+
+# ---- The file --------------------------------------------------------------------------------------------------------
+
+class _Loader(yaml.SafeLoader):
+    """Also notes keys that stand twice in a mapping, of which YAML's readers take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        self.faults += [f"line {key.start_mark.line + 1} has {name!r} a second time: expected it once"
+                        for i, ((key, _), name) in enumerate(zip(node.value, keys))
+                        if name in keys[:i] and key.tag != "tag:yaml.org,2002:merge"]
+        return super().construct_mapping(node, deep)
 
 
 def _parsed(path):
+    loader = _Loader(path.read_text())
+    loader.faults = faults = []
     try:
-        parts = yaml.safe_load(path.read_text())
+        parts = loader.get_single_data()
     except yaml.YAMLError as error:
         raise GridError(f"{path} is no YAML: {error}") from error
-    jobs, faults = {}, []
-    for part in parts if isinstance(parts, list) else [parts]:
+    finally:
+        loader.dispose()
+    jobs, parts = {}, parts if isinstance(parts, list) else [parts]
+    if parts in ([], [None]):
+        faults.append("the grid is empty: expected a mapping with the name of a notebook under 'notebook'")
+        parts = []
+    for part in parts:
         found = _shape_faults(part)
         faults += found
         for job in [] if found else _jobs(part):
             if job.name in jobs:
                 faults.append(f"two jobs are called {job.name}: expected combinations that differ")
+            if len(job.name) > LONGEST:
+                faults.append(f"a job is called {job.name[:60]}..., {len(job.name)} characters: expected at most "
+                              f"{LONGEST}, as of presets with a short name in place of long values in cross")
             jobs[job.name] = job
     return jobs, faults
 
 
 def _shape_faults(part):
-    if not isinstance(part, dict) or not isinstance(part.get("notebook"), str):
+    if not isinstance(part, dict) or "notebook" not in part:
         return [f"got {part!r}: expected a mapping with the name of a notebook under 'notebook'"]
-    faults = [f"unknown entry {key!r}{_nearest(key, KEYS)}: expected {', '.join(KEYS)}"
+    faults = [f"unknown entry {key!r}{nearest(key, KEYS)}: expected {', '.join(KEYS)}"
               for key in part if key not in KEYS]
-    if not (ROOT / "notebooks" / f"{part['notebook']}.ipynb").is_file():
-        known = sorted(one.stem for one in (ROOT / "notebooks").glob("*.ipynb"))
-        faults.append(f"unknown notebook {part['notebook']!r}{_nearest(part['notebook'], known)}: expected one of "
-                      f"{', '.join(known)}")
-    for key in ("presets", "fixed", "cross", "resources"):
-        if not isinstance(part.get(key, {}), dict):
-            faults.append(f"{key} is {part[key]!r}: expected a mapping")
-        elif key == "cross":
-            faults += [f"cross has {name}: {values!r}, expected a list of values, at least one"
-                       for name, values in part.get(key, {}).items() if not isinstance(values, list) or not values]
-        elif key == "presets":
-            faults += [f"the preset {name} is {values!r}: expected a mapping of parameters"
-                       for name, values in part.get(key, {}).items() if not isinstance(values, dict)]
-        elif key == "resources":
-            faults += [f"resources has {name}: {value!r}, expected whole numbers for {', '.join(RESOURCES)}, of at "
-                       "least 1 except for gpus" for name, value in part.get(key, {}).items() if name not in RESOURCES
-                       or not isinstance(value, int) or value < (name != "gpus")]
+    notebook, known = part["notebook"], sorted(one.stem for one in (ROOT / "notebooks").glob("*.ipynb"))
+    if notebook not in known:
+        faults.append(f"unknown notebook {notebook!r}{nearest(notebook, known)}: expected one of {', '.join(known)}")
+    misshapen = [f"{key} is {part[key]!r}: expected a mapping" for key in ("presets", "fixed", "cross", "resources")
+                 if not isinstance(part.get(key, {}), dict)]
+    if misshapen:
+        return faults + misshapen
+    presets, fixed, cross = (part.get(key, {}) for key in ("presets", "fixed", "cross"))
+    faults += [f"a preset is called {name!r}: expected letters, digits and _ . + -" for name in presets
+               if not isinstance(name, str) or not NAME.fullmatch(name)]
+    faults += [f"the preset {name} is {values!r}: expected a mapping of parameters" for name, values in presets.items()
+               if not isinstance(values, dict)]
+    faults += [f"cross has {name}: {values!r}, expected a list of values, at least one"
+               for name, values in cross.items() if not isinstance(values, list) or not values]
+    faults += [f"resources has {name}: {value!r}, expected whole numbers for {', '.join(RESOURCES)}, of at least 1 "
+               "except for gpus" for name, value in part.get("resources", {}).items() if name not in RESOURCES
+               or not isinstance(value, int) or isinstance(value, bool) or value < (name != "gpus")]
+    given = {"fixed": fixed, "cross": cross, **{f"the preset {name}": values for name, values in presets.items()
+                                                if isinstance(values, dict)}}
+    faults += [f"{name} stands in {where} and in {other}: expected it in one of them"
+               for (where, one), (other, two) in itertools.combinations(given.items(), 2)
+               if "preset" not in where for name in one if name in two]
+    for where, values in given.items():
+        faults += [f"{where} has the name {name!r}, a {type(name).__name__}: expected a text" for name in values
+                   if not isinstance(name, str)]
+        faults += [f"{where} has {name}: {value!r}, which holds a {wrong}: expected texts, numbers, true, false, lists "
+                   "and mappings" for name, value in values.items() if (wrong := _foreign(value))]
     return faults
+
+
+def _foreign(value):
+    """The name of a type in a value that YAML has and a parameter cannot be, such as date; empty if there is none."""
+    try:
+        json.dumps(value, allow_nan=False)
+        return ""
+    except TypeError as error:
+        return re.search(r"type (\w+)", str(error))[1] if "type " in str(error) else "name that is no text"
+    except ValueError:
+        return "number that is not finite"
 
 
 def _jobs(part):
@@ -146,11 +211,13 @@ def _plain(value):
     return re.sub(r"[^A-Za-z0-9.+-]+", ",", json.dumps(value)).strip(",")
 
 
+# ---- The parameters --------------------------------------------------------------------------------------------------
+
 def _faults(jobs):
     """What is wrong with the parameters of jobs; what several jobs have in common is said once."""
     import papermill  # which takes its time: processes that only run jobs need not wait for it
 
-    cells, known = {}, {}
+    cells, known, seeds = {}, {}, {}
     for job in jobs:
         if job.notebook not in known:
             path = ROOT / "notebooks" / f"{job.notebook}.ipynb"
@@ -167,23 +234,27 @@ def _faults(jobs):
                 yield f"{where}: {fault}"
             else:
                 right[name] = value
-        yield from (f"{where}: {fault}" for fault in _refused(cells[job.notebook], right))
+        refused, space = _refused(cells[job.notebook], right)
+        yield from (fault if isinstance(fault, _Missing) else f"{where}: {fault}" for fault in refused)
+        alike = json.dumps([job.notebook, {key: job.parameters[key] for key in sorted(job.parameters)
+                                           if key != "first_seed"}])
+        for seed in space.get("seed_list", ()):
+            other = seeds.setdefault((alike, seed), job)
+            if other is not job:
+                yield (f"{where}: first_seed {other.parameters['first_seed']} and {job.parameters['first_seed']} both "
+                       f"give the seed {seed}: expected seeds: 1, or values of first_seed that are "
+                       f"{len(space['seed_list'])} apart")
 
 
 def _fault(name, value, known):
     if name not in known:
-        return f"unknown parameter {name!r}{_nearest(name, known)}: expected some of {', '.join(known)}"
+        return f"unknown parameter {name!r}{nearest(name, known)}: expected some of {', '.join(known)}"
     wanted, default = known[name]["inferred_type_name"], known[name]["default"]
     if value is None and default == "None" or wanted not in TYPES:
         return None
     if not isinstance(value, TYPES[wanted]) or isinstance(value, bool) and wanted != "bool":
         return f"{name} is {value!r}, a {type(value).__name__}: expected {wanted} ({known[name]['help']})"
     return None
-
-
-def _nearest(name, known):
-    near = difflib.get_close_matches(str(name), list(known), 1)
-    return f", perhaps {near[0]!r}" if near else ""
 
 
 def _checked_cells(path):
@@ -199,8 +270,9 @@ def _checked_cells(path):
 
 
 def _refused(cells, parameters):
-    """What a notebook says against parameters of the right names and types: error after error, each with the parameter
-    that it names taken back."""
+    """What a notebook says against parameters of the right names and types, error after error, each with the parameter
+    that it names taken back; and the names that it has after its check."""
+    faults, space = [], {}
     while cells:
         space = {"__name__": "check"}
         try:
@@ -209,13 +281,27 @@ def _refused(cells, parameters):
                     exec(compile(source, "check", "exec"), space)
                     if is_parameters:
                         space.update(parameters)
-            return
+            break
+        except FileNotFoundError as error:
+            faults.append(_Missing(str(error)))
+            break
         except Exception as error:
-            listed = re.search(r"'([^']*)'[^']*: expected one of (.+)$", str(error))
-            near = difflib.get_close_matches(listed[1], listed[2].split(", "), 1) if listed else []
-            yield f"{error}" + (f"; perhaps {near[0]}" if near else "")
-            named = [name for name, value in parameters.items() if re.search(rf"\b{name}\b", str(error))]
-            named = named or [name for name, value in parameters.items() if repr(value) in str(error)]
+            lines = str(error).splitlines() or [repr(error)]
+            faults += lines
+            named = {_named(line, parameters) for line in lines} - {None}
             if not named:
-                return
-            parameters = {name: value for name, value in parameters.items() if name != named[0]}
+                break
+            parameters = {name: value for name, value in parameters.items() if name not in named}
+    return faults, space
+
+
+def _named(line, parameters):
+    """The parameter that a message is about, or None."""
+    about = [name for name in parameters if line.startswith(f"{name} ")]
+    about += [name for name in parameters if re.search(rf"\b{name}\b", line)]
+    about += [name for name, value in parameters.items() if repr(value) in line]
+    return about[0] if about else None
+
+
+class _Missing(str):
+    """A fault of the machine, which all jobs have in common: a file that is not there."""

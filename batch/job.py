@@ -1,7 +1,8 @@
 """One job of a grid: its notebook is executed under a temporary name, and kept when it has succeeded.
 
-`python -m batch.job GRID NAME FOLDER --store STORE` leaves in FOLDER: ``notebooks/NAME.ipynb``, ``figures/NAME.svg``
-and, last of all, ``jobs/NAME.json`` (what it found); or ``failed/NAME.ipynb``, and ends with status 1.
+`python -m batch.job JOBS NAME FOLDER --store STORE`, with JOBS as :func:`batch.grids.freeze` wrote it, leaves there:
+``notebooks/NAME.ipynb``, ``figures/NAME.svg`` and, last of all, ``jobs/NAME.json`` (what it found); or
+``failed/NAME.ipynb``, and ends with status 1.
 """
 
 import argparse
@@ -18,13 +19,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import papermill
-from filelock import FileLock, Timeout
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from batch.gather import finished
-from batch.grids import ROOT, unchecked
+from batch.grids import ROOT, frozen
 from permask_core.files import locked, written_whole
+
+LOCKS = Path("/tmp")  # not the folder for temporary files, which differs from user to user
 
 
 def run(job, folder, store):
@@ -67,7 +69,7 @@ def run(job, folder, store):
         _moved(place / "output" / "results.svg", folder / "figures" / f"{job.name}.svg")
         record = {
             "job": job.name, "notebook": job.notebook, "parameters": job.parameters, "combination": job.combination,
-            **{key: found[key] for key in ("commit", "device", "versions", "runs")},
+            **{key: found[key] for key in ("commit", "device", "versions", "settings", "runs")},
             "threads": job.resources["threads"],
             "sha256": hashlib.sha256((folder / "notebooks" / f"{job.name}.ipynb").read_bytes()).hexdigest(),
             "times": {"seconds": round(time.perf_counter() - start, 2), "started": date, "host": platform.node()}}
@@ -79,7 +81,8 @@ def run(job, folder, store):
 
 def _execute(job, notebook, parameters):
     # How a sum is divided among threads decides about its last bits, so the grid says how many there are.
-    os.environ |= {"OMP_NUM_THREADS": str(job.resources["threads"]), "PERMASK_DISPLAY": "static"}
+    os.environ["OMP_NUM_THREADS"] = str(job.resources["threads"])
+    os.environ.setdefault("PERMASK_DISPLAY", "static")  # notebooks that can be read without a kernel
     with gpus_of_its_own(job.resources["gpus"]):
         papermill.execute_notebook(ROOT / "notebooks" / f"{job.notebook}.ipynb", notebook, parameters, cwd=ROOT,
                                    progress_bar=False, log_output=True)
@@ -105,22 +108,39 @@ def gpus_of_its_own(count):
     try:
         while len(held) < min(count, len(names)):
             for name in names:
-                lock = FileLock(Path(tempfile.gettempdir(), f"permask-gpu-{name}.lock"))
-                if name not in held and len(held) < count:
-                    with suppress(Timeout):
-                        lock.acquire(blocking=False)
-                        held[name] = lock
+                if name not in held and len(held) < count and (lock := _gpu_lock(name)) is not None:
+                    held[name] = lock
             if len(held) < min(count, len(names)):  # or two jobs, each with half of what it needs, would wait for ever
-                for lock in held.values():
-                    lock.release()
-                held.clear()
+                while held:
+                    os.close(held.popitem()[1])
                 time.sleep(random.uniform(1, 2))
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(held)
         yield
     finally:
         os.environ["CUDA_VISIBLE_DEVICES"] = seen
         for lock in held.values():
-            lock.release()
+            os.close(lock)
+
+
+def _gpu_lock(name):
+    """An open file that is locked as long as it is open, one for each GPU of this machine; None if another job has it.
+
+    Whoever comes first makes the file, and all users of the machine may read it, which suffices for a lock. It is never
+    deleted. Files in /tmp that are somebody else's cannot be opened for writing, nor by a call that might make them.
+    """
+    import fcntl
+
+    path = LOCKS / f"permask-gpu-{name}.lock"
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o444))
+        os.chmod(path, 0o444)  # whatever the umask is
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        os.close(lock)
+        return None
 
 
 def _moved(source, target):
@@ -130,12 +150,12 @@ def _moved(source, target):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("grid", type=Path)
+    parser.add_argument("jobs", type=Path)
     parser.add_argument("name")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--store", type=Path, required=True)
     given = parser.parse_args()
-    sys.exit(not run(unchecked(given.grid)[given.name], given.folder.absolute(), given.store.absolute()))
+    sys.exit(not run(frozen(given.jobs)[given.name], given.folder.absolute(), given.store.absolute()))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from permask_core.connectivity import angle, barrier, check_correction, distance
 from permask_core.lottery import MATCHINGS, dense, groups, matching, network, sparse
 from permask_core.matching import permute
 from permask_core.pruning import check_sparsity
-from permask_core.stages import check_integer, check_one_of, check_work, computed, data
+from permask_core.stages import check_integer, check_one_of, check_work, computed, content, data
 from permask_core.training import default_device
 
 DENSE, SPARSE = ("permuted", "naive"), ("lth", "permuted", "naive")  # the methods whose lines are drawn
@@ -85,7 +85,7 @@ def losses_between(experiment, store, seed, target, method, by="weights", *, poi
         return {name: torch.from_numpy(values) for name, values in found.items()}, {
             "distance": distance(source, goal), "angle": angle(source, goal)}
 
-    settings = experiment.only(*(one.name for one in fields(experiment) if one.name != "root"))
+    settings = experiment.decides(*(one.name for one in fields(experiment) if one.name != "root"))
     return store.stage("line", compute, seed=seed, target=target, method=method, by=by, points=points,
                        correction=correction, **settings)
 
@@ -144,7 +144,8 @@ def _rows(store, experiment, seed, runs, by, points, correction):
         values = {name: tensor.numpy() for name, tensor in tensors.items()}
         alphas = values["alphas"]
         yield {"method": method, "matching": by if method == "permuted" else "", "seed": seed, "sparsity": target,
-               **experiment.only("width", "matched_at"), "barrier": barrier(alphas, values["test_losses"]),
+               **experiment.only("width", "matched_at"), "data": content(experiment),
+               "barrier": barrier(alphas, values["test_losses"]),
                "error_barrier": barrier(alphas, values["test_errors"]),
                "train_barrier": barrier(alphas, values["train_losses"]),
                "train_error_barrier": barrier(alphas, values["train_errors"]), "distance": record["distance"],

@@ -17,7 +17,7 @@ import torch
 from permask_core.data import DATASETS, check_options
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.models import MODELS, build_model
-from permask_core.models.feedforward import scaled
+from permask_core.models.scaling import scaled
 from permask_core.pruning import check_sparsity, erk_densities, prunable_weights, random_masks
 from permask_core.sparse.dynamic import Rewiring, constant_fan_in_masks
 from permask_core.sparse.initialisation import sparse_init
@@ -29,6 +29,7 @@ from permask_core.stages import (
     check_one_of,
     check_work,
     computed,
+    content,
     data,
     trained,
 )
@@ -220,7 +221,7 @@ def trained_network(experiment, store, seed, target, method):
             model, task.test)._asdict()
 
     tensors, record = trained(store, "dst", train, seed=seed, target=float(target), method=method,
-                              **experiment.only(*_decides(method)))
+                              **experiment.decides(*_decides(method)))
     state, masks = ({name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
                     for kind in ("state/", "mask/"))
     return state, masks, record
@@ -256,8 +257,8 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, workers=1):
     -------
     list of dict
         One row per run: ``method``, ``sparsity`` asked for and ``achieved`` at the start (both 0 for dense), ``seed``,
-        ``width``, test ``accuracy`` in [0, 1] and ``loss`` in nats, ``connections`` and ``active`` neurons at the
-        end, of ``neurons``, and ``seconds``.
+        ``width``, a hash of the ``data``, test ``accuracy`` in [0, 1] and ``loss`` in nats, ``connections`` and
+        ``active`` neurons at the end, of ``neurons``, and ``seconds``.
 
     Raises
     ------
@@ -278,7 +279,8 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, workers=1):
 def _rows(store, experiment, seed, runs):
     for method, target in runs:
         record = trained_network(experiment, store, seed, target, method)[2]
-        yield {"method": method, "sparsity": target, "seed": seed, "width": experiment.width, **record}
+        yield {"method": method, "sparsity": target, "seed": seed, "width": experiment.width,
+               "data": content(experiment), **record}
 
 
 class Preset(NamedTuple):
@@ -308,7 +310,7 @@ PRESETS = {
             epochs=103, lr=0.2, weight_decay=1e-4, batch_size=512, accumulate=4, schedule="step", step_epochs=30,
             warmup=5, label_smoothing=0.1, precision="bf16")), 1, (0.8, 0.9, 0.95, 0.99), "ResNet50/ImageNet"),
     # Epochs, decay, warm-up and smoothing as in their code, but neither its clipping of gradients nor torchvision's
-    # augmentations. What projects the inputs of attention stays dense: see permask_core.models.vit_b_16.
+    # augmentations. What projects the inputs of attention stays dense: see permask_core.models.transformer.vit_b_16.
     "imagenet-vit_b_16": Preset(Experiment(
         "imagenet", model="vit_b_16", distribution="uniform", min_salient=0.95, recipe=Recipe(
             epochs=150, lr=0.003, weight_decay=0.3, batch_size=4096, accumulate=16, warmup=16, label_smoothing=0.11,
@@ -338,8 +340,13 @@ def preset(name, *, options=None, recipe=None, **changes):
     """
     check_one_of("preset", name, PRESETS)
     chosen = PRESETS[name]
+    recipe = {key: value for key, value in (recipe or {}).items() if value is not None}
+    try:
+        trained_by = changed(chosen.experiment.recipe, recipe)
+    except ValueError as error:
+        raise ValueError(f"recipe is {recipe!r}: {error}") from None
     experiment = changed(chosen.experiment, {**changes, "options": {**chosen.experiment.options, **(options or {})},
-                                             "recipe": changed(chosen.experiment.recipe, recipe or {})})
+                                             "recipe": trained_by})
     same = _published(experiment) == _published(chosen.experiment)
     return chosen._replace(experiment=experiment, reproduces=chosen.reproduces if same else None)
 

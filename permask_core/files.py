@@ -1,6 +1,7 @@
-"""Tensors on disk: safetensors with a JSON record beside the data, written whole or not at all, never unpickled; and
-locks between processes."""
+"""Tensors on disk: safetensors with a JSON record and a checksum beside the data, written whole or not at all, never
+unpickled; and locks between processes."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-FORMAT = "permask 1"
+FORMAT = "permask 2"
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def written_whole(path):
 
 
 @contextmanager
-def locked(path, message=None):
+def locked(path, message=None, wait=True):
     """The block is run by one process at a time, on all machines that share the folder of ``path``.
 
     The lock is of the operating system: it ends with the process that holds it, however that ends.
@@ -43,14 +44,18 @@ def locked(path, message=None):
         Beside it lies the lock, a file that ends in ".lock", as long as somebody holds it.
     message : str, optional
         Printed if another process holds it for more than a second.
+    wait : bool
+        Whether to wait for another process that holds it, or to raise :class:`filelock.Timeout`.
     """
     path = Path(path)
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(path.name + ".lock"))
     try:
-        lock.acquire(timeout=1)
+        lock.acquire(timeout=1 if wait else 0)
     except Timeout:
+        if not wait:
+            raise
         if message:
             print(message, flush=True)
         lock.acquire()
@@ -84,8 +89,21 @@ def save_tensors(path, tensors, record):
     from safetensors.torch import save_file  # here, as it imports torch, which takes longer than most writing does
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps(record)
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "record": json.dumps(record)})
+        save_file(tensors, temporary, metadata={"format": FORMAT, "record": text, "checksum": _checksum(tensors, text)})
+
+
+def read_record(path):
+    """The record alone of what :func:`save_tensors` wrote, unchecked.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or was not written by :func:`save_tensors`.
+    """
+    with _opened(path) as (_, metadata):
+        return _record(path, metadata)
 
 
 def load_tensors(path):
@@ -101,30 +119,52 @@ def load_tensors(path):
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is damaged, or was not written by :func:`save_tensors`.
+        If the file is damaged (its numbers and its record are compared with their checksum), or was not written by
+        :func:`save_tensors`.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    with _opened(path) as (file, metadata):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if _checksum(tensors, metadata["record"]) != metadata["checksum"]:
+            raise ValueError(f"{path} is damaged: its numbers do not have the checksum that was stored with them")
+        return tensors, _record(path, metadata)
+
+
+@contextmanager
+def _opened(path):
+    """A file of this format and its metadata; whatever is wrong with it, in the block too, is a ValueError."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is a safetensors file, but its format is {metadata.get('format')!r}: "
-                                 f"expected {FORMAT!r}")
-            record = json.loads(metadata["record"])
-            if not isinstance(record, dict):
-                raise KeyError("its record is no dict")
-            return {name: file.get_tensor(name) for name in file.keys()}, record
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}): delete it to have it made "
-                         "again") from error
+            if metadata.get("format") == FORMAT:
+                yield file, metadata
+                return
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error})") from error
+    raise ValueError(f"{path} is a safetensors file, but its format is {metadata.get('format')!r}: expected {FORMAT!r}")
 
 
-def is_whole(path):
-    """Whether a file is safetensors of the length that its head tells; the numbers are not read."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
+def _record(path, metadata):
+    record = json.loads(metadata["record"])
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged: its record is no dict")
+    return record
+
+
+def _checksum(tensors, text):
+    return digest(dict(sorted(tensors.items())), text)
+
+
+def digest(arrays, text=""):
+    """A short hash of tensors or numpy arrays: their names, types, shapes and values; and of a text."""
+    summary = hashlib.sha256(text.encode())
+    for name, array in arrays.items():
+        summary.update(f"{name} {array.dtype} {list(array.shape)}".encode())
+        if hasattr(array, "detach"):  # a tensor, by its bytes: numpy has no bfloat16
+            import torch
+
+            array = array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        summary.update(array)
+    return summary.hexdigest()[:16]

@@ -20,7 +20,7 @@ import torch
 
 from permask_core.data.extreme import planted, read_sparse_text
 from permask_core.data.root import check_there, data_root
-from permask_core.resume import described
+from permask_core.resume import fingerprint
 from permask_core.sparse.extreme import (
     ExtremeClassifier,
     ExtremeRecipe,
@@ -183,6 +183,7 @@ def data(experiment, seed):
         train, test = _drawn(experiment.labels, experiment.points, experiment.test_points, experiment.clusters,
                              experiment.features, seed)
     else:
+        check_data(experiment)
         train, test = _read(data_root(experiment.root) / experiment.dataset)
     for file, split in zip(FILES, (train, test)):
         if split.n_labels != experiment.labels:
@@ -200,6 +201,14 @@ def data(experiment, seed):
     return train, test
 
 
+def check_data(experiment):
+    """Raise FileNotFoundError, with the way to get them, unless the experiment's files are there; nothing is read."""
+    if not experiment.planted:
+        folder = data_root(experiment.root) / experiment.dataset
+        check_there(folder.name, folder, FILES, "Fetch the bags of words of http://manikvarma.org/downloads/XC/"
+                    "XMLRepository.html and unpack them there")
+
+
 @lru_cache(maxsize=1)
 def _drawn(labels, points, test_points, clusters, features, seed):
     return planted(labels, n_train=points, n_test=test_points, n_clusters=clusters, n_features=features, seed=seed)[:2]
@@ -207,8 +216,6 @@ def _drawn(labels, points, test_points, clusters, features, seed):
 
 @lru_cache(maxsize=1)
 def _read(folder):
-    check_there(folder.name, folder, FILES, "Fetch the bags of words of http://manikvarma.org/downloads/XC/"
-                "XMLRepository.html and unpack them there")
     return tuple(_scaled(read_sparse_text(folder / file, f"reading {folder.name}/{file}")) for file in FILES)
 
 
@@ -222,7 +229,7 @@ def _scaled(split):
 
 @lru_cache(maxsize=1)
 def _content(folder):
-    return [described(split) for split in _read(folder)]
+    return fingerprint(*_read(folder))
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -327,4 +334,4 @@ def _rows(store, experiment, seed, methods):
 
         own = {"method": method, "recipe": experiment.recipe_of(method), **experiment.layers(method)}
         _, record = trained(store, "label_space", compute, seed=seed, **own, **settings)
-        yield {"method": method, "seed": seed, "labels": experiment.labels, **record}
+        yield {"method": method, "seed": seed, "labels": experiment.labels, "data": settings.get("content"), **record}

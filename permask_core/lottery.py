@@ -15,7 +15,7 @@ from permask_core.data import DATASETS, check_options
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import Groups, match_activations, match_weights, permutation_groups, permute
 from permask_core.models import MODELS, build_model
-from permask_core.models.feedforward import scaled
+from permask_core.models.scaling import scaled
 from permask_core.progress import progress
 from permask_core.pruning import (
     FLAVOURS,
@@ -29,7 +29,17 @@ from permask_core.pruning import (
 )
 from permask_core.sparse import condense
 from permask_core.sparse.initialisation import scale_to_fan_in
-from permask_core.stages import Settings, check_integer, check_lists, check_one_of, check_work, computed, data, trained
+from permask_core.stages import (
+    Settings,
+    check_integer,
+    check_lists,
+    check_one_of,
+    check_work,
+    computed,
+    content,
+    data,
+    trained,
+)
 from permask_core.together import fitted, rows_together
 from permask_core.training import Recipe, default_device, predict
 
@@ -98,9 +108,13 @@ class Experiment(Settings):
         if not isinstance(self.imp_rate, (int, float)) or not 0 < self.imp_rate < 1:
             raise ValueError(f"imp_rate is {self.imp_rate!r}: expected a number in (0, 1)")
         scaled(self.width)
-        for epochs, lr in ((self.epochs, self.lr), (self.imp_epochs, self.imp_lr),
-                           (self.epochs - self.rewind, self.sparse_lr)):
-            self.recipe(epochs, lr)
+        for name, epochs, lr in (("epochs", self.epochs, "lr"), ("imp_epochs", self.imp_epochs, "imp_lr"),
+                                 ("epochs - rewind", self.epochs - self.rewind, "sparse_lr")):
+            try:
+                self.recipe(epochs, getattr(self, lr))
+            except ValueError as error:  # which has a recipe's names
+                wrong, _, rest = str(error).replace("below epochs", f"below {name}").partition(" is ")
+                raise ValueError(f"{dict(epochs=name, lr=lr).get(wrong, wrong)} is {rest}") from None
 
     def recipe(self, epochs, lr):
         """A recipe with this experiment's settings of training."""
@@ -180,7 +194,7 @@ def dense(experiment, store, seed, which):
                   for key, tensor in run.checkpoints[name].items()}
         return states, evaluation._asdict()
 
-    tensors, record = trained(store, "dense", train, seed=own, **experiment.only(*_DENSE))
+    tensors, record = trained(store, "dense", train, seed=own, **experiment.decides(*_DENSE))
     states = {epoch: {} for epoch in experiment.checkpoints}
     for name, tensor in tensors.items():
         epoch, key = name.split("/", 1)
@@ -211,7 +225,7 @@ def ticket(experiment, store, seed, target):
                                 description=f"pruning round {rounds}, seed {seed}")
                 return run.state, {"sparsity": sparsity(masks)}
 
-            return trained(store, "imp_round", train_round, seed=seed, round=rounds, **experiment.only(*_IMP))[0]
+            return trained(store, "imp_round", train_round, seed=seed, round=rounds, **experiment.decides(*_IMP))[0]
 
         (_, found), = iterative_magnitude_pruning(
             train, states[experiment.epochs], [target], flavour=experiment.imp, rate=experiment.imp_rate,
@@ -219,7 +233,7 @@ def ticket(experiment, store, seed, target):
             prunable=prunable_weights(network(experiment)))
         return found.masks, {"achieved": found.sparsity, "rounds": found.rounds}
 
-    masks, record = store.stage("ticket", compute, seed=seed, target=target, **experiment.only(*_IMP))
+    masks, record = store.stage("ticket", compute, seed=seed, target=target, **experiment.decides(*_IMP))
     return Ticket(masks, record["achieved"], record["rounds"])
 
 
@@ -250,7 +264,7 @@ def matching(experiment, store, seed, by):
                            f"matching by activations, seed {seed}")
         return match_activations(found, *models, batches), {}
 
-    return store.stage("matching", compute, seed=seed, by=by, **experiment.only(*_DENSE, *_MATCHING, *also))
+    return store.stage("matching", compute, seed=seed, by=by, **experiment.decides(*_DENSE, *_MATCHING, *also))
 
 
 def method_masks(experiment, store, seed, target, method, by=None):
@@ -303,8 +317,9 @@ def sparse(experiment, store, seed, target, method, by=None, *, condensed=False)
             description=f"{method} {by or ''} at {100 * target:g} %, seed {seed}")
         return model.state_dict(), {**evaluation._asdict(), "achieved": achieved}
 
-    settings = experiment.only(*_IMP, "sparse_lr", "rewind", "start", *(_MATCHING if method == "permuted" else []),
-                               *(["matched_images"] if by == "activations" else []))
+    settings = experiment.decides(*_IMP, "sparse_lr", "rewind", "start",
+                                  *(_MATCHING if method == "permuted" else []),
+                                  *(["matched_images"] if by == "activations" else []))
     return trained(store, "sparse", train, seed=seed, target=target, method=method, by=by, condensed=condensed,
                    **settings)
 
@@ -334,7 +349,8 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     list of dict
         One row per run: ``method``, ``matching`` ("" where there is none), ``sparsity`` asked for and ``achieved``
         (both 0 for dense, which is network B without a mask), ``seed``, test ``accuracy`` in [0, 1], ``loss`` in
-        nats, ``seconds``, and the experiment's ``width``, ``sparse_lr``, ``rewind`` and ``matched_at``.
+        nats, ``seconds``, the experiment's ``width``, ``sparse_lr``, ``rewind`` and ``matched_at``, and a hash of its
+        ``data``.
 
     Raises
     ------
@@ -372,7 +388,8 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
 
 
 def _rows(store, experiment, seed, runs):
-    shared = {"seed": seed, **experiment.only("width", "sparse_lr", "rewind", "matched_at")}
+    shared = {"seed": seed, **experiment.only("width", "sparse_lr", "rewind", "matched_at"),
+              "data": content(experiment)}
     for method, by, target in runs:
         if method == "dense":
             record = {"achieved": 0.0, **dense(experiment, store, seed, "b")[1]}

@@ -4,12 +4,14 @@ What the sources do not say is ours, and said so beside the setting. Adnan et al
 their public code, for the permuted masks; Lasby et al., ICLR 2024 (arXiv 2305.02299), for ResNet18 and ViT-B/16.
 """
 
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import NamedTuple
 
 from permask_core.lottery import MATCHINGS, Experiment, training_epochs
+from permask_core.models.scaling import scaled
 from permask_core.pruning import check_sparsity
-from permask_core.stages import check_integer, check_lists
+from permask_core.stages import check_integer, check_lists, check_one_of
 
 
 class Preset(NamedTuple):
@@ -124,10 +126,17 @@ def preset(name, **changes):
     if changes.get("dataset", experiment.dataset) != experiment.dataset:
         changes.setdefault("options", {})
     epochs = changes.get("epochs", experiment.epochs)
+    check_integer("epochs", epochs, 1)
     rewinds = grid.get("rewinds", chosen.rewinds)
-    if not isinstance(epochs, int) or any(not isinstance(k, int) or not 0 <= k < epochs for k in rewinds):
-        raise ValueError(f"rewinds is {list(rewinds)!r} with epochs {epochs!r}: expected epochs from 0 to one before "
-                         "the last")
+    if any(not isinstance(k, int) or not 0 <= k < epochs for k in rewinds):
+        if "rewinds" in grid:
+            raise ValueError(f"rewinds is {list(rewinds)!r}: expected epochs from 0 to {epochs - 1}, one before the "
+                             f"last of {epochs}")
+        raise ValueError(f"epochs is {epochs}: expected more than {max(rewinds)}, the last of the rewind epochs of the "
+                         f"preset {name!r}, or other rewinds")
+    for value in grid.get("widths", ()):
+        with _naming("widths", grid["widths"]):
+            scaled(value)
     imp_rewind = min(changes.get("imp_rewind", experiment.imp_rewind), epochs - 1)
     kept = {k for k in experiment.checkpoints if k <= epochs} | {*rewinds, imp_rewind, epochs}
     changes = {"width": grid.get("widths", chosen.widths)[0], "checkpoints": tuple(kept), "rewind": rewinds[0],
@@ -139,12 +148,22 @@ def preset(name, **changes):
     chosen = chosen._replace(experiment=experiment, **grid, reproduces=chosen.reproduces if same else None)
     check_integer("seeds", chosen.seeds, 1)
     for value in chosen.matchings:
-        if value not in MATCHINGS:
-            raise ValueError(f"unknown matching {value!r}: expected one of {', '.join(MATCHINGS)}")
+        with _naming("matchings", chosen.matchings):
+            check_one_of("matching", value, MATCHINGS)
     for value in chosen.sparsities:
-        check_sparsity(value)
+        with _naming("sparsities", chosen.sparsities):
+            check_sparsity(value)
     experiments(chosen)  # refuses what no experiment can have
     return chosen
+
+
+@contextmanager
+def _naming(name, values):
+    """In the block, what is wrong with one of several values is said of all of them, under the name that they have."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name} is {list(values)!r}: {error}") from None
 
 
 def experiments(chosen):

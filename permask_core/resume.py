@@ -1,13 +1,14 @@
 """A training run on disk: where it is, and of what it is a run, so that it can go on after an interruption."""
 
 import hashlib
+import json
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from permask_core.files import load_tensors, save_tensors
+from permask_core.files import digest, load_tensors, save_tensors
 
 
 class Run(NamedTuple):
@@ -87,20 +88,14 @@ def described(value):
     if hasattr(value, "dtype"):
         return digest({"": value})
     if is_dataclass(value):
-        return {name: described(part) for name, part in vars(value).items()
-                if name not in ("root", "workers", "attributes")}
+        parts = {**vars(value), **({"sizes": value.sizes} if hasattr(value, "sizes") else {})}
+        return {name: described(part) for name, part in parts.items() if name not in ("root", "workers", "attributes")}
     return value
 
 
-def digest(arrays):
-    """A short hash of tensors or numpy arrays: their names, types, shapes and values."""
-    summary = hashlib.sha256()
-    for name, array in arrays.items():
-        summary.update(f"{name} {array.dtype} {list(array.shape)}".encode())
-        if isinstance(array, torch.Tensor):  # by its bytes: numpy has no bfloat16
-            array = array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        summary.update(array)
-    return summary.hexdigest()[:16]
+def fingerprint(*values):
+    """A short hash of what data are, as :func:`described` says it."""
+    return hashlib.sha256(json.dumps([described(value) for value in values], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def optimizer_state(optimizer, parameters):

@@ -14,7 +14,7 @@ from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_weights, permute
 from permask_core.pruning import check_sparsity, full_rounds, random_masks
 from permask_core.sparse.initialisation import sparse_init
-from permask_core.stages import check_integer, check_lists, check_one_of, check_work, computed, data, trained
+from permask_core.stages import check_integer, check_lists, check_one_of, check_work, computed, content, data, trained
 from permask_core.training import evaluate, fit
 
 METHODS = ("dense", "pruned", "lth", "permuted", "naive", "random", "scratch", "sparse_init")
@@ -101,7 +101,7 @@ def sibling(experiment, store, family, number, target, method):
         return states, {"achieved": sparsity(masks), **evaluate(model, data(experiment).test)._asdict()}
 
     left_out = ("root", "start") if experiment.start == "dense" else ("root",)  # see permask_core.lottery.sparse
-    settings = experiment.only(*(one.name for one in fields(experiment) if one.name not in left_out))
+    settings = experiment.decides(*(one.name for one in fields(experiment) if one.name not in left_out))
     tensors, record = trained(store, "sibling", train, family=family, number=number, target=target, method=method,
                               **settings)
     states = {epoch: {} for epoch in kept}
@@ -220,4 +220,4 @@ def _rows(store, experiment, family, siblings, target, methods):
         for number in range(siblings):
             states, record = sibling(experiment, store, family, number, target, method)
             yield {"method": method, "seed": family, "sibling": number, "sparsity": target * (method != "dense"),
-                   **record, "logits": logits(experiment, states[max(states)])}
+                   "data": content(experiment), **record, "logits": logits(experiment, states[max(states)])}

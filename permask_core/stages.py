@@ -4,6 +4,7 @@ An experiment is a dataclass of :class:`Settings` with the fields ``dataset`` (a
 and ``root`` (where its files lie).
 """
 
+import functools
 import multiprocessing
 import os
 import threading
@@ -11,15 +12,15 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields, replace
-from functools import lru_cache
 from numbers import Integral
 
 import torch
 
-from permask_core.data import load_dataset, options_of
-from permask_core.files import is_whole
+from permask_core.data import check_files, load_dataset, options_of
+from permask_core.files import load_tensors
+from permask_core.models import module_of
 from permask_core.progress import progress
-from permask_core.resume import described
+from permask_core.resume import fingerprint
 from permask_core.store import Store
 
 
@@ -36,8 +37,19 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(names)}")
 
     def only(self, *names):
-        """Some of the settings as a dict: what a stage depends on."""
-        return {name: options_that_decide(self) if name == "options" else getattr(self, name) for name in names}
+        """Some of the settings as a dict."""
+        return {name: getattr(self, name) for name in names}
+
+    def resolved(self):
+        """All settings as a dict, except where files lie."""
+        return self.only(*(one.name for one in fields(self) if one.name != "root"))
+
+    def decides(self, *names):
+        """Some of the settings as a dict for :meth:`permask_core.store.Store.stage`: what the data are stands there for
+        the options of the data set, and with it go the modules of the networks."""
+        settings = self.only(*(name for name in names if name != "options"))
+        networks = [getattr(self, name) for name in ("model", "teacher", "student") if name in names]
+        return settings | {"data": content(self), "modules": sorted({module_of(name) for name in networks})}
 
 
 def changed(settings, changes):
@@ -84,42 +96,61 @@ def check_work(seeds, workers, name="seeds"):
 
 def data(experiment):
     """The experiment's data set; the last one loaded stays in memory."""
+    return _loaded(experiment.dataset, _options(experiment))
+
+
+def check_data(experiment):
+    """Raise FileNotFoundError, with the way to get them, unless the files of the experiment's data set are there or are
+    to be fetched; nothing is read."""
+    options = dict(_options(experiment))
+    if not options.get("download"):
+        check_files(experiment.dataset, options.get("root"))
+
+
+def content(experiment):
+    """A short hash of what is trained and tested on: of numbers in memory, or of the names, sizes and labels of files.
+    Where the files lie decides about nothing, and neither does how they are read."""
+    return _content(experiment.dataset, _options(experiment))
+
+
+def _options(experiment):
     rooted = {"root": experiment.root} if "root" in options_of(experiment.dataset) else {}
-    options = {name: tuple(value) if isinstance(value, list) else value
-               for name, value in {**rooted, **experiment.options}.items()}
-    return _loaded(experiment.dataset, tuple(sorted(options.items())))
+    return tuple(sorted((name, tuple(value) if isinstance(value, list) else value)
+                        for name, value in {**rooted, **experiment.options}.items()))
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def _loaded(name, options):
     return load_dataset(name, **dict(options))
 
 
-def options_that_decide(experiment):
-    """The options of the experiment's data set that its results depend on."""
-    # How many processes read images decides about nothing.
-    options = {name: value for name, value in experiment.options.items() if name != "workers"}
-    if options.get("verify") is False:  # the files may be any: their content decides
-        options["content"] = _content(data(experiment))
-    return options
+@functools.lru_cache(maxsize=256)
+def _content(name, options):
+    loaded = _loaded(name, options)
+    return fingerprint(loaded.train, loaded.test)
 
 
-@lru_cache(maxsize=1)
-def _content(loaded):
-    return {"train": described(loaded.train), "test": described(loaded.test)}
+def discard_damaged(path):
+    """Delete the file of an unfinished training if it is damaged, and say so."""
+    try:
+        load_tensors(path)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        print(f"{error}: the training starts from the beginning", flush=True)
+        path.unlink()
 
 
-def trained(store, name, train, **parameters):
+def trained(store, name, train, *, modules=(), **parameters):
     """A stage that trains: ``train`` is given a file from which a run goes on that was interrupted."""
-    unfinished = store.path(name, train, **parameters).with_suffix(".unfinished")
+    unfinished = store.unfinished(name, train, modules=modules, **parameters)
 
+    @functools.wraps(train)  # its code is what the stage depends on
     def compute():
-        if unfinished.exists() and not is_whole(unfinished):
-            print(f"{unfinished} is damaged: the training starts from the beginning", flush=True)
-            unfinished.unlink()
+        discard_damaged(unfinished)
         return train(unfinished)
 
-    result = store.stage(name, compute, **parameters)
+    result = store.stage(name, compute, modules=modules, **parameters)
     unfinished.unlink(missing_ok=True)
     return result
 

@@ -1,9 +1,10 @@
 """A run's directory: stages that are finished are found again, the others are computed.
 
-A stage has a name and plain parameters, and a function that computes tensors and a record from them. Its key is made of
-the name, the parameters, the versions of the libraries that decide about numbers, and the source of every permask_core
-module that the function can reach, so that an edited library never serves an old result. Files are written whole or not
-at all, and jobs that share a store do not compute a stage twice.
+A stage has a name and plain parameters, and a function that computes tensors and a record from them. A stored stage is
+found if its name and parameters are the same, if the versions of the libraries that decide about numbers are, and if
+every module of permask_core that its function could reach still has the same code: docstrings and comments may change.
+Files are written whole or not at all and checked when they are read, and jobs that share a store do not compute a stage
+twice.
 """
 
 import ast
@@ -15,15 +16,19 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import time
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
-from permask_core.files import is_whole, load_tensors, locked, save_tensors, written_whole
+from permask_core.files import load_tensors, locked, read_record, save_tensors, written_whole
 
 LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn")
 OPTIONAL = ("timm", "transformers")
+POLICIES = ("recompute", "keep")
 HERE = Path(__file__).parent
 
 
@@ -35,21 +40,39 @@ class Store:
     folder : path-like
         Made when the first stage is written. A relative folder lies below the environment variable ``PERMASK_RUNS``
         where that is set, and below the working directory otherwise.
+    on_change : {"recompute", "keep"}, optional
+        What becomes of a stage whose code or libraries have changed since it was stored. ``"recompute"`` computes it
+        again, beside the old file. ``"keep"`` serves the newest old one, says which source changed, and adds to its
+        record, and to that of each stage computed from it, ``kept``: each changed source with its old and new hash.
+        By default the environment variable ``PERMASK_ON_CHANGE``, or ``"recompute"``.
 
     Attributes
     ----------
     computed, found : int
         How many stages this object computed, and how many it found finished.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> store = Store(tempfile.mkdtemp())
+    >>> store.stage("ones", lambda: ({"x": torch.ones(2)}, {"sum": 2.0}), n=2)[0]["x"].tolist()
+    [1.0, 1.0]
+    >>> store.computed, store.found
+    (1, 0)
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, on_change=None):
         self.folder = Path(os.environ.get("PERMASK_RUNS", ""), Path(folder).expanduser()).expanduser().absolute()
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file: expected a folder for the run")
+        self.on_change = on_change or os.environ.get("PERMASK_ON_CHANGE") or "recompute"
+        if self.on_change not in POLICIES:
+            raise ValueError(f"on_change is {self.on_change!r}: expected one of {', '.join(POLICIES)}")
         self.computed = self.found = 0
         self._seconds = 0.0  # spent by stages computed here, so that a stage is not charged for those it asked for
+        self._kept, self._said = {}, set()  # changed sources of stages that were kept; messages that were printed
 
-    def stage(self, name, compute, **parameters):
+    def stage(self, name, compute, *, modules=(), **parameters):
         """The result of ``compute()``, computed now or found finished.
 
         Parameters
@@ -59,6 +82,8 @@ class Store:
         compute : callable
             Takes nothing and returns ``(tensors, record)``: a dict of str to torch.Tensor, and a dict that JSON holds.
             Its result must depend on nothing but ``parameters``.
+        modules : iterable of str
+            Modules of permask_core that ``compute`` loads by name, which no import statement shows.
         **parameters
             Anything that JSON holds, dataclasses of such values included.
 
@@ -71,59 +96,123 @@ class Store:
         Raises
         ------
         ValueError
-            If the stage's file holds another stage, or the parameters or the record cannot be written as JSON. A
-            damaged file is reported and made again.
+            If the parameters or the record cannot be written as JSON. A file that is damaged, or holds something else,
+            is put aside under a name that ends in ".damaged", and the stage is computed again.
         """
-        identity = self._identity(name, compute, parameters)
+        identity = self._identity(name, compute, modules, parameters)
         path = self._path(identity)
-        result = self._finished(path, name)
+        result = self._finished(identity)
         if result is None:  # of several jobs that need a stage one computes it, and the others wait
-            with locked(path, f"waiting for another process that computes {name} {path.stem}"):
-                result = self._finished(path, name) or self._computed(path, name, identity, compute)
+            with self._lock(path, f"waiting for another process that computes {name} {path.stem}"):
+                result = self._finished(identity, repair=True) or self._computed(path, name, identity, compute)
         return result
 
-    def _finished(self, path, name):
-        if not path.exists() or not is_whole(path):
-            return None
-        tensors, record = load_tensors(path)
-        if record.get("stage") != name:
-            raise ValueError(f"{path} holds {record.get('stage') or record.get('kind')!r}: expected the stage {name!r}")
-        self.found += 1
-        return tensors, record["result"]
+    def path(self, name, compute, *, modules=(), **parameters):
+        """The file to which ``stage(name, compute, modules=modules, **parameters)`` is written."""
+        return self._path(self._identity(name, compute, modules, parameters))
+
+    def unfinished(self, name, compute, *, modules=(), **parameters):
+        """The file in which a stage keeps what it has computed so far. One that other code has begun is taken over
+        under the policy ``"keep"`` only."""
+        identity = self._identity(name, compute, modules, parameters)
+        path = self._path(identity).with_suffix(".unfinished")
+        begun = sorted(path.parent.glob(f"{_key(identity)}-*.unfinished"), key=lambda one: one.stat().st_mtime)
+        if self.on_change == "keep" and begun and not path.exists():
+            print(f"{name}: goes on from {begun[-1].name}, although its code has changed since", flush=True)
+            begun[-1].replace(path)
+        return path
+
+    def _lock(self, path, message):
+        return locked(path, message)
+
+    def _finished(self, identity, repair=False):
+        """The stored result, or None. Files that have its name and are not it are put aside by ``repair``."""
+        known, candidates = ("stage", "parameters"), []
+        for path in self._path(identity).parent.glob(f"{_key(identity)}-*.safetensors"):
+            with self._put_aside(path, repair):
+                stored = read_record(path)
+                if not isinstance(stored.get("result"), dict) or not {"sources", "versions"} <= stored.keys():
+                    raise ValueError(f"{path} is no stage with a result")
+                if any(stored.get(part) != identity[part] for part in known):
+                    raise ValueError(f"{path} holds the stage {stored.get('stage')!r} with other parameters than its "
+                                     "name says")
+                changed = _changed(stored, identity)
+                candidates.append((bool(changed), -path.stat().st_mtime, path, changed))
+        for other, _, path, changed in sorted(candidates):  # the present code's first, then the newest
+            if other and self.on_change != "keep":
+                break
+            with self._put_aside(path, repair):
+                tensors, record = load_tensors(path)
+                result = record["result"]
+                if changed:
+                    self._say(f"{identity['stage']}: kept from {record.get('commit', 'an unknown commit')}, although "
+                              f"{', '.join(changed)} changed since")
+                    result["kept"] = result.get("kept", {}) | changed
+                self._kept |= result.get("kept", {})
+                self.found += 1
+                return tensors, result
+        return None
+
+    @contextmanager
+    def _put_aside(self, path, repair):
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            if repair and path.exists():
+                print(f"{error}. It is made again; what was there is now {path.name}.damaged", flush=True)
+                path.replace(path.with_name(path.name + ".damaged"))
+
+    def _say(self, text):
+        if text not in self._said:
+            print(text, flush=True)
+            self._said.add(text)
 
     def _computed(self, path, name, identity, compute):
-        if path.exists():  # a disk that was full, or a copy that was cut off
-            print(f"{path} is damaged: it is made again", flush=True)
-        start, inner = time.perf_counter(), self._seconds
+        start, inner, outer, self._kept = time.perf_counter(), self._seconds, self._kept, {}
         tensors, result = compute()
         own = time.perf_counter() - start - (self._seconds - inner)
         self._seconds += own
-        result = {**result, "seconds": own}
+        result = {**result, "seconds": own, **({"kept": self._kept} if self._kept else {})}
+        self._kept |= outer
         try:
             json.dumps(result)
         except TypeError as error:
             raise ValueError(f"the record of the stage {name!r} cannot be written as JSON: {error}") from error
-        save_tensors(path, tensors, {**identity, "result": result})
+        save_tensors(path, tensors, {**identity, "commit": commit(), "result": result})
         self.computed += 1
         # What a rerun would find is what the first run returns: through the file.
         tensors, record = load_tensors(path)
         return tensors, record["result"]
 
-    def path(self, name, compute, **parameters):
-        """The file in which ``stage(name, compute, **parameters)`` is kept."""
-        return self._path(self._identity(name, compute, parameters))
-
     def _path(self, identity):
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-        return self.folder / identity["stage"] / f"{digest}.safetensors"
+        sources = _hash({part: identity[part] for part in ("sources", "versions")})
+        return self.folder / identity["stage"] / f"{_key(identity)}-{sources[:8]}.safetensors"
 
     @staticmethod
-    def _identity(name, compute, parameters):
+    def _identity(name, compute, modules, parameters):
         try:
-            parameters = json.loads(json.dumps(parameters, default=_plain))
+            parameters = json.loads(json.dumps(parameters, default=plain))
         except TypeError as error:
             raise ValueError(f"a parameter of the stage {name!r} cannot be written as JSON: {error}") from error
-        return {"stage": name, "parameters": parameters, "versions": versions(), "source": source_hash(compute)}
+        return {"stage": name, "parameters": parameters, "versions": versions(), "sources": sources(compute, modules)}
+
+
+def _hash(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _key(identity):
+    return _hash([identity["stage"], identity["parameters"]])[:20]
+
+
+def _changed(stored, identity):
+    """The sources and libraries of a stored stage that are others now, by name: the old hash or version and the new.
+
+    Only what the stored stage used counts: one that a CPU computed does not depend on the kernels for a GPU.
+    """
+    now = {**identity["versions"], **{name: _module_hash(name) for name in stored["sources"]}, **identity["sources"]}
+    return {name: f"{was} -> {now.get(name)}" for name, was in {**stored["versions"], **stored["sources"]}.items()
+            if now.get(name) != was}
 
 
 def check_folder(folder, settings):
@@ -146,8 +235,8 @@ def check_folder(folder, settings):
         If the folder holds results of other settings; it says which differ.
     """
     path = Path(os.environ.get("PERMASK_RUNS", ""), Path(folder).expanduser()).absolute() / "settings.json"
-    settings = json.loads(json.dumps(settings, default=_plain))
-    if path.exists():
+    settings = json.loads(json.dumps(settings, default=plain))
+    if path.exists() and path.with_name("results.json").exists():  # one that did not finish is no reason to refuse
         try:
             there = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
@@ -162,7 +251,8 @@ def check_folder(folder, settings):
     return path.parent
 
 
-def _plain(value):
+def plain(value):
+    """A dataclass as a dict, for :func:`json.dumps`."""
     if hasattr(value, "__dataclass_fields__"):
         return {name: getattr(value, name) for name in value.__dataclass_fields__}
     raise TypeError(f"{value!r} is a {type(value).__name__}")
@@ -198,50 +288,92 @@ def device_name(device):
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
-def source_hash(function):
-    """A hash of the source that computes ``function``: its module and, through imports, all of permask_core that it
-    reaches.
+def sources(function, modules=()):
+    """What the result of a function depends on: hashes of the code of its module and, through imports, of all modules
+    of permask_core that it reaches, by name.
 
-    A function of a notebook or script is taken by its own source, with all of permask_core.
+    Parameters
+    ----------
+    function : callable
+        One of a notebook or script is taken by its own code, with all of permask_core.
+    modules : iterable of str
+        Further modules, which are loaded by name. Those that a module of the library names in a constant ``LOADED``, by
+        the type of device on which it loads them, need not be given.
+
+    Returns
+    -------
+    dict of str to str
     """
-    module = sys.modules[function.__module__]
-    if module.__name__.split(".")[0] == "permask_core":
-        return _modules_hash(module.__name__, "")
-    return _modules_hash("permask_core", inspect.getsource(function))
+    module = sys.modules[function.__module__].__name__
+    if module.split(".")[0] == "permask_core":
+        roots, own = (module, *modules), {}
+    else:
+        roots = ("permask_core",)
+        own = {f"{module}.{function.__qualname__}": _code_hash(textwrap.dedent(inspect.getsource(function)))}
+    return own | {name: _module_hash(name) for name in _reached(roots, _device())}
+
+
+def _device():
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @cache
-def _modules_hash(root, extra):
-    digest = hashlib.sha256(extra.encode())
-    for name, path in sorted(_reached(root).items()):
-        digest.update(f"{name}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:20]
-
-
-def _reached(root):
-    """Files of the permask_core modules that ``root`` reaches through its import statements, itself included."""
-    if root == "permask_core":
-        return {str(path.relative_to(HERE)): path for path in HERE.rglob("*.py")}
-    found, waiting = {}, [root]
+def _reached(roots, device):
+    """Names of the permask_core modules that ``roots`` reach through import statements, themselves included."""
+    if roots == ("permask_core",):
+        return sorted(".".join(path.relative_to(HERE.parent).with_suffix("").parts).removesuffix(".__init__")
+                      for path in HERE.rglob("*.py"))
+    found, waiting = set(), list(roots)
     while waiting:
         name = waiting.pop()
-        # By its path, because to ask the import system means to import all packages above.
-        place = HERE.joinpath(*name.split(".")[1:])
-        path = next(filter(Path.is_file, (place / "__init__.py", place.with_suffix(".py"))), None)
-        if name in found or path is None:  # or the name of a function, not of a module
-            continue
-        found[name] = path
-        waiting += _imported(path)
-    return found
+        if name not in found and (module := _module(name)):  # or it is the name of a function, not of a module
+            found.add(name)
+            waiting += [*module.imported, *module.loaded.get(device, [])]
+    return sorted(found)
+
+
+class _Module(NamedTuple):
+    """A hash of a module's code, the names in its import statements that may be modules of permask_core, and what it
+    loads by name, by the type of device."""
+
+    hash: str
+    imported: list[str]
+    loaded: dict[str, list[str]]
 
 
 @cache
-def _imported(path):
-    """What the import statements of a file name that may be a module of permask_core."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+def _module(name):
+    """A module of permask_core, or None if there is none of that name."""
+    # By its path, because to ask the import system means to import all packages above.
+    place = HERE.joinpath(*name.split(".")[1:])
+    path = next(filter(Path.is_file, (place / "__init__.py", place.with_suffix(".py"))), None)
+    if path is None or not name.startswith("permask_core"):
+        return None
+    tree, imported, loaded = ast.parse(path.read_text()), [], {}
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("permask_core"):
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            imported += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names if alias.name.startswith("permask_core.")]
-    return names
+            imported += [alias.name for alias in node.names if alias.name.startswith("permask_core.")]
+        elif isinstance(node, ast.Assign) and [getattr(one, "id", None) for one in node.targets] == ["LOADED"]:
+            loaded = ast.literal_eval(node.value)
+    return _Module(_code_hash(tree), imported, loaded)
+
+
+def _module_hash(name):
+    return (_module(name) or (None,))[0]
+
+
+def _code_hash(code):
+    """A hash of a syntax tree, or of source, without docstrings: comments and layout are not in it anyway."""
+    try:
+        tree = code if isinstance(code, ast.AST) else ast.parse(code)
+    except SyntaxError:  # a lambda in the middle of a call: its lines alone are no code
+        return hashlib.sha256(code.encode()).hexdigest()[:16]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
+                node, clean=False) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]

@@ -13,18 +13,22 @@ import copy
 import hashlib
 import time
 from collections import Counter
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from filelock import Timeout
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from permask_core.data.splits import in_order
+from permask_core.files import locked
 from permask_core.models import evaluating
-from permask_core.stages import check_integer
+from permask_core.stages import check_integer, discard_damaged
 from permask_core.store import Store
-from permask_core.training import Evaluation, Fit, as_split, default_device, evaluate, fit
+from permask_core.training import Evaluation, Fit, as_split, default_device, evaluate, fit, memory_format
 
 WAYS = ("grouped", "vmap", "alone")
 SMALL = 250_000  # multiplications for an image up to which a CPU, too, spends more on calls than on numbers
@@ -81,7 +85,7 @@ class Batch(nn.Module):
     def forward(self, x):
         if self.way == "grouped":
             x = x.flatten(1, 2)  # [n, k * channels, ...]
-            x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+            x = x.contiguous(memory_format=memory_format(self.inner, x.device)) if x.ndim == 4 else x
             return self.inner(x).unflatten(1, (self.members, -1))
         one, = self._one
         one.train(self.training)
@@ -282,7 +286,8 @@ class Training(NamedTuple):
 
 
 class Waits(Exception):
-    """A stage cannot go on before the training ``path`` is done."""
+    """A stage cannot go on before the training ``path`` is done here, or before another process has computed the stage
+    ``path``."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -290,11 +295,45 @@ class Waits(Exception):
 
 
 class Queue(Store):
-    """A store whose stages train together: see :func:`rows_together`."""
+    """A store whose stages train together: see :func:`rows_together`.
+
+    A stage that waits for its training keeps its lock, so that no other process trains the same network, and is
+    finished as soon as the training is done. A stage whose lock another process has is put off: a process that holds
+    locks never waits for one.
+    """
 
     def __init__(self, store, most):
-        super().__init__(store.folder)
+        super().__init__(store.folder, store.on_change)
         self.most, self.wanted, self.done = most, {}, {}
+        self.locks, self.again = {}, {}  # of stages that wait for their training: what holds them, and how they go on
+
+    def stage(self, name, compute, **parameters):
+        try:
+            return super().stage(name, compute, **parameters)
+        except Waits as one:  # raised here first by the innermost stage, which is the one that trains
+            if one.path in self.wanted:
+                self.again.setdefault(one.path, partial(super().stage, name, compute, **parameters))
+            raise
+
+    @contextmanager
+    def _lock(self, path, message):
+        unfinished = path.with_suffix(".unfinished")
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(self.locks.pop(unfinished, None) or locked(path, wait=False))
+            except Timeout:
+                raise Waits(path) from None
+            try:
+                yield
+            except Waits as one:
+                if one.path == unfinished:
+                    self.locks[unfinished] = lock.pop_all()
+                raise
+
+    def close(self):
+        """Give back the locks of stages that still wait."""
+        for lock in self.locks.values():
+            lock.close()
 
     def fitted(self, path, training):
         if path in self.done:
@@ -305,21 +344,20 @@ class Queue(Store):
         raise Waits(path)
 
     def train(self, waiting):
-        """Train what is wanted for one kind of stage, and give the files from which that could go on.
+        """Train what is wanted for one kind of stage, and finish these stages.
 
         Of the kinds, that of the training for which most of the jobs are ``waiting``: when it is done, more trainings
         of the others will be wanted, which can then be done together.
         """
         jobs = Counter(waiting)
         stage = max(self.wanted, key=jobs.__getitem__).parent.name
-        alike, files = {}, []
+        alike = {}
         for path, training in sorted(self.wanted.items()):  # an order that a restart does not change
             if path.parent.name == stage:
                 alike.setdefault(training.kind(), []).append(path)
         for paths in alike.values():
             for part in (paths[i:i + self.most] for i in range(0, len(paths), self.most)):
-                files.append(self._train(stage, part))
-        return files
+                self._train(stage, part)
 
     def _train(self, stage, paths):
         wanted = [self.wanted.pop(path) for path in paths]
@@ -327,6 +365,8 @@ class Queue(Store):
         name = hashlib.sha256(" ".join(path.stem for path in paths).encode()).hexdigest()[:20]
         file = self.folder / "together" / f"{name}.unfinished"
         file.parent.mkdir(parents=True, exist_ok=True)
+        for begun in file.parent.glob(f"{file.name}*"):
+            discard_damaged(begun)
         start = time.perf_counter()
         runs = fit_together(models, first.train, first.recipe, seeds=[one.seed for one in wanted],
                             masks=[one.masks for one in wanted], checkpoints=first.checkpoints, resume=file,
@@ -335,7 +375,10 @@ class Queue(Store):
         for path, model, run, evaluation in zip(paths, models, runs, found):
             model.cpu()
             self.done[path] = run, evaluation, (time.perf_counter() - start) / len(paths)
-        return file
+        for path in paths:
+            self.again.pop(path)()
+        for left in file.parent.glob(f"{file.name}*"):
+            left.unlink()
 
 
 def fitted(store, model, train, recipe, *, test=None, seed, masks=None, checkpoints=(), processes=1, resume=None,
@@ -370,18 +413,24 @@ def rows_together(rows, jobs, store, most):
         Networks that are trained at once.
     """
     check_integer("together", most, 1)
-    queue, found, waiting, finished = Queue(store, most), {}, {}, []
-    while len(found) < len(jobs):
-        for i, job in enumerate(jobs):
-            if i in found or waiting.get(i) in queue.wanted:
-                continue
-            try:
-                found[i] = list(rows(queue, *job))
-            except Waits as one:
-                waiting[i] = one.path
-        for file in finished:  # by now their networks are stored
-            for path in file.parent.glob(f"{file.name}*"):
-                path.unlink()
-        finished = queue.train(waiting.values()) if queue.wanted else []
+    queue, found, waiting = Queue(store, most), {}, {}
+    try:
+        while len(found) < len(jobs):
+            for i, job in enumerate(jobs):
+                if i in found or waiting.get(i) in queue.wanted:
+                    continue
+                try:
+                    found[i] = list(rows(queue, *job))
+                    waiting.pop(i, None)
+                except Waits as one:
+                    waiting[i] = one.path
+            if queue.wanted:
+                queue.train(waiting.values())
+            elif waiting:
+                path = next(iter(waiting.values()))
+                with locked(path, f"waiting for another process that computes {path.parent.name} {path.stem}"):
+                    pass
+    finally:
+        queue.close()
     store.computed, store.found = store.computed + queue.computed, store.found + queue.found
     return [row for i in range(len(jobs)) for row in found[i]]

@@ -286,7 +286,10 @@ def _train(fabric, model, train, job, resume, description):
     run = of_first(found_run, resume, job.identity) if fabric else found_run(resume, job.identity)
     device = fabric.device if fabric else next(model.parameters()).device
     on_gpu = device.type == "cuda"
-    _channels_last(model.to(device)).train()
+    order = memory_format(model.to(device).train(), device)
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=order)
     train = train.to(device)
     if job.masks:
         apply_masks(model, job.masks)
@@ -351,7 +354,7 @@ def _train(fabric, model, train, job, resume, description):
                     share = ranks * len(x) / size  # a mean over processes follows
                     silent = fabric.no_backward_sync(network, enabled=i < len(parts)) if fabric else nullcontext()
                     with silent:
-                        totals[rank] += _backward(fabric, network, x, targets, job, share) * len(x)
+                        totals[rank] += _backward(fabric, network, x, targets, job, share, order) * len(x)
             if topology and topology.due(done + 1):
                 topology.rewire(done + 1, optimizer)
                 keep = [mask.to(weight.dtype) for weight, mask in zip(weights, masks.values())]
@@ -382,11 +385,11 @@ def _train(fabric, model, train, job, resume, description):
         return Fit(_copied(model), kept, losses, *moved)
 
 
-def _backward(fabric, network, x, targets, job, share):
+def _backward(fabric, network, x, targets, job, share, order):
     """The loss of a part of a batch, whose gradients, times ``share``, are added to those of the weights."""
     recipe = job.recipe
     with autocast(x.device, recipe.precision):
-        logits = network(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
+        logits = network(x.contiguous(memory_format=order) if x.ndim == 4 else x)
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     if isinstance(job.seed, list):  # [n, networks, classes]; the gradient of a sum is each one's own
         loss = F.cross_entropy(logits.transpose(1, 2), targets, label_smoothing=recipe.label_smoothing,
@@ -425,12 +428,16 @@ def _batches(train, job, done, device, rank, ranks):
             yield len(batch), [next(stream) for _ in range(recipe.accumulate)]
 
 
-def _channels_last(model):
-    """The model with the weights of its convolutions in the order in memory that makes them fastest."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return model
+def memory_format(model, device):
+    """The order in memory that makes a model's convolutions fastest: channels last.
+
+    On a CPU not if a 1x1 convolution with a stride has fewer than 8 input channels. Its gradient with AVX2 writes past
+    the end of its memory in oneDNN 3.12, which comes with PyTorch 2.13: https://github.com/uxlfoundation/oneDNN/issues/6035
+    """
+    broken = torch.device(device).type == "cpu" and any(
+        isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
+        and layer.in_channels // layer.groups < 8 for layer in model.modules())
+    return torch.contiguous_format if broken else torch.channels_last
 
 
 def throughput(model, input_shape, recipe, *, classes=10, steps=2, device=None):

@@ -15,7 +15,7 @@ import numpy as np
 from permask_core.data import DATASETS, check_options
 from permask_core.distillation import Distillation, distil
 from permask_core.models import MODELS, build_model
-from permask_core.stages import Settings, changed, check_work, computed, data, trained
+from permask_core.stages import Settings, changed, check_work, computed, content, data, trained
 from permask_core.training import Recipe, default_device, evaluate, fit, predict
 
 ROLES = ("teacher", "student", "distilled")
@@ -110,7 +110,10 @@ def pair(name, *, options=None, recipe=None, **changes):
     if name not in PAIRS:
         raise ValueError(f"unknown pair {name!r}: expected one of {', '.join(PAIRS)}")
     chosen = PAIRS[name]
-    recipes = {key: changed(getattr(chosen, key), recipe or {}) for key in ("teacher_recipe", "student_recipe")}
+    try:
+        recipes = {key: changed(getattr(chosen, key), recipe or {}) for key in ("teacher_recipe", "student_recipe")}
+    except ValueError as error:
+        raise ValueError(f"recipe is {recipe!r}: {error}") from None
     return changed(chosen, {**changes, **recipes, "options": {**chosen.options, **(options or {})}})
 
 
@@ -167,10 +170,9 @@ def trained_network(experiment, store, seed, role, temperature=None):
         tensors = {f"state/{key}": tensor for key, tensor in model.state_dict().items()}
         return tensors | {"logits": predict(model, task.test)}, evaluate(model, task.test)._asdict()
 
-    settings = experiment.only(*(_TEACHER if role == "teacher" else _STUDENT))
-    if role == "distilled":
-        settings |= experiment.only(*_TEACHER, "alpha", "scale_by_t2") | {"temperature": float(temperature)}
-    tensors, record = trained(store, role, train, seed=seed, **settings)
+    names = {"teacher": _TEACHER, "student": _STUDENT}.get(role, (*_TEACHER, *_STUDENT, "alpha", "scale_by_t2"))
+    also = {"temperature": float(temperature)} if role == "distilled" else {}
+    tensors, record = trained(store, role, train, seed=seed, **also, **experiment.decides(*names))
     logits = tensors.pop("logits")
     return {key.removeprefix("state/"): tensor for key, tensor in tensors.items()}, logits, record
 
@@ -195,7 +197,7 @@ def _teaching(experiment, store, seed):
 
     if data(experiment).train.augments:
         return teacher()
-    return store.stage("teacher_logits", compute, seed=seed, **experiment.only(*_TEACHER))[0]["logits"]
+    return store.stage("teacher_logits", compute, seed=seed, **experiment.decides(*_TEACHER))[0]["logits"]
 
 
 def run(experiment, store, *, seeds, temperatures, workers=1):
@@ -215,9 +217,9 @@ def run(experiment, store, *, seeds, temperatures, workers=1):
     Returns
     -------
     list of dict
-        One row per run: ``role``, ``temperature`` (None for the others), ``seed``, test ``accuracy`` in
-        [0, 1], ``loss`` in nats, ``seconds`` of training, and ``predictions``, int64 [n], the classes named for the
-        test inputs.
+        One row per run: ``role``, ``temperature`` (None for the others), ``seed``, a hash of the ``data``, test
+        ``accuracy`` in [0, 1], ``loss`` in nats, ``seconds`` of training, and ``predictions``, int64 [n], the classes
+        named for the test inputs.
 
     Raises
     ------
@@ -242,7 +244,8 @@ def run(experiment, store, *, seeds, temperatures, workers=1):
 def _rows(store, experiment, seed, runs):
     for role, temperature in runs:
         _, logits, record = trained_network(experiment, store, seed, role, temperature)
-        yield {"role": role, "temperature": temperature, "seed": seed, **record, "predictions": logits.argmax(1)}
+        yield {"role": role, "temperature": temperature, "seed": seed, "data": content(experiment), **record,
+               "predictions": logits.argmax(1)}
 
 
 def answers(rows, role, temperature=None):

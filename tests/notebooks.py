@@ -1,7 +1,7 @@
 """Notebooks run in this process: their code cells one after the other, with parameters of the test's.
 
-A kernel takes seconds to start and to import what is imported here already. The book and nbval run every notebook in a
-kernel, and the tests of the batch run some there with parameters; what a notebook refuses, shows and leaves on disk
+A kernel takes seconds to start and to import what is imported here already. The book and the grid of all notebooks
+(tests/batch/every.yaml) run every notebook in a kernel; what a notebook refuses, shows and leaves on disk
 can be seen without one.
 """
 

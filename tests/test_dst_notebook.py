@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from batch.grids import GridError, read_grid, unchecked
+from batch.grids import GridError, _parsed, read_grid
 from permask_core import dst
 from permask_core.data.published import published_dynamic_sparse_training
 from permask_core.store import Store
@@ -116,7 +116,7 @@ def test_a_folder_with_results_of_other_settings_is_refused(whole, data, tmp_pat
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_grids_have_a_job_for_each_run(name):
-    jobs = unchecked(ROOT / "batch" / "grids" / f"{name}.yaml").values()  # checked in tests/batch/test_grids.py
+    jobs = _parsed(ROOT / "batch" / "grids" / f"{name}.yaml")[0].values()  # checked in tests/batch/test_grids.py
     counts = {}
     for job in jobs:
         own = job.parameters
@@ -132,13 +132,16 @@ def test_there_is_a_grid_for_each_published_data_set():
 
 
 BAD = [
-    ({"preset": "cifar"}, "unknown preset 'cifar': expected one of digits"), ({"model": "cnn"}, "model is 'cnn'"),
-    ({"width": 0.0}, "width is 0.0"), ({"sparsities": [1.5]}, "sparsity is 1.5: expected a number in (0, 1)"),
-    ({"sparsities": []}, "sparsities is []"), ({"methods": ["riglet"]}, "unknown method 'riglet'"),
+    ({"preset": "cifar"}, "preset is 'cifar': unknown 'cifar'"), ({"model": "cnn"}, "model is 'cnn'"),
+    ({"width": 0.0}, "width is 0.0"), ({"sparsities": [1.5]}, "sparsities is [1.5]: expected a list, each once, of: a"),
+    ({"sparsities": []}, "sparsities is []"), ({"methods": ["riglet"]}, "methods is ['riglet']: unknown 'riglet'"),
     ({"seeds": 0}, "seeds is 0: expected an integer of at least 1"), ({"first_seed": -1}, "first_seed is -1"),
     ({"epochs": 0}, "epochs is 0"), ({"batch_size": 0}, "batch_size is 0"), ({"precision": "fp16"}, "precision is 'fp"),
-    ({"recipe": {"epoch": 1}}, "unknown setting 'epoch'"), ({"rewiring": {"every": 0}}, "every is 0"),
-    ({"options": {"noize": 1}}, "digits has no option 'noize'"), ({"processes": 0}, "processes is 0"),
+    ({"recipe": {"epoch": 1}}, "recipe is {'epoch': 1}: unknown setting 'epoch'"),
+    ({"rewiring": {"every": 0}}, "rewiring is {'every': 0}: every is 0"),
+    ({"rewiring": {"model": "mlp"}}, "rewiring is {'model': 'mlp'}: unknown 'model'; expected some of every, until"),
+    ({"options": {"noize": 1}}, "options is {'noize': 1}: digits has no option 'noize'"),
+    ({"processes": 0}, "processes is 0"),
     ({"workers": 0}, "workers is 0"), ({"metods": ["rigl"]}, "unknown parameter 'metods', perhaps 'methods'"),
     ({"seeds": "3"}, "seeds is '3', a str: expected int"),
 ]

@@ -84,8 +84,9 @@ def check_results(preset, folder, executed):
     assert found.keys() == {"caption", "table", "versions", "commit", "device", "settings", "runs"}
     assert found["versions"] == versions() and found["device"] == device_name(default_device())
     (width,), rows = given["widths"], found["runs"]
-    assert found["settings"].startswith(f"dataset {preset.split('-')[0]}, ")
-    assert f"model {preset.split('-')[1]}, width {width}, epochs 2," in found["settings"]
+    expected = {"dataset": preset.split("-")[0], "model": preset.split("-")[1], "width": width, "epochs": 2,
+                "preset": preset, "reproduces": None}
+    assert found["settings"] | expected == found["settings"] and "root" not in found["settings"]
 
     expected = {(method, by, s, seed) for seed in range(given["seeds"]) for method, by in METHODS
                 for s in ([0.0] if method == "dense" else given["sparsities"])}
@@ -202,8 +203,8 @@ def test_a_notebook_refuses_a_folder_with_results_of_other_settings(undisturbed,
     before = (folder / "output" / "results.json").read_bytes()
     with pytest.raises(ValueError) as caught:
         run_notebook(name, {**given, "output": str(folder / "output"), "batch_size": 32, "seeds": 1}, tmp_path)
-    assert str(caught.value) == (f"{folder / 'output'} was begun with batch_size 16 (here 32), seeds 2 (here 1): "
-                                 "give another folder, or delete it")
+    assert str(caught.value) == (f"{folder / 'output'} was begun with batch_size 16 (here 32), seeds [0, 1] (here [0]"
+                                 "): give another folder, or delete it")
     assert (folder / "output" / "results.json").read_bytes() == before and not (tmp_path / "runs").exists()
 
 

@@ -80,10 +80,15 @@ def test_class_bias_on_every_image_set(names, data, tmp_path):
             assert store.computed == 0  # the notebook's are the library's
             found = [one for one in record(tmp_path)["runs"] if one["pair"] == name]
             task = transfer.data(chosen)
-            assert [one["accuracy"] for one in found] == [row["accuracy"] for row in rows] and len(found) == 2 * 4
-            for one, row in zip(found, rows):
+            assert len(found) == 2 * 4 * task.classes
+            for row in rows:
+                seen = [one for one in found if (one["role"], one["temperature"], one["seed"]) == (
+                    row["role"], row["temperature"], row["seed"])]
+                assert [one["class"] for one in seen] == list(range(task.classes))
+                assert {one["accuracy"] for one in seen} == {row["accuracy"]}
                 expected = class_accuracies(task.test.y, row["predictions"], task.classes)
-                assert np.allclose(one["class accuracies"], expected)
+                assert np.allclose([one["class accuracy"] for one in seen], expected)
+                assert [one["class size"] for one in seen] == np.bincount(task.test.y, minlength=task.classes).tolist()
     lines = shown_table(executed, "count")
     assert lines[0][:4] == ["pair", "T", "#SC", "#SC expected"] and len(lines) == 1 + 2 * len(names)
     assert [line[:2] for line in lines[1:]] == [[name, t] for name in names for t in ("2", "40")]
@@ -103,7 +108,8 @@ def test_class_bias_goes_on_where_a_network_is_right_on_no_image(tmp_path):
         assert {value == "undefined" for name, value in found.items() if "#SC" in name} == {True}
         assert 0 <= int(found["#TC"]) <= 10 and found["#TC expected"] != "undefined"
     assert "Undefined: one of the networks compared is right on no test image" in record(tmp_path)["caption"]
-    assert len(record(tmp_path)["runs"]) == 2 * 4 and (tmp_path / "output" / "results.svg").exists()
+    assert len(record(tmp_path)["runs"]) == 2 * 4 * 10 and (tmp_path / "output" / "results.svg").exists()
+    assert record(tmp_path)["settings"]["dataset"] == "digits"  # those of one pair are columns
 
 
 @pytest.mark.parametrize("pair, attributes", [
@@ -137,12 +143,19 @@ def test_groups_and_individuals_on_people_and_texts(pair, attributes, data, tmp_
 
 
 @pytest.mark.parametrize("notebook, changes, error, message", [
-    ("class_bias", {"pairs": ["cifar"]}, ValueError, "unknown pair 'cifar': expected one of digits, trifeature"),
+    ("class_bias", {"pairs": ["cifar"]}, ValueError, "pairs is ['cifar']: unknown 'cifar', perhaps 'cifar10'"),
+    ("class_bias", {"recipe": {"epoch": 1}}, ValueError, "recipe is {'epoch': 1}: unknown setting 'epoch': expected"),
     ("class_bias", {"options": {"noize": 1}}, ValueError, "options has 'noize': no data set of digits, trifeature"),
     ("class_bias", {"seeds": 1}, ValueError, "seeds is 1: expected at least 2"),
-    ("class_bias", {"temperatures": [0]}, ValueError, "temperature is 0: expected a number above 0"),
+    ("class_bias", {"temperatures": [0]}, ValueError, "temperatures is [0]: expected a list, each once, of: a number"),
     ("group_and_individual_fairness", {"attributes": ["size"]}, ValueError,
-     "unknown attribute 'size': trifeature has shape, texture, colour"),
+     "attributes is ['size']: trifeature has no attribute 'size'; expected some of shape, texture, colour"),
+    ("group_and_individual_fairness", {"pair": "hatexplain", "attributes": ["race", "age"]}, ValueError,
+     "attributes is ['race', 'age']: hatexplain has no attribute 'age'; expected some of gender, race, religion"),
+    ("group_and_individual_fairness", {"pair": "celeba", "attributes": ["young"]}, ValueError,
+     "attributes is ['young']: celeba has no attribute 'young'; expected some of 5_o_Clock_Shadow, Arched_Eyebrows"),
+    ("group_and_individual_fairness", {"pair": "svhn"}, ValueError,
+     "attributes is ['colour', 'texture']: svhn has no attribute 'colour'; expected a pair on trifeature, hatexplain"),
     ("group_and_individual_fairness", {"pair": "celeba", "attributes": ["Young"]}, FileNotFoundError, "CelebA"),
     ("temperature", {"unseen": 10}, ValueError, "unseen is 10: expected a digit from 0 to 9"),
 ])

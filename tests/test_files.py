@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from permask_core.files import is_whole, load_tensors, locked, save_tensors, written_whole
+from permask_core.files import load_tensors, locked, read_record, save_tensors, written_whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,14 +60,34 @@ def test_every_truncation_is_refused(tmp_path):
         (tmp_path / "cut").write_bytes(content[:size])
         with pytest.raises(ValueError, match="cut is damaged"):
             load_tensors(tmp_path / "cut")
-        assert not is_whole(tmp_path / "cut")
-    assert is_whole(tmp_path / "whole")
+    load_tensors(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "permask 2"}])
+@given(st.data())
+def test_every_flipped_bit_is_refused(data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "flipped")
+        save_tensors(path, {"x": torch.arange(20.0), "mask": torch.tensor([True, False])}, {"some": "record"})
+        content = bytearray(path.read_bytes())
+        place = data.draw(st.integers(0, 8 * len(content) - 1))
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="flipped"):
+            load_tensors(path)
+
+
+def test_the_record_alone(tmp_path):
+    save_tensors(tmp_path / "a", {"x": torch.ones(3)}, {"some": ["record", 1]})
+    assert read_record(tmp_path / "a") == load_tensors(tmp_path / "a")[1] == {"some": ["record", 1]}
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_record(tmp_path / "a")
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "permask 1"}])
 def test_a_foreign_safetensors_file_is_refused(tmp_path, metadata):
     save_file({"x": torch.ones(3)}, tmp_path / "foreign", metadata=metadata)
-    with pytest.raises(ValueError, match="foreign.*expected 'permask 1'"):
+    with pytest.raises(ValueError, match="foreign.*expected 'permask 2'"):
         load_tensors(tmp_path / "foreign")
 
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from batch.grids import GridError, read_grid, unchecked
+from batch.grids import GridError, _parsed, read_grid
 from permask_core import label_spaces
 from permask_core.data.extreme import planted
 from permask_core.label_spaces import METHODS, PRESETS, Experiment, check, classifier, data, parameters, preset, run
@@ -304,7 +304,10 @@ def test_the_notebook_leaves_a_row_for_every_run(tmp_path):
     found = execute(tmp_path, {"labels": 300, "seeds": 2, "first_seed": 5, "epochs": 1, "fan_in": 16})
     experiment = preset("planted", labels=300, fan_in=16, recipe={"epochs": 1})
     store = Store(tmp_path / "runs")
-    assert found["runs"] == run(experiment, store, seeds=[5, 6]) and store.computed == 0
+    rows = [{name: value for name, value in row.items() if name != "losses"}
+            for row in run(experiment, store, seeds=[5, 6])]
+    assert found["runs"] == rows and store.computed == 0
+    assert found["settings"] | {"preset": "planted", "labels": 300, "fan_in": 16} == found["settings"]
     assert [line["output layer"] for line in found["table"]] == list(METHODS)
     own = [100 * row["precision"]["head"]["1"] for row in found["runs"] if row["method"] == "dense"]
     assert found["table"][-1]["P@1, head"].startswith(f"{np.mean(own):.1f} ± ")
@@ -323,7 +326,7 @@ def test_the_notebook_reads_files_and_runs_one_method_of_one_seed(tmp_path):
 
 
 def test_the_grid_runs_every_preset_of_files():  # it is checked in tests/batch/test_grids.py
-    jobs = unchecked(ROOT / "batch" / "grids" / "extreme.yaml")
+    jobs = _parsed(ROOT / "batch" / "grids" / "extreme.yaml")[0]
     assert all(job.notebook == "extreme_labels" and job.parameters["seeds"] == 1 for job in jobs.values())
     assert {job.parameters["preset"] for job in jobs.values()} == set(PRESETS) - {"planted", "planted-10k"}
     for job in jobs.values():
@@ -337,5 +340,5 @@ def test_a_grid_with_bad_values_is_refused_with_all_of_them(tmp_path):
     with pytest.raises(GridError) as caught:
         read_grid(grid)
     for message in ("first_seed is -1", "fan_in is 5000", "workers is 0", "method 'set+auxiliary' needs clusters",
-                    "unknown method 'sett'"):
+                    "methods is ['sett']: unknown 'sett', perhaps 'set'"):
         assert message in str(caught.value)

@@ -20,7 +20,15 @@ from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_activations, match_weights, permute
 from permask_core.models import build_model
 from permask_core.store import Store
-from tests.data.files import write_cifar
+from tests.data.files import (
+    write_celeba,
+    write_cifar,
+    write_hatexplain,
+    write_imagenet,
+    write_svhn,
+    write_tiny_imagenet,
+    write_tokenizer,
+)
 
 TINY = Experiment(width=0.1, epochs=2, checkpoints=(0, 1), rewind=1, matched_at=2, imp_rewind=1, imp_epochs=1,
                   imp_rate=0.5)
@@ -28,7 +36,7 @@ FAN_IN = dataclasses.replace(TINY, imp_scope="fan_in")
 GRID = {"seeds": [0, 1], "sparsities": [0.5, 0.8]}
 WEIGHTS = 64 * 13 + 13 * 13 + 13 * 10
 COLUMNS = {"method", "matching", "sparsity", "achieved", "seed", "accuracy", "loss", "seconds", "width", "sparse_lr",
-           "rewind", "matched_at"}
+           "rewind", "matched_at", "data"}
 
 
 @pytest.fixture(scope="module")
@@ -287,8 +295,9 @@ def test_an_error_in_one_worker_ends_the_run_without_the_seeds_that_wait(tmp_pat
     store, longer = Store(tmp_path), Experiment()
     run(longer, store, seeds=[0], sparsities=[], methods=["dense"])
     (finished,) = (tmp_path / "dense").iterdir()
-    save_tensors(finished, {}, {"stage": "another"})
-    with pytest.raises(ValueError, match="holds 'another'"):
+    finished.unlink()
+    save_tensors(finished.with_suffix(".unfinished"), {}, {"kind": "another"})
+    with pytest.raises(ValueError, match="holds 'another': expected a run to resume"):
         run(longer, store, seeds=range(16), sparsities=[], methods=["dense"], workers=2)
     assert len(list((tmp_path / "dense").iterdir())) < 12
 
@@ -366,14 +375,51 @@ def test_the_cost_is_what_a_run_trains(tmp_path, monkeypatch, methods):
     assert lottery.training_epochs(TINY, **GRID, methods=methods) == epochs
 
 
-def test_what_files_hold_decides_where_it_may_be_anything_and_their_place_never(tmp_path):
-    def key(place, seed):
-        write_cifar(tmp_path / place, "cifar10", n_train=20, n_test=10, seed=seed)
-        subset = Experiment(dataset="cifar10", options={"verify": False}, root=str(tmp_path / place))
-        return subset.only(*lottery._DENSE)
+FILES = {
+    "cifar10": lambda root, seed: write_cifar(root, "cifar10", n_train=20, n_test=10, seed=seed),
+    "svhn": lambda root, seed: write_svhn(root, 20, 10, seed=seed),
+    "imagenet": lambda root, seed: write_imagenet(root, train=4, val=2, seed=seed),
+    "tiny_imagenet": lambda root, seed: write_tiny_imagenet(root, train=4, val=2, seed=seed),
+    "celeba": lambda root, seed: write_celeba(root, 20, 2, 10, seed=seed),
+    "hatexplain": lambda root, seed: write_hatexplain(root, 20, 4, 10, seed=seed),
+}
 
-    assert key("one", 0) == key("other", 0) != key("third", 1)
-    assert "root" not in Experiment(root="a").only(*lottery._DENSE)
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_the_data_are_decides_and_where_they_lie_never(tmp_path, name):
+    """Also of folders whose images stay on disk: their names, sizes and classes."""
+    options = {"verify": False} if name in ("cifar10", "svhn", "celeba") else {}
+    if name == "hatexplain":
+        pytest.importorskip("transformers")
+        options["tokenizer"] = str(write_tokenizer(tmp_path / "tokenizer"))
+
+    def key(place, seed, **more):
+        root = tmp_path / place
+        if not root.exists():
+            FILES[name](root, seed)
+        return Experiment(dataset=name, options=options | more, root=str(root)).decides("dataset", "options", "lr")
+
+    one = key("one", 0)
+    assert one == key("other", 0) and one["data"] != key("third", 1)["data"]
+    assert one.keys() == {"dataset", "lr", "data", "modules"}
+    if name in ("imagenet", "celeba"):  # how many processes read decides about nothing, how large images are does
+        assert one == key("one", 0, workers=0) and one != key("one", 0, image_size=32)
+
+
+def test_results_of_one_folder_are_not_served_for_another(tmp_path):
+    """As where a subset of one's own lies in place of the whole, and the store stays."""
+    store, found = Store(tmp_path / "store"), []
+    for seed in (0, 1):
+        write_imagenet(tmp_path / str(seed), train=4, val=2, size=40, seed=seed)
+        experiment = dataclasses.replace(TINY, dataset="imagenet", root=str(tmp_path / str(seed)), batch_size=4,
+                                         options={"image_size": 8, "workers": 0})
+        found += run(experiment, store, seeds=[0], sparsities=[0.5], methods=["dense"])
+    assert store.computed == 2 and found[0]["data"] != found[1]["data"]
+    assert found[0]["loss"] != found[1]["loss"]
+
+
+def test_where_files_lie_is_no_setting_to_show():
+    assert "root" not in Experiment(root="a").resolved()
     assert "nowhere" not in lottery.settings_text(Experiment(root="/nowhere"))
 
 

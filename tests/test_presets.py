@@ -148,23 +148,29 @@ def test_any_valid_change_gives_experiments_that_can_run(name, data):
     ({"rewind": 2}, "unknown setting 'rewind'"), ({"reproduces": "x"}, "unknown setting 'reproduces'"),
     ({"experiment": 1}, "unknown setting 'experiment'"), ({"dataset": "mnist"}, "dataset is 'mnist': expected one of"),
     ({"model": "cnn"}, "model is 'cnn'"), ({"imp": "restart"}, "imp is 'restart'"),
-    ({"widths": [0.5, 0]}, "width is 0: expected a factor above 0"), ({"widths": 1}, "widths is 1: expected a list"),
+    ({"widths": [0.5, 0]}, "widths is [0.5, 0]: width is 0: expected a factor above 0"),
+    ({"widths": 1}, "widths is 1: expected a list"),
     ({"widths": []}, "widths is []: expected a list"), ({"widths": [1, 1.0]}, "widths is [1, 1.0]: expected each"),
     ({"rewinds": [2, 2]}, "rewinds is [2, 2]: expected each value once"),
-    ({"rewinds": [2, 12]}, "rewinds is [2, 12] with epochs 12: expected epochs from 0 to one before the last"),
+    ({"rewinds": [2, 12]}, "rewinds is [2, 12]: expected epochs from 0 to 11, one before the last of 12"),
     ({"rewinds": [-1]}, "rewinds is [-1]"), ({"rewinds": [0.5]}, "rewinds is [0.5]"),
-    ({"epochs": 2}, "rewinds is [2] with epochs 2"), ({"epochs": "9"}, "epochs '9'"),
-    ({"sparsities": [0.5, 1.5]}, "sparsity is 1.5: expected a number in (0, 1)"),
+    ({"epochs": 2}, "epochs is 2: expected more than 2, the last of the rewind epochs of the preset 'digits'"),
+    ({"epochs": "9"}, "epochs is '9'"), ({"epochs": 0}, "epochs is 0: expected an integer of at least 1"),
+    ({"imp_epochs": -1}, "imp_epochs is -1: expected an integer of at least 1"), ({"imp_lr": 0}, "imp_lr is 0"),
+    ({"sparse_lr": 0}, "sparse_lr is 0: expected a number above 0"), ({"lr": 0}, "lr is 0"),
+    ({"warmup": 11, "imp_epochs": 12}, "warmup is 11: expected a number of epochs below epochs - rewind"),
+    ({"warmup": 10}, "warmup is 10: expected a number of epochs below imp_epochs"),
+    ({"sparsities": [0.5, 1.5]}, "sparsities is [0.5, 1.5]: sparsity is 1.5: expected a number in (0, 1)"),
     ({"sparsities": "[0.9]"}, "sparsities is '[0.9]': expected a list (papermill takes lists with -y, as in"),
     ({"sparsities": [0.9, 0.9]}, "sparsities is [0.9, 0.9]: expected each value once"),
     ({"matchings": "weights"}, "matchings is 'weights': expected a list"),
-    ({"matchings": ["names"]}, "unknown matching 'names': expected one of weights, activations"),
+    ({"matchings": ["names"]}, "matchings is ['names']: unknown matching 'names': expected one of weights, act"),
     ({"seeds": 0}, "seeds is 0: expected an integer of at least 1"), ({"seeds": "3"}, "seeds is '3'"),
     ({"batch_size": 0}, "batch_size is 0"), ({"precision": "fp16"}, "precision is 'fp16'"),
     ({"dataset": "cifar10", "options": {"noise": 1}}, "cifar10 has no option 'noise'"),
 ])
 def test_bad_changes_are_refused(changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         preset("digits", **changes)
 
 

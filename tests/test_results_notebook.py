@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,8 @@ from tests.notebooks import run
 ABOUT = {"commit": "abc", "device": "a GPU", "threads": 1}
 
 
-def write_grid(folder, notebook, rows, given, missing=(), failed=()):
-    rows = [{"job": "a", "notebook": notebook, "given": given, **row, **ABOUT} for row in rows]
-    write_table(folder / "table.csv", rows)
+def write_grid(folder, notebook, rows, settings, missing=(), failed=()):
+    write_table(folder / "tables" / f"{notebook}.csv", [{"job": "a", **settings, **row, **ABOUT} for row in rows])
     status = {"finished": ["a"], "failed": list(failed), "missing": list(missing)}
     (folder / "status.json").write_text(json.dumps(status))
 
@@ -26,18 +26,20 @@ def folder(tmp_path_factory):
     write_grid(folder / "cifar10", "cifar", [
         {"method": method, "matching": by, "sparsity": s, **masks} for method, by, s in (
             ("dense", "", 0.0), ("lth", "", 0.9), ("permuted", "activations", 0.9), ("naive", "", 0.9))
-    ], {"preset": "cifar10-resnet20", "widths": [1]}, missing=[f"job {i}" for i in range(9)], failed=["bad"])
+    ], {"preset": "cifar10-resnet20", "dataset": "cifar10", "model": "resnet20",
+       "reproduces": "ResNet20/CIFAR-10"}, missing=[f"job {i}" for i in range(9)], failed=["bad"])
     write_grid(folder / "dst_cifar10", "sparse_training_on_images", [
         {"method": method, "sparsity": s, "seed": seed, "accuracy": 0.9} for seed in (0, 1)
-        for method, s in (("dense", 0.0), ("rigl", 0.9))], {"preset": "cifar10-resnet18"})
+        for method, s in (("dense", 0.0), ("rigl", 0.9))], {"preset": "cifar10-resnet18",
+                                                              "reproduces": "ResNet18/CIFAR-10"})
     write_grid(folder / "extreme", "extreme_labels", [
         {"method": "set", "seed": 0, "output_layer_bytes": 2**20, "precision": {
             group: {"1": 0.5, "3": 0.4, "5": 0.3} for group in ("all", "head", "tail")}}], {"preset": "wiki31k"})
     write_grid(folder / "distillation", "class_bias", [
-        {"pair": "cifar100", "role": role, "temperature": t, "seed": seed, "accuracy": 0.5 + 0.01 * seed,
-         "class sizes": [100, 100], "class accuracies": [0.5, 0.5 + 0.02 * seed]}
+        {"role": role, "temperature": t, "seed": seed, "accuracy": 0.5 + 0.01 * seed, "class": k, "class size": 100,
+         "class accuracy": 0.5 + 0.02 * seed * k}
         for role, t in (("teacher", None), ("student", None), ("distilled", 2), ("distilled", 10)) for seed in (0, 1, 2)
-    ], {"pairs": ["cifar100"]})
+        for k in (0, 1)], {"pair": "cifar100"})
     write_grid(folder / "celeba", "group_and_individual_fairness", [
         {"role": "distilled", "temperature": 1, "seed": seed, "accuracy": 0.9, "Young EOD": 0.1, "Young DPD": 0.2,
          "individual": 0.05} for seed in (0, 1)], {"pair": "celeba"})
@@ -59,8 +61,9 @@ def test_everything_there_is_stands_beside_what_was_published(folder, tmp_path):
 
 
 def test_two_accuracies_of_one_run_are_seen(folder, tmp_path):
-    rows = read_table(folder / "celeba" / "table.csv")
-    write_table(tmp_path / "celeba" / "table.csv", [*rows, rows[0] | {"accuracy": 0.8}])
+    table = Path("celeba", "tables", "group_and_individual_fairness.csv")
+    rows = read_table(folder / table)
+    write_table(tmp_path / table, [*rows, rows[0] | {"accuracy": 0.8}])
     (tmp_path / "celeba" / "status.json").write_bytes((folder / "celeba" / "status.json").read_bytes())
     with pytest.raises(AssertionError, match="celeba: one run, two accuracies"):
         run("results", {"folder": str(tmp_path)}, tmp_path)
@@ -73,7 +76,10 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_what_came_with_the_book_is_whole():
     digits = measured_grids()["digits"]
-    rows, status = read_table(digits / "table.csv"), json.loads((digits / "status.json").read_text())
-    assert {row["job"] for row in rows} == set(status["finished"]) and not status["missing"] + status["failed"]
-    assert {row["seed"] for row in rows if row["notebook"] == "cifar"} == {0, 1, 2, 3, 4}
-    assert all(not str(row["commit"]).endswith("dirty") for row in rows)
+    tables = {path.stem: read_table(path) for path in digits.glob("tables/*.csv")}
+    status, jobs = json.loads((digits / "status.json").read_text()), read_table(digits / "jobs.csv")
+    assert {row["job"] for row in jobs} == set(status["finished"]) and not status["missing"] + status["failed"]
+    assert {row["seed"] for row in tables["cifar"]} == {0, 1, 2, 3, 4}
+    assert all(not str(row["commit"]).endswith("dirty") for rows in tables.values() for row in rows)
+    dense = [row["seed"] for row in tables["cifar"] if row["method"] == "dense"]
+    assert sorted(dense) == [0, 1, 2, 3, 4]  # once, though two jobs of each seed have it

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 import permask_core
+from permask_core import lottery
 from permask_core import store as module
 from permask_core.files import load_tensors, save_tensors
-from permask_core.lottery import run
-from permask_core.store import Store, check_folder, commit, device_name, source_hash
+from permask_core.store import Store, check_folder, commit, device_name, sources
 
 PACKAGE = Path(permask_core.__file__).parent
 
@@ -70,7 +70,14 @@ def test_another_version_of_a_library_is_another_stage(store, monkeypatch):
 
 
 def test_another_source_is_another_stage(store):
-    assert source_hash(compute) != source_hash(never)
+    assert sources(compute) != sources(never)
+
+
+def test_an_unknown_policy_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="on_change is 'keeep': expected one of recompute, keep"):
+        Store(tmp_path, on_change="keeep")
+    monkeypatch.setenv("PERMASK_ON_CHANGE", "keep")
+    assert Store(tmp_path).on_change == "keep" and Store(tmp_path, on_change="recompute").on_change == "recompute"
 
 
 def test_a_stage_is_charged_without_the_stages_it_asked_for(store, monkeypatch):
@@ -108,33 +115,55 @@ def test_a_file_is_no_folder(tmp_path):
         Store(tmp_path / "file")
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"", lambda content: content[8:]])
-def test_a_damaged_stage_is_told_and_made_again(store, damage, capsys):
+def flipped(content):
+    """With one bit of the last number changed: still a whole file of the right length."""
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def foreign(path):
+    save_file({"x": torch.zeros(1)}, path, metadata={"format": "pt"})
+
+
+def other_stage(path):
+    save_tensors(path, {}, {"stage": "other", "parameters": {}, "sources": {}, "versions": {}, "result": {}})
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged or not a safetensors file"),
+    (lambda path: path.write_bytes(b""), "is damaged or not a safetensors file"),
+    (lambda path: path.write_bytes(path.read_bytes()[8:]), "is damaged or not a safetensors file"),
+    (lambda path: path.write_bytes(flipped(path.read_bytes())), "do not have the checksum that was stored with them"),
+    (lambda path: path.write_bytes(path.read_bytes().replace(b'\\"value\\": 1', b'\\"value\\": 2')),
+     "do not have the checksum"),
+    (foreign, "its format is 'pt': expected 'permask 2'"),
+    (other_stage, "holds the stage 'other' with other parameters than its name says"),
+    (lambda path: save_tensors(path, {}, {"kind": "masks"}), "is no stage with a result"),
+    (lambda path: save_tensors(path, {}, {"stage": "some"}), "is no stage with a result"),
+], ids=["cut", "empty", "no head", "a bit", "a record", "foreign", "another stage", "masks", "no result"])
+def test_a_file_that_is_not_the_stage_is_reported_put_aside_and_made_again(store, damage, said, capsys):
     store.stage("some", compute)
     path = store.path("some", compute)
-    path.write_bytes(damage(path.read_bytes()))
-    assert store.stage("some", compute)[0]["x"].tolist() == [0, 1, 2]
-    assert capsys.readouterr().out == f"{path} is damaged: it is made again\n"
+    whole = path.read_bytes()
+    damage(path)
+    damaged = path.read_bytes()
+    assert damaged != whole
+    tensors, record = store.stage("some", compute)
+    assert tensors["x"].tolist() == [0, 1, 2] and record["value"] == 1
+    told = capsys.readouterr().out
+    assert said in told and f"what was there is now {path.name}.damaged" in told and told.count("\n") == 1
+    assert path.with_name(path.name + ".damaged").read_bytes() == damaged
     assert (store.computed, store.found) == (2, 0)
     assert store.stage("some", compute) and store.found == 1
 
 
-def test_a_foreign_file_in_the_place_of_a_stage_is_left_alone(store):
-    path = store.path("some", compute)
-    path.parent.mkdir(parents=True)
-    save_file({"x": torch.zeros(1)}, path, metadata={"format": "pt"})
-    content = path.read_bytes()
-    with pytest.raises(ValueError, match="its format is 'pt'"):
-        store.stage("some", compute)
-    assert path.read_bytes() == content
-
-
-def test_the_file_of_another_stage_is_refused(store):
-    path = store.path("some", compute)
-    for record, shown in ({"stage": "other", "result": {}}, "other"), ({"kind": "masks"}, "masks"):
-        save_tensors(path, {}, record)
-        with pytest.raises(ValueError, match=f"holds '{shown}': expected the stage 'some'"):
-            store.stage("some", compute)
+def test_a_stage_under_the_name_of_another_is_not_served(store, capsys):
+    for n in (1, 2):
+        store.stage("some", lambda: ({"x": torch.full((1,), float(n))}, {}), n=n)  # noqa: B023
+    one, two = (next(path for path in store.folder.rglob("*.safetensors")
+                     if load_tensors(path)[1]["parameters"] == {"n": n}) for n in (1, 2))
+    shutil.copy(one, two)
+    assert store.stage("some", lambda: ({"x": torch.full((1,), 2.0)}, {}), n=2)[0]["x"] == 2
+    assert "holds the stage 'some' with other parameters than its name says" in capsys.readouterr().out
 
 
 def test_a_failed_stage_leaves_nothing(store):
@@ -208,33 +237,173 @@ def test_a_killed_writer_leaves_whole_stages_only_and_the_next_run_goes_on(tmp_p
     assert process.returncode == 0
 
 
-EDITED = """
+EDITED = '''
+import sys
 from pathlib import Path
-from permask_core import lottery, store
+from permask_core import dst, label_spaces, lottery, store
 
-def hashes():
-    store._modules_hash.cache_clear()
-    return store.source_hash(lottery.run), store.source_hash(hashes)
-
-for name in ["display/style", "landscape", "statistics",
-             "lottery", "vision", "files", "matching/weights", "models/feedforward", "data/digits", "pruning",
-             "training"]:
-    path, before = Path(store.__file__).parent / f"{name}.py", hashes()
-    path.write_text(path.read_text() + "# edited")
-    print(name, *(new != old for new, old in zip(hashes(), before)))
-"""
+PACKAGE = Path(store.__file__).parent
+store._device = lambda: sys.argv[1]
 
 
-def test_an_edit_of_reachable_source_is_another_stage(tmp_path):
-    """A stage of the library depends on what its module reaches; a stage of a script on the whole library."""
-    shutil.copytree(PACKAGE, tmp_path / "copy" / "permask_core", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "script.py").write_text(EDITED)
-    with python(tmp_path / "script.py", package=tmp_path / "copy" / "permask_core") as process:
-        lines = process.stdout.read().splitlines()
-    assert lines == [f"{name} False True" for name in ("display/style", "landscape", "statistics")] + [
-        f"{name} True True" for name in ("lottery", "vision", "files", "matching/weights", "models/feedforward",
-                                         "data/digits", "pruning", "training")]
-    assert source_hash(run) == source_hash(run)
+def found():
+    """What a stage of each depends on."""
+    store._reached.cache_clear()
+    store._module.cache_clear()
+    networks = {"mlp": "feedforward", "resnet20": "residual"}
+    hashes = {name: store.sources(lottery.run, [f"permask_core.models.{module}"]) for name, module in networks.items()}
+    return hashes | {"dst": store.sources(dst.run), "script": store.sources(found)}
+
+
+for edit in sys.argv[2:]:
+    name, _, change = edit.partition(":")
+    path, before = PACKAGE / f"{name}.py", found()
+    text = path.read_text()
+    path.write_text({
+        "code": text + "\\nEDITED = 1\\n", "comment": "# edited\\n" + text + "\\n\\n# edited\\n",
+        "docstring": text.replace('"""', '"""Edited. ', 1).replace('    """', '    """Edited. ', 1)}[change])
+    assert path.read_text() != text
+    print(edit, *(kind for kind, now in found().items() if now != before[kind]))
+'''
+
+
+@pytest.fixture
+def edits(tmp_path):
+    """Which stages are stale after each of some edits of a copy of the library, on a device."""
+    def run(device, *edits):
+        shutil.copytree(PACKAGE, tmp_path / "copy" / "permask_core", ignore=shutil.ignore_patterns("__pycache__"))
+        (tmp_path / "script.py").write_text(EDITED)
+        with python(tmp_path / "script.py", device, *edits, package=tmp_path / "copy" / "permask_core") as process:
+            lines = [line.split() for line in process.stdout.read().splitlines()]
+        assert process.returncode == 0
+        return {line[0]: line[1:] for line in lines}
+
+    return run
+
+
+ALL = ["mlp", "resnet20", "dst", "script"]
+
+
+def test_docstrings_and_comments_may_change_and_code_may_not(edits):
+    found = edits("cpu", "training:docstring", "training:comment", "training:code", "lottery:code", "dst:code",
+                  "pruning:code")
+    assert found == {"training:docstring": [], "training:comment": [], "training:code": ALL,
+                     "lottery:code": ["mlp", "resnet20", "script"], "dst:code": ["dst", "script"], "pruning:code": ALL}
+
+
+def test_a_stage_depends_on_what_it_uses(edits):
+    """Not on readers of data, whose content is a parameter, on other networks, or on what shows results."""
+    found = edits("cpu", "data/celeba:code", "data/cifar:code", "data/splits:code", "data/folders:code",
+                  "models/feedforward:code", "models/residual:code", "models/densenet:code", "matching/weights:code",
+                  "display/style:code", "statistics:code", "presets:code")
+    own = {"data/splits:code": ALL, "data/folders:code": ALL, "models/feedforward:code": ["mlp", "script"],
+           "models/residual:code": ["resnet20", "script"], "matching/weights:code": ["mlp", "resnet20", "script"]}
+    assert found == {name: own.get(name, ["script"]) for name in found}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_kernels_for_a_gpu_count_there_alone(edits, device):
+    found = edits(device, "sparse/kernels/triton:code")["sparse/kernels/triton:code"]
+    assert found == (ALL if device == "cuda" else ["script"])
+
+
+def test_a_registered_network_is_a_source(monkeypatch):
+    """A stage names the modules of its networks; nothing else would show them."""
+    taken = {}
+    monkeypatch.setattr(Store, "stage", lambda self, name, compute, *, modules, **parameters: taken.setdefault(
+        name, (modules, parameters)) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lottery.dense(lottery.Experiment(model="lenet5"), Store("nowhere"), 0, "a")
+    modules, parameters = taken["dense"]
+    assert modules == ["permask_core.models.feedforward"] and "options" not in parameters
+
+
+OLD, NEW = ({"permask_core.training": value, "permask_core.masks": "m"} for value in ("old", "new"))
+
+
+@pytest.fixture
+def changing(monkeypatch):
+    """A function that sets the sources of all stages, as if the library had been edited."""
+    def change(now):
+        monkeypatch.setattr(module, "sources", lambda compute, modules=(): now)
+        monkeypatch.setattr(module, "_module_hash", now.get)
+
+    return change
+
+
+def test_a_stage_of_other_code_is_recomputed_beside_the_old_one(store, changing):
+    changing(OLD)
+    store.stage("some", compute)
+    changing(NEW)
+    assert store.stage("some", lambda: ({}, {"value": 2}))[1]["value"] == 2
+    changing(OLD)
+    assert store.stage("some", never)[1]["value"] == 1  # as after a checkout of the old commit
+
+
+def test_a_stage_of_other_code_can_be_kept_with_a_message(store, changing, capsys):
+    changing(OLD)
+    for n in (1, 2):
+        store.stage("inner", compute, n=n)
+    changing(NEW)
+    keeping = Store(store.folder, on_change="keep")
+    kept = {"permask_core.training": "old -> new"}
+    for n in (1, 2):
+        tensors, record = keeping.stage("inner", never, n=n)
+        assert tensors["x"].tolist() == [0, 1, 2] and record["kept"] == kept
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1  # once, not for each of hundreds
+    assert "inner: kept from" in told and "although permask_core.training changed since" in told
+    assert (keeping.computed, keeping.found) == (0, 2)
+
+    # What is computed from it says so, when it is found again, too; what is not does not.
+    def outer():
+        return {}, {"sum": keeping.stage("inner", never, n=1)[0]["x"].sum().item()}
+
+    assert keeping.stage("outer", outer)[1]["kept"] == kept
+    assert Store(store.folder).stage("outer", never)[1]["kept"] == kept
+    assert "kept" not in keeping.stage("alone", compute)[1]
+
+
+def test_a_damaged_stage_of_other_code_is_not_kept(store, changing, capsys):
+    changing(OLD)
+    store.stage("some", compute)
+    path = store.path("some", compute)
+    path.write_bytes(flipped(path.read_bytes()))
+    changing(NEW)
+    keeping = Store(store.folder, on_change="keep")
+    assert "kept" not in keeping.stage("some", compute)[1] and keeping.computed == 1
+    assert f"{path} is damaged" in capsys.readouterr().out
+
+
+def test_a_library_of_another_version_can_be_kept(store, monkeypatch, changing, capsys):
+    changing(OLD)
+    monkeypatch.setattr(module, "versions", lambda: {"torch": "1"})
+    store.stage("some", compute)
+    monkeypatch.setattr(module, "versions", lambda: {"torch": "2"})
+    assert Store(store.folder, on_change="keep").stage("some", never)[1]["kept"] == {"torch": "1 -> 2"}
+    assert "although torch changed since" in capsys.readouterr().out
+    assert store.stage("some", compute) and store.computed == 2
+
+
+def test_a_training_that_other_code_began_goes_on_where_results_are_kept(store, changing, capsys):
+    changing(OLD)
+    begun = store.unfinished("some", compute, n=1)
+    begun.parent.mkdir(parents=True)
+    begun.touch()
+    changing(NEW)
+    assert store.unfinished("some", compute, n=1) != begun and begun.exists()
+    taken = Store(store.folder, on_change="keep").unfinished("some", compute, n=1)
+    assert taken == store.unfinished("some", compute, n=1) and taken.exists() and not begun.exists()
+    assert f"some: goes on from {begun.name}, although its code has changed since" in capsys.readouterr().out
+
+
+def test_a_stage_that_a_gpu_computed_is_found_without_one(store, monkeypatch):
+    kernels = {"permask_core.sparse.kernels.triton": "k"}
+    monkeypatch.setattr(module, "_module_hash", {**OLD, **kernels}.get)
+    monkeypatch.setattr(module, "sources", lambda compute, modules=(): OLD | kernels)
+    store.stage("some", compute)
+    monkeypatch.setattr(module, "sources", lambda compute, modules=(): OLD)
+    assert store.stage("some", never) and store.found == 1
 
 
 def test_a_record_that_json_cannot_hold_names_its_stage(store):
@@ -258,11 +427,12 @@ def test_a_folder_takes_the_results_of_one_set_of_settings(tmp_path):
     assert check_folder(folder, SETTINGS) == folder
     expected = {"model": "mlp", "widths": [0.5, 1], "rates": {"lr": 0.1, "steps": [1, 2]}, "dataset": None}
     assert json.loads((folder / "settings.json").read_text()) == expected
+    (folder / "results.json").touch()
     before = (folder / "settings.json").stat().st_mtime_ns
     for same in (SETTINGS, expected, dict(reversed(SETTINGS.items()))):
         assert check_folder(str(folder), same) == folder
     assert (folder / "settings.json").stat().st_mtime_ns == before
-    assert [path.name for path in folder.iterdir()] == ["settings.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["results.json", "settings.json"]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -274,6 +444,7 @@ def test_a_folder_takes_the_results_of_one_set_of_settings(tmp_path):
 ])
 def test_a_folder_of_other_settings_is_refused_with_those_that_differ(tmp_path, change, message):
     check_folder(tmp_path, SETTINGS)
+    (tmp_path / "results.json").touch()
     before = (tmp_path / "settings.json").read_bytes()
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path} was begun with {message}: give another folder")):
         check_folder(tmp_path, {**SETTINGS, **change})
@@ -282,13 +453,21 @@ def test_a_folder_of_other_settings_is_refused_with_those_that_differ(tmp_path, 
 
 def test_a_setting_that_is_gone_differs(tmp_path):
     check_folder(tmp_path, SETTINGS)
+    (tmp_path / "results.json").touch()
     with pytest.raises(ValueError, match=re.escape("was begun with model 'mlp' (here None): give")):
         check_folder(tmp_path, {name: value for name, value in SETTINGS.items() if name != "model"})
+
+
+def test_a_run_that_did_not_finish_is_no_reason_to_refuse_another(tmp_path):
+    check_folder(tmp_path, SETTINGS)
+    assert check_folder(tmp_path, {"model": "other"}) == tmp_path
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"model": "other"}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"\xff"])
 def test_damaged_settings_are_refused(tmp_path, content):
     (tmp_path / "settings.json").write_bytes(content)
+    (tmp_path / "results.json").touch()
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'settings.json'} is damaged (") + ".*delete it"):
         check_folder(tmp_path, SETTINGS)
     assert (tmp_path / "settings.json").read_bytes() == content

@@ -2,7 +2,11 @@
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,6 +222,7 @@ def test_a_batch_takes_a_seed_for_each_of_its_networks(images, seed):
 
 # ---- An experiment ---------------------------------------------------------------------------------------------------
 
+ROOT = Path(__file__).parents[1]
 GRID = {"seeds": [0, 1], "sparsities": [0.5, 0.8]}
 
 
@@ -327,3 +332,40 @@ def test_an_error_of_a_job_is_that_of_the_run(store):
 
     with pytest.raises(ValueError, match="job 1 fails"):
         rows_together(rows, [(1,), (2,)], store, 2)
+
+
+AT_ONCE = """
+import sys, torch
+from permask_core import lottery, together
+from permask_core.store import Store
+from tests.test_together import GRID, TINY
+
+torch.set_num_threads(1)
+whole, alone, trained = together.fit_together, together.fit, []
+together.fit_together = lambda models, *given, **more: trained.extend([len(models)]) or whole(models, *given, **more)
+if sys.argv[2] == "1":
+    together.fit = lambda *given, **more: trained.append(1) or alone(*given, **more)
+print("ready", flush=True)
+sys.stdin.readline()
+store = Store(sys.argv[1])
+rows = lottery.run(TINY, store, **GRID, together=int(sys.argv[2]))
+print(sum(trained), store.computed, [row["accuracy"] for row in rows])
+"""
+
+
+@pytest.mark.parametrize("numbers", [(100, 100), (100, 1), (3, 100)])
+def test_processes_at_once_never_train_a_network_twice(tmp_path, numbers):
+    """Two that collect what they train at once, and one that does beside one that trains one after the other."""
+    (tmp_path / "script.py").write_text(AT_ONCE)
+    processes = [subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path / "runs", str(number)], text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  env=os.environ | {"PYTHONPATH": str(ROOT), "PERMASK_DISPLAY": "static"})
+                 for number in numbers]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    said = [process.communicate("go\n", timeout=300)[0].splitlines()[-1].split(maxsplit=2) for process in processes]
+    assert sum(int(trained) for trained, _, _ in said) == 4 + 2 + 2 + 20
+    assert said[0][2] == said[1][2]  # the same files
+    assert not list((tmp_path / "runs").rglob("*.lock")) and not list((tmp_path / "runs").rglob("*.unfinished"))
+    # Each stage that trains was computed once; tickets and matchings are cheap, and may have been twice.
+    assert len(list((tmp_path / "runs").rglob("*.safetensors"))) == 4 + 4 + 20 + 4 + 4

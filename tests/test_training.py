@@ -728,3 +728,37 @@ def test_what_is_no_split_is_refused(digits, net, what):
 def test_one_name_is_no_list_of_checkpoints(digits, net):
     with pytest.raises(ValueError, match="checkpoints is 'init': expected a list"):
         fit(net, digits.train, RECIPE, seed=0, checkpoints="init")
+
+
+NARROW = """
+import sys, torch
+from permask_core.models import build_model
+from permask_core.training import Recipe, fit
+
+torch.set_num_threads(1)
+x, y = torch.randn(157, 1, 8, 8), torch.randint(10, (157,))
+states = []
+for dtype in (torch.float32, torch.float64):
+    model = build_model("resnet8", (1, 8, 8), 10, width=0.125).to(dtype)
+    fit(model, (x.to(dtype), y), Recipe(40, 0.01), seed=0)
+    states.append(torch.cat([tensor.flatten().double() for tensor in model.state_dict().values()]))
+print((states[0] - states[1]).abs().max().item())
+"""
+
+
+def test_narrow_networks_are_trained_without_the_broken_kernel_of_avx2():
+    """With channels last, a gradient that oneDNN computes with AVX2 overwrites memory: a crash, or wrong results."""
+    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True,
+                          env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) < 1e-2
+
+
+@pytest.mark.parametrize("layer, broken", [
+    (nn.Conv2d(2, 4, 1, stride=2), True), (nn.Conv2d(8, 4, 1, stride=2), False), (nn.Conv2d(2, 4, 1), False),
+    (nn.Conv2d(2, 4, 3, stride=2), False), (nn.Conv2d(16, 16, 1, stride=2, groups=4), True), (nn.Linear(2, 2), False)])
+def test_the_order_in_memory(layer, broken):
+    model = nn.Sequential(layer)
+    expected = torch.contiguous_format if broken else torch.channels_last
+    assert training.memory_format(model, "cpu") == expected
+    assert training.memory_format(model, "cuda") == torch.channels_last

@@ -19,7 +19,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from permask_core.display.claims import PAGE, notebook_version, read_claims
 
-SEEDS = ("seed", "first_seed")  # one of these is the parameter of a notebook that draws random numbers
+SEED = "first_seed"  # the parameter of a notebook that draws random numbers
 RUNNING, FAILED = Path("build/running"), Path("build/failed")
 PARTIAL = "permask_failure"  # metadata of a page that ends at an error: what the error says
 
@@ -52,7 +52,7 @@ def seeded(source: Path, added: int) -> dict:
     A notebook without a seed draws no random numbers, and gets none.
     """
     found = papermill.inspect_notebook(source)
-    return {name: int(found[name]["default"]) + added for name in SEEDS if name in found}
+    return {SEED: int(found[SEED]["default"]) + added} if SEED in found else {}
 
 
 def run(source: Path, target: Path, parameters: dict, **options) -> str:
@@ -64,7 +64,7 @@ def run(source: Path, target: Path, parameters: dict, **options) -> str:
         What failed, empty if nothing did: an error of a cell, a kernel that died, a sentence that is claimed twice.
     """
     # The name of the page gives its claims their rates, which hold for the committed parameters: other seeds included.
-    os.environ[PAGE] = f"{source.stem}@{notebook_version(source)}" if parameters.keys() <= set(SEEDS) else ""
+    os.environ[PAGE] = f"{source.stem}@{notebook_version(source)}" if parameters.keys() <= {SEED} else ""
     try:  # a kernel inherits the environment
         papermill.execute_notebook(source, target, parameters, cwd=target.parent, progress_bar=False,
                                    extra_arguments=["--log-level=ERROR"],  # for the kernel, which warns of its TCP

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import papermill
 
-from book.tools.execute import SEEDS, run, seeded
+from book.tools.execute import SEED, run, seeded
 from permask_core.data import measured
 from permask_core.display.claims import notebook_version, read_claims
 from permask_core.files import written_whole
@@ -41,7 +41,7 @@ def repetitions(n: int) -> dict:
 
 def replicated(notebooks: list[Path]) -> list[Path]:
     """Return those of `notebooks` that draw random numbers, which have a seed among their parameters."""
-    return [path for path in notebooks if set(SEEDS) & papermill.inspect_notebook(path).keys()]
+    return [path for path in notebooks if SEED in papermill.inspect_notebook(path)]
 
 
 def result_path(name: str, page: str) -> Path:

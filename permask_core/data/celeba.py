@@ -20,6 +20,14 @@ from permask_core.data.root import data_root, published_files, some
 
 ATTRIBUTES, PARTITION, IMAGES = "list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"
 TRAIN, VALIDATION, TEST = 0, 1, 2
+# The names of the 40 attributes, as the published list has them.
+PUBLISHED = """
+    5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair
+    Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones
+    Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline
+    Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick
+    Wearing_Necklace Wearing_Necktie Young
+""".split()
 # Ours, of an image's area: such a crop is at least 174 pixels high and 152 wide, so that wherever it lies, the eyes
 # (about 111 pixels from the top) and the mouth (152) are inside. ImageNet's 8 % would cut off many a smile.
 SMALLEST = 0.8
@@ -96,6 +104,11 @@ def celeba(root=None, label="Smiling", attributes=("Young", "Male"), balanced=Tr
                       for name in attributes})
               for chosen in (train, test))
     return *splits, (3, image_size, image_size), 2
+
+
+def check_files(root=None, name="celeba"):
+    """See :func:`permask_core.data.check_files`."""
+    _published(data_root(root) / name, download=False, verify=False)
 
 
 def _published(folder, download, verify):

@@ -52,7 +52,13 @@ def cifar100(root=None, download=False, verify=True):
     return _load("CIFAR100", "fine_labels", root, download, verify)
 
 
-def _load(name, key, root, download, verify):
+def check_files(root=None, name="cifar10"):
+    """See :func:`permask_core.data.check_files`."""
+    _published(name.upper(), root, download=False, verify=False)
+
+
+def _published(name, root, download, verify):
+    """torchvision's class of the set, which lists its files, and the folder where they are."""
     from permask_core.vision import torchvision  # takes a second, which whoever needs no images should not wait
 
     published = getattr(torchvision.datasets, name)
@@ -66,6 +72,12 @@ def _load(name, key, root, download, verify):
 
     published_files(name, folder, sums, download, verify, source=published.url, place=f"unpack it in {root}",
                     fetch=fetch)
+    return published, folder
+
+
+def _load(name, key, root, download, verify):
+    published, folder = _published(name, root, download, verify)
+    meta = published.meta
     names = _entry(folder / meta["filename"], [meta["key"]])[meta["key"]]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{meta['key']!r} in {folder / meta['filename']} is {names!r}: expected a list of names")

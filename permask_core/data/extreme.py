@@ -8,6 +8,7 @@ Ullah et al., "Navigating Extremes: Dynamic Sparsity in Large Output Spaces", Ne
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -173,13 +174,18 @@ def read_sparse_text(path, description=None):
         raise FileNotFoundError(f"no such file: {path}")
     with path.open(encoding="ascii", errors="backslashreplace") as file:
         header = file.readline().split()
-        if len(header) != 3 or not all(size.isdecimal() and int(size) > 0 for size in header):
+        if len(header) != 3 or not all(size.isdecimal() and len(size) < 20 and int(size) > 0 for size in header):
             raise ValueError(f"line 1 of {path} is {' '.join(header)[:80]!r}: expected three numbers above 0, how many "
                              "points, features and labels there are")
         n, n_features, n_labels = map(int, header)
         if max(n_features, n_labels) >= 2 ** 31:
             raise ValueError(f"line 1 of {path} announces {n_features} features and {n_labels} labels: expected fewer "
                              "than 2^31")
+        needed, memory = 8 * (n + n_features + n_labels), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > memory / 2:
+            raise ValueError(f"line 1 of {path} announces {n} points, {n_features} features and {n_labels} labels: a "
+                             f"number for each takes {needed / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB "
+                             "of memory. Expected at most half of it")
         labels, columns, values = [], [], []
         for number, line in enumerate(progress(file, description, total=n), 2):
             if number > n + 1:
@@ -233,5 +239,5 @@ def _numbers(texts, dtype, limits, what):
         except ValueError:
             wrong = True
         if wrong:
-            raise ValueError(f"the {what} is {text!r}: expected "
+            raise ValueError(f"the {what} is {text[:80]!r}: expected "
                              + ("a finite number" if kind is float else f"a whole number from {low} to {high}"))

@@ -41,6 +41,11 @@ class Folder:
     def __len__(self):
         return len(self.y)
 
+    @functools.cached_property
+    def sizes(self):
+        """Bytes of each file, int64 [n]."""
+        return np.array([os.path.getsize(self.root / name) for name in self.names])
+
     def to(self, device):
         """The split itself: its images stay on disk."""
         return self

@@ -70,13 +70,18 @@ def hatexplain(root=None, tokenizer="bert-base-uncased", length=128, attributes=
     check_attributes(attributes, ATTRIBUTES)
     if not isinstance(length, int) or length < 3:
         raise ValueError(f"length is {length!r}: expected an integer of at least 3")
-    folder = data_root(root) / "hatexplain"
-    check_there("HateXplain", folder, [POSTS, DIVISIONS],
-                f"Fetch both from the folder Data of https://github.com/hate-alert/HateXplain and put them in {folder}")
-    judged = _judged(folder)  # first: a tokenizer that is not at hand is looked for on the hub, which takes its time
+    judged = _judged(check_files(root))  # first: a tokenizer that is not at hand is looked for on the hub, slowly
     tokenizer = _tokenizer(tokenizer, length)
     train, test = (_split(posts, tokenizer, length, attributes) for posts in judged)
     return train, test, (length,), 2
+
+
+def check_files(root=None, name="hatexplain"):
+    """See :func:`permask_core.data.check_files`; returns the folder."""
+    folder = data_root(root) / name
+    check_there("HateXplain", folder, [POSTS, DIVISIONS],
+                f"Fetch both from the folder Data of https://github.com/hate-alert/HateXplain and put them in {folder}")
+    return folder
 
 
 class Post(NamedTuple):

@@ -50,7 +50,7 @@ def imagenet(root=None, image_size=224, workers=None):
     """
     check_image_size(image_size)
     workers = readers(workers)
-    root = Path(root).expanduser().absolute() if root else data_root() / "imagenet"
+    root = _root(root)
     _unpack(root)
     classes = _classes(root)
     splits = (Folder(root / name, *_files(root / name, classes), image_size, workers, MEAN, SD)
@@ -58,8 +58,17 @@ def imagenet(root=None, image_size=224, workers=None):
     return *splits, (3, image_size, image_size), len(classes)
 
 
-def _unpack(root):
-    """Have torchvision unpack the archives of folders that are missing."""
+def _root(root):
+    return Path(root).expanduser().absolute() if root else data_root() / "imagenet"
+
+
+def check_files(root=None, name="imagenet"):
+    """See :func:`permask_core.data.check_files`."""
+    _missing(_root(root))
+
+
+def _missing(root):
+    """The folders that are still in their archives, and these by their names."""
     from permask_core.vision import torchvision
 
     known = torchvision.datasets.imagenet
@@ -71,6 +80,14 @@ def _unpack(root):
             f"{', '.join(missing)}. Fetch {', '.join(path.name for path in archives.values())} from "
             f"https://image-net.org (with an account) and put them in {root}, where they are unpacked; or name another "
             "folder by root, or the one that has imagenet in it by the environment variable PERMASK_DATA")
+    return missing
+
+
+def _unpack(root):
+    """Have torchvision unpack the archives of folders that are missing."""
+    from permask_core.vision import torchvision
+
+    known, missing = torchvision.datasets.imagenet, _missing(root)
     if "val" in missing and not (root / known.META_FILE).is_file():
         known.parse_devkit_archive(root)  # knows the class of each validation image
     for name, parse in (("train", known.parse_train_archive), ("val", known.parse_val_archive)):

@@ -43,11 +43,23 @@ def svhn(root=None, download=False, verify=True):
     ValueError
         If a file is damaged, is not the published one, or holds something else than images and their labels.
     """
+    files = _published(data_root(root) / "svhn", download, verify)
+    train, test = (_images(file) for file in files)
+    mean, sd = channel_moments(train[0])
+    return Split(*train, mean, sd, pad=4), Split(*test, mean, sd), (3, 32, 32), 10
+
+
+def check_files(root=None, name="svhn"):
+    """See :func:`permask_core.data.check_files`."""
+    _published(data_root(root) / name, download=False, verify=False)
+
+
+def _published(folder, download, verify):
+    """The two files in their folder."""
     from permask_core.vision import torchvision  # takes a second, which whoever needs no images should not wait
 
     parts = torchvision.datasets.SVHN.split_list
     published = {file: (url, md5) for url, file, md5 in (parts["train"], parts["test"])}
-    folder = data_root(root) / "svhn"
 
     def fetch(to, missing):
         for file in missing:
@@ -56,9 +68,7 @@ def svhn(root=None, download=False, verify=True):
 
     published_files("SVHN", folder, {file: md5 for file, (_, md5) in published.items()}, download, verify,
                     source=" and ".join(url for url, _ in published.values()), place=f"put it in {folder}", fetch=fetch)
-    train, test = (_images(folder / file) for file in published)
-    mean, sd = channel_moments(train[0])
-    return Split(*train, mean, sd, pad=4), Split(*test, mean, sd), (3, 32, 32), 10
+    return [folder / file for file in published]
 
 
 def _images(path):

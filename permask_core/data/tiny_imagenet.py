@@ -42,16 +42,22 @@ def tiny_imagenet(root=None):
     ValueError
         If a list or an image is damaged, or the lists and the folders name different classes or images.
     """
-    folder = data_root(root) / "tiny-imagenet-200"
-    check_there("Tiny ImageNet", folder, ["wnids.txt", "train", "val/images", "val/val_annotations.txt"],
-                f"Fetch {URL} and unpack it in {folder.parent} (no md5 sum of it is published, so it is not "
-                "downloaded unchecked)")
+    folder = check_files(root)
     classes = _classes(folder)
     listed = _training(folder / "train", classes), _validation(folder / "val", classes)
     train, test = (_split(names, labels, f"Tiny ImageNet, {kind}")
                    for kind, (names, labels) in zip(("training", "validation"), listed))
     mean, sd = channel_moments(train[0])
     return Split(*train, mean, sd, pad=8, flip=True), Split(*test, mean, sd), (3, SIDE, SIDE), len(classes)
+
+
+def check_files(root=None, name="tiny_imagenet"):
+    """See :func:`permask_core.data.check_files`; returns the folder."""
+    folder = data_root(root) / "tiny-imagenet-200"
+    check_there("Tiny ImageNet", folder, ["wnids.txt", "train", "val/images", "val/val_annotations.txt"],
+                f"Fetch {URL} and unpack it in {folder.parent} (no md5 sum of it is published, so it is not "
+                "downloaded unchecked)")
+    return folder
 
 
 def _classes(folder):

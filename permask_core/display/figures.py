@@ -13,7 +13,7 @@ from permask_core.display.control import svg
 from permask_core.display.style import DASHED, look, new_figure
 from permask_core.files import written_whole
 from permask_core.statistics import Interval, mean_interval
-from permask_core.store import commit, device_name, versions
+from permask_core.store import commit, device_name, plain, versions
 from permask_core.training import default_device
 
 LINES = {"weights": "-", "activations": (0, (2, 1.5)), "": "-"}
@@ -315,7 +315,8 @@ def publish(name, figure, rows, caption, *, folder=None, **record):
     folder : path-like, optional
         Without it, the one that the environment variable ``PERMASK_FIGURES`` names for other pages of the book.
     **record
-        What else belongs to the result (settings, seeds, single runs): anything that JSON holds.
+        What else belongs to the result: anything that JSON holds, dataclasses included. Of a notebook that can be a job
+        of a grid that is ``settings``, a dict, and ``runs``, a list of dicts, one for each run: together a tidy table.
 
     Returns
     -------
@@ -330,8 +331,8 @@ def publish(name, figure, rows, caption, *, folder=None, **record):
     lines = ["| " + " | ".join(cells) + " |" for cells in [list(rows[0]), ["---:"] * len(rows[0]), *body]]
     record = {"caption": caption, "table": rows, "versions": versions(), "commit": commit(),
               "device": device_name(default_device()), **record}
-    for ending, text in (("md", "\n".join([*lines, "", caption, ""])), ("json", json.dumps(record, indent=1) + "\n"),
-                         ("svg", svg(figure))):
+    for ending, text in (("md", "\n".join([*lines, "", caption, ""])), ("svg", svg(figure)),
+                         ("json", json.dumps(record, indent=1, default=plain) + "\n")):
         with written_whole(folder / f"{name}.{ending}") as path:
             path.write_text(text)
     return folder

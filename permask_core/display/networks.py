@@ -21,7 +21,7 @@ def group_on_network(model, groups, name):
     Parameters
     ----------
     model : torch.nn.Module
-        A :func:`~permask_core.models.resnet8` or a deeper one of its kind.
+        A :func:`~permask_core.models.residual.resnet8` or a deeper one of its kind.
     groups : dict of str to Group
         Of this model.
     name : str

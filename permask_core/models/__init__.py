@@ -2,24 +2,26 @@
 
 import inspect
 from contextlib import contextmanager
+from importlib import import_module
 
-import torch
-
-from permask_core.models.densenet import densenet121, densenet121_cifar, densenet169, densenet169_cifar
-from permask_core.models.feedforward import lenet5, mlp, vgg11
-from permask_core.models.language import bert, distilbert
-from permask_core.models.residual import resnet8, resnet18, resnet18_cifar, resnet20, resnet50, resnet56
-from permask_core.models.transformer import tiny_vit_5m, vit_b_16
-
-MODELS = {"mlp": mlp, "lenet5": lenet5, "vgg11": vgg11, "resnet8": resnet8, "resnet20": resnet20, "resnet56": resnet56,
-          "resnet18": resnet18, "resnet18_cifar": resnet18_cifar, "resnet50": resnet50, "densenet121": densenet121,
-          "densenet121_cifar": densenet121_cifar, "densenet169": densenet169, "densenet169_cifar": densenet169_cifar,
-          "vit_b_16": vit_b_16, "tiny_vit_5m": tiny_vit_5m, "bert": bert, "distilbert": distilbert}
+# Names, and the modules that have a function of that name, which are loaded when they are asked for.
+MODELS = {
+    "mlp": "feedforward", "lenet5": "feedforward", "vgg11": "feedforward",
+    "resnet8": "residual", "resnet20": "residual", "resnet56": "residual", "resnet18": "residual",
+    "resnet18_cifar": "residual", "resnet50": "residual",
+    "densenet121": "densenet", "densenet121_cifar": "densenet", "densenet169": "densenet",
+    "densenet169_cifar": "densenet",
+    "vit_b_16": "transformer", "tiny_vit_5m": "transformer", "bert": "language", "distilbert": "language"}
 OF_TEXTS = ("bert", "distilbert")
 
-__all__ = ["MODELS", "bert", "build_model", "densenet121", "densenet121_cifar", "densenet169", "densenet169_cifar",
-           "distilbert", "evaluating", "lenet5", "mlp", "resnet8", "resnet18", "resnet18_cifar", "resnet20", "resnet50",
-           "resnet56", "tiny_vit_5m", "vgg11", "vit_b_16"]
+__all__ = ["MODELS", "build_model", "evaluating", "module_of"]
+
+
+def module_of(name):
+    """The name of the module that has a network; ValueError if there is no such network."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
+    return f"{__name__}.{MODELS[name]}"
 
 
 def build_model(name, input_shape, classes, *, seed=0, **options):
@@ -60,9 +62,8 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     >>> list(model.state_dict())
     ['fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias', 'head.weight', 'head.bias']
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
-    known = [p.name for p in inspect.signature(MODELS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    build = getattr(import_module(module_of(name)), name)
+    known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}: expected one of {', '.join(known)}")
@@ -71,14 +72,18 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
         raise ValueError(f"input_shape is {tuple(input_shape)}: expected {expected}, as {name} takes them")
     if not isinstance(classes, int) or classes < 2:
         raise ValueError(f"classes is {classes!r}: expected an integer of at least 2")
+    import torch  # here: who asks for names alone need not wait for it
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name](tuple(input_shape), classes, **options)
+        return build(tuple(input_shape), classes, **options)
 
 
 @contextmanager
 def evaluating(*models):
     """The models in evaluation mode, without gradients; every module's own mode comes back afterwards."""
+    import torch
+
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()

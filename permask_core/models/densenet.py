@@ -20,19 +20,19 @@ def densenet121(input_shape, classes, *, width=1.0):
 
 
 def densenet169(input_shape, classes, *, width=1.0):
-    """torchvision's DenseNet169, as :func:`~permask_core.models.densenet121`, with more layers in the last two of its
+    """torchvision's DenseNet169, as :func:`densenet121`, with more layers in the last two of its
     four dense blocks."""
     return _densenet("densenet169", (6, 12, 32, 32), input_shape, classes, width)
 
 
 def densenet121_cifar(input_shape, classes, *, width=1.0):
-    """:func:`~permask_core.models.densenet121` for small images: the stem is a 3x3 convolution of stride 1, and no
+    """:func:`densenet121` for small images: the stem is a 3x3 convolution of stride 1, and no
     pooling follows it."""
     return _densenet("densenet121_cifar", (6, 12, 24, 16), input_shape, classes, width, small_images=True)
 
 
 def densenet169_cifar(input_shape, classes, *, width=1.0):
-    """:func:`~permask_core.models.densenet169` for small images, as :func:`~permask_core.models.densenet121_cifar`."""
+    """:func:`densenet169` for small images, as :func:`densenet121_cifar`."""
     return _densenet("densenet169_cifar", (6, 12, 32, 32), input_shape, classes, width, small_images=True)
 
 

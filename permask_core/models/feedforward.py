@@ -5,12 +5,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-
-def scaled(width, *sizes):
-    """Hidden sizes times a width factor, rounded, at least 1 each; ValueError unless the factor is above 0."""
-    if not isinstance(width, (int, float)) or not 0 < width < math.inf:
-        raise ValueError(f"width is {width!r}: expected a factor above 0")
-    return [max(1, round(size * width)) for size in sizes]
+from permask_core.models.scaling import scaled
 
 
 def mlp(input_shape, classes, *, width=1.0, depth=2):

@@ -8,7 +8,7 @@ import math
 
 from torch import nn
 
-from permask_core.models.feedforward import scaled
+from permask_core.models.scaling import scaled
 from permask_core.vision import torchvision
 
 

@@ -53,7 +53,7 @@ def bert(input_shape, classes, *, source="bert-base-uncased", pretrained=True, d
 
 
 def distilbert(input_shape, classes, *, source="distilbert-base-uncased", pretrained=True, download=False):
-    """DistilBERT, which has half of the layers of :func:`~permask_core.models.bert`, and takes the same tokens and
+    """DistilBERT, which has half of the layers of :func:`bert`, and takes the same tokens and
     arguments.
 
     References

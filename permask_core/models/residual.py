@@ -10,7 +10,7 @@ from collections import OrderedDict
 from torch import nn
 from torch.nn import functional as F
 
-from permask_core.models.feedforward import scaled
+from permask_core.models.scaling import scaled
 
 SHORTCUTS = ("projection", "padded")
 
@@ -56,7 +56,7 @@ class BasicBlock(nn.Module):
 
 
 def resnet8(input_shape, classes, *, width=1.0, shortcut="projection"):
-    """:func:`~permask_core.models.resnet20` with one block in each stage."""
+    """:func:`resnet20` with one block in each stage."""
     return _small_resnet(1, input_shape, classes, width, shortcut)
 
 
@@ -79,7 +79,7 @@ def resnet20(input_shape, classes, *, width=1.0, shortcut="projection"):
 
 
 def resnet56(input_shape, classes, *, width=1.0, shortcut="projection"):
-    """:func:`~permask_core.models.resnet20` with nine blocks in each stage."""
+    """:func:`resnet20` with nine blocks in each stage."""
     return _small_resnet(9, input_shape, classes, width, shortcut)
 
 
@@ -117,13 +117,13 @@ def resnet18(input_shape, classes, *, width=1.0):
 
 
 def resnet50(input_shape, classes, *, width=1.0):
-    """torchvision's ResNet50, as :func:`~permask_core.models.resnet18`; a block's output keeps four times the channels
+    """torchvision's ResNet50, as :func:`resnet18`; a block's output keeps four times the channels
     of its 3x3 convolution."""
     return _large_resnet("resnet50", "Bottleneck", (3, 4, 6, 3), input_shape, classes, width)
 
 
 def resnet18_cifar(input_shape, classes, *, width=1.0):
-    """:func:`~permask_core.models.resnet18` for small images, as the pruning literature has it on CIFAR: the stem is a
+    """:func:`resnet18` for small images, as the pruning literature has it on CIFAR: the stem is a
     3x3 convolution of stride 1, and no pooling follows it."""
     return _large_resnet("resnet18_cifar", "BasicBlock", (2, 2, 2, 2), input_shape, classes, width, small_images=True)
 

@@ -5,7 +5,7 @@ Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021: section 3.1, and
 """
 
 from permask_core.models.extras import check_extra
-from permask_core.models.feedforward import scaled
+from permask_core.models.scaling import scaled
 
 
 def vit_b_16(input_shape, classes, *, width=1.0):

@@ -54,6 +54,11 @@ def stages(folder):
     return {path: path.stat().st_mtime_ns for path in folder.glob("store/*/*.safetensors")}
 
 
+def read_tables(folder):
+    """The bytes of all tables by name."""
+    return {path.name: path.read_bytes() for path in folder.glob("grid/tables/*.csv")}
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-7])
 
@@ -90,8 +95,8 @@ def compare(grid, folder, kills, seed=0, tell=print):
     tell(f"undisturbed: {seconds:.0f} s, {len(stages(reference))} stages")
     done = disturbed(grid, other, kills, seconds=seconds, seed=seed, tell=tell)
     assert done == kills, f"it ended after {done} kills: give fewer"
-    table = (reference / "grid" / "table.csv").read_bytes()
-    assert (other / "grid" / "table.csv").read_bytes() == table
+    tables = read_tables(reference)
+    assert tables and read_tables(other) == tables
     assert {path.name for path in stages(other)} == {path.name for path in stages(reference)}
 
     # Cut off two jobs' files: these jobs are run again, no other is, and no stage.
@@ -99,12 +104,13 @@ def compare(grid, folder, kills, seed=0, tell=print):
     moments = {path: path.stat().st_mtime_ns for path in jobs}
     cut(jobs[0])
     cut(other / "grid" / "notebooks" / f"{jobs[-1].stem}.ipynb")
-    (other / "grid" / "table.csv").unlink()
+    next((other / "grid" / "tables").iterdir()).unlink()
     finish(grid, other)
     changed = [path for path in jobs if path.stat().st_mtime_ns != moments[path]]
     assert changed == [jobs[0], jobs[-1]], changed
-    assert stages(other) == before and (other / "grid" / "table.csv").read_bytes() == table
-    tell(f"killed {done} times: the same table of {len(table.splitlines()) - 1} rows, no finished stage written again")
+    assert stages(other) == before and read_tables(other) == tables
+    rows = sum(len(table.splitlines()) - 1 for table in tables.values())
+    tell(f"killed {done} times: the same tables of {rows} rows, no finished stage written again")
 
 
 def main():

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from batch import grids, job
+from batch import job
 from batch.gather import finished, gather, outlook
-from batch.grids import ROOT, Job
+from batch.grids import ROOT, Job, freeze
 from permask_core.tables import read_table
 from tests.batch.tiny import WORK, write_notebook
 
@@ -120,7 +121,7 @@ def test_what_a_killed_job_left_is_cleared_away(place):
 @pytest.fixture
 def seen(tmp_path, monkeypatch):
     """What a block for so many GPUs sees, on a machine with four."""
-    monkeypatch.setattr(job.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(job, "LOCKS", tmp_path)
     monkeypatch.setattr(job.random, "uniform", lambda low, high: 0.01)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -151,6 +152,27 @@ def test_a_job_waits_for_a_gpu_that_another_has(seen, monkeypatch):
     assert waited
 
 
+def test_a_gpu_of_another_user_is_waited_for_and_free_after_a_crash(seen, tmp_path):
+    """As two users of one machine: the one may not write the other's files, and the other's job is killed."""
+    tmp_path.chmod(0o1777)
+    for folder in tmp_path.parents:
+        if folder.owner() == tmp_path.owner() and folder != Path("/tmp"):
+            folder.chmod(0o755)
+    other = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}
+    code = (f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+            "from pathlib import Path\nfrom batch import job\n"
+            f"os.umask(0o077)\njob.LOCKS = Path({str(tmp_path)!r})\n"
+            "held = [job._gpu_lock(name) for name in '0123']\nprint(held.count(None), flush=True)\ntime.sleep(600)")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **other) as process:
+        assert process.stdout.readline() == "0\n"
+        assert [job._gpu_lock(name) for name in "0123"] == [None] * 4
+        process.kill()
+    with job.gpus_of_its_own(4):
+        assert seen() == ["0", "1", "2", "3"]
+    if other:
+        assert {path.owner() for path in tmp_path.glob("*.lock")} == {"nobody"}
+
+
 @pytest.mark.parametrize("count, name, value", [(0, "OTHER", "x"), (1, "SLURM_JOB_ID", "7")])
 def test_who_needs_no_gpu_or_is_given_one_by_slurm_is_left_alone(seen, monkeypatch, count, name, value):
     monkeypatch.setenv(name, value)
@@ -175,13 +197,16 @@ def test_the_table_and_the_outlook(place):
     for one in jobs.values():
         run(one, place)
     assert gather(jobs, place).splitlines() == [
-        f"2 of 3 jobs are finished: 4 rows in {place / 'table.csv'}", f"  failed: {place / 'failed' / 'c.ipynb'}"]
-    table = (place / "table.csv").read_bytes()
+        f"2 of 3 jobs are finished; 4 rows in {place / 'tables' / 'tiny.csv'}",
+        f"  failed: {place / 'failed' / 'c.ipynb'}"]
+    table = (place / "tables" / "tiny.csv").read_bytes()
     head, *rows = table.decode().splitlines()
-    assert head == "job,notebook,given.value,given.rate,value,rate,seed,parts,commit,device,threads,versions.python"
-    assert rows[0] == 'a,tiny,1,0.25,1,0.25,0,"[1, 2]",abc,2 threads,2,"""3"""'
+    assert head == "job,rate,value,seed,commit,device,threads"  # no lists, no seconds
+    assert rows[0] == "a,0.25,1,0,abc,2 threads,2"
     assert [row[0] for row in rows] == list("aabb")
     assert json.loads((place / "status.json").read_text()) == {"finished": ["a", "b"], "failed": ["c"], "missing": []}
+    assert [(row["job"], row["given.value"], row["versions.python"]) for row in read_table(place / "jobs.csv")] == [
+        ("a", 1, "3"), ("b", 2, "3")]
     listed = outlook(jobs, place, every=True).splitlines()
     assert [line.split()[0] for line in listed] == ["finished", "finished", "failed", "3"]
     assert "about" in listed[2] and "3 jobs, 2 of them finished; the others take about" in listed[3]
@@ -192,20 +217,24 @@ def test_the_table_and_the_outlook(place):
     again = json.loads((place / "jobs" / "a.json").read_text())
     assert again["times"] != found["times"] and again["runs"] != found["runs"]  # other seconds
     gather(jobs, place)
-    assert (place / "table.csv").read_bytes() == table
+    assert (place / "tables" / "tiny.csv").read_bytes() == table
+
+    jobs["d"] = tiny("d", value=1, rate=0.25)  # what two jobs have in common stands in the table once
+    assert run(jobs["d"], place)
+    gather(jobs, place)
+    assert (place / "tables" / "tiny.csv").read_bytes() == table
+    del jobs["d"]
 
     others = {name: tiny(name, value=9) for name in jobs}  # of other parameters: nothing of theirs is finished
-    assert gather(others, place).startswith("0 of 3 jobs are finished: 0 rows")
-    assert read_table(place / "table.csv") == []
+    assert gather(others, place).startswith("0 of 3 jobs are finished")
+    assert not list(place.glob("tables/*"))
     assert json.loads((place / "status.json").read_text()) == {"finished": [], "failed": ["c"], "missing": ["a", "b"]}
 
 
 def test_the_command_line(place, monkeypatch, capsys):
-    grid = place.parent / "grid.yaml"
-    grid.write_text("notebook: tiny\ncross: {value: [1, 2]}\n")
-    monkeypatch.setattr(grids, "ROOT", place.parent)
-    for fail, status in (("false", 0), ("true", 1)):
-        grid.write_text(f"notebook: tiny\nfixed: {{fail: {fail}}}\ncross: {{value: [1, 2]}}\n")
+    grid = place.parent / "grid.json"
+    for fail, status in ((False, 0), (True, 1)):
+        freeze({str(value): tiny(f"tiny_value-{value}", value=value, fail=fail) for value in (1, 2)}, grid)
         monkeypatch.setattr(sys, "argv", ["job", str(grid), f"tiny_value-{status + 1}", str(place), "--store",
                                           str(place.parent / "store")])
         with pytest.raises(SystemExit) as ended:

@@ -1,5 +1,6 @@
 """The whole of a batch: refused grids, dry runs, runs that are killed, and the smallest grid of the book."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,9 @@ if value == 2 and not begun.exists():
 '''
 
 
-def snakemake(folder, *arguments, root=ROOT):
+def snakemake(folder, *arguments, root=ROOT, env=None):
     return subprocess.run([Path(sys.executable).parent / "snakemake", "-s", root / "batch" / "Snakefile", *arguments],
-                          cwd=folder, capture_output=True, text=True)
+                          cwd=folder, capture_output=True, text=True, env=env)
 
 
 @pytest.fixture
@@ -49,6 +50,62 @@ def test_a_grid_with_faults_is_refused_with_all_of_them(place):
 def test_without_a_grid_the_grids_are_named(tmp_path):
     done = snakemake(tmp_path, "--config", "grid=''")
     assert done.returncode == 1 and "no grid ''" in done.stderr and "smoke" in done.stderr
+
+
+@pytest.mark.parametrize("given, said", [
+    (["grid=smoke", "seeds=3"], "--config has 'seeds': expected grid, output, store; parameters of notebooks stand in"),
+    (["grid=smoke", "ouput=x"], "--config has 'ouput', perhaps 'output': expected"),
+    (["grid=3"], "--config has grid=3, a int: expected the name of a file or folder"),
+])
+def test_entries_of_the_command_line_that_mean_nothing_are_refused(tmp_path, given, said):
+    done = snakemake(tmp_path, "--config", *given)
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_dry_run_of_a_finished_grid_checks_nothing_again(place):
+    """Which is what takes its time: to import what the notebooks check with."""
+    root, grid = place
+    settings = "--config", f"grid={grid}", f"output={root / 'out'}", f"store={root / 'store'}"
+    write_grid(grid, {"notebook": "tiny", "cross": {"value": [1]}})
+    write_notebook(root, check="import os\nif os.environ.get('CHECKED'):\n    raise ValueError('checked again')")
+    assert snakemake(root, *settings, root=root).returncode == 0
+    env = os.environ | {"CHECKED": "1"}
+    done = snakemake(root, "-n", *settings, root=root, env=env)
+    assert done.returncode == 0 and "1 jobs, 1 of them finished" in done.stderr
+    cut(root / "out" / "jobs" / "tiny_value-1.json")
+    done = snakemake(root, "-n", *settings, root=root, env=env)
+    assert done.returncode == 1 and "checked again" in done.stdout + done.stderr
+
+
+EDITING = WORK + """
+grid = pathlib.Path(runs).parent / "grid.yaml"
+grid.write_text("notebook: tiny\\ncross: {value: [7]}\\n")
+"""
+
+
+def test_an_edit_of_the_grid_while_it_runs_changes_nothing(place):
+    root, grid = place
+    write_notebook(root, work=EDITING)
+    settings = "--config", f"grid={grid}", f"output={root / 'out'}", f"store={root / 'store'}"
+    done = snakemake(root, "--cores", "1", *settings, root=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [row["value"] for row in read_table(root / "out" / "tables" / "tiny.csv")] == [1, 1, 2, 2]
+    assert "value: [7]" in grid.read_text()
+
+
+BREAKING = WORK + """
+if value == 2:  # as another batch would, with other parameters of the same names
+    (pathlib.Path(output).parents[2] / ".." / "jobs" / "tiny_value-1.json").write_text("{}")
+"""
+
+
+def test_a_batch_that_ends_with_missing_jobs_ends_with_an_error(place):
+    root, grid = place
+    write_notebook(root, work=BREAKING)
+    settings = "--config", f"grid={grid}", f"output={root / 'out'}", f"store={root / 'store'}"
+    done = snakemake(root, "--cores", "1", *settings, root=root)
+    assert done.returncode != 0 and "1 of 2 jobs are missing: tiny_value-1" in done.stderr
+    assert "1 of 2 jobs are finished" in done.stdout
 
 
 def test_a_dry_run_lists_the_jobs_and_touches_nothing_and_a_result_of_other_parameters_is_put_aside(place):
@@ -78,21 +135,21 @@ def test_a_killed_grid_goes_on_and_what_is_cut_off_is_made_again(place):
     while not stuck() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
     kill(process)
-    assert stuck() and not second.exists() and not (root / "grid" / "table.csv").exists()
+    assert stuck() and not second.exists() and not (root / "grid" / "tables" / "tiny.csv").exists()
 
     before = first.stat().st_mtime_ns
     process = started(grid, root, root)
     assert process.wait() == 0, (root / "log.txt").read_text()
     assert first.stat().st_mtime_ns == before and (root / "store" / "log").read_text().split() == ["1", "2"]
-    rows = read_table(root / "grid" / "table.csv")
+    rows = read_table(root / "grid" / "tables" / "tiny.csv")
     assert [(row["job"], row["value"], row["seed"]) for row in rows] == [
         (f"tiny_value-{value}", value, seed) for value in (1, 2) for seed in (0, 1)]
 
-    table, other = (root / "grid" / "table.csv").read_bytes(), second.stat().st_mtime_ns
+    table, other = (root / "grid" / "tables" / "tiny.csv").read_bytes(), second.stat().st_mtime_ns
     cut(first)
     process = started(grid, root, root)
     assert process.wait() == 0, (root / "log.txt").read_text()
-    assert second.stat().st_mtime_ns == other and (root / "grid" / "table.csv").read_bytes() == table
+    assert second.stat().st_mtime_ns == other and (root / "grid" / "tables" / "tiny.csv").read_bytes() == table
     assert (root / "store" / "log").read_text().split() == ["1", "2", "1"]
 
 
@@ -102,9 +159,9 @@ def test_a_job_of_a_notebook_of_the_book(tmp_path):
     done = snakemake(tmp_path, tmp_path / "grid" / "jobs" / f"{name}.json", "--config", "grid=smoke",
                      f"output={tmp_path / 'grid'}", f"store={tmp_path / 'store'}")
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = read_table(tmp_path / "grid" / "table.csv")
+    rows = read_table(tmp_path / "grid" / "tables" / "cifar.csv")
     assert [row["method"] for row in rows] == ["dense", "lth", "permuted", "naive", "random"]
-    assert all(row["job"] == name and row["given.epochs"] == 3 for row in rows)
+    assert all(row["job"] == name and row["epochs"] == 3 and len(row["data"]) == 16 for row in rows)
     assert len(list((tmp_path / "store" / "dense").glob("*.safetensors"))) == 2  # A and B
 
 

@@ -24,7 +24,7 @@ folder = pathlib.Path(output)
 folder.mkdir(parents=True)
 (folder / "results.svg").write_text("<svg/>")
 (folder / "results.json").write_text(json.dumps({
-    "runs": rows, "commit": "abc", "versions": {"python": "3"},
+    "runs": rows, "settings": {"rate": rate, "lists": [1]}, "commit": "abc", "versions": {"python": "3"},
     "device": f"{os.environ['OMP_NUM_THREADS']} threads"}))'''
 
 

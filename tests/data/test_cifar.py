@@ -283,7 +283,7 @@ def test_no_network(tmp_path, monkeypatch):
 
 
 def test_what_is_slow_to_import_is_not_imported_before_it_is_needed():
-    code = "import sys, permask_core.data; print(sorted(sys.modules))"
+    code = "import sys; from permask_core.data import load_dataset; load_dataset('digits'); print(sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "'permask_core.data.hatexplain'" in modules
+    assert "'permask_core.data.digits'" in modules and "'permask_core.data.hatexplain'" not in modules
     assert "'torchvision'" not in modules and "'transformers'" not in modules

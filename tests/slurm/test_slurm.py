@@ -46,7 +46,8 @@ if case == "preempted" and not begun.exists():
 row = {"case": case, "id": os.environ["SLURM_JOB_ID"], "cpus": os.environ["OMP_NUM_THREADS"], "again": begun.exists()}
 Path(output).mkdir()
 Path(output, "results.svg").write_text("<svg/>")
-Path(output, "results.json").write_text(json.dumps({"runs": [row], "commit": "", "device": "", "versions": {}}))
+Path(output, "results.json").write_text(json.dumps({
+    "runs": [row], "settings": {}, "commit": "", "device": "", "versions": {}}))
 """
 GRID = [
     {"notebook": "tiny", "cross": {"case": ["failing", "preempted"]}, "resources": {"mem_mb": 1500, "runtime": 7}},
@@ -104,7 +105,7 @@ def known_jobs(cluster):
 
 
 def table(batch):
-    return {row["job"]: row for row in read_table(batch.folder / "table.csv")}
+    return {row["job"]: row for row in read_table(batch.folder / "tables" / "tiny.csv")}
 
 
 def test_jobs_run_in_slurm_and_end_up_in_the_table(cluster, batch):
@@ -142,7 +143,7 @@ def test_a_job_that_is_preempted_is_queued_again_and_finishes(cluster, batch):
 
 
 def test_a_second_call_does_nothing(cluster, batch):
-    before, text = known_jobs(cluster), (batch.folder / "table.csv").read_bytes()
+    before, text = known_jobs(cluster), (batch.folder / "tables" / "tiny.csv").read_bytes()
     again = batch.call(*(batch.folder / "jobs" / f"{name}.json" for name in FINISHED))
     assert again.returncode == 0 and "Nothing to be done" in again.stderr, again.stderr
-    assert known_jobs(cluster) == before and (batch.folder / "table.csv").read_bytes() == text
+    assert known_jobs(cluster) == before and (batch.folder / "tables" / "tiny.csv").read_bytes() == text

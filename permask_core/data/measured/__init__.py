@@ -191,10 +191,11 @@ def measured_grids():
     Returns
     -------
     dict of str to pathlib.Path
-        By the grid's name its folder, with ``table.csv`` (for :func:`permask_core.tables.read_table`: a row for each
-        run, with parameters, commit, device and versions), ``times.csv`` and ``status.json``.
+        By the grid's name its folder, with ``tables``, a CSV for each notebook (for
+        :func:`permask_core.tables.read_table`: a row for each run, with settings, commit and device), ``jobs.csv`` and
+        ``status.json``.
     """
-    return {path.parent.name: path.parent for path in sorted(Path(str(files(__package__))).glob("grids/*/table.csv"))}
+    return {path.parent.name: path.parent for path in sorted(Path(str(files(__package__))).glob("grids/*/status.json"))}
 
 
 def measured_claims():

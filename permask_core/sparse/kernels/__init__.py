@@ -19,6 +19,8 @@ import torch
 from permask_core.sparse.kernels import cpu, eager
 from permask_core.sparse.kernels.transposing import Transposed, forget, kept, transposed, version
 
+LOADED = {"cuda": ["permask_core.sparse.kernels.triton"]}  # by name, on such a device: see permask_core.store.sources
+
 __all__ = ["Transposed", "backward", "forget", "forward", "kept", "transposed", "version"]
 
 
@@ -28,7 +30,7 @@ def _triton():
     try:
         if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
             raise ImportError("Triton needs a C compiler, gcc or clang")
-        module = importlib.import_module("permask_core.sparse.kernels.triton")
+        module = importlib.import_module(*LOADED["cuda"])
         if torch.cuda.is_available():
             module.triton.runtime.driver.active.get_current_device()  # compiled here, which is where that would fail
         return module
