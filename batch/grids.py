@@ -60,7 +60,7 @@ def grid_path(name):
                             f"{', '.join(known)}")
 
 
-def read_grid(path):
+def read_grid(path, is_finished=lambda job: False):
     """The jobs of a grid by name, checked.
 
     Parameters
@@ -70,6 +70,8 @@ def read_grid(path):
         to parameters, each of which is run), ``fixed`` (parameters of all jobs), ``cross`` (a mapping of parameters to
         lists of values, all combinations of which are run), and ``resources`` (threads, gpus, mem_mb, runtime in
         minutes). Only ``notebook`` has to be there. A parameter may stand in one of presets, fixed and cross.
+    is_finished : callable, optional
+        Says of a job whether it is finished: the parameters of such a job are not checked again.
 
     Returns
     -------
@@ -81,7 +83,7 @@ def read_grid(path):
         With everything that is wrong, a line each; nothing has been run then.
     """
     jobs, faults = _parsed(Path(path))
-    faults += _faults(jobs.values())
+    faults += _faults([job for job in jobs.values() if not is_finished(job)])
     if faults:
         raise GridError(f"{path}:\n  " + "\n  ".join(dict.fromkeys(faults)))
     return jobs
@@ -89,20 +91,13 @@ def read_grid(path):
 
 # ---- What was checked, beside the results ----------------------------------------------------------------------------
 
-def frozen_path(path, folder):
-    """Where the checked jobs of a grid are kept: the name says which grid, notebooks and library were checked."""
-    files = [Path(path), *(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "batch").glob("*.py"),
-             *(ROOT / "permask_core").rglob("*.py")]
-    summary = hashlib.sha256()
-    for file in sorted(files):
-        summary.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
-    return Path(folder) / "grids" / f"{Path(path).stem}-{summary.hexdigest()[:12]}.json"
-
-
-def freeze(jobs, target):
-    """Write checked jobs to the file of :func:`frozen_path`."""
-    with written_whole(target) as temporary:
-        temporary.write_text(json.dumps([dataclasses.asdict(job) for job in jobs.values()], indent=1) + "\n")
+def freeze(jobs, folder):
+    """Write checked jobs to a file below ``folder`` whose name says what they are, and return its path."""
+    text = json.dumps([dataclasses.asdict(job) for job in jobs.values()], indent=1) + "\n"
+    path = Path(folder) / "grids" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    with written_whole(path) as temporary:
+        temporary.write_text(text)
+    return path
 
 
 def frozen(path):
@@ -215,6 +210,8 @@ def _plain(value):
 
 def _faults(jobs):
     """What is wrong with the parameters of jobs; what several jobs have in common is said once."""
+    if not jobs:
+        return
     import papermill  # which takes its time: processes that only run jobs need not wait for it
 
     cells, known, seeds = {}, {}, {}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch import grids
-from batch.grids import ROOT, GridError, freeze, frozen, frozen_path, grid_path, read_grid
+from batch.grids import ROOT, GridError, freeze, frozen, grid_path, read_grid
 from tests.batch.tiny import write_grid, write_notebook
 
 SHIPPED = sorted((ROOT / "batch" / "grids").glob("*.yaml"))
@@ -34,8 +34,7 @@ def test_the_grids_that_come_with_the_book_are_accepted(path, tmp_path, monkeypa
     monkeypatch.setattr("permask_core.label_spaces.check_there", lambda *_: None)
     jobs = read_grid(path)
     assert list(tmp_path.iterdir()) == []  # no data were fetched, no folder made
-    freeze(jobs, frozen_path(path, tmp_path))
-    assert jobs and jobs == frozen(frozen_path(path, tmp_path))
+    assert jobs and jobs == frozen(freeze(jobs, tmp_path))
     for job in jobs.values():
         assert re.fullmatch(r"[A-Za-z0-9._,+-]{1,200}", job.name)
         assert 0 < job.resources["threads"] <= 64 and job.resources["runtime"] > 0
@@ -178,11 +177,15 @@ def test_grids_are_found_by_name():
 
 def test_an_edit_of_the_grid_changes_nothing_that_was_checked(grid, tmp_path):
     path = grid({"notebook": "tiny", "cross": {"value": [1, 2]}})
-    checked = frozen_path(path, tmp_path / "out")
-    freeze(read_grid(path), checked)
+    checked = freeze(read_grid(path), tmp_path / "out")
     grid({"notebook": "tiny", "cross": {"value": [3]}})
-    assert frozen_path(path, tmp_path / "out") != checked and list(frozen(checked)) == ["tiny_value-1", "tiny_value-2"]
+    other = freeze(read_grid(path), tmp_path / "out")
+    assert list(frozen(checked)) == ["tiny_value-1", "tiny_value-2"] and list(frozen(other)) == ["tiny_value-3"]
     grid({"notebook": "tiny", "cross": {"value": [1, 2]}})
-    assert frozen_path(path, tmp_path / "out") == checked
-    write_notebook(tmp_path, check="raise ValueError")  # what was checked with another notebook was not checked
-    assert frozen_path(path, tmp_path / "out") != checked
+    assert freeze(read_grid(path), tmp_path / "out") == checked
+
+
+def test_what_is_finished_is_not_checked_again(grid):
+    path = grid({"notebook": "tiny", "cross": {"value": [1, -1]}})
+    assert len(read_grid(path, lambda job: job.parameters["value"] < 0)) == 2
+    assert len(faults(path)) == 1

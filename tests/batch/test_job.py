@@ -232,9 +232,8 @@ def test_the_table_and_the_outlook(place):
 
 
 def test_the_command_line(place, monkeypatch, capsys):
-    grid = place.parent / "grid.json"
     for fail, status in ((False, 0), (True, 1)):
-        freeze({str(value): tiny(f"tiny_value-{value}", value=value, fail=fail) for value in (1, 2)}, grid)
+        grid = freeze({str(value): tiny(f"tiny_value-{value}", value=value, fail=fail) for value in (1, 2)}, place)
         monkeypatch.setattr(sys, "argv", ["job", str(grid), f"tiny_value-{status + 1}", str(place), "--store",
                                           str(place.parent / "store")])
         with pytest.raises(SystemExit) as ended:

@@ -1,10 +1,14 @@
 """Planted labels are what the docstring says is drawn; files of the text format come back as they were written."""
 
 import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from permask_core.data.extreme import planted, read_sparse_text
 
@@ -154,3 +158,30 @@ def test_a_wrong_number_of_lines_is_named(written):
     assert len(read_sparse_text(written(*LINES, "", " "))) == 5
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_sparse_text("nowhere.txt")
+
+
+@pytest.mark.parametrize("header, said", [
+    ("1 1 2147483647", "line 1 of {path} announces 1 points, 1 features and 2147483647 labels: a number for each takes "
+                       "17.2 GB, and this machine has 16.0 GB of memory. Expected at most half of it"),
+    ("99999999999 1 1", "line 1 of {path} announces 99999999999 points"),
+    ("1" * 5000 + " 1 1", "line 1 of {path} is '1111"),
+])
+def test_what_does_not_fit_into_memory_is_refused_by_the_first_line(tmp_path, monkeypatch, header, said):
+    path = tmp_path / "train.txt"
+    path.write_text(f"{header}\n0 0:1\n")
+    sizes = {"SC_PHYS_PAGES": 4_000_000, "SC_PAGE_SIZE": 4000}
+    monkeypatch.setattr("permask_core.data.extreme.os.sysconf", sizes.__getitem__)
+    with pytest.raises(ValueError, match=re.escape(said.format(path=path))) as error:
+        read_sparse_text(path)
+    assert len(str(error.value)) < 400
+
+
+@given(st.binary(max_size=60))
+def test_every_error_of_the_reader_names_the_file(content):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "hostile.txt")
+        path.write_bytes(b"2 3 4\n" + content)
+        try:
+            assert len(read_sparse_text(path)) == 2
+        except ValueError as error:
+            assert str(path) in str(error)
