@@ -59,8 +59,9 @@ _MATCHINGS = ("weights", "activations")
 # In the order in which they stand in a notebook.
 VOCABULARY = {
     # what is trained on what
-    "preset": _text(), "pairs": _list(_text(), "[digits]"), "pair": _text(), "dataset": _text(), "model": _text(example="mlp"),
-    "traced": _text(), "inputs": _integer(1, "768"), "outputs": _integer(1, "768"), "labels": _integer(2, "1000"),
+    "preset": _text(), "pairs": _list(_text(), "[digits]"), "pair": _text(), "dataset": _text(),
+    "model": _text(example="mlp"), "traced": _text(), "inputs": _integer(1, "768"), "outputs": _integer(1, "768"),
+    "labels": _integer(2, "1000"),
     # what is compared
     "methods": _list(_text(), "[dense, rigl]"), "attributes": _list(_text(), "[Young]"),
     "widths": _list(_number(0), "[0.5, 1]"), "width": _number(0), "timed_width": _number(0),

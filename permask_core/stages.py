@@ -182,7 +182,7 @@ def in_parallel(rows, jobs, store, workers):
         context.set_forkserver_preload([rows.__module__, "torch._dynamo", "sklearn.datasets"])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
         # Each worker counts in a copy of the store that starts from zero.
-        futures = [pool.submit(_counted, rows, Store(store.folder), *job) for job in jobs]
+        futures = [pool.submit(_counted, rows, Store(store.folder, store.on_change), *job) for job in jobs]
         try:
             for future in progress(as_completed(futures), "seeds", total=len(futures)):
                 _, computed, found = future.result()

@@ -117,7 +117,11 @@ def write_page(pages: list[Page]) -> str:
     lost, made = failing(pages), sum(len(page.claims) for page in pages)
     repeated = measured_claims()
     blocks = [f"**{made - len(lost)} of {made} claims hold in this build.**"]
-    if repeated["repetitions"]:
+    old = [page for page in pages if page.claims and not page.rates]
+    if old:
+        blocks.append(f"Of {'one page' if len(old) == 1 else f'{len(old)} pages'} the code has changed since the "
+                      "repetitions, so nothing is known of how often the claims there hold.")
+    if any(page.rates for page in pages):
         blocks.append(table(_repetitions(pages, repeated), caption="The repetitions, and how many claims held in each. "
                             f"Measured beforehand: {repeated['command']}.").data)
     part = ""
