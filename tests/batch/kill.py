@@ -31,10 +31,14 @@ def started(grid, folder, root=ROOT, options=()):
 
 
 def finish(grid, folder):
-    """Run a grid to its end; seconds."""
-    start = time.perf_counter()
-    assert started(grid, folder).wait() == 0, (folder / "log.txt").read_text()[-3000:]
-    return time.perf_counter() - start
+    """Run a grid to its end; seconds until something of it was stored, and in all."""
+    start, begun = time.perf_counter(), 0.0
+    process = started(grid, folder)
+    while process.poll() is None:
+        begun = begun or (time.perf_counter() - start if stages(folder) else 0.0)
+        time.sleep(0.2)
+    assert process.returncode == 0, (folder / "log.txt").read_text()[-3000:]
+    return begun, time.perf_counter() - start
 
 
 def kill(process):
@@ -63,13 +67,13 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
-def disturbed(grid, folder, kills, *, seconds, seed=0, tell=print):
-    """Run a grid in spite of kills at random moments of a run that takes `seconds`; how often it was killed."""
+def disturbed(grid, folder, kills, *, startup, seconds, seed=0, tell=print):
+    """Run a grid in spite of kills at random moments of a run that takes `seconds`, of which `startup` until something
+    is stored; how often it was killed."""
     chance, written, done, damaged = random.Random(seed), {}, 0, None
-    startup = 8.0  # seconds in which nothing is begun yet: kills there are part of it, but they bring nothing forward
     while done < kills:
         # Even if each comes as late as it can there are so many in a run, on a machine that is a third less busy now.
-        process, wait = started(grid, folder), chance.uniform(0, startup + 0.7 * seconds / kills)
+        process, wait = started(grid, folder), chance.uniform(0, startup + 0.7 * (seconds - startup) / kills)
         try:
             process.wait(wait)
             break  # it was quicker than the kill
@@ -91,9 +95,9 @@ def disturbed(grid, folder, kills, *, seconds, seed=0, tell=print):
 def compare(grid, folder, kills, seed=0, tell=print):
     """Run a grid undisturbed and disturbed, both below `folder`."""
     reference, other = folder / "reference", folder / "disturbed"
-    seconds = finish(grid, reference)
-    tell(f"undisturbed: {seconds:.0f} s, {len(stages(reference))} stages")
-    done = disturbed(grid, other, kills, seconds=seconds, seed=seed, tell=tell)
+    startup, seconds = finish(grid, reference)
+    tell(f"undisturbed: {seconds:.0f} s, {len(stages(reference))} stages, the first after {startup:.0f} s")
+    done = disturbed(grid, other, kills, startup=startup, seconds=seconds, seed=seed, tell=tell)
     assert done == kills, f"it ended after {done} kills: give fewer"
     tables = read_tables(reference)
     assert tables and read_tables(other) == tables
