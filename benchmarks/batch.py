@@ -31,7 +31,7 @@ if output:
     pathlib.Path(output).mkdir(parents=True)
     pathlib.Path(output, "results.svg").write_text("<svg/>")
     pathlib.Path(output, "results.json").write_text(json.dumps({
-        "runs": [{"seed": seed}], "commit": "none", "device": "none", "versions": {}}))'''
+        "runs": [{"seed": seed}], "settings": {}, "commit": "none", "device": "none", "versions": {}}))'''
 
 
 def prepared(root, jobs):
@@ -45,6 +45,8 @@ def prepared(root, jobs):
         "display_name": "Python 3", "language": "python", "name": "python3"}})
     nbformat.write(notebook, root / "notebooks" / "idle.ipynb")
     (root / "grid.yaml").write_text(json.dumps({"notebook": "idle", "cross": {"seed": list(range(jobs))}}))
+    one = {"name": "idle_seed-0", "notebook": "idle", "parameters": {"seed": 0}, "resources": {"threads": 1, "gpus": 0}}
+    (root / "jobs.json").write_text(json.dumps([one]))  # as batch.grids.freeze writes it
 
 
 def main(argv=None):
@@ -63,7 +65,7 @@ def main(argv=None):
 
         ways = {
             "notebook": lambda: run(BIN / "papermill", "notebooks/idle.ipynb", "out.ipynb"),
-            "job": lambda: run(sys.executable, "-m", "batch.job", "grid.yaml", "idle_seed-0", "job", "--store", "runs"),
+            "job": lambda: run(sys.executable, "-m", "batch.job", "jobs.json", "idle_seed-0", "job", "--store", "runs"),
             "grid": lambda: run(BIN / "snakemake", "-s", "batch/Snakefile", "--cores", 1, "--config", "grid=grid.yaml",
                                 f"output={root / 'grid'}"),
             "nothing to do": lambda: run(BIN / "snakemake", "-s", "batch/Snakefile", "--cores", 1, "--config",

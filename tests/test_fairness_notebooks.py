@@ -147,7 +147,7 @@ def test_groups_and_individuals_on_people_and_texts(pair, attributes, data, tmp_
     ("class_bias", {"recipe": {"epoch": 1}}, ValueError, "recipe is {'epoch': 1}: unknown setting 'epoch': expected"),
     ("class_bias", {"options": {"noize": 1}}, ValueError, "options has 'noize': no data set of digits, trifeature"),
     ("class_bias", {"seeds": 1}, ValueError, "seeds is 1: expected at least 2"),
-    ("class_bias", {"temperatures": [0]}, ValueError, "temperatures is [0]: expected a list, each once, of: a number"),
+    ("class_bias", {"temperatures": [0]}, ValueError, "temperatures is [0]: expected a list of different values"),
     ("group_and_individual_fairness", {"attributes": ["size"]}, ValueError,
      "attributes is ['size']: trifeature has no attribute 'size'; expected some of shape, texture, colour"),
     ("group_and_individual_fairness", {"pair": "hatexplain", "attributes": ["race", "age"]}, ValueError,
