@@ -133,7 +133,8 @@ def test_there_is_a_grid_for_each_published_data_set():
 
 BAD = [
     ({"preset": "cifar"}, "preset is 'cifar': unknown 'cifar'"), ({"model": "cnn"}, "model is 'cnn'"),
-    ({"width": 0.0}, "width is 0.0"), ({"sparsities": [1.5]}, "sparsities is [1.5]: expected a list of different values"),
+    ({"width": 0.0}, "width is 0.0"),
+    ({"sparsities": [1.5]}, "sparsities is [1.5]: expected a list of different values"),
     ({"sparsities": []}, "sparsities is []"), ({"methods": ["riglet"]}, "methods is ['riglet']: unknown 'riglet'"),
     ({"seeds": 0}, "seeds is 0: expected an integer of at least 1"), ({"first_seed": -1}, "first_seed is -1"),
     ({"epochs": 0}, "epochs is 0"), ({"batch_size": 0}, "batch_size is 0"), ({"precision": "fp16"}, "precision is 'fp"),
