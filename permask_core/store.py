@@ -173,7 +173,7 @@ class Store:
         own = time.perf_counter() - start - (self._seconds - inner)
         self._seconds += own
         result = {**result, "seconds": own, **({"kept": self._kept} if self._kept else {})}
-        self._kept |= outer
+        self._kept = outer | self._kept  # another dict: the record has its own
         try:
             json.dumps(result)
         except TypeError as error:

@@ -362,6 +362,18 @@ def test_a_stage_of_other_code_can_be_kept_with_a_message(store, changing, capsy
     assert "kept" not in keeping.stage("alone", compute)[1]
 
 
+def test_a_record_says_what_was_kept_for_it_alone(store, changing):
+    changing(OLD)
+    store.stage("one", compute)
+    changing(NEW | {"permask_core.masks": "before"})
+    store.stage("other", compute)
+    changing(NEW)
+    keeping = Store(store.folder, on_change="keep")
+    keeping.stage("one", never)
+    found = keeping.stage("outer", lambda: ({}, {"x": keeping.stage("other", never)[1]["value"]}))[1]["kept"]
+    assert found == {"permask_core.masks": "before -> m"}
+
+
 def test_a_damaged_stage_of_other_code_is_not_kept(store, changing, capsys):
     changing(OLD)
     store.stage("some", compute)
