@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 
 from batch.grids import frozen
-from permask_core.files import written_whole
-from permask_core.tables import write_table
+from permask_core.runs.files import written_whole
+from permask_core.runs.tables import write_table
 
 
 def finished(folder, job):

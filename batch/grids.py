@@ -18,8 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from permask_core.files import written_whole
-from permask_core.parameters import nearest
+from permask_core.experiments.parameters import nearest
+from permask_core.runs.files import written_whole
 
 ROOT = Path(__file__).parents[1]
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}

@@ -24,7 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from batch.gather import finished
 from batch.grids import ROOT, frozen
-from permask_core.files import locked, written_whole
+from permask_core.runs.files import locked, written_whole
 
 LOCKS = Path("/tmp")  # not the folder for temporary files, which differs from user to user
 

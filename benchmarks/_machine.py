@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from permask_core.files import written_whole
+from permask_core.runs.files import written_whole
 
 
 def timed(part, device):

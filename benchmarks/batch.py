@@ -17,7 +17,7 @@ from statistics import median
 import nbformat
 from _machine import at_least, timed, written
 
-from permask_core.store import commit, device_name, versions
+from permask_core.runs.store import commit, device_name, versions
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "batch.json"

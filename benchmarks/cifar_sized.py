@@ -2,9 +2,9 @@
 
 It is the preset `trifeature-resnet20`: pairs of networks, tickets by rewinding, masks permuted by matched activations,
 four methods at two sparsities and two rewind points. Networks of all seeds and methods are trained at once, as many as
---together says (permask_core.together). Every stage is stored, and a training is saved every minute; after --minutes
-the script ends with status 1, and the same command goes on. The results, with the time that all pieces took, go to
-permask_core/data/measured/cifar_sized.json.
+--together says (permask_core.training.batched). Every stage is stored, and a training is saved every minute; after
+--minutes the script ends with status 1, and the same command goes on. The results, with the time that all pieces took,
+go to permask_core/data/measured/cifar_sized.json.
 
 Run it with `python benchmarks/cifar_sized.py` on a GPU; more with `--widths 4 --seeds 1`, `--sparsities`, `--rewinds`
 and `--matchings`: what is stored is not trained again. `--quick` takes a hundredth of the images, two epochs and one
@@ -22,10 +22,10 @@ import torch
 from _machine import at_least, command, written
 
 import permask_core
-from permask_core import lottery
-from permask_core.presets import experiments, preset, training_cost
-from permask_core.store import Store, commit, device_name, versions
-from permask_core.training import default_device
+from permask_core.experiments import permuted_masks
+from permask_core.experiments.presets import experiments, preset, training_cost
+from permask_core.runs.processes import default_device
+from permask_core.runs.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "cifar_sized.json"
 QUICK = {"seeds": 1, "sparsities": [0.9], "epochs": 2, "imp_epochs": 1}
@@ -80,8 +80,8 @@ def main(argv=None):
     given = parser.parse_args(argv)
     chosen, store = chosen_by(given), Store(given.runs)
     with piece(store, given.minutes) as pieces:
-        rows = lottery.run(experiments(chosen), store, seeds=range(chosen.seeds), sparsities=chosen.sparsities,
-                           matchings=chosen.matchings, together=given.together)
+        rows = permuted_masks.run(experiments(chosen), store, seeds=range(chosen.seeds), sparsities=chosen.sparsities,
+                                  matchings=chosen.matchings, together=given.together)
     seconds = sum(one["seconds"] for one in pieces)
     images = chosen.experiment.options["n_train"]
     epochs = sum(sum(cost[kind] for kind in ("dense", "pruning", "sparse"))
@@ -89,7 +89,7 @@ def main(argv=None):
     written(given.result, {
         "command": command("cifar_sized", argv), "commit": commit(),
         "versions": versions(), "device": device_name(default_device()), "machine": device_name("cpu"),
-        "settings": lottery.settings_text(chosen.experiment), "together": given.together, "pieces": pieces,
+        "settings": permuted_masks.settings_text(chosen.experiment), "together": given.together, "pieces": pieces,
         "seconds": seconds, "epochs": epochs, "images": images, "rows": rows})
     print(f"{len(rows)} runs in {given.result}: {epochs} epochs of {images:,} images in {seconds / 60:.1f} minutes, "
           f"{epochs * images / seconds:,.0f} images a second")

@@ -19,17 +19,17 @@ import torch
 from _machine import at_least, written
 
 import permask_core
-from permask_core.fairness import (
+from permask_core.evaluation.fairness import (
     chance_level,
     demographic_parity_difference,
     equalized_odds_difference,
     individual_fairness,
 )
-from permask_core.progress import progress
-from permask_core.statistics import class_accuracies
-from permask_core.store import Store, commit, device_name, versions
+from permask_core.evaluation.statistics import class_accuracies
+from permask_core.experiments.distilled_students import Experiment, data, run, trained_network
+from permask_core.runs.progress import progress
+from permask_core.runs.store import Store, commit, device_name, versions
 from permask_core.training import Recipe
-from permask_core.transfer import Experiment, data, run, trained_network
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "distillation.json"
 FIRST = 100

@@ -29,15 +29,15 @@ from torch import nn
 
 import permask_core
 from permask_core.data import load_dataset
-from permask_core.dst import UNEQUAL, starting_masks
+from permask_core.experiments.dynamic_sparsity import UNEQUAL, starting_masks
 from permask_core.masks import sparsity
 from permask_core.models import build_model
-from permask_core.progress import progress
 from permask_core.pruning import erk_densities
+from permask_core.runs.progress import progress
+from permask_core.runs.store import commit, device_name, versions
 from permask_core.sparse import FanInLinear
 from permask_core.sparse.dynamic import Rewiring
 from permask_core.sparse.initialisation import sparse_init
-from permask_core.store import commit, device_name, versions
 from permask_core.training import Recipe, evaluate, fit
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "dynamic_sparse_training.json"

@@ -17,13 +17,13 @@ import torch
 from _machine import at_least, written
 
 import permask_core
-from permask_core import lottery, siblings
-from permask_core.diversity import ensemble_accuracy, probabilities
-from permask_core.store import Store, commit, device_name, versions
+from permask_core.evaluation.diversity import ensemble_accuracy, probabilities
+from permask_core.experiments import permuted_masks, retrained_tickets
+from permask_core.runs.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "ensembles_from_one_mask.json"
 SPARSITY = 0.9
-EXPERIMENT = lottery.Experiment(
+EXPERIMENT = permuted_masks.Experiment(
     dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", epochs=12, sparse_lr=0.05,
     checkpoints=(0, 1, 2, 4, 8), rewind=2, matched_at=12, imp_rewind=2, imp_epochs=6, imp_rate=0.5)
 EARLY = 4  # epoch of the dense runs at which the masks of `permuted early` are matched
@@ -38,7 +38,8 @@ def experiment(quick):
 
 
 def arranged(chosen, method):
-    """The experiment and the method of :mod:`permask_core.siblings` behind a name of this script."""
+    """The experiment and the method of :mod:`permask_core.experiments.retrained_tickets` behind a name of this
+    script."""
     return (replace(chosen, matched_at=EARLY), "permuted") if method == "permuted early" else (chosen, method)
 
 
@@ -52,15 +53,15 @@ def ensembles(p, y):
 def measured(chosen, store, families, members, method, workers):
     """A row for each family and each size of an ensemble."""
     used, base = arranged(chosen, method)
-    rows = siblings.run(used, store, families=families, siblings=members, target=SPARSITY, methods=[base],
-                        workers=workers)
-    y, sparsity = lottery.data(chosen).test.y, 0.0 if base == "dense" else SPARSITY
+    rows = retrained_tickets.run(used, store, families=families, siblings=members, target=SPARSITY, methods=[base],
+                                 workers=workers)
+    y, sparsity = permuted_masks.data(chosen).test.y, 0.0 if base == "dense" else SPARSITY
     for family in families:
         p = probabilities([row["logits"] for row in rows if row["seed"] == family])
         for size, accuracy in enumerate(ensembles(p, y), 1):
             yield {"method": method, "sparsity": sparsity, "seed": family, "members": size,
                    "accuracy": round(float(accuracy), 6), "weights": round(size * (1 - sparsity), 6),
-                   "epochs": siblings.training_epochs(used, size, SPARSITY, base)}
+                   "epochs": retrained_tickets.training_epochs(used, size, SPARSITY, base)}
 
 
 def main(argv=None):

@@ -1,7 +1,7 @@
 """Output layers with fixed fan-in on a long-tailed problem with planted structure: precision, and memory.
 
-The methods are those of permask_core.label_spaces. All share a first layer, the data of a seed and the recipe, and all
-but the dense one have as many parameters.
+The methods are those of permask_core.experiments.extreme_labels. All share a first layer, the data of a seed and the
+recipe, and all but the dense one have as many parameters.
 
 Precision at k is given over all labels, among the most frequent 20 % (head) and among the others (tail). Settings were
 fixed before the run by looking at the dense layer alone. Run it with `python benchmarks/extreme.py`, about ten minutes
@@ -25,16 +25,16 @@ import torch
 from _machine import at_least, command, resident, written
 
 import permask_core
-from permask_core import label_spaces
 from permask_core.data.extreme import planted
-from permask_core.sparse.extreme import ExtremeClassifier, ExtremeRecipe, best_precision, fit_extreme, training_bytes
-from permask_core.statistics import paired_comparison
-from permask_core.store import commit, device_name, versions
-from permask_core.training import default_device
+from permask_core.evaluation.statistics import paired_comparison
+from permask_core.experiments import extreme_labels
+from permask_core.runs.processes import default_device
+from permask_core.runs.store import commit, device_name, versions
+from permask_core.training.extreme import ExtremeClassifier, ExtremeRecipe, best_precision, fit_extreme, training_bytes
 
 MEASURED = Path(permask_core.__file__).parent / "data" / "measured"
 EXPERIMENTS = {chosen.labels: chosen for chosen in (
-    label_spaces.PRESETS[name] for name in ("planted-10k", "planted-100k", "planted-1m"))}
+    extreme_labels.PRESETS[name] for name in ("planted-10k", "planted-100k", "planted-1m"))}
 COMPARED = [("set", "static"), ("set+auxiliary", "set"), ("set+intermediate", "set"), ("set", "bottleneck")]
 
 
@@ -81,10 +81,10 @@ def precision(given, record):
                                                 "n_features": experiment.features},
                "hidden": experiment.hidden, "recipe": str(replace(recipe, auxiliary=0.0))}
     for seed in range(given.seeds):
-        test = label_spaces.data(experiment, seed)[1]
+        test = extreme_labels.data(experiment, seed)[1]
         print(f"seed {seed}: best possible P@k {best_precision(test)}")
         for method in methods:
-            rows.append({"method": method, "seed": seed, **label_spaces.train(experiment, method, seed)})
+            rows.append({"method": method, "seed": seed, **extreme_labels.train(experiment, method, seed)})
             print(f"{method:18}" + json.dumps(rows[-1]["precision"]), flush=True)
         print(f"{rows[-1]['unseen']:.1%} of test labels never seen")
     record["rows"] = rows

@@ -23,26 +23,26 @@ import torch
 from _machine import at_least, written
 
 import permask_core
-from permask_core import lottery
-from permask_core.fairness import (
+from permask_core.evaluation.fairness import (
     chance_level,
     demographic_parity_difference,
     equalized_odds_difference,
     individual_fairness,
 )
-from permask_core.progress import progress
-from permask_core.statistics import class_accuracies
-from permask_core.store import Store, commit, device_name, versions
+from permask_core.evaluation.statistics import class_accuracies
+from permask_core.experiments import permuted_masks
+from permask_core.runs.progress import progress
+from permask_core.runs.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "fairness_of_sparse_networks.json"
 FIRST = 100
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
 MEASURES = {"DPD": demographic_parity_difference, "EOD": equalized_odds_difference}
 TASKS = {
-    "digits": lottery.Experiment(
+    "digits": permuted_masks.Experiment(
         dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", epochs=20, lr=0.1, sparse_lr=0.05,
         checkpoints=(0, 2), rewind=2, matched_at=20, imp_rewind=2, imp_epochs=10, imp_lr=0.1, imp_rate=0.35),
-    "trifeature": lottery.Experiment(
+    "trifeature": permuted_masks.Experiment(
         dataset="trifeature", options={"n_train": 3000, "n_test": 5000, "image_size": 24, "label": "shape",
                                        "correlated": "colour", "match": 0.5, "augment": False},
         model="lenet5", epochs=10, lr=0.003, sparse_lr=0.003, optimizer="adamw", weight_decay=0.01, batch_size=64,
@@ -62,16 +62,16 @@ def experiment(task, quick):
 def trained(chosen, store, row):
     """The last state of a row's network."""
     if row["method"] == "dense":
-        return lottery.dense(chosen, store, row["seed"], row["network"])[0][chosen.epochs]
-    return lottery.sparse(chosen, store, row["seed"], row["sparsity"], row["method"], row["matching"] or None)[0]
+        return permuted_masks.dense(chosen, store, row["seed"], row["network"])[0][chosen.epochs]
+    return permuted_masks.sparse(chosen, store, row["seed"], row["sparsity"], row["method"], row["matching"] or None)[0]
 
 
 def measured(chosen, store, row):
     """What is kept of a run: accuracies of classes, individual fairness, and where there are groups, what they get."""
-    test, logits = lottery.data(chosen).test, lottery.logits(chosen, trained(chosen, store, row))
+    test, logits = permuted_masks.data(chosen).test, permuted_masks.logits(chosen, trained(chosen, store, row))
     p, named = logits.softmax(1), logits.argmax(1)
     found = {key: row[key] for key in ("method", "matching", "sparsity", "seed", "network", "accuracy", "loss")}
-    found["class_accuracies"] = class_accuracies(test.y, named, lottery.data(chosen).classes).round(5).tolist()
+    found["class_accuracies"] = class_accuracies(test.y, named, permuted_masks.data(chosen).classes).round(5).tolist()
     found["individual"] = round(individual_fairness(p, pixels(test.x)).mean, 7)
     found["confidence"] = round(p.max(1).values.mean().item(), 5)
     if not test.attributes:
@@ -108,12 +108,12 @@ def main(argv=None):
     tasks, store, seeds = {}, Store(given.runs), range(FIRST, FIRST + given.seeds)
     for task in TASKS:
         chosen = experiment(task, given.quick)
-        rows = lottery.run(chosen, store, seeds=seeds, sparsities=SPARSITIES[-1:] if given.quick else SPARSITIES,
-                           methods=lottery.KNOWN_METHODS, matchings=["weights"], workers=given.workers)
-        rows = [row | {"network": lottery.parent(row["method"])} for row in rows]
+        rows = permuted_masks.run(chosen, store, seeds=seeds, sparsities=SPARSITIES[-1:] if given.quick else SPARSITIES,
+                                  methods=permuted_masks.KNOWN_METHODS, matchings=["weights"], workers=given.workers)
+        rows = [row | {"network": permuted_masks.parent(row["method"])} for row in rows]
         of_a = {row["seed"]: row | {"network": "a"} for row in rows if row["method"] == "dense"}
-        rows += [row | lottery.dense(chosen, store, seed, "a")[1] for seed, row in of_a.items()]
-        sizes = np.bincount(lottery.data(chosen).test.y).tolist()
+        rows += [row | permuted_masks.dense(chosen, store, seed, "a")[1] for seed, row in of_a.items()]
+        sizes = np.bincount(permuted_masks.data(chosen).test.y).tolist()
         tasks[task] = {"settings": json.loads(json.dumps(asdict(chosen))), "class_sizes": sizes, "rows": [
             measured(chosen, store, row) for row in progress(rows, f"measuring, {task}")]}
     command = "python benchmarks/fairness_of_sparse_networks.py" + (

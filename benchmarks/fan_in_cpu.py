@@ -27,8 +27,8 @@ from _machine import at_least, command, resident, written
 from scipy.sparse import csr_array
 from torch.nn import functional as F
 
+from permask_core.runs.store import commit, device_name, versions
 from permask_core.sparse import FanInLinear
-from permask_core.store import commit, device_name, versions
 
 SIZES = [(3072, 768), (4096, 4096)]
 SPARSITIES = [0.9, 0.95, 0.99]

@@ -32,10 +32,10 @@ from _machine import at_least, command, written
 from torch.nn import functional as F
 
 from permask_core.data.extreme import planted
+from permask_core.runs.store import commit, device_name, versions
 from permask_core.sparse import FanInLinear, kernels
-from permask_core.sparse.extreme import ExtremeClassifier, ExtremeRecipe, fit_extreme, training_bytes
 from permask_core.sparse.kernels import eager
-from permask_core.store import commit, device_name, versions
+from permask_core.training.extreme import ExtremeClassifier, ExtremeRecipe, fit_extreme, training_bytes
 
 DEVICE = "cuda"
 SIZES = {"3072x768": (3072, 768), "4096x4096": (4096, 4096), "768x131072": (768, 131_072),

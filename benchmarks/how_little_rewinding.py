@@ -15,14 +15,14 @@ import torch
 from _machine import at_least, written
 
 import permask_core
-from permask_core import lottery
-from permask_core.store import Store, commit, device_name, versions
+from permask_core.experiments import permuted_masks
+from permask_core.runs.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "how_little_rewinding.json"
 SPARSITY = 0.99
 METHODS = ("lth", "permuted", "naive", "random")
 REWINDS = (0, 1, 2, 4)
-EXPERIMENT = lottery.Experiment(
+EXPERIMENT = permuted_masks.Experiment(
     dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", epochs=20, lr=0.1, sparse_lr=0.05,
     checkpoints=(*REWINDS, 8), rewind=2, matched_at=20, imp_rewind=2, imp_epochs=10, imp_rate=0.35)
 
@@ -45,10 +45,10 @@ def main(argv=None):
     torch.set_num_threads(1)
     chosen, store = experiment(given.quick), Store(given.runs)
     shared = {"seeds": range(given.seeds), "sparsities": [SPARSITY], "matchings": ["weights"], "workers": given.workers}
-    rows = [row | {"start": ""} for row in lottery.run(chosen, store, methods=["dense"], **shared)]
+    rows = [row | {"start": ""} for row in permuted_masks.run(chosen, store, methods=["dense"], **shared)]
     for rewind in (k for k in REWINDS if k < chosen.epochs):
-        for start in lottery.STARTS:
-            found = lottery.run(replace(chosen, rewind=rewind, start=start), store, methods=METHODS, **shared)
+        for start in permuted_masks.STARTS:
+            found = permuted_masks.run(replace(chosen, rewind=rewind, start=start), store, methods=METHODS, **shared)
             rows += [row | {"start": start} for row in found]
     names = ("method", "start", "rewind", "seed", "sparsity", "achieved", "accuracy", "loss")
     seeds = f" --seeds {given.seeds}" if given.seeds != 10 else ""

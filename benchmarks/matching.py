@@ -16,8 +16,8 @@ from unittest.mock import patch
 import torch
 from _machine import timed, written
 
-from permask_core import lottery
 from permask_core.data import load_dataset
+from permask_core.experiments import permuted_masks
 from permask_core.matching import (
     match_activations,
     match_weights,
@@ -29,10 +29,10 @@ from permask_core.matching import (
 )
 from permask_core.models import build_model
 from permask_core.pruning import iterative_magnitude_pruning
-from permask_core.store import device_name, versions
+from permask_core.runs.store import device_name, versions
 from permask_core.training import fit
 
-EXPERIMENT = lottery.Experiment()  # the book's settings
+EXPERIMENT = permuted_masks.Experiment()  # the book's settings
 TRAINING = "one dense training run"
 NETWORKS = {**{f"resnet20 x {width}": ("resnet20", width, 32) for width in (1, 4, 8, 16)},
             "resnet50": ("resnet50", 1, 64)}  # name, width, side of the images
@@ -49,11 +49,11 @@ def digits_parts():
     again = EXPERIMENT.recipe(EXPERIMENT.imp_epochs, EXPERIMENT.imp_lr)
 
     def train(state=None, masks=None, recipe=dense, seed=0):
-        model = lottery.network(EXPERIMENT, state, seed=seed)
+        model = permuted_masks.network(EXPERIMENT, state, seed=seed)
         fit(model, data.train, recipe, seed=seed, masks=masks, device="cpu")
         return model
 
-    start, a, b = lottery.network(EXPERIMENT).state_dict(), train(), train(seed=1)
+    start, a, b = permuted_masks.network(EXPERIMENT).state_dict(), train(), train(seed=1)
     groups = permutation_groups(a, data.train.x[:2])
     found = match_weights(groups, a.state_dict(), b.state_dict())
     batches = data.train.x.split(1000)
@@ -130,7 +130,7 @@ def residual(name, width, side, repeats, device):
 
 def print_digits(seconds):
     unit = statistics.median(seconds[TRAINING])
-    print(lottery.settings_text(EXPERIMENT))
+    print(permuted_masks.settings_text(EXPERIMENT))
     print(f"\n{'part':34}{'median':>12}{'fastest':>12}{'slowest':>12}{'share of training':>20}")
     for name, times in seconds.items():
         median, low, high = (f"{1000 * value:.1f} ms" for value in (statistics.median(times), min(times), max(times)))
@@ -164,7 +164,8 @@ def main(argv=None):
     if options.device == "cpu":
         torch.set_num_threads(1)
         print(f"\nThe digits, n = {options.repeats} repeats, one CPU thread")
-        record |= {"settings": lottery.settings_text(EXPERIMENT), "seconds": measured(digits_parts(), options.repeats)}
+        record |= {"settings": permuted_masks.settings_text(EXPERIMENT),
+                   "seconds": measured(digits_parts(), options.repeats)}
         print_digits(record["seconds"])
     torch.set_num_threads(options.threads)
     print(f"\nResidual networks, n = {options.residual_repeats} repeats, medians; activation matching of {BATCHES} x "

@@ -13,9 +13,9 @@ import torch
 from _machine import written
 
 import permask_core
-from permask_core import lottery
-from permask_core.presets import experiments, preset
-from permask_core.store import Store, commit, versions
+from permask_core.experiments import permuted_masks
+from permask_core.experiments.presets import experiments, preset
+from permask_core.runs.store import Store, commit, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "noisy_digits.json"
 FIRST = 100
@@ -32,11 +32,11 @@ def main(argv=None):
     torch.set_num_threads(1)
     chosen = preset("digits", seeds=given.seeds, widths=WIDTHS, sparsities=SPARSITIES,
                     matchings=["weights", "activations"])
-    rows = lottery.run(experiments(chosen), Store(given.runs), seeds=range(FIRST, FIRST + given.seeds),
-                       sparsities=SPARSITIES, matchings=chosen.matchings, workers=given.workers)
+    rows = permuted_masks.run(experiments(chosen), Store(given.runs), seeds=range(FIRST, FIRST + given.seeds),
+                              sparsities=SPARSITIES, matchings=chosen.matchings, workers=given.workers)
     record = {"command": f"python benchmarks/noisy_digits.py --seeds {given.seeds}", "commit": commit(),
               "versions": versions(), "device": "CPU, one thread a process",
-              "settings": lottery.settings_text(chosen.experiment), "rows": rows}
+              "settings": permuted_masks.settings_text(chosen.experiment), "rows": rows}
     written(given.result, record)
     print(f"{len(rows)} runs in {given.result}")
 

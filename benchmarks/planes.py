@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from _machine import at_least, timed, written
 
-from permask_core import connectivity
 from permask_core.data import load_dataset
+from permask_core.evaluation import connectivity
 from permask_core.models import build_model
-from permask_core.store import commit, device_name, versions
+from permask_core.runs.store import commit, device_name, versions
 from permask_core.training import evaluate
 
 RESULT = Path(__file__).parent / "results" / "planes.json"
@@ -26,7 +26,7 @@ WANTED = 5  # times as fast
 
 
 def one_by_one(model, plane, xs, ys, split):
-    """The losses of :func:`permask_core.connectivity.surface`, by a loop."""
+    """The losses of :func:`permask_core.evaluation.connectivity.surface`, by a loop."""
     losses = np.empty((len(ys), len(xs)))
     for (row, column), _ in np.ndenumerate(losses):
         model.load_state_dict(plane.state(xs[column], ys[row]))

@@ -16,11 +16,11 @@ from _machine import at_least, written
 from fairness_of_sparse_networks import TASKS
 
 import permask_core
-from permask_core import lottery
-from permask_core.alignment import idle_units, mask_overlap, planted, units_placed
+from permask_core.experiments import permuted_masks
+from permask_core.experiments.alignment import idle_units, mask_overlap, planted, units_placed
 from permask_core.matching import match_activations, match_weights, permute
-from permask_core.progress import progress
-from permask_core.store import Store, commit, device_name, versions
+from permask_core.runs.progress import progress
+from permask_core.runs.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "price_of_alignment.json"
 BASE = replace(TASKS["digits"], checkpoints=(0, 1, 2, 5, 10, 20))
@@ -33,22 +33,22 @@ KNOBS = ("matched_at", "matched_images", "matched_layers")
 def recipes(base):
     """(matching, experiment) of each recipe: all epochs; at the rewind point and the end fewer images, one layer."""
     late = (base.rewind, base.epochs)
-    found = [(by, {"matched_at": k}) for by in lottery.MATCHINGS for k in base.checkpoints]
+    found = [(by, {"matched_at": k}) for by in permuted_masks.MATCHINGS for k in base.checkpoints]
     found += [("activations", {"matched_at": k, "matched_images": n}) for k in late for n in IMAGES]
-    found += [(by, {"matched_at": k, "matched_layers": (name,)}) for by in lottery.MATCHINGS for k in late
+    found += [(by, {"matched_at": k, "matched_layers": (name,)}) for by in permuted_masks.MATCHINGS for k in late
               for name in LAYERS]
     return [(by, replace(base, **changes)) for by, changes in found]
 
 
 def recipe_rows(by, experiment, base, store, seeds, sparsities, workers):
     """The runs of a recipe, with the seconds of its matching and how far its mask is that of the latest matching."""
-    found, groups = [], lottery.groups(base)
-    rows = lottery.run(experiment, store, seeds=seeds, sparsities=sparsities, methods=["permuted"], matchings=[by],
-                       workers=workers)
+    found, groups = [], permuted_masks.groups(base)
+    rows = permuted_masks.run(experiment, store, seeds=seeds, sparsities=sparsities, methods=["permuted"],
+                              matchings=[by], workers=workers)
     for row in rows:
-        permutations, record = lottery.matching(experiment, store, row["seed"], by)
-        latest, _ = lottery.matching(base, store, row["seed"], by)
-        masks = lottery.ticket(base, store, row["seed"], row["sparsity"]).masks
+        permutations, record = permuted_masks.matching(experiment, store, row["seed"], by)
+        latest, _ = permuted_masks.matching(base, store, row["seed"], by)
+        masks = permuted_masks.ticket(base, store, row["seed"], row["sparsity"]).masks
         overlap = mask_overlap(*(permute(groups, one, masks) for one in (permutations, latest)))
         found.append(kept(row) | experiment.only(*KNOBS) | {"matching_seconds": round(record["seconds"], 5),
                                                             "overlap": round(overlap, 5)})
@@ -62,12 +62,12 @@ def kept(row):
 
 def control_rows(base, store, seed, sparsities):
     """A network A beside itself, moved at random and disturbed: how far each matching finds back."""
-    groups, data = lottery.groups(base), lottery.data(base).train
-    a = lottery.dense(base, store, seed, "a")[0][base.epochs]
-    tickets = {s: lottery.ticket(base, store, seed, s).masks for s in sparsities}
+    groups, data = permuted_masks.groups(base), permuted_masks.data(base).train
+    a = permuted_masks.dense(base, store, seed, "a")[0][base.epochs]
+    tickets = {s: permuted_masks.ticket(base, store, seed, s).masks for s in sparsities}
     for noise in NOISES:
         b, truth = planted(groups, a, noise=noise, seed=seed)
-        models = [lottery.network(base, state) for state in (a, b)]
+        models = [permuted_masks.network(base, state) for state in (a, b)]
         everything = data.batches(torch.arange(len(data)).split(base.batch_size), torch.device("cpu"))
         found = {"weights": match_weights(groups, a, b, seed=seed),
                  "activations": match_activations(groups, *models, everything),
@@ -94,8 +94,8 @@ def main(argv=None):
     if given.quick:
         base, sparsities = replace(base, options=base.options | {"copies": 1}, epochs=3, matched_at=3, imp_epochs=1,
                                    checkpoints=(0, 2), imp_rate=0.6), SPARSITIES[:1]
-    rows = [kept(row) for row in lottery.run(base, store, seeds=seeds, sparsities=sparsities, workers=given.workers,
-                                             methods=["dense", "lth", "naive", "random"])]
+    rows = [kept(row) for row in permuted_masks.run(base, store, seeds=seeds, sparsities=sparsities,
+                                                    workers=given.workers, methods=["dense", "lth", "naive", "random"])]
     for by, experiment in recipes(base):
         rows += recipe_rows(by, experiment, base, store, seeds, sparsities, given.workers)
     control = [row for seed in progress(seeds, "planted permutations")
@@ -103,7 +103,7 @@ def main(argv=None):
     asked = " --quick" * given.quick + (f" --seeds {given.seeds}" if given.seeds != 10 else "")
     record = {"command": f"python benchmarks/price_of_alignment.py{asked}",
               "commit": commit(), "versions": versions(), "device": f"{device_name('cpu')}, one thread a process",
-              "settings": asdict(base), "training_images": len(lottery.data(base).train), "rows": rows,
+              "settings": asdict(base), "training_images": len(permuted_masks.data(base).train), "rows": rows,
               "control": control}
     written(given.result, record, indent=None)
     print(f"{len(rows)} runs in {given.result}")

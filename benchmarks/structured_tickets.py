@@ -31,16 +31,16 @@ from fan_in_cpu import timed_turns
 from torch import nn
 
 import permask_core
-from permask_core import lottery
+from permask_core.experiments import permuted_masks
+from permask_core.runs.store import Store, commit, device_name, versions
 from permask_core.sparse import condense
-from permask_core.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "structured_tickets.json"
 SCOPES = ("global", "fan_in")
 SPARSITIES = (0.9, 0.95, 0.97, 0.985)
 BATCHES = (1, 256)
 KEPT = ("method", "sparsity", "achieved", "seed", "accuracy", "loss")
-EXPERIMENT = lottery.Experiment(
+EXPERIMENT = permuted_masks.Experiment(
     dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", width=6, epochs=12, lr=0.1, sparse_lr=0.05,
     checkpoints=(0, 2), rewind=2, matched_at=12, imp_rewind=2, imp_epochs=6, imp_lr=0.1, imp_rate=0.5)
 QUICK = replace(EXPERIMENT, width=0.5, epochs=3, checkpoints=(0, 2), matched_at=3, imp_epochs=1)
@@ -81,11 +81,11 @@ def trimmed(model):
 
 def networks(chosen, store, seed, sparsity):
     """The trained networks that are timed, by name, each with the one that it must agree with."""
-    dense = lottery.network(chosen, lottery.dense(chosen, store, seed, "b")[0][chosen.epochs])
+    dense = permuted_masks.network(chosen, permuted_masks.dense(chosen, store, seed, "b")[0][chosen.epochs])
     masked = {scope: replace(chosen, imp_scope=scope) for scope in SCOPES}
-    zeros, fan_in = (lottery.network(one, lottery.sparse(one, store, seed, sparsity, "permuted", "weights")[0])
-                     for one in masked.values())
-    masks = lottery.method_masks(masked["fan_in"], store, seed, sparsity, "permuted", "weights")
+    states = (permuted_masks.sparse(one, store, seed, sparsity, "permuted", "weights")[0] for one in masked.values())
+    zeros, fan_in = map(permuted_masks.network, masked.values(), states)
+    masks = permuted_masks.method_masks(masked["fan_in"], store, seed, sparsity, "permuted", "weights")
     return {"dense": (dense, dense), "zeros": (zeros, zeros), "trimmed": (trimmed(zeros), zeros),
             "CSR": (with_csr(zeros), zeros), "fan-in": (condense(fan_in, masks)[0], fan_in)}
 
@@ -95,7 +95,7 @@ def times(chosen, store, seed, sparsity, seconds):
     """Median seconds of the processor for an answer, one row for each batch."""
     compared = networks(chosen, store, seed, sparsity)
     for batch in BATCHES:
-        x = lottery.data(chosen).test.x[:batch]
+        x = permuted_masks.data(chosen).test.x[:batch]
         for name, (model, right) in compared.items():
             off = (model(x) - right(x)).abs().max().item()
             if off > 1e-3:
@@ -119,14 +119,15 @@ def accuracies(chosen, store, seeds, sparsities, workers):
     rows = []
     for scope in SCOPES:
         one = replace(chosen, imp_scope=scope)
-        for row in lottery.run(one, store, seeds=seeds, sparsities=sparsities, matchings=["weights"], workers=workers,
-                               methods=("dense", "lth", "permuted", "naive")[scope != "global":]):
+        methods = ("dense", "lth", "permuted", "naive")[scope != "global":]
+        for row in permuted_masks.run(one, store, seeds=seeds, sparsities=sparsities, matchings=["weights"],
+                                      methods=methods, workers=workers):
             row = {"scope": scope} | {key: row[key] for key in KEPT}
             if row["method"] == "permuted":
                 where = store, row["seed"], row["sparsity"], "permuted", "weights"
-                row["connections"] = connections(lottery.method_masks(one, *where))
+                row["connections"] = connections(permuted_masks.method_masks(one, *where))
                 if scope == "fan_in":
-                    found = lottery.sparse(one, *where, condensed=True)[1]
+                    found = permuted_masks.sparse(one, *where, condensed=True)[1]
                     row |= {f"condensed_{key}": found[key] for key in ("accuracy", "loss")}
             rows.append(row)
     return rows

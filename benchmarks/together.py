@@ -23,9 +23,10 @@ from training import plain_loader, plain_loop, random_split
 
 from permask_core.data import load_dataset
 from permask_core.models import build_model
-from permask_core.store import commit, device_name, versions
-from permask_core.together import fastest, fit_together, ways
-from permask_core.training import PRECISIONS, Recipe, as_split, default_device, fit
+from permask_core.runs.processes import default_device
+from permask_core.runs.store import commit, device_name, versions
+from permask_core.training.batched import fastest, fit_together, ways
+from permask_core.training.loop import PRECISIONS, Recipe, as_split, fit
 
 # Network, width and images of an epoch: what the experiments train, and on a CPU what they train there.
 NETWORKS = {"cuda": [("resnet20", 1, 25_600), ("resnet20", 4, 12_800)],

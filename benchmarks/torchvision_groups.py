@@ -21,9 +21,9 @@ from _machine import written
 
 import permask_core
 from permask_core.matching import function_change, permutation_groups, shuffles, steady
-from permask_core.progress import progress
-from permask_core.store import commit, versions
-from permask_core.vision import torchvision
+from permask_core.models.vision import torchvision
+from permask_core.runs.progress import progress
+from permask_core.runs.store import commit, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "torchvision_groups.json"
 SIDES = {"inception_v3": 96} | {name: 224 for name in ("maxvit_t", "vit_b_16", "vit_b_32", "vit_h_14", "vit_l_16",

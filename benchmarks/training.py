@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from permask_core.data import Split
 from permask_core.models import build_model
-from permask_core.store import commit, device_name, versions
-from permask_core.training import OPTIMIZERS, PRECISIONS, Recipe, default_device, fit
-from permask_core.vision import torchvision
+from permask_core.models.vision import torchvision
+from permask_core.runs.processes import default_device
+from permask_core.runs.store import commit, device_name, versions
+from permask_core.training.loop import OPTIMIZERS, PRECISIONS, Recipe, fit
 
 CLASSES, SIDE = 10, 32
 LOADERS = "loaders alone"

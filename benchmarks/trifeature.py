@@ -16,7 +16,7 @@ from _machine import at_least, timed, written
 from PIL import Image
 
 from permask_core.data.trifeature import attributes, draw
-from permask_core.store import commit, device_name, versions
+from permask_core.runs.store import commit, device_name, versions
 
 RESULT = Path(__file__).parent / "results" / "trifeature.json"
 

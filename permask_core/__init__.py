@@ -1,12 +1,37 @@
 """permask_core: sparse training and weight symmetry, as pure functions over flat dicts of tensors.
 
-The rooms, ground floor first (a module imports only from floors below its own):
+The rooms, ground floor first (a module imports only from rooms below its own, or from its own):
 
-0. ``files``, ``tables``, ``vision``, ``progress``
-1. ``masks``, ``statistics``, ``store``, ``resume``, ``processes``
-2. ``models``, ``data``, ``pruning``, ``matching``, ``sparse``, ``landscape``
-3. ``parameters``, ``training``, ``distillation``
-4. ``stages``, ``lottery``, ``transfer``, ``dst``, ``label_spaces``, ``presets``, ``display``
+0. ``runs``, ``models``
+1. ``masks``, ``data``, ``matching``
+2. ``pruning``, ``sparse``
+3. ``training``
+4. ``evaluation``
+5. ``experiments``, ``display``
+
+The names below are what most scripts need; they are imported when they are first used.
 """
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "masks": ("apply_masks", "load_masks", "save_masks", "sparsity"),
+    "pruning": ("magnitude_masks", "prunable_weights"),
+    "matching": ("match_activations", "match_weights", "permutation_groups", "permute"),
+    "sparse": ("FanInLinear", "condense"),
+    "training": ("Recipe", "evaluate", "fit"),
+}
+_HOME = {name: room for room, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

@@ -7,7 +7,7 @@ has no mask is not in the denominator.
 
 import torch
 
-from permask_core.files import load_tensors, save_tensors
+from permask_core.runs.files import load_tensors, save_tensors
 
 Masks = dict[str, torch.Tensor]
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from permask_core.data import load_dataset
 from permask_core.models import build_model
-from permask_core.store import Store
+from permask_core.runs.store import Store
 from permask_core.training import Recipe, fit
 
 # How long an example takes says more about who else uses the machine. Continuous integration repeats the same examples
@@ -26,8 +26,9 @@ settings.load_profile(os.environ.get("PERMASK_HYPOTHESIS") or ("ci" if os.enviro
 
 # The files that take longest, the longest first: begun last, one would keep a process waiting for the other.
 LONGEST = ["slurm/test_slurm.py", "browser/test_pages.py", "batch/test_snakefile.py", "sparse/test_kernels.py",
-           "sparse/test_triton.py", "test_benchmarks.py", "test_processes.py", "test_experiments.py",
-           "test_fairness_notebooks.py", "test_training.py", "sparse/test_fan_in.py", "matching/test_tracing.py"]
+           "sparse/test_triton.py", "test_benchmarks.py", "runs/test_processes.py", "test_image_notebooks.py",
+           "test_fairness_notebooks.py", "training/test_loop.py", "sparse/test_fan_in.py",
+           "matching/tracer/test_trace.py"]
 
 
 def pytest_collection_modifyitems(items):

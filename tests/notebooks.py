@@ -18,7 +18,8 @@ from unittest.mock import patch
 
 import nbformat
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
 
 
 def run(name, given, folder=".", *, until=None, after=None):

@@ -18,7 +18,7 @@ from batch import grids, job
 from permask_core.data.attributes import attribute
 from permask_core.data.measured import measured_dynamic_sparse_training
 from permask_core.data.splits import cropped, standardised
-from permask_core.files import save_tensors
+from permask_core.runs.files import save_tensors
 from tests.notebooks import run as run_notebook
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -504,7 +504,7 @@ def test_the_experiment_at_cifars_size_in_small_and_its_page(tmp_path, monkeypat
             signal.raise_signal(signal.SIGALRM)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command goes on from here"):
-        patch.setattr("permask_core.store.save_tensors", alarm_after_the_third)
+        patch.setattr("permask_core.runs.store.save_tensors", alarm_after_the_third)
         record(*options, "--minutes", 7)
     assert len(saved) == 3 and not (tmp_path / "result.json").exists()
     written = {path: path.stat().st_mtime_ns for path in saved}

@@ -10,12 +10,12 @@ import pytest
 from scipy import stats
 
 from batch.grids import GridError, _parsed, read_grid
-from permask_core import dst
 from permask_core.data.published import published_dynamic_sparse_training
-from permask_core.store import Store
+from permask_core.experiments import dynamic_sparsity
+from permask_core.runs.store import Store
 from tests.data.files import write_cifar, write_imagenet
 from tests.notebooks import run, shown_table
-from tests.test_experiments import stages
+from tests.test_image_notebooks import stages
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = "sparse_training_on_images"
@@ -54,9 +54,9 @@ def whole(data, tmp_path_factory):
 def test_its_results_are_those_of_the_library(whole, data):
     folder, executed = whole
     store = Store(folder / "runs")
-    chosen = dst.preset("cifar10-resnet18", root=str(data), options={"verify": False}, width=0.0625, every=1,
-                        recipe={"epochs": 1, "batch_size": 8, **TINY["recipe"]})
-    rows = dst.run(chosen.experiment, store, seeds=[3, 4], sparsities=[0.8, 0.9])
+    chosen = dynamic_sparsity.preset("cifar10-resnet18", root=str(data), options={"verify": False}, width=0.0625,
+                                     every=1, recipe={"epochs": 1, "batch_size": 8, **TINY["recipe"]})
+    rows = dynamic_sparsity.run(chosen.experiment, store, seeds=[3, 4], sparsities=[0.8, 0.9])
     assert store.computed == 0 and rows == record(folder)["runs"] and len(rows) == 2 * (1 + 2 * 6)
     expected = [["source", "sparsity (%)", *LABELS.values()]]
     for level in (0.8, 0.9):
@@ -123,7 +123,8 @@ def test_grids_have_a_job_for_each_run(name):
         assert own["seeds"] == own["workers"] == len(own["methods"]) == 1
         assert len(own.get("sparsities", [0])) == 1
         counts[own["preset"]] = counts.get(own["preset"], 0) + 1
-    assert counts == {preset: one.seeds * (1 + 6 * len(one.sparsities)) for preset, one in dst.PRESETS.items()
+    assert counts == {preset: one.seeds * (1 + 6 * len(one.sparsities))
+                      for preset, one in dynamic_sparsity.PRESETS.items()
                       if preset.startswith(f"{name.removeprefix('dst_')}-")}
 
 

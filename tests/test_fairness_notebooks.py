@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from transformers import BertConfig, DistilBertConfig
 
-from permask_core import transfer
-from permask_core.fairness import demographic_parity_difference, equalized_odds_difference
-from permask_core.statistics import class_accuracies
-from permask_core.store import Store
+from permask_core.evaluation.fairness import demographic_parity_difference, equalized_odds_difference
+from permask_core.evaluation.statistics import class_accuracies
+from permask_core.experiments import distilled_students
+from permask_core.runs.store import Store
 from tests.data.files import (
     write_celeba,
     write_cifar,
@@ -72,14 +72,14 @@ def test_class_bias_on_every_image_set(names, data, tmp_path):
         patch.setenv("PERMASK_DATA", str(data))
         executed = run("class_bias", own, tmp_path, until="publish")
         for name in names:
-            chosen = transfer.pair(name, options={key: value for key, value in options.items() if key != "image_size" or
-                                                  name == "imagenet"} if name != "tiny_imagenet" else None,
-                                   recipe=QUICK["recipe"], root=own["data_root"], **NARROW)
+            own_options = {key: value for key, value in options.items() if key != "image_size" or name == "imagenet"}
+            chosen = distilled_students.pair(name, options=own_options if name != "tiny_imagenet" else None,
+                                             recipe=QUICK["recipe"], root=own["data_root"], **NARROW)
             store = Store(tmp_path / "runs")
-            rows = transfer.run(chosen, store, seeds=range(2), temperatures=[2, 40])
+            rows = distilled_students.run(chosen, store, seeds=range(2), temperatures=[2, 40])
             assert store.computed == 0  # the notebook's are the library's
             found = [one for one in record(tmp_path)["runs"] if one["pair"] == name]
-            task = transfer.data(chosen)
+            task = distilled_students.data(chosen)
             assert len(found) == 2 * 4 * task.classes
             for row in rows:
                 seen = [one for one in found if (one["role"], one["temperature"], one["seed"]) == (
@@ -119,12 +119,12 @@ def test_groups_and_individuals_on_people_and_texts(pair, attributes, data, tmp_
                 texts(data))
     own = given(data, tmp_path, pair=pair, attributes=attributes, **settings)
     executed = run("group_and_individual_fairness", own, tmp_path, until="publish")
-    chosen = transfer.pair(pair, recipe=QUICK["recipe"], root=str(data), **{
+    chosen = distilled_students.pair(pair, recipe=QUICK["recipe"], root=str(data), **{
         **settings, "options": {**settings["options"], "attributes": attributes}})
     store = Store(tmp_path / "runs")
-    rows = transfer.run(chosen, store, seeds=range(2), temperatures=[2, 40])
+    rows = distilled_students.run(chosen, store, seeds=range(2), temperatures=[2, 40])
     assert store.computed == 0
-    test = transfer.data(chosen).test
+    test = distilled_students.data(chosen).test
     found = record(tmp_path)["runs"]
     assert len(found) == len(rows) == 2 * 4
     for one, row in zip(found, rows):

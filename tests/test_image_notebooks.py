@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from permask_core import presets
-from permask_core.files import save_tensors
-from permask_core.lottery import run
+from permask_core.experiments import presets
+from permask_core.experiments.permuted_masks import run
 from permask_core.models import build_model
 from permask_core.pruning import prunable_weights
-from permask_core.store import Store, device_name, versions
-from permask_core.training import default_device
+from permask_core.runs.files import save_tensors
+from permask_core.runs.processes import default_device
+from permask_core.runs.store import Store, device_name, versions
 from tests.data.files import write_cifar, write_imagenet
 from tests.notebooks import run as run_notebook
 from tests.notebooks import shown_table
@@ -147,7 +147,7 @@ def interrupted(request, data, tmp_path_factory):
         save_tensors(path, *stage)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("permask_core.store.save_tensors", sixth_is_the_last)
+        patch.setattr("permask_core.runs.store.save_tensors", sixth_is_the_last)
         run_notebook(name, given, folder)
     assert not (folder / "output" / "results.json").exists()
     before = stages(folder / "runs")

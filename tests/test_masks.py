@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors import safe_open
 
-from permask_core.files import save_tensors
 from permask_core.masks import apply_masks, layer_sparsity, load_masks, save_masks, sparsity
 from permask_core.models import build_model
+from permask_core.runs.files import save_tensors
 from tests.hypotheses import examples
 
 masks = st.dictionaries(st.sampled_from(["fc1.weight", "fc2.weight", "head.weight"]),

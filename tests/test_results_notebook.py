@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from permask_core.data.measured import measured_grids
-from permask_core.tables import read_table, write_table
+from permask_core.runs.tables import read_table, write_table
 from tests.notebooks import run
 
 ABOUT = {"commit": "abc", "device": "a GPU", "threads": 1}

@@ -112,7 +112,7 @@ def check_files(root=None, name="celeba"):
 
 
 def _published(folder, download, verify):
-    from permask_core.vision import torchvision
+    from permask_core.models.vision import torchvision
 
     utils = torchvision.datasets.utils
     listed = {file: (number, md5) for number, md5, file in torchvision.datasets.CelebA.file_list}

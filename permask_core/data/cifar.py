@@ -59,7 +59,7 @@ def check_files(root=None, name="cifar10"):
 
 def _published(name, root, download, verify):
     """torchvision's class of the set, which lists its files, and the folder where they are."""
-    from permask_core.vision import torchvision  # takes a second, which whoever needs no images should not wait
+    from permask_core.models.vision import torchvision  # takes a second, which whoever needs no images should not wait
 
     published = getattr(torchvision.datasets, name)
     root = data_root(root)

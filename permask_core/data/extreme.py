@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 
-from permask_core.progress import progress
+from permask_core.runs.progress import progress
 
 
 @dataclass(frozen=True, eq=False)

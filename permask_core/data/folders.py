@@ -95,7 +95,7 @@ def opened(path):
     ValueError
         If it is no readable image.
     """
-    from permask_core.vision import torchvision
+    from permask_core.models.vision import torchvision
 
     try:
         return torchvision.datasets.folder.pil_loader(path)
@@ -129,7 +129,7 @@ def readers(workers=None):
 def _transforms(image_size, smallest):
     """From a PIL image to uint8, augmented and plain. Made where they are used: to unpickle them, a new process would
     import torchvision directly."""
-    from permask_core.vision import torchvision
+    from permask_core.models.vision import torchvision
 
     made = torchvision.transforms
     moved = [made.RandomResizedCrop(image_size, scale=(smallest, 1)), made.RandomHorizontalFlip()]

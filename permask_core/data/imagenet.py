@@ -69,7 +69,7 @@ def check_files(root=None, name="imagenet"):
 
 def _missing(root):
     """The folders that are still in their archives, and these by their names."""
-    from permask_core.vision import torchvision
+    from permask_core.models.vision import torchvision
 
     known = torchvision.datasets.imagenet
     archives = {name: root / file for name, (file, _) in known.ARCHIVE_META.items()}
@@ -85,7 +85,7 @@ def _missing(root):
 
 def _unpack(root):
     """Have torchvision unpack the archives of folders that are missing."""
-    from permask_core.vision import torchvision
+    from permask_core.models.vision import torchvision
 
     known, missing = torchvision.datasets.imagenet, _missing(root)
     if "val" in missing and not (root / known.META_FILE).is_file():
@@ -101,7 +101,7 @@ def _unpack(root):
 
 def _classes(root):
     """The sorted names of the classes, the same in both folders."""
-    from permask_core.vision import torchvision
+    from permask_core.models.vision import torchvision
 
     train, val = ({entry.name for entry in os.scandir(root / name) if entry.is_dir()} for name in ("train", "val"))
     if train != val or not train:
@@ -121,7 +121,7 @@ def _classes(root):
 
 def _files(folder, classes):
     """Image files by their names relative to the folder, class by class, and their labels."""
-    from permask_core.vision import torchvision
+    from permask_core.models.vision import torchvision
 
     known = torchvision.datasets.folder
     numbers = {name: number for number, name in enumerate(classes)}

@@ -37,7 +37,7 @@ def published_files(name, folder, sums, download, verify, *, source, place, fetc
     ValueError
         If a file is not the published one.
     """
-    from permask_core.vision import torchvision  # takes a second, which whoever needs no images should not wait
+    from permask_core.models.vision import torchvision  # takes a second, which whoever needs no images should not wait
 
     missing = [file for file in sums if not (folder / file).exists()]
     if missing and download:

@@ -56,7 +56,7 @@ def check_files(root=None, name="svhn"):
 
 def _published(folder, download, verify):
     """The two files in their folder."""
-    from permask_core.vision import torchvision  # takes a second, which whoever needs no images should not wait
+    from permask_core.models.vision import torchvision  # takes a second, which whoever needs no images should not wait
 
     parts = torchvision.datasets.SVHN.split_list
     published = {file: (url, md5) for url, file, md5 in (parts["train"], parts["test"])}

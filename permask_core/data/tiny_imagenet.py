@@ -14,7 +14,7 @@ import torch
 from permask_core.data.folders import opened, readers
 from permask_core.data.root import check_there, data_root, some
 from permask_core.data.splits import Split, channel_moments
-from permask_core.progress import progress
+from permask_core.runs.progress import progress
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 SIDE, CHUNK = 64, 200  # pixels; images that a thread reads at a time

@@ -18,7 +18,7 @@ import numpy as np
 from IPython.display import display
 
 from permask_core.data.measured import measured_claims
-from permask_core.statistics import Interval, paired_comparison
+from permask_core.evaluation.statistics import Interval, paired_comparison
 
 KEY = "permask_claim"  # of an output's metadata
 PAGE = "PERMASK_PAGE"  # "name@version" of the notebook that runs with the parameters it was committed with
@@ -94,7 +94,8 @@ def evidence(found, unit="points", blocks="pairs"):
     Parameters
     ----------
     found : Paired or Interval
-        Of :func:`permask_core.statistics.paired_comparison` or :func:`~permask_core.statistics.mean_interval`.
+        Of :func:`permask_core.evaluation.statistics.paired_comparison` or
+        :func:`~permask_core.evaluation.statistics.mean_interval`.
     unit, blocks : str
         What the values are measured in, and what there are n of.
 
@@ -104,7 +105,7 @@ def evidence(found, unit="points", blocks="pairs"):
 
     Examples
     --------
-    >>> from permask_core.statistics import mean_interval, paired_comparison
+    >>> from permask_core.evaluation.statistics import mean_interval, paired_comparison
     >>> evidence(paired_comparison([5, 7, 6], [1, 2, 3]))
     '3 of 3 pairs; +4.0 points, 95 % interval +1.5 to +6.5'
     >>> evidence(mean_interval([0.1, 0.2, 0.3]), unit="nats", blocks="seeds")

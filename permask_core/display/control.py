@@ -17,7 +17,7 @@ from numbers import Number
 
 from IPython.display import HTML
 
-from permask_core.progress import is_live
+from permask_core.runs.progress import is_live
 
 LARGEST = 2_500_000  # bytes of HTML in one control; a page of the book stays below 3 MB
 _serial = itertools.count(1)

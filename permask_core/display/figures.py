@@ -1,4 +1,5 @@
-"""Figures of the permuted-mask experiment, drawn from the rows that ``permask_core.lottery.run`` returns."""
+"""Figures of the permuted-mask experiment, drawn from the rows that ``permask_core.experiments.permuted_masks.run``
+returns."""
 
 import json
 import math
@@ -11,10 +12,10 @@ from scipy.optimize import isotonic_regression
 
 from permask_core.display.control import svg
 from permask_core.display.style import DASHED, look, new_figure
-from permask_core.files import written_whole
-from permask_core.statistics import Interval, mean_interval
-from permask_core.store import commit, device_name, plain, versions
-from permask_core.training import default_device
+from permask_core.evaluation.statistics import Interval, mean_interval
+from permask_core.runs.files import written_whole
+from permask_core.runs.processes import default_device
+from permask_core.runs.store import commit, device_name, plain, versions
 
 LINES = {"weights": "-", "activations": (0, (2, 1.5)), "": "-"}
 
@@ -45,7 +46,8 @@ def accuracies(rows, **where):
 
 
 def spread(values):
-    """As :func:`permask_core.statistics.mean_interval`; a single value, which has no interval, stands for itself."""
+    """As :func:`permask_core.evaluation.statistics.mean_interval`; a single value, which has no interval, stands for
+    itself."""
     if len(values) > 1:
         return mean_interval(values)
     return Interval(values[0], math.nan, values[0], values[0], 1)
@@ -62,7 +64,7 @@ def results(rows, published=()):
     Parameters
     ----------
     rows : list of dict
-        As :func:`permask_core.lottery.run` returns them, of any number of experiments.
+        As :func:`permask_core.experiments.permuted_masks.run` returns them, of any number of experiments.
     published : list of dict, optional
         Of one setting of :func:`permask_core.data.published.published_permuted_masks`; what fits a line is put below
         it.
@@ -108,8 +110,8 @@ def accuracy_by_sparsity(rows):
     Parameters
     ----------
     rows : list of dict
-        Of one experiment, as :func:`permask_core.lottery.run` or :func:`permask_core.dst.run` returns them; a single
-        seed has no interval.
+        Of one experiment, as :func:`permask_core.experiments.permuted_masks.run` or
+        :func:`permask_core.experiments.dynamic_sparsity.run` returns them; a single seed has no interval.
 
     Returns
     -------

@@ -21,14 +21,14 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from permask_core.data.splits import in_order
+from permask_core.evaluation.statistics import as_labels
 from permask_core.matching import interpolate, repair, reset_batchnorm
 from permask_core.matching.activations import inputs
 from permask_core.matching.batchnorm import resettable
 from permask_core.matching.weights import STATISTICS, check_pair
 from permask_core.models import evaluating
-from permask_core.stages import check_integer
-from permask_core.statistics import as_labels
-from permask_core.training import as_split, evaluate
+from permask_core.runs.checks import check_integer
+from permask_core.training.loop import as_split, evaluate
 
 CORRECTIONS = ("none", "reset", "repair")
 MEMORY = 2**23  # bytes of weights and activations at once: about what a processor's caches hold; more is slower there

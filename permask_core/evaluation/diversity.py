@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import entr, rel_entr, softmax
 
-from permask_core.statistics import as_labels
+from permask_core.evaluation.statistics import as_labels
 
 TOLERANCE = 1e-4  # of sums that should be 1: many classes in half precision
 

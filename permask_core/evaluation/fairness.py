@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from permask_core.data.attributes import Attribute
-from permask_core.statistics import as_labels, proportion_interval
+from permask_core.evaluation.statistics import as_labels, proportion_interval
 
 UNDEFINED = ("nan", "omit", "zero")
 CHUNK = 2**22  # numbers held at once, to bound memory

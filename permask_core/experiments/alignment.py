@@ -1,8 +1,8 @@
 """What aligning a mask costs, how much of a gap it closes, and whether it finds a permutation that is known.
 
-The costs are epochs of training, for what :mod:`permask_core.lottery` trains. A gap is closed by the share that a ratio
-of means says, with the interval of Fieller, "Some Problems in Interval Estimation", 1954. The known permutation is
-planted: a network is moved at random and disturbed, and what is found is compared as the mask sees it.
+The costs are epochs of training, for what :mod:`permask_core.experiments.permuted_masks` trains. A gap is closed by the
+share that a ratio of means says, with the interval of Fieller, "Some Problems in Interval Estimation", 1954. The known
+permutation is planted: a network is moved at random and disturbed, and what is found is compared as the mask sees it.
 """
 
 import math
@@ -17,7 +17,7 @@ from permask_core.matching import check_groups, permute, random_permutations
 from permask_core.matching.groups import indices
 from permask_core.matching.weights import STATISTICS
 from permask_core.pruning import check_sparsity, full_rounds
-from permask_core.stages import check_one_of
+from permask_core.runs.checks import check_one_of
 
 METHODS = ("lth", "permuted", "naive", "random", "imp")
 SMALLEST_GAP = 0.02  # in accuracy: a smaller one is of the size of what seeds change
@@ -44,7 +44,7 @@ def cost(experiment, method, target):
 
     Parameters
     ----------
-    experiment : permask_core.lottery.Experiment
+    experiment : permask_core.experiments.permuted_masks.Experiment
     method : {"lth", "permuted", "naive", "random", "imp"}
         ``imp`` prunes B itself, and needs nothing of A. ``permuted`` trains dense B as far as it is matched, or to the
         rewind point if that is later; A, which is trained to its end anyway, has every earlier state.

@@ -11,12 +11,13 @@ from dataclasses import fields
 
 import torch
 
-from permask_core.connectivity import angle, barrier, check_correction, distance, line
-from permask_core.lottery import MATCHINGS, dense, groups, matching, network, sparse
+from permask_core.evaluation.connectivity import angle, barrier, check_correction, distance, line
+from permask_core.experiments.permuted_masks import MATCHINGS, dense, groups, matching, network, sparse
+from permask_core.experiments.stages import computed, content, data
 from permask_core.matching import permute
 from permask_core.pruning import check_sparsity
-from permask_core.stages import check_integer, check_one_of, check_work, computed, content, data
-from permask_core.training import default_device
+from permask_core.runs.checks import check_integer, check_one_of, check_work
+from permask_core.runs.processes import default_device
 
 DENSE, SPARSE = ("permuted", "naive"), ("lth", "permuted", "naive")  # the methods whose lines are drawn
 IMAGES = 2000  # of the training set, on which BatchNorm's statistics are computed again
@@ -27,8 +28,8 @@ def ends(experiment, store, seed, target, method, by="weights"):
 
     Parameters
     ----------
-    experiment : permask_core.lottery.Experiment
-    store : permask_core.store.Store
+    experiment : permask_core.experiments.permuted_masks.Experiment
+    store : permask_core.runs.store.Store
     seed : int
     target : float
         A sparsity; 0 for the dense networks.
@@ -61,7 +62,7 @@ def losses_between(experiment, store, seed, target, method, by="weights", *, poi
     experiment, store, seed, target, method, by
         As for :func:`ends`.
     points, correction
-        As for :func:`permask_core.connectivity.line`, the correction on the first 2,000 training images.
+        As for :func:`permask_core.evaluation.connectivity.line`, the correction on the first 2,000 training images.
 
     Returns
     -------
@@ -96,14 +97,14 @@ def run(experiments, store, *, seeds, sparsities, by="weights", points=25, corre
     Parameters
     ----------
     experiments : Experiment or list of Experiment
-    store : permask_core.store.Store
+    store : permask_core.runs.store.Store
     seeds : sequence of int
     sparsities : sequence of float
         0 for the line between the dense networks; the others in (0, 1).
     by, points, correction
         As for :func:`losses_between`.
     workers : int
-        As for :func:`permask_core.lottery.run`.
+        As for :func:`permask_core.experiments.permuted_masks.run`.
 
     Returns
     -------

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from permask_core.data import DATASETS, check_options
-from permask_core.distillation import Distillation, distil
+from permask_core.experiments.stages import Settings, changed, computed, content, data, trained
 from permask_core.models import MODELS, build_model
-from permask_core.stages import Settings, changed, check_work, computed, content, data, trained
-from permask_core.training import Recipe, default_device, evaluate, fit, predict
+from permask_core.runs.checks import check_work
+from permask_core.runs.processes import default_device
+from permask_core.training.distillation import Distillation, distil
+from permask_core.training.loop import Recipe, evaluate, fit, predict
 
 ROLES = ("teacher", "student", "distilled")
 
@@ -138,7 +140,7 @@ def trained_network(experiment, store, seed, role, temperature=None):
     Parameters
     ----------
     experiment : Experiment
-    store : permask_core.store.Store
+    store : permask_core.runs.store.Store
     seed : int
     role : {"teacher", "student", "distilled"}
     temperature : float, optional
@@ -206,7 +208,7 @@ def run(experiment, store, *, seeds, temperatures, workers=1):
     Parameters
     ----------
     experiment : Experiment
-    store : permask_core.store.Store
+    store : permask_core.runs.store.Store
     seeds : sequence of int
     temperatures : sequence of float
         Of the distilled students.

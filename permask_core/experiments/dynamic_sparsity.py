@@ -15,25 +15,15 @@ from typing import NamedTuple
 import torch
 
 from permask_core.data import DATASETS, check_options
+from permask_core.experiments.stages import Settings, changed, computed, content, data, trained
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.models import MODELS, build_model
 from permask_core.models.scaling import scaled
 from permask_core.pruning import check_sparsity, erk_densities, prunable_weights, random_masks
+from permask_core.runs.checks import check_integer, check_lists, check_one_of, check_work
 from permask_core.sparse.dynamic import Rewiring, constant_fan_in_masks
 from permask_core.sparse.initialisation import sparse_init
-from permask_core.stages import (
-    Settings,
-    changed,
-    check_integer,
-    check_lists,
-    check_one_of,
-    check_work,
-    computed,
-    content,
-    data,
-    trained,
-)
-from permask_core.training import Recipe, evaluate, fit
+from permask_core.training.loop import Recipe, evaluate, fit
 
 METHODS = ("dense", "random", "fan_in", "set", "rigl", "srigl", "srigl+ablation")
 UNEQUAL = ("random", "set", "rigl")  # methods whose neurons may differ in fan-in
@@ -176,7 +166,7 @@ def trained_network(experiment, store, seed, target, method):
     Parameters
     ----------
     experiment : Experiment
-    store : permask_core.store.Store
+    store : permask_core.runs.store.Store
     seed : int
     target : float
         The sparsity, in (0, 1); 0 for dense, and only there.
@@ -243,7 +233,7 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, workers=1):
     Parameters
     ----------
     experiment : Experiment
-    store : permask_core.store.Store
+    store : permask_core.runs.store.Store
     seeds : sequence of int
     sparsities : list of float
         Each in (0, 1).

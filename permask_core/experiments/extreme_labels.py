@@ -20,8 +20,10 @@ import torch
 
 from permask_core.data.extreme import planted, read_sparse_text
 from permask_core.data.root import check_there, data_root
-from permask_core.resume import fingerprint
-from permask_core.sparse.extreme import (
+from permask_core.experiments.stages import changed, computed, trained
+from permask_core.runs.checks import check_lists, check_one_of, check_work
+from permask_core.runs.processes import default_device
+from permask_core.training.extreme import (
     ExtremeClassifier,
     ExtremeRecipe,
     fit_extreme,
@@ -30,8 +32,7 @@ from permask_core.sparse.extreme import (
     training_bytes,
     within,
 )
-from permask_core.stages import changed, check_lists, check_one_of, check_work, computed, trained
-from permask_core.training import default_device
+from permask_core.training.resume import fingerprint
 
 METHODS = ("static", "set", "set+auxiliary", "set+intermediate", "bottleneck", "dense")
 FILES = ("train.txt", "test.txt")
@@ -255,7 +256,7 @@ def train(experiment, method, seed, resume=None):
     method : str
     seed : int
     resume : path-like, optional
-        As for :func:`~permask_core.sparse.extreme.fit_extreme`.
+        As for :func:`~permask_core.training.extreme.fit_extreme`.
 
     Returns
     -------
@@ -292,7 +293,7 @@ def run(experiment, store, *, seeds, methods=None, workers=1):
     Parameters
     ----------
     experiment : Experiment
-    store : permask_core.store.Store
+    store : permask_core.runs.store.Store
     seeds : sequence of int
         Of the planted problem, the weights, the order of points and the connections.
     methods : sequence of str, optional

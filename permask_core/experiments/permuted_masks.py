@@ -12,11 +12,12 @@ from functools import lru_cache
 import torch
 
 from permask_core.data import DATASETS, check_options
+from permask_core.experiments.queue import fitted, rows_together
+from permask_core.experiments.stages import Settings, computed, content, data, trained
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import Groups, match_activations, match_weights, permutation_groups, permute
 from permask_core.models import MODELS, build_model
 from permask_core.models.scaling import scaled
-from permask_core.progress import progress
 from permask_core.pruning import (
     FLAVOURS,
     SCOPES,
@@ -27,21 +28,12 @@ from permask_core.pruning import (
     prunable_weights,
     random_masks,
 )
+from permask_core.runs.checks import check_integer, check_lists, check_one_of, check_work
+from permask_core.runs.processes import default_device
+from permask_core.runs.progress import progress
 from permask_core.sparse import condense
 from permask_core.sparse.initialisation import scale_to_fan_in
-from permask_core.stages import (
-    Settings,
-    check_integer,
-    check_lists,
-    check_one_of,
-    check_work,
-    computed,
-    content,
-    data,
-    trained,
-)
-from permask_core.together import fitted, rows_together
-from permask_core.training import Recipe, default_device, predict
+from permask_core.training.loop import Recipe, predict
 
 METHODS = ("dense", "lth", "permuted", "naive", "random")  # what is compared unless more is asked for
 KNOWN_METHODS = (*METHODS, "pruned")
@@ -342,7 +334,7 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
         must call this below ``if __name__ == "__main__":``.
     together : int
         Networks that are trained at once, whatever their seeds, methods and sparsities, where that is faster: see
-        :func:`permask_core.together.fit_together`. What is stored and found is the same, up to rounding.
+        :func:`permask_core.training.batched.fit_together`. What is stored and found is the same, up to rounding.
 
     Returns
     -------

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import NamedTuple
 
-from permask_core.lottery import MATCHINGS, Experiment, training_epochs
+from permask_core.experiments.permuted_masks import MATCHINGS, Experiment, training_epochs
 from permask_core.models.scaling import scaled
 from permask_core.pruning import check_sparsity
-from permask_core.stages import check_integer, check_lists, check_one_of
+from permask_core.runs.checks import check_integer, check_lists, check_one_of
 
 
 class Preset(NamedTuple):
@@ -100,10 +100,11 @@ def preset(name, **changes):
     name : str
         One of ``PRESETS``.
     **changes
-        Fields of :class:`Preset` or of its :class:`~permask_core.lottery.Experiment`; what is None stays. Its ``width``
-        and ``rewind`` are the first of ``widths`` and ``rewinds``. Another data set drops the options of the preset's
-        own. Where anything differs that decides about accuracies, it reproduces nothing that was published. With other
-        ``epochs``, A and B are matched at their end, and of the epochs that are kept those stay that there still are.
+        Fields of :class:`Preset` or of its :class:`~permask_core.experiments.permuted_masks.Experiment`; what is None
+        stays. Its ``width`` and ``rewind`` are the first of ``widths`` and ``rewinds``. Another data set drops the
+        options of the preset's own. Where anything differs that decides about accuracies, it reproduces nothing that
+        was published. With other ``epochs``, A and B are matched at their end, and of the epochs that are kept those
+        stay that there still are.
 
     Raises
     ------

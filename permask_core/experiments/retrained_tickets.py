@@ -3,19 +3,20 @@
 A family has one network A and its ticket. Its siblings share the mask and differ in what is left to chance: for
 ``lth`` the order of the data, for the others also the network B that they start from. Evci, Ioannou, Keskin and
 Dauphin, "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022; Adnan, Jain, Sharma, Krishnan
-and Ioannou, ICML 2025. The stages of :mod:`permask_core.lottery` lie below: its seed of a sibling is
+and Ioannou, ICML 2025. The stages of :mod:`permask_core.experiments.permuted_masks` lie below: its seed of a sibling is
 ``SPAN * family + number``.
 """
 
 from dataclasses import fields
 
-from permask_core.lottery import dense, groups, logits, network, sparse_network, ticket
+from permask_core.experiments.permuted_masks import dense, groups, logits, network, sparse_network, ticket
+from permask_core.experiments.stages import computed, content, data, trained
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_weights, permute
 from permask_core.pruning import check_sparsity, full_rounds, random_masks
+from permask_core.runs.checks import check_integer, check_lists, check_one_of, check_work
 from permask_core.sparse.initialisation import sparse_init
-from permask_core.stages import check_integer, check_lists, check_one_of, check_work, computed, content, data, trained
-from permask_core.training import evaluate, fit
+from permask_core.training.loop import evaluate, fit
 
 METHODS = ("dense", "pruned", "lth", "permuted", "naive", "random", "scratch", "sparse_init")
 SPAN = 100  # siblings of a family at most
@@ -29,7 +30,7 @@ def kept_epochs(experiment):
 
 
 def seed_of(family, number):
-    """The seed that a sibling's dense networks and ticket have in :mod:`permask_core.lottery`."""
+    """The seed that a sibling's dense networks and ticket have in :mod:`permask_core.experiments.permuted_masks`."""
     return SPAN * family + number
 
 
@@ -53,9 +54,9 @@ def sibling(experiment, store, family, number, target, method):
 
     Parameters
     ----------
-    experiment : permask_core.lottery.Experiment
+    experiment : permask_core.experiments.permuted_masks.Experiment
         Its ``rewind`` is the epoch from which ``lth``, ``permuted``, ``naive`` and ``random`` start.
-    store : permask_core.store.Store
+    store : permask_core.runs.store.Store
     family, number : int
         Which family, and which of its siblings, 0 to ``SPAN`` - 1.
     target : float
@@ -100,7 +101,7 @@ def sibling(experiment, store, family, number, target, method):
                   for key, tensor in run.checkpoints[name].items()}
         return states, {"achieved": sparsity(masks), **evaluate(model, data(experiment).test)._asdict()}
 
-    left_out = ("root", "start") if experiment.start == "dense" else ("root",)  # see permask_core.lottery.sparse
+    left_out = ("root", "start") if experiment.start == "dense" else ("root",)  # see permuted_masks.sparse
     settings = experiment.decides(*(one.name for one in fields(experiment) if one.name not in left_out))
     tensors, record = trained(store, "sibling", train, family=family, number=number, target=target, method=method,
                               **settings)
@@ -146,8 +147,8 @@ def run(experiment, store, *, families, siblings, target, methods, workers=1):
 
     Parameters
     ----------
-    experiment : permask_core.lottery.Experiment
-    store : permask_core.store.Store
+    experiment : permask_core.experiments.permuted_masks.Experiment
+    store : permask_core.runs.store.Store
     families : sequence of int
         The blocks: nothing random is shared between two of them but the split of the data.
     siblings : int
@@ -157,7 +158,7 @@ def run(experiment, store, *, families, siblings, target, methods, workers=1):
     methods : sequence of str
         As for :func:`sibling`.
     workers : int
-        Processes that share the work, family by family; see :func:`permask_core.lottery.run`.
+        Processes that share the work, family by family; see :func:`permask_core.experiments.permuted_masks.run`.
 
     Returns
     -------
@@ -184,7 +185,7 @@ def training_epochs(experiment, siblings, target, method):
 
     Parameters
     ----------
-    experiment : permask_core.lottery.Experiment
+    experiment : permask_core.experiments.permuted_masks.Experiment
     siblings : int
         At least 1.
     target : float

@@ -12,16 +12,15 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields, replace
-from numbers import Integral
 
 import torch
 
 from permask_core.data import check_files, load_dataset, options_of
-from permask_core.files import load_tensors
 from permask_core.models import module_of
-from permask_core.progress import progress
-from permask_core.resume import fingerprint
-from permask_core.store import Store
+from permask_core.runs.files import load_tensors
+from permask_core.runs.progress import progress
+from permask_core.runs.store import Store
+from permask_core.training.resume import fingerprint
 
 
 class Settings:
@@ -45,8 +44,8 @@ class Settings:
         return self.only(*(one.name for one in fields(self) if one.name != "root"))
 
     def decides(self, *names):
-        """Some of the settings as a dict for :meth:`permask_core.store.Store.stage`: what the data are stands there for
-        the options of the data set, and with it go the modules of the networks."""
+        """Some of the settings as a dict for :meth:`permask_core.runs.store.Store.stage`: what the data are stands
+        there for the options of the data set, and with it go the modules of the networks."""
         settings = self.only(*(name for name in names if name != "options"))
         networks = [getattr(self, name) for name in ("model", "teacher", "student") if name in names]
         return settings | {"data": content(self), "modules": sorted({module_of(name) for name in networks})}
@@ -60,38 +59,6 @@ def changed(settings, changes):
         if key not in known:
             raise ValueError(f"unknown setting {key!r}: expected one of {', '.join(known)}")
     return replace(settings, **{key: value for key, value in changes.items() if value is not None})
-
-
-def check_one_of(what, value, known):
-    """Raise ValueError unless the value is known."""
-    if value not in known:
-        raise ValueError(f"unknown {what} {value!r}: expected one of {', '.join(known)}")
-
-
-def check_lists(**lists):
-    """Raise ValueError unless each is a list with at least one value, and each value stands in it once."""
-    for name, values in lists.items():
-        if not isinstance(values, (list, tuple)) or not values:
-            least = " with at least one value" if isinstance(values, (list, tuple)) else ""
-            raise ValueError(f"{name} is {values!r}: expected a list{least} (papermill takes lists with -y, as in "
-                             f"-y '{{{name}: [...]}}')")
-        if any(values.count(value) > 1 for value in values):  # runs counted twice would narrow intervals
-            raise ValueError(f"{name} is {values!r}: expected each value once")
-
-
-def check_integer(name, value, least):
-    """Raise ValueError unless the value is an integer of at least that."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}: expected an integer of at least {least}")
-
-
-def check_work(seeds, workers, name="seeds"):
-    """Raise ValueError unless seeds, of that name, are different integers of at least 0, at least one, and workers is
-    an integer of at least 1."""
-    check_lists(**{name: list(seeds)})
-    for value in seeds:
-        check_integer("seed", value, 0)
-    check_integer("workers", workers, 1)
 
 
 def data(experiment):

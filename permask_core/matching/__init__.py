@@ -9,7 +9,7 @@ from permask_core.matching.batchnorm import interpolate, repair, reset_batchnorm
 from permask_core.matching.checking import check_function, function_change, redrawn, shuffles, steady
 from permask_core.matching.groups import Entry, Fixed, Group, Groups, Tap, check_groups
 from permask_core.matching.permutations import Permutations, permute, random_permutations
-from permask_core.matching.tracing import permutation_groups
+from permask_core.matching.tracer.trace import permutation_groups
 from permask_core.matching.weights import match_weights
 
 __all__ = ["Entry", "Fixed", "Group", "Groups", "Permutations", "Tap", "activation_correlations", "check_function",

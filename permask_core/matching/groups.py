@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from permask_core.files import written_whole
+from permask_core.runs.files import written_whole
 
 
 class Entry(NamedTuple):

@@ -1,7 +1,7 @@
 """transformers' text classifiers as functions of token ids alone; a module of its own, because transformers is an extra
 and imports torchvision."""
 
-from permask_core.vision import torchvision  # noqa: F401, I001 - before transformers, which imports it too
+from permask_core.models.vision import torchvision  # noqa: F401, I001 - before transformers, which imports it too
 
 from transformers import BertForSequenceClassification, DistilBertForSequenceClassification
 

@@ -9,7 +9,7 @@ import math
 from torch import nn
 
 from permask_core.models.scaling import scaled
-from permask_core.vision import torchvision
+from permask_core.models.vision import torchvision
 
 
 class ScaledResNet(torchvision.models.ResNet):

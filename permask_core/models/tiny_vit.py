@@ -1,6 +1,6 @@
 """timm's TinyViT with its heads given; a module of its own, because timm is an extra and imports torchvision."""
 
-from permask_core.vision import torchvision  # noqa: F401, I001 - before timm, which imports it too
+from permask_core.models.vision import torchvision  # noqa: F401, I001 - before timm, which imports it too
 
 from timm.models import tiny_vit
 

@@ -20,6 +20,11 @@ for _name in ("distributed", "rank_zero"):
     logging.getLogger(f"lightning_fabric.utilities.{_name}").setLevel(logging.WARNING)
 
 
+def default_device():
+    """The CUDA device of this process, if there is one, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
 def launch(function, processes, device, model, *arguments):
     """Run ``function(fabric, model, *arguments)`` in several processes: in new ones on this machine, or in those that
     ``torchrun`` started, of which this is one. What it returns is lost; ``fabric`` is Lightning's. New processes have

@@ -24,12 +24,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from permask_core.files import load_tensors, locked, read_record, save_tensors, written_whole
+from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, written_whole
 
 LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn")
 OPTIONAL = ("timm", "transformers")
 POLICIES = ("recompute", "keep")
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # permask_core
 
 
 class Store:

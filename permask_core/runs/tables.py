@@ -4,7 +4,7 @@ import csv
 import json
 from pathlib import Path
 
-from permask_core.files import written_whole
+from permask_core.runs.files import written_whole
 
 
 def write_table(path, rows):

@@ -22,7 +22,7 @@ import torch
 
 from permask_core.data.splits import mixed_seed
 from permask_core.masks import check_fit
-from permask_core.processes import of_first
+from permask_core.runs.processes import of_first
 from permask_core.sparse.fan_in import FanInLinear, sample_columns
 
 METHODS = ("set", "rigl", "srigl")

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from permask_core.models import evaluating
-from permask_core.training import as_split, autocast, default_device, fit, predict
+from permask_core.runs.processes import default_device
+from permask_core.training.loop import as_split, autocast, fit, predict
 
 
 def distillation_loss(student_logits, teacher_logits, labels, *, temperature, alpha=0.8, scale_by_t2=True):

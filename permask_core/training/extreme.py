@@ -18,11 +18,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from permask_core.progress import progress
-from permask_core.resume import Run, described, digest, found_run, optimizer_state, restore_optimizer, save_run
+from permask_core.runs.progress import progress
 from permask_core.sparse import kernels
 from permask_core.sparse.dynamic import set_rows_step
 from permask_core.sparse.fan_in import FanInLinear
+from permask_core.training.resume import Run, described, digest, found_run, optimizer_state, restore_optimizer, save_run
 
 # Logits at a time: a megabyte, which stays in a processor's cache; on a GPU as many as keep all of it busy.
 CHUNK = {"cpu": 2 ** 18, "cuda": 2 ** 24}

@@ -7,7 +7,6 @@ masks, so that runs that share a checkpoint and a seed differ in nothing but the
 import copy
 import json
 import math
-import os
 import tempfile
 import time
 from contextlib import nullcontext
@@ -23,9 +22,12 @@ from permask_core.data import Split
 from permask_core.data.splits import in_order, mixed_seed
 from permask_core.masks import apply_masks, check_fit
 from permask_core.models import evaluating
-from permask_core.processes import check_agreement, launch, of_first
-from permask_core.progress import progress
-from permask_core.resume import (
+from permask_core.runs.processes import check_agreement, default_device, launch, of_first
+from permask_core.runs.progress import progress
+from permask_core.sparse.dynamic import Rewiring, Topology
+from permask_core.sparse.fan_in import FanInLinear
+from permask_core.sparse.optim import SparseOpt
+from permask_core.training.resume import (
     Run,
     described,
     digest,
@@ -35,9 +37,6 @@ from permask_core.resume import (
     restore_optimizer,
     save_run,
 )
-from permask_core.sparse.dynamic import Rewiring, Topology
-from permask_core.sparse.fan_in import FanInLinear
-from permask_core.sparse.optim import SparseOpt
 
 SAVE_SECONDS = 60  # between two saves of a run that can be resumed
 
@@ -132,8 +131,8 @@ def fit(model, train, recipe, *, seed, loss=None, masks=None, rewiring=None, che
     recipe : Recipe
     seed : int or list of int
         Of the order of the data, of augmentation, of dropout and of random growth; the global random state comes back
-        afterwards. A list for a :class:`permask_core.together.Batch`: one seed of each of its networks, which then gets
-        its batches; losses are lists of as many.
+        afterwards. A list for a :class:`permask_core.training.batched.Batch`: one seed of each of its networks, which
+        then gets its batches; losses are lists of as many.
     loss : callable, optional
         ``loss(logits, targets)``, a mean over the images of a batch, where ``targets`` are what the split's batches
         have beside their inputs; by default the cross-entropy. A run is found again by the loss's name, or by the
@@ -229,7 +228,7 @@ def _checked(model, train, recipe, seed, loss, masks, rewiring, checkpoints, pro
     for one in seed if together else [seed]:
         if not isinstance(one, int) or not 0 <= one < 2 ** 63:
             raise ValueError(f"seed is {one!r}: expected an integer of at least 0 and below 2**63")
-    members = getattr(model, "members", None)  # of a permask_core.together.Batch
+    members = getattr(model, "members", None)  # of a permask_core.training.batched.Batch
     if (len(seed) if together else None) != members:
         raise ValueError(f"seed is {seed!r} for {members or 'no'} networks of a Batch: expected a list of as many for "
                          "a Batch, and one integer for any other model")
@@ -271,11 +270,6 @@ def _identity(model, train, job, processes):
                 "rewiring": asdict(job.rewiring) if job.rewiring else None,
                 "initial weights": digest(model.state_dict())}
     return json.loads(json.dumps(identity))
-
-
-def default_device():
-    """The CUDA device of this process, if there is one, or the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def _train(fabric, model, train, job, resume, description):

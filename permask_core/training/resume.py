@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from permask_core.files import digest, load_tensors, save_tensors
+from permask_core.runs.files import digest, load_tensors, save_tensors
 
 
 class Run(NamedTuple):

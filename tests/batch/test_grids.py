@@ -30,8 +30,8 @@ def faults(path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_the_grids_that_come_with_the_book_are_accepted(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("permask_core.stages.check_files", lambda name, root: None)
-    monkeypatch.setattr("permask_core.label_spaces.check_there", lambda *_: None)
+    monkeypatch.setattr("permask_core.experiments.stages.check_files", lambda name, root: None)
+    monkeypatch.setattr("permask_core.experiments.extreme_labels.check_there", lambda *_: None)
     jobs = read_grid(path)
     assert list(tmp_path.iterdir()) == []  # no data were fetched, no folder made
     assert jobs and jobs == frozen(freeze(jobs, tmp_path))

@@ -13,7 +13,7 @@ import pytest
 from batch import job
 from batch.gather import finished, gather, outlook
 from batch.grids import ROOT, Job, freeze
-from permask_core.tables import read_table
+from permask_core.runs.tables import read_table
 from tests.batch.tiny import WORK, write_notebook
 
 RESOURCES = {"threads": 2, "gpus": 0, "mem_mb": 100, "runtime": 3}

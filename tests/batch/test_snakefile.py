@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from permask_core.tables import read_table
+from permask_core.runs.tables import read_table
 from tests.batch.kill import ROOT, compare, cut, kill, started
 from tests.batch.tiny import WORK, write_grid, write_notebook
 from tests.hypotheses import LONG
@@ -154,7 +154,7 @@ def test_a_killed_grid_goes_on_and_what_is_cut_off_is_made_again(place):
 
 
 def test_a_job_of_a_notebook_of_the_book(tmp_path):
-    """Of the grid `smoke`; that jobs at once share what they have in common is in tests/test_store.py."""
+    """Of the grid `smoke`; that jobs at once share what they have in common is in tests/runs/test_store.py."""
     name = "cifar_first_seed-0_sparsities-0.5"
     done = snakemake(tmp_path, tmp_path / "grid" / "jobs" / f"{name}.json", "--config", "grid=smoke",
                      f"output={tmp_path / 'grid'}", f"store={tmp_path / 'store'}")

@@ -15,7 +15,7 @@ from permask_core.data import load_dataset
 from permask_core.data.celeba import celeba
 from permask_core.data.imagenet import MEAN, SD
 from permask_core.data.splits import in_order, mixed_seed
-from permask_core.vision import torchvision
+from permask_core.models.vision import torchvision
 from tests.data.files import CELEBA, write_celeba
 
 published = torchvision.datasets.CelebA

@@ -15,7 +15,7 @@ import torch
 from permask_core.data.cifar import cifar10, cifar100
 from permask_core.data.root import data_root
 from permask_core.data.splits import channel_moments, in_order
-from permask_core.vision import torchvision
+from permask_core.models.vision import torchvision
 from tests.data.files import serving, write_cifar
 
 NAMES = {"cifar10": (cifar10, torchvision.datasets.CIFAR10), "cifar100": (cifar100, torchvision.datasets.CIFAR100)}

@@ -15,7 +15,7 @@ from PIL import Image
 from permask_core.data.folders import Folder
 from permask_core.data.imagenet import MEAN, SD, imagenet
 from permask_core.data.splits import in_order, mixed_seed
-from permask_core.vision import torchvision
+from permask_core.models.vision import torchvision
 from tests.data.files import write_imagenet
 
 transforms = torchvision.transforms

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from permask_core.data.splits import Split, channel_moments, cropped, in_order, mixed_seed, standardised
-from permask_core.vision import torchvision
+from permask_core.models.vision import torchvision
 
 functional = torchvision.transforms.functional
 

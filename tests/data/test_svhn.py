@@ -13,7 +13,7 @@ from sklearn.neighbors import NearestCentroid
 from permask_core.data import load_dataset
 from permask_core.data.splits import channel_moments
 from permask_core.data.svhn import svhn
-from permask_core.vision import torchvision
+from permask_core.models.vision import torchvision
 from tests.data.files import serving, write_svhn
 
 published = torchvision.datasets.SVHN

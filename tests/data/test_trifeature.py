@@ -23,7 +23,7 @@ from permask_core.data.trifeature import (
     poses,
     trifeature,
 )
-from permask_core.fairness import demographic_parity_difference, equalized_odds_difference
+from permask_core.evaluation.fairness import demographic_parity_difference, equalized_odds_difference
 
 module = import_module("permask_core.data.trifeature")  # in its package, the function has the name
 SHAPE, TEXTURE = ({name: number for number, name in enumerate(names)} for names in (SHAPES, TEXTURES))

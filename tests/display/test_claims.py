@@ -9,7 +9,7 @@ from bs4 import BeautifulSoup
 from nbclient import NotebookClient
 
 from permask_core.display import ahead, claim, claims, evidence, read_claims
-from permask_core.statistics import mean_interval, paired_comparison
+from permask_core.evaluation.statistics import mean_interval, paired_comparison
 
 
 def notebook(*sources, tags=()):

@@ -11,7 +11,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from permask_core.display import explore, new_figure, show
-from permask_core.progress import is_live
+from permask_core.runs.progress import is_live
 
 CHOICES = {"sparsity": [0.5, 0.9, 0.99], "method": ["naive", "permuted"],
            "layer_name": {"first": "fc1", "second": "fc2"}}

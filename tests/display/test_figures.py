@@ -20,9 +20,9 @@ from permask_core.display import (
     results,
     show,
 )
-from permask_core.statistics import mean_interval
-from permask_core.store import commit, device_name
-from permask_core.training import default_device
+from permask_core.evaluation.statistics import mean_interval
+from permask_core.runs.processes import default_device
+from permask_core.runs.store import commit, device_name
 
 SPARSITIES = (0.5, 0.9, 0.97)
 

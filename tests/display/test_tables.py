@@ -8,8 +8,8 @@ from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 
 from permask_core.display import DASHED, DYNAMIC, METHODS, look, new_figure, table
-from permask_core.dst import METHODS as DST
-from permask_core.lottery import KNOWN_METHODS
+from permask_core.experiments.dynamic_sparsity import METHODS as DST
+from permask_core.experiments.permuted_masks import KNOWN_METHODS
 
 
 def test_a_table_holds_its_records():

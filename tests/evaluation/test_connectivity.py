@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from permask_core import connectivity
-from permask_core.connectivity import (
+from permask_core.evaluation import connectivity
+from permask_core.evaluation.connectivity import (
     angle,
     barrier,
     between,

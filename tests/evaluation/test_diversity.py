@@ -13,7 +13,7 @@ from scipy.spatial.distance import jensenshannon, pdist, squareform
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from permask_core.diversity import (
+from permask_core.evaluation.diversity import (
     disagreement,
     diversity,
     ensemble_accuracy,

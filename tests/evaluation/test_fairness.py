@@ -14,10 +14,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from permask_core import fairness
 from permask_core.data.attributes import Attribute
 from permask_core.display import table
-from permask_core.fairness import (
+from permask_core.evaluation import fairness
+from permask_core.evaluation.fairness import (
     Chance,
     chance_level,
     demographic_parity_difference,
@@ -26,7 +26,7 @@ from permask_core.fairness import (
     group_table,
     individual_fairness,
 )
-from permask_core.statistics import proportion_interval
+from permask_core.evaluation.statistics import proportion_interval
 from tests.hypotheses import examples
 
 METRICS = {demographic_parity_difference: fairlearn.demographic_parity_difference,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import confusion_matrix, recall_score
 
-from permask_core.statistics import (
+from permask_core.evaluation.statistics import (
     affected_classes,
     as_labels,
     class_accuracies,

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from permask_core import lottery, together
-from permask_core.alignment import cost, gap_closed, idle_units, mask_overlap, planted, units_placed
-from permask_core.lottery import Experiment
+from permask_core.experiments import permuted_masks, queue
+from permask_core.experiments.alignment import cost, gap_closed, idle_units, mask_overlap, planted, units_placed
+from permask_core.experiments.permuted_masks import Experiment
 from permask_core.matching import Entry, Group, match_weights, permutation_groups, permute, random_permutations
 from permask_core.models import build_model
 from permask_core.pruning import magnitude_masks, prunable_weights
-from permask_core.store import Store
+from permask_core.runs.store import Store
 
 TINY = Experiment(width=0.1, epochs=3, checkpoints=(0, 1, 2), rewind=1, matched_at=2, imp_rewind=1, imp_epochs=2,
                   imp_rate=0.5)
@@ -50,15 +50,15 @@ def test_by_default_alignment_trains_nothing_that_the_naive_mask_does_not_need()
 
 
 def test_costs_are_what_is_trained(tmp_path, monkeypatch):
-    epochs, fit = {}, together.fit
+    epochs, fit = {}, queue.fit
 
     def spy(model, train, recipe, *, resume, **options):
         epochs[resume.parent.name] = epochs.get(resume.parent.name, 0) + recipe.epochs
         return fit(model, train, recipe, resume=resume, **options)
 
-    monkeypatch.setattr(together, "fit", spy)
+    monkeypatch.setattr(queue, "fit", spy)
     late = dataclasses.replace(TINY, matched_at=3)  # only then is all that is trained of B needed
-    lottery.sparse(late, Store(tmp_path), 0, 0.8, "permuted", "weights")
+    permuted_masks.sparse(late, Store(tmp_path), 0, 0.8, "permuted", "weights")
     found = cost(late, "permuted", 0.8)
     assert found.shared + found.dense == epochs["dense"] + epochs["imp_round"] and found.sparse == epochs["sparse"]
 

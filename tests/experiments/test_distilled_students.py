@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from permask_core import training, transfer
-from permask_core.distillation import distil
+from permask_core.experiments import distilled_students
+from permask_core.experiments.distilled_students import Experiment, answers, run, trained_network
 from permask_core.models import build_model
-from permask_core.store import Store
-from permask_core.training import Recipe, evaluate, fit, predict
-from permask_core.transfer import Experiment, answers, run, trained_network
+from permask_core.runs.store import Store
+from permask_core.training import Recipe, evaluate, fit, loop, predict
+from permask_core.training.distillation import distil
 
 RECIPE = Recipe(epochs=1)
 TINY = Experiment(teacher_options={"width": 0.2}, teacher_recipe=replace(RECIPE, epochs=2),
@@ -59,7 +59,7 @@ def test_networks_are_what_fit_and_distil_make(finished, digits):
 
 def test_what_is_finished_is_found(finished, monkeypatch):
     store, rows = finished
-    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trains again"))
+    monkeypatch.setattr(loop, "_train", lambda *_: pytest.fail("trains again"))
     again = Store(store.folder)
     assert plain(run(TINY, again, **GRID)) == plain(rows) and again.computed == 0
 
@@ -109,13 +109,13 @@ def test_answers_stand_in_the_order_of_the_seeds(finished):
         answers(rows, "distilled", 5)
 
 
-@pytest.mark.parametrize("name", transfer.PAIRS)
+@pytest.mark.parametrize("name", distilled_students.PAIRS)
 def test_pairs_change_where_they_are_asked_to(name):
-    plain = transfer.pair(name)
-    assert plain == transfer.PAIRS[name]
+    plain = distilled_students.pair(name)
+    assert plain == distilled_students.PAIRS[name]
     seeded = {"seed": 3} if name in ("digits", "trifeature", "celeba") else {}
-    changed = transfer.pair(name, options=seeded, alpha=0.5, recipe={"batch_size": 512}, root="there",
-                            student_options=None)
+    changed = distilled_students.pair(name, options=seeded, alpha=0.5, recipe={"batch_size": 512}, root="there",
+                                      student_options=None)
     assert changed.teacher_recipe == replace(plain.teacher_recipe, batch_size=512)
     assert changed.student_recipe == replace(plain.student_recipe, batch_size=512)
     assert (changed.alpha, changed.root, changed.student_options) == (0.5, "there", plain.student_options)
@@ -131,7 +131,7 @@ def test_pairs_change_where_they_are_asked_to(name):
 ])
 def test_bad_pairs_are_refused(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        transfer.pair(**change)
+        distilled_students.pair(**change)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -164,4 +164,4 @@ def test_roles_and_temperatures_go_together(tmp_path):
                                        ("distilled", None, "temperature is None: expected a number above 0")):
         with pytest.raises(ValueError, match=re.escape(message)):
             trained_network(TINY, Store(tmp_path), 0, role, temperature)
-    assert transfer.ROLES == ("teacher", "student", "distilled")
+    assert distilled_students.ROLES == ("teacher", "student", "distilled")

@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from permask_core import dst, training
 from permask_core.data.published import published_dynamic_sparse_training
-from permask_core.dst import METHODS, Experiment, preset, run, trained_network
+from permask_core.experiments import dynamic_sparsity
+from permask_core.experiments.dynamic_sparsity import METHODS, Experiment, preset, run, trained_network
 from permask_core.masks import layer_sparsity
 from permask_core.models import build_model
 from permask_core.pruning import erk_densities, prunable_weights
+from permask_core.runs.store import Store
 from permask_core.sparse.dynamic import Rewiring
 from permask_core.sparse.initialisation import sparse_init
-from permask_core.store import Store
-from permask_core.training import Recipe, evaluate, fit
+from permask_core.training import Recipe, evaluate, fit, loop
 from tests.data.files import write_cifar, write_imagenet
 
 TINY = Experiment(width=0.25, recipe=Recipe(epochs=2, batch_size=64), every=5)
@@ -52,13 +52,13 @@ def plain(rows):
 
 def spied(monkeypatch):
     """What each call of fit is given from now on: a copy of the weights, and the arguments."""
-    calls, real = [], dst.fit
+    calls, real = [], dynamic_sparsity.fit
 
     def spy(model, train, recipe, **given):
         calls.append(({name: tensor.clone() for name, tensor in model.state_dict().items()}, recipe, given))
         return real(model, train, recipe, **given)
 
-    monkeypatch.setattr(dst, "fit", spy)
+    monkeypatch.setattr(dynamic_sparsity, "fit", spy)
     return calls
 
 
@@ -129,7 +129,7 @@ def test_networks_are_what_fit_makes(finished, digits):
     model = build_model("mlp", (1, 8, 8), 10, width=0.25, seed=1)
     weights = prunable_weights(model)
     densities = erk_densities(weights, 0.05)
-    masks = dst.starting_masks(weights, densities, unequal=False, seed=1)
+    masks = dynamic_sparsity.starting_masks(weights, densities, unequal=False, seed=1)
     sparse_init(model, masks, seed=1)
     moved = fit(model, digits.train, TINY.recipe, seed=1, masks=masks, description=None,
                 rewiring=Rewiring("srigl", 5, densities=densities))
@@ -141,7 +141,7 @@ def test_networks_are_what_fit_makes(finished, digits):
 
 def test_what_is_finished_is_found(finished, monkeypatch):
     store, rows = finished
-    monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trains again"))
+    monkeypatch.setattr(loop, "_train", lambda *_: pytest.fail("trains again"))
     again = Store(store.folder)
     assert run(TINY, again, **GRID) == rows and again.computed == 0
     alone = run(TINY, again, seeds=[1], sparsities=[0.95], methods=["rigl"])  # as a job of a grid
@@ -151,7 +151,7 @@ def test_what_is_finished_is_found(finished, monkeypatch):
 @pytest.mark.parametrize("method", ["random", "set", "rigl", "srigl+ablation"])
 def test_a_run_killed_in_the_middle_ends_in_the_same_bits(finished, tmp_path, method, monkeypatch):
     store, _ = finished
-    real, saved = training.save_run, []
+    real, saved = loop.save_run, []
 
     def save(*given):
         real(*given)
@@ -159,8 +159,8 @@ def test_a_run_killed_in_the_middle_ends_in_the_same_bits(finished, tmp_path, me
         if len(saved) == 20:  # between two rewirings
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(training, "save_run", save)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(loop, "save_run", save)
     with pytest.raises(KeyboardInterrupt):
         trained_network(TINY, Store(tmp_path), 0, 0.95, method)
     assert len(list(tmp_path.rglob("*.unfinished"))) == 1 and not list(tmp_path.rglob("*.safetensors"))
@@ -220,16 +220,16 @@ def test_what_was_published_is_not_of_other_settings(changes, kept):
 
 def test_shortcuts_have_masks_and_what_is_to_stay_dense_has_none():
     model = build_model("resnet50", (3, 32, 32), 10, width=0.125)
-    weights = dst.sparse_weights(preset("imagenet-resnet50").experiment, model)
+    weights = dynamic_sparsity.sparse_weights(preset("imagenet-resnet50").experiment, model)
     expected = {name for name, tensor in model.named_parameters() if tensor.ndim > 1} - {"conv1.weight"}
     assert set(weights) == expected and "layer1.0.downsample.0.weight" in expected
 
 
 def test_uniform_masks_have_one_sparsity_in_every_layer():
     weights = {"a": torch.empty(20, 50), "b": torch.empty(40, 30)}
-    densities = dst.layer_densities(replace(TINY, distribution="uniform"), weights, 0.9)
+    densities = dynamic_sparsity.layer_densities(replace(TINY, distribution="uniform"), weights, 0.9)
     for unequal in (True, False):
-        masks = dst.starting_masks(weights, densities, unequal=unequal, seed=0)
+        masks = dynamic_sparsity.starting_masks(weights, densities, unequal=unequal, seed=0)
         assert layer_sparsity(masks) == pytest.approx({"a": 0.9, "b": 0.9})
 
 

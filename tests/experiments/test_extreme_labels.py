@@ -14,10 +14,21 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from batch.grids import GridError, _parsed, read_grid
-from permask_core import label_spaces
 from permask_core.data.extreme import planted
-from permask_core.label_spaces import METHODS, PRESETS, Experiment, check, classifier, data, parameters, preset, run
-from permask_core.sparse.extreme import (
+from permask_core.experiments import extreme_labels
+from permask_core.experiments.extreme_labels import (
+    METHODS,
+    PRESETS,
+    Experiment,
+    check,
+    classifier,
+    data,
+    parameters,
+    preset,
+    run,
+)
+from permask_core.runs.store import Store
+from permask_core.training.extreme import (
     ExtremeClassifier,
     ExtremeRecipe,
     fit_extreme,
@@ -25,10 +36,9 @@ from permask_core.sparse.extreme import (
     precisions,
     training_bytes,
 )
-from permask_core.store import Store
 from tests.notebooks import run as run_notebook
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = Experiment(labels=100, points=200, test_points=100, clusters=5, features=16, hidden=20, fan_in=10,
                    recipe=ExtremeRecipe(epochs=3, batch_size=20, rewire_every=4, auxiliary=0.4, auxiliary_epochs=2))
 
@@ -251,7 +261,7 @@ def test_files_are_read_and_their_content_decides(tmp_path):
     assert rows[0]["parameters"] == 30 * 20 + 40 * 11 and store.computed == 5  # an embedding has no biases
     assert run(there, store, seeds=[0]) == rows and store.computed == 5
     write_files(tmp_path / "there" / "words", seed=1)
-    label_spaces._read.cache_clear(), label_spaces._content.cache_clear()  # as in another process
+    extreme_labels._read.cache_clear(), extreme_labels._content.cache_clear()  # as in another process
     assert run(there, store, seeds=[0], methods=["set"])[0]["losses"] != rows[1]["losses"] and store.computed == 6
 
 

@@ -11,9 +11,9 @@ import papermill
 import pytest
 import yaml
 
-from permask_core.parameters import VOCABULARY, check_parameters
+from permask_core.experiments.parameters import VOCABULARY, check_parameters
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 JOBS = [path for path in NOTEBOOKS if path.stem != "results"]  # which shows what grids have left
 
 
@@ -78,7 +78,8 @@ def test_none_is_refused_where_the_notebook_needs_a_value():
 
 
 def test_a_check_does_not_wait_for_heavy_libraries():
-    code = "import permask_core.parameters, sys; print(sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    code = ("import sys, permask_core.experiments.parameters\n"
+            "print(sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -100,7 +101,7 @@ def test_every_notebook_can_be_a_job_and_checks_its_parameters_first(path):
     check = cells[at + 1]
     assert "check" in check.metadata["tags"]
     calls = [node for node in ast.parse(check.source).body if not isinstance(node, ast.Import)]
-    assert ast.unparse(calls[0]) == "from permask_core.parameters import check_parameters"
+    assert ast.unparse(calls[0]) == "from permask_core.experiments.parameters import check_parameters"
     assert ast.unparse(calls[1]).startswith("check_parameters(globals()")
     assert re.search(r"^seed_list\b", check.source, re.MULTILINE) and "check_folder(output" in check.source
     assert any(re.search(r"publish\(\s*\"results\"", cell.source) for cell in cells)

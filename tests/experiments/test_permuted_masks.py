@@ -13,13 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from permask_core import lottery, together, training
-from permask_core.files import save_tensors
-from permask_core.lottery import Experiment, dense, matching, method_masks, network, run, sparse, ticket
+from permask_core.experiments import permuted_masks, queue
+from permask_core.experiments.permuted_masks import (
+    Experiment,
+    dense,
+    matching,
+    method_masks,
+    network,
+    run,
+    sparse,
+    ticket,
+)
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_activations, match_weights, permute
 from permask_core.models import build_model
-from permask_core.store import Store
+from permask_core.runs.files import save_tensors
+from permask_core.runs.store import Store
+from permask_core.training import loop
 from tests.data.files import (
     write_celeba,
     write_cifar,
@@ -131,10 +141,10 @@ def test_epoch_0_is_the_true_initialisation_and_a_and_b_differ(finished):
 def test_matching_is_that_of_the_epoch_asked_for(finished):
     store, _ = finished
     a, b = (dense(TINY, store, 0, which)[0] for which in "ab")
-    x = lottery.data(TINY).train.x
+    x = permuted_masks.data(TINY).train.x
     early = dataclasses.replace(TINY, matched_at=1)
     for experiment, epoch in ((TINY, 2), (early, 1)):
-        groups = lottery.groups(experiment)
+        groups = permuted_masks.groups(experiment)
         assert same(matching(experiment, store, 0, "weights")[0], match_weights(groups, a[epoch], b[epoch], seed=0))
         nets = network(experiment, a[epoch]), network(experiment, b[epoch])
         assert same(matching(experiment, store, 0, "activations")[0], match_activations(groups, *nets, [x]))
@@ -145,7 +155,7 @@ def test_only_the_layers_asked_for_move(finished):
     a, b = (dense(TINY, store, 0, which)[0][2] for which in "ab")
     one, both = (dataclasses.replace(TINY, matched_layers=names) for names in (["fc2"], ("fc1", "fc2")))
     found = matching(one, store, 0, "weights")[0]
-    assert same(found, match_weights({"fc2": lottery.groups(TINY)["fc2"]}, a, b, seed=0))
+    assert same(found, match_weights({"fc2": permuted_masks.groups(TINY)["fc2"]}, a, b, seed=0))
     # The units of a layer respond alike wherever those of another one stand.
     apart, together = (matching(experiment, store, 0, "activations")[0] for experiment in (one, TINY))
     assert same(apart, {"fc2": together["fc2"]}) and same(matching(both, store, 0, "activations")[0], together)
@@ -164,10 +174,12 @@ def test_a_layer_that_cannot_move_is_named_before_any_training(store):
 def test_masks_of_the_methods_have_the_zeros_of_the_ticket(finished):
     store, _ = finished
     pruned = ticket(TINY, store, 0, 0.8)
-    masks = {method: method_masks(TINY, store, 0, 0.8, method, "weights") for method in lottery.KNOWN_METHODS[1:]}
+    masks = {method: method_masks(TINY, store, 0, 0.8, method, "weights")
+             for method in permuted_masks.KNOWN_METHODS[1:]}
     assert all(layer_sparsity(mask) == layer_sparsity(pruned.masks) for mask in masks.values())
     assert all(same(masks[method], pruned.masks) for method in ("lth", "pruned", "naive"))
-    assert same(masks["permuted"], permute(lottery.groups(TINY), matching(TINY, store, 0, "weights")[0], pruned.masks))
+    permutations, _ = matching(TINY, store, 0, "weights")
+    assert same(masks["permuted"], permute(permuted_masks.groups(TINY), permutations, pruned.masks))
     assert not same(masks["permuted"], pruned.masks) and not same(masks["random"], pruned.masks)
 
 
@@ -179,9 +191,9 @@ def test_methods_share_checkpoint_seed_and_recipe_and_differ_in_the_mask(finishe
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         calls[method] = state, recipe, seed, masks
 
-    monkeypatch.setattr(together, "fit", spy)
+    monkeypatch.setattr(queue, "fit", spy)
     other = dataclasses.replace(TINY, sparse_lr=0.3)  # nothing of it is finished, but all that it needs
-    for method in lottery.KNOWN_METHODS[1:]:
+    for method in permuted_masks.KNOWN_METHODS[1:]:
         sparse(other, store, 1, 0.8, method, "weights" if method == "permuted" else None)
     (a, _), (b, _) = (dense(TINY, store, 1, which) for which in "ab")
     assert same(calls["lth"][0], a[1]) and same(calls["pruned"][0], a[2]) and same(calls["lth"][3], calls["pruned"][3])
@@ -196,12 +208,12 @@ def test_methods_share_checkpoint_seed_and_recipe_and_differ_in_the_mask(finishe
 def test_a_sparse_start_is_scaled_to_the_connections_that_are_left(finished, monkeypatch):
     store, _ = finished
     starts = {}
-    monkeypatch.setattr(together, "fit", lambda model, *_, **__: starts.update({(method, start): model.state_dict()}))
-    for method, start in ((method, start) for method in ("lth", "naive", "pruned") for start in lottery.STARTS):
+    monkeypatch.setattr(queue, "fit", lambda model, *_, **__: starts.update({(method, start): model.state_dict()}))
+    for method, start in ((method, start) for method in ("lth", "naive", "pruned") for start in permuted_masks.STARTS):
         sparse(dataclasses.replace(TINY, sparse_lr=0.2, start=start), store, 0, 0.8, method)
     name, mask = "fc1.weight", ticket(TINY, store, 0, 0.8).masks["fc1.weight"]
     for method in ("lth", "naive"):
-        one, other = (starts[method, start][name] for start in lottery.STARTS)
+        one, other = (starts[method, start][name] for start in permuted_masks.STARTS)
         for row, (weights, scaled) in enumerate(zip(one, other)):
             torch.testing.assert_close(scaled, weights * (64 / max(1, int(mask[row].sum()))) ** 0.5
                                        if mask[row].any() else weights)
@@ -219,11 +231,11 @@ def test_a_sparse_start_is_a_stage_of_its_own(finished):
 
 def test_logits_are_those_of_which_a_run_keeps_the_accuracy(finished):
     store, rows = finished
-    labels = lottery.data(TINY).test.y
+    labels = permuted_masks.data(TINY).test.y
     states = {"dense": dense(TINY, store, 1, "b")[0][2], "naive": sparse(TINY, store, 1, 0.8, "naive")[0]}
     for method, state in states.items():
         (row,) = (row for row in rows if (row["seed"], row["method"]) == (1, method) and row["sparsity"] in (0, 0.8))
-        logits = lottery.logits(TINY, state)
+        logits = permuted_masks.logits(TINY, state)
         assert logits.shape == (360, 10) and (logits.argmax(1) == labels).double().mean() == row["accuracy"]
         assert float(torch.nn.functional.cross_entropy(logits, labels)) == pytest.approx(row["loss"], rel=1e-5)
 
@@ -239,23 +251,23 @@ def test_pruned_is_run_where_it_is_asked_for(finished):
 
 
 def test_parents():
-    assert {method: lottery.parent(method) for method in lottery.KNOWN_METHODS} == {
+    assert {method: permuted_masks.parent(method) for method in permuted_masks.KNOWN_METHODS} == {
         "dense": "b", "lth": "a", "pruned": "a", "permuted": "b", "naive": "b", "random": "b"}
     with pytest.raises(ValueError, match="unknown method 'a': expected one of dense, lth"):
-        lottery.parent("a")
+        permuted_masks.parent("a")
 
 
 @pytest.mark.parametrize("imp", ["rewind", "finetune"])
 def test_rounds_rewind_or_train_on(finished, monkeypatch, imp):
     store, _ = finished
     a, _ = dense(TINY, store, 0, "a")
-    starts, fit = [], together.fit
+    starts, fit = [], queue.fit
 
     def spy(model, *arguments, **options):
         starts.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         return fit(model, *arguments, **options)
 
-    monkeypatch.setattr(together, "fit", spy)
+    monkeypatch.setattr(queue, "fit", spy)
     found = ticket(dataclasses.replace(TINY, imp=imp, imp_lr=0.05), store, 0, 0.8)
     assert found.rounds == 3 and len(starts) == 2 and same(starts[0], a[1 if imp == "rewind" else 2])
     assert same(starts[1], a[1]) == (imp == "rewind")
@@ -310,7 +322,7 @@ def test_an_error_in_one_worker_ends_the_run_without_the_seeds_that_wait(tmp_pat
 def test_a_run_killed_in_the_middle_of_a_training_goes_on_there(finished, tmp_path, monkeypatch, cut):
     reference, rows = finished
     store, steps = Store(tmp_path), []
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
 
     def forward(module, inputs):
         steps.append(len(inputs[0]))
@@ -363,20 +375,20 @@ def test_two_processes_find_the_mask_that_one_finds(finished, tmp_path):
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
-@pytest.mark.parametrize("methods", [["dense"], ["lth", "permuted"], lottery.KNOWN_METHODS])
+@pytest.mark.parametrize("methods", [["dense"], ["lth", "permuted"], permuted_masks.KNOWN_METHODS])
 def test_the_cost_is_what_a_run_trains(tmp_path, monkeypatch, methods):
     epochs = {"dense": 0, "pruning": 0, "sparse": 0}
-    fit = together.fit
+    fit = queue.fit
 
     def spy(model, train, recipe, *, resume, **options):
         epochs[{"imp_round": "pruning"}.get(resume.parent.name, resume.parent.name)] += recipe.epochs
         return fit(model, train, recipe, resume=resume, **options)
 
-    monkeypatch.setattr(together, "fit", spy)
+    monkeypatch.setattr(queue, "fit", spy)
     run(TINY, Store(tmp_path), **GRID, methods=methods)
     if methods == ["dense"]:  # which is network B
         assert epochs == {"dense": 2 * 2, "pruning": 0, "sparse": 0}
-    assert lottery.training_epochs(TINY, **GRID, methods=methods) == epochs
+    assert permuted_masks.training_epochs(TINY, **GRID, methods=methods) == epochs
 
 
 FILES = {
@@ -424,7 +436,7 @@ def test_results_of_one_folder_are_not_served_for_another(tmp_path):
 
 def test_where_files_lie_is_no_setting_to_show():
     assert "root" not in Experiment(root="a").resolved()
-    assert "nowhere" not in lottery.settings_text(Experiment(root="/nowhere"))
+    assert "nowhere" not in permuted_masks.settings_text(Experiment(root="/nowhere"))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -458,8 +470,8 @@ def test_an_experiment_can_start_from_the_initialisation(store):
 
 
 def test_settings_are_told_by_name():
-    assert "width 0.1, epochs 2" in lottery.settings_text(TINY)
-    assert len(lottery.settings_text(TINY).split(", ")) >= len(dataclasses.fields(TINY))
+    assert "width 0.1, epochs 2" in permuted_masks.settings_text(TINY)
+    assert len(permuted_masks.settings_text(TINY).split(", ")) >= len(dataclasses.fields(TINY))
 
 
 def test_seeds_and_sparsities_from_generators_are_not_lost(finished):
@@ -469,8 +481,8 @@ def test_seeds_and_sparsities_from_generators_are_not_lost(finished):
 
 
 PARENT = """
-from permask_core.lottery import Experiment, run
-from permask_core.store import Store
+from permask_core.experiments.permuted_masks import Experiment, run
+from permask_core.runs.store import Store
 if __name__ == "__main__":
     run(Experiment(epochs=400), Store("runs"), seeds=range(4), sparsities=[0.9], workers=2)
 """

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from permask_core import together
 from permask_core.data.published import published_permuted_masks
-from permask_core.lottery import MATCHINGS, Experiment, run
+from permask_core.experiments import queue
+from permask_core.experiments.permuted_masks import MATCHINGS, Experiment, run
+from permask_core.experiments.presets import PRESETS, Preset, experiments, preset, training_cost
 from permask_core.models import build_model
-from permask_core.presets import PRESETS, Preset, experiments, preset, training_cost
-from permask_core.store import Store
+from permask_core.runs.store import Store
 
 # Adnan et al., ICML 2025, and the code that they published.
 ADNAN = {"optimizer": "sgd", "momentum": 0.9, "imp": "finetune", "imp_rate": 0.2, "label_smoothing": 0.0, "warmup": 0.0}
@@ -187,13 +187,13 @@ def test_a_run_shorter_than_its_warmup_is_refused():
 
 def test_the_cost_counts_the_epochs_that_are_trained(tmp_path, monkeypatch):
     """Dense networks and tickets once for all rewind points."""
-    chosen, trained, fit = preset("digits", **TINY), Counter(), together.fit
+    chosen, trained, fit = preset("digits", **TINY), Counter(), queue.fit
 
     def spy(model, train, recipe, *, resume, **options):
         trained[len(next(model.parameters())), resume.parent.name] += recipe.epochs
         return fit(model, train, recipe, resume=resume, **options)
 
-    monkeypatch.setattr(together, "fit", spy)
+    monkeypatch.setattr(queue, "fit", spy)
     run(experiments(chosen), Store(tmp_path), seeds=range(chosen.seeds), sparsities=chosen.sparsities,
         matchings=chosen.matchings)
     costs = training_cost(chosen, 1000, {0.1: 10.0, 0.2: 4.0})

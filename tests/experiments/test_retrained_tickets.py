@@ -5,11 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from permask_core import lottery, siblings, together
-from permask_core.lottery import Experiment, dense, network, ticket
+from permask_core.experiments import permuted_masks, queue, retrained_tickets
+from permask_core.experiments.permuted_masks import Experiment, dense, network, ticket
+from permask_core.experiments.retrained_tickets import (
+    METHODS,
+    SPAN,
+    kept_epochs,
+    run,
+    sibling,
+    sibling_masks,
+    training_epochs,
+)
 from permask_core.masks import apply_masks, layer_sparsity
-from permask_core.siblings import METHODS, SPAN, kept_epochs, run, sibling, sibling_masks, training_epochs
-from permask_core.store import Store
+from permask_core.runs.store import Store
 
 TINY = Experiment(width=0.3, epochs=4, checkpoints=(0, 1), rewind=1, matched_at=4, imp_rewind=1, imp_epochs=1,
                   imp_rate=0.5)
@@ -36,7 +44,7 @@ def test_one_row_per_run(finished):
     places = [(row["method"], row["seed"], row["sibling"]) for row in rows]
     assert sorted(places) == sorted((method, seed, number) for method in METHODS for seed in (0, 1)
                                     for number in (0, 1))
-    y = lottery.data(TINY).test.y
+    y = permuted_masks.data(TINY).test.y
     for row in rows:
         assert row["achieved"] == pytest.approx(row["sparsity"], abs=1e-3)
         assert row["sparsity"] == (0 if row["method"] == "dense" else 0.8)
@@ -44,13 +52,13 @@ def test_one_row_per_run(finished):
     assert len({row["logits"].sum().item() for row in rows}) == len(rows)  # no two are the same network
 
 
-@pytest.mark.parametrize("method", lottery.KNOWN_METHODS[1:])
+@pytest.mark.parametrize("method", permuted_masks.KNOWN_METHODS[1:])
 def test_the_first_sibling_is_the_lotterys_run(finished, method):
     store, _ = finished
     for family in (0, 1):
         states, record = sibling(TINY, store, family, 0, 0.8, method)
-        state, expected = lottery.sparse(TINY, store, SPAN * family, 0.8, method,
-                                         "weights" if method == "permuted" else None)
+        state, expected = permuted_masks.sparse(TINY, store, SPAN * family, 0.8, method,
+                                                "weights" if method == "permuted" else None)
         assert same(states[3], state) and record["accuracy"] == expected["accuracy"]
 
 
@@ -58,7 +66,7 @@ def test_a_sparse_start_is_the_lotterys(tmp_path):
     store, scaled = Store(tmp_path), replace(TINY, start="sparse")
     for method in ("pruned", "permuted"):
         by = "weights" if method == "permuted" else None
-        state, _ = lottery.sparse(scaled, store, 0, 0.8, method, by)
+        state, _ = permuted_masks.sparse(scaled, store, 0, 0.8, method, by)
         assert same(sibling(scaled, store, 0, 0, 0.8, method)[0][3], state)
 
 
@@ -117,15 +125,15 @@ def test_finished_runs_are_found_again_and_by_several_workers(finished, tmp_path
 
 @pytest.mark.parametrize("method", ["dense", "pruned", "lth", "permuted", "scratch"])
 def test_the_cost_is_what_is_trained(tmp_path, monkeypatch, method):
-    epochs, fit = [], together.fit
+    epochs, fit = [], queue.fit
 
     def spy(model, train, recipe, **options):
         epochs.append(recipe.epochs)
         return fit(model, train, recipe, **options)
 
-    monkeypatch.setattr(together, "fit", spy)
-    monkeypatch.setattr(siblings, "fit", spy)
-    siblings.run(TINY, Store(tmp_path), families=[0], siblings=2, target=0.8, methods=[method])
+    monkeypatch.setattr(queue, "fit", spy)
+    monkeypatch.setattr(retrained_tickets, "fit", spy)
+    retrained_tickets.run(TINY, Store(tmp_path), families=[0], siblings=2, target=0.8, methods=[method])
     assert training_epochs(TINY, 2, 0.8, method) == sum(epochs)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from permask_core.data.measured import measured_torchvision_groups
 from permask_core.matching import function_change, permutation_groups, redrawn, shuffles
-from permask_core.vision import torchvision
+from permask_core.models.vision import torchvision
 from tests.hypotheses import LONG
 
 ROWS = {row["model"]: row for row in measured_torchvision_groups()["rows"]}

@@ -10,8 +10,8 @@ import torch
 from permask_core.matching import permutation_groups
 from permask_core.models import build_model, evaluating
 from permask_core.models.imagenet import ScaledDenseNet
+from permask_core.models.vision import torchvision
 from permask_core.pruning import prunable_weights
-from permask_core.vision import torchvision
 
 # At 1000 classes, as torchvision publishes. The stem for small images has 64 x 3 x (49 - 9) weights fewer.
 PUBLISHED = {"densenet121": 7_978_856, "densenet169": 14_149_480}

@@ -15,7 +15,7 @@ from torch import nn
 
 import permask_core
 from permask_core.models import build_model, evaluating
-from permask_core.vision import torchvision
+from permask_core.models.vision import torchvision
 from tests.hypotheses import examples
 
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import permask_core
 from permask_core.matching import permutation_groups
 from permask_core.models import build_model, evaluating
+from permask_core.models.vision import torchvision
 from permask_core.pruning import prunable_weights
-from permask_core.vision import torchvision
 
 SMALL = {"resnet8": 1, "resnet20": 3, "resnet56": 9}
 KINDS = ("projection", "padded")

@@ -8,8 +8,8 @@ import torch
 
 from permask_core.matching import permutation_groups
 from permask_core.models import build_model, evaluating
+from permask_core.models.vision import torchvision
 from permask_core.pruning import prunable_weights
-from permask_core.vision import torchvision
 
 ONE_HEAD = 1 / 12
 LAYERS = [f"encoder.layers.encoder_layer_{i}" for i in range(12)]

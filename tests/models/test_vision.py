@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import permask_core
-from permask_core.vision import torchvision
+from permask_core.models.vision import torchvision
 
 FAKES = {
     "broken": 'raise RuntimeError("built for another torch")',
@@ -20,10 +20,10 @@ IMPORT_EACH = """
 import sys, torch
 for folder in sys.argv[1:]:
     sys.path.insert(0, folder)
-    for name in ("torchvision", "permask_core.vision"):
+    for name in ("torchvision", "permask_core.models.vision"):
         sys.modules.pop(name, None)
     try:
-        from permask_core.vision import torchvision
+        from permask_core.models.vision import torchvision
         print(torchvision.fake, hasattr(torch.ops.torchvision, "nms"))
     except RuntimeError as error:
         print(error)

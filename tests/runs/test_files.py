@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from permask_core.files import load_tensors, locked, read_record, save_tensors, written_whole
+from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, written_whole
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 dtypes = st.sampled_from([torch.bool, torch.uint8, torch.int64, torch.float32, torch.float64, torch.bfloat16])
 shapes = st.lists(st.integers(0, 3), max_size=3)
@@ -144,7 +144,7 @@ def test_a_record_that_is_no_dict_is_refused(tmp_path):
 
 HOLDER = """
 import sys, time
-from permask_core.files import locked
+from permask_core.runs.files import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -17,14 +17,13 @@ import pytest
 import torch
 from torch import nn
 
-from permask_core import training
 from permask_core.data import load_dataset
 from permask_core.data.splits import Split
-from permask_core.files import load_tensors
 from permask_core.models import build_model
 from permask_core.pruning import magnitude_masks
+from permask_core.runs.files import load_tensors
 from permask_core.sparse.dynamic import METHODS, Rewiring
-from permask_core.training import Recipe, fit
+from permask_core.training import Recipe, fit, loop
 
 RECIPE = Recipe(2, 0.05, 0.8, 1e-2, 100)
 CASES = {
@@ -35,7 +34,7 @@ CASES = {
 }
 LONG = replace(RECIPE, epochs=60)
 STEPS = [f"step {i}" for i in range(11)]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def pictures():
@@ -106,7 +105,7 @@ def main(folder, rank):
         model[1].register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output == 0))
         found[name] = {**trained(model=model), "zeros": seen}
 
-    path, training.SAVE_SECONDS = folder / "run.safetensors", 0
+    path, loop.SAVE_SECONDS = folder / "run.safetensors", 0
     passes, model = iter(range(8)), with_batchnorm()
 
     def interrupt(*_):
@@ -238,7 +237,7 @@ def test_a_file_of_other_settings_is_refused_in_every_process(ranks):
 def test_a_file_of_another_number_of_processes_is_refused_before_any_starts(tmp_path, monkeypatch):
     path, model = tmp_path / "run.safetensors", net()
     trained(processes=1, resume=path)
-    monkeypatch.setattr(training, "launch", None)
+    monkeypatch.setattr(loop, "launch", None)
     with pytest.raises(ValueError, match=r"is of a run with processes 1 \(here 2\): give another file, or delete it"):
         trained(model=model, masks=masks(), resume=path)
     assert same(model.state_dict(), net().state_dict())
@@ -278,7 +277,7 @@ def test_an_error_in_a_process_arrives():
 if __name__ in ("__main__", "__mp_main__"):
     torch.set_num_threads(1)
 if __name__ == "__mp_main__":  # a process that fit has started from this file
-    training.SAVE_SECONDS = 0
+    loop.SAVE_SECONDS = 0
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     if "RANK" in os.environ:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from permask_core import progress as module
-from permask_core.progress import progress
+from permask_core.runs import progress as module
+from permask_core.runs.progress import progress
 
 MARKS = ("PERMASK_DISPLAY", "JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG")
 

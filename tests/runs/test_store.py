@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 import permask_core
-from permask_core import lottery
-from permask_core import store as module
-from permask_core.files import load_tensors, save_tensors
-from permask_core.store import Store, check_folder, commit, device_name, sources
+from permask_core.experiments import permuted_masks
+from permask_core.runs import store as module
+from permask_core.runs.files import load_tensors, save_tensors
+from permask_core.runs.store import Store, check_folder, commit, device_name, sources
 
 PACKAGE = Path(permask_core.__file__).parent
 
@@ -65,7 +65,7 @@ def test_a_parameter_that_json_cannot_hold_is_refused_before_computing(store, va
 
 def test_another_version_of_a_library_is_another_stage(store, monkeypatch):
     before = store.path("some", compute)
-    monkeypatch.setattr("permask_core.store.versions", lambda: {"torch": "another"})
+    monkeypatch.setattr("permask_core.runs.store.versions", lambda: {"torch": "another"})
     assert store.path("some", compute) != before
 
 
@@ -174,7 +174,7 @@ def test_a_failed_stage_leaves_nothing(store):
 
 TOGETHER = """
 import sys, time, torch
-from permask_core.store import Store
+from permask_core.runs.store import Store
 
 store = Store(sys.argv[1])
 for n in range(6):
@@ -199,7 +199,7 @@ def test_jobs_that_run_together_compute_each_stage_once(tmp_path):
 KILLED = """
 import sys, time, torch
 import safetensors.torch as files
-from permask_core.store import Store
+from permask_core.runs.store import Store
 
 def half(tensors, path, **options):
     whole(tensors, path, **options)
@@ -240,7 +240,8 @@ def test_a_killed_writer_leaves_whole_stages_only_and_the_next_run_goes_on(tmp_p
 EDITED = '''
 import sys
 from pathlib import Path
-from permask_core import dst, label_spaces, lottery, store
+from permask_core.experiments import dynamic_sparsity, extreme_labels, permuted_masks
+from permask_core.runs import store
 
 PACKAGE = Path(store.__file__).parent
 store._device = lambda: sys.argv[1]
@@ -251,8 +252,9 @@ def found():
     store._reached.cache_clear()
     store._module.cache_clear()
     networks = {"mlp": "feedforward", "resnet20": "residual"}
-    hashes = {name: store.sources(lottery.run, [f"permask_core.models.{module}"]) for name, module in networks.items()}
-    return hashes | {"dst": store.sources(dst.run), "script": store.sources(found)}
+    hashes = {name: store.sources(permuted_masks.run, [f"permask_core.models.{module}"])
+              for name, module in networks.items()}
+    return hashes | {"dst": store.sources(dynamic_sparsity.run), "script": store.sources(found)}
 
 
 for edit in sys.argv[2:]:
@@ -311,7 +313,7 @@ def test_a_registered_network_is_a_source(monkeypatch):
     monkeypatch.setattr(Store, "stage", lambda self, name, compute, *, modules, **parameters: taken.setdefault(
         name, (modules, parameters)) and 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        lottery.dense(lottery.Experiment(model="lenet5"), Store("nowhere"), 0, "a")
+        permuted_masks.dense(permuted_masks.Experiment(model="lenet5"), Store("nowhere"), 0, "a")
     modules, parameters = taken["dense"]
     assert modules == ["permask_core.models.feedforward"] and "options" not in parameters
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from permask_core.tables import read_table, write_table
+from permask_core.runs.tables import read_table, write_table
 
 VALUES = st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.text(min_size=1),
                    st.lists(st.integers(), max_size=3), st.sampled_from(["1e5", "007", "true", "[1]", '"', "a,b"]))

@@ -1,25 +1,16 @@
 """Networks trained together, against each of them trained alone."""
 
 import copy
-import dataclasses
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from permask_core import lottery, together, training
 from permask_core.data import Split
 from permask_core.models import build_model
 from permask_core.sparse import condense
-from permask_core.store import Store
-from permask_core.together import Batch, evaluate_together, fastest, fit_together, rows_together, ways
-from permask_core.training import Recipe, evaluate, fit
-from tests.test_lottery import TINY, files, without_seconds
+from permask_core.training import Recipe, batched, evaluate, fit, loop
+from permask_core.training.batched import Batch, evaluate_together, fastest, fit_together, ways
 
 CLOSE = {"rtol": 0, "atol": 1e-6}  # after twenty steps in float64
 SEEDS = [3, 3, 5]  # two of them share their batches
@@ -138,7 +129,7 @@ def test_large_networks_are_trained_alone_on_a_cpu(monkeypatch):
     images = Split(torch.randn(4, 3, 32, 32), torch.arange(4))
     models = [model.float() for model in networks("resnet8", shape=(3, 32, 32), width=1)]
     assert fastest(models, images, "cpu") == "alone"
-    monkeypatch.setattr(together, "SMALL", 10**9)
+    monkeypatch.setattr(batched, "SMALL", 10**9)
     assert fastest(models, images, "cpu") == "grouped"
     assert fastest(models[:1], images, "cpu") == "alone"
 
@@ -172,7 +163,7 @@ def test_evaluations_are_those_of_each_network(images, way):
 def test_a_run_that_was_interrupted_goes_on(images, tmp_path, monkeypatch):
     models, recipe = networks("resnet8"), RECIPES["sgd"]
     whole = fit_together(copy.deepcopy(models), images, recipe, seeds=SEEDS, way="grouped")
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     passes, forward = iter(range(7)), Batch.forward
 
     def interrupted(self, x):
@@ -218,154 +209,3 @@ def test_a_batch_takes_a_seed_for_each_of_its_networks(images, seed):
         fit(Batch(networks("mlp", 2)), images, RECIPES["sgd"], seed=seed)
     with pytest.raises(ValueError, match="for no networks of a Batch|integer of at least 0"):
         fit(networks("mlp", 1)[0], images, RECIPES["sgd"], seed=[0])
-
-
-# ---- An experiment ---------------------------------------------------------------------------------------------------
-
-ROOT = Path(__file__).parents[1]
-GRID = {"seeds": [0, 1], "sparsities": [0.5, 0.8]}
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """How many networks each call trains, and which way."""
-    calls, whole = [], together.fit_together
-
-    def spy(models, *given, **options):
-        calls.append(len(models))
-        return whole(models, *given, **options)
-
-    monkeypatch.setattr(together, "fit_together", spy)
-    return calls
-
-
-@pytest.mark.parametrize("model", ["mlp", "resnet8"])
-def test_an_experiment_together_is_that_one_by_one(tmp_path, batches, model):
-    experiment = dataclasses.replace(TINY, model=model, width=0.1 if model == "mlp" else 0.125)
-    one_by_one, at_once = Store(tmp_path / "alone"), Store(tmp_path / "together")
-    alone = lottery.run(experiment, one_by_one, **GRID)
-    assert batches == []
-    found = lottery.run(experiment, at_once, **GRID, together=100)
-    # Two networks of each seed; two rounds of pruning, though sparse networks could be trained; five methods at two
-    # sparsities.
-    assert batches == [4, 2, 2, 20]
-    numbers = ("accuracy", "loss", "seconds")
-    assert [{key: value for key, value in row.items() if key not in numbers} for row in found] == [
-        {key: value for key, value in row.items() if key not in numbers} for row in alone]
-    for one, other in zip(found, alone):
-        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.02)
-        assert one["loss"] == pytest.approx(other["loss"], rel=0.02) and one["seconds"] > 0
-    assert {path for path in files(at_once) if path.suffix} == {path for path in files(one_by_one) if path.suffix}
-    assert at_once.computed == one_by_one.computed
-    again = Store(tmp_path / "alone")  # what was made one by one is found, and the other way around
-    assert lottery.run(experiment, again, **GRID, together=100) == alone and again.computed == 0
-    assert len(batches) == 4
-
-
-def test_no_more_are_trained_at_once_than_asked_for(tmp_path, batches):
-    lottery.run(TINY, Store(tmp_path), **GRID, methods=["naive", "random"], together=3)
-    assert sum(batches) == 4 + 2 * 2 + 8 and batches[-3:] == [3, 3, 2] and max(batches) == 3
-
-
-def test_the_seconds_of_a_batch_are_shared_among_its_networks(tmp_path, monkeypatch):
-    whole, clock = together.fit_together, [0.0]
-
-    def slow(*given, **options):
-        clock[0] += 2
-        return whole(*given, **options)
-
-    monkeypatch.setattr(together, "fit_together", slow)
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    rows = lottery.run(TINY, Store(tmp_path), seeds=[0, 1], sparsities=[0.5], methods=["dense"], together=4)
-    assert [row["seconds"] for row in rows] == [1, 1]
-
-
-def test_an_experiment_killed_between_its_stages_goes_on(tmp_path, batches, monkeypatch):
-    whole = lottery.run(TINY, Store(tmp_path / "whole"), **GRID, together=100)
-    del batches[:]
-    store, train = Store(tmp_path / "killed"), together.Queue.train
-
-    def interrupted(queue, waiting):
-        if len(batches) == 3:
-            raise KeyboardInterrupt
-        return train(queue, waiting)
-
-    monkeypatch.setattr(together.Queue, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        lottery.run(TINY, store, **GRID, together=100)
-    monkeypatch.setattr(together.Queue, "train", train)
-    assert without_seconds(lottery.run(TINY, store, **GRID, together=100)) == without_seconds(whole)
-    assert batches == [4, 2, 2, 20]  # nothing twice
-    assert not list((tmp_path / "killed" / "together").iterdir())
-
-
-def test_a_training_killed_before_it_is_stored_is_not_done_again(tmp_path, monkeypatch):
-    whole = lottery.run(TINY, Store(tmp_path / "whole"), **GRID, methods=["dense"], together=100)
-    store, steps, forward = Store(tmp_path / "killed"), [], Batch.forward
-    monkeypatch.setattr(Batch, "forward", lambda self, x: steps.append(self.training) or forward(self, x))
-    monkeypatch.setattr(together, "evaluate_together", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        lottery.run(TINY, store, **GRID, methods=["dense"], together=100)
-    trained = sum(steps)
-    assert trained and len(list((tmp_path / "killed" / "together").iterdir())) == 1
-    monkeypatch.setattr(together, "evaluate_together", evaluate_together)
-    assert without_seconds(lottery.run(TINY, store, **GRID, methods=["dense"], together=100)) == without_seconds(whole)
-    assert sum(steps) == trained
-
-
-@pytest.mark.parametrize(("change", "said"), [
-    ({"together": 0}, "together is 0: expected an integer of at least 1"),
-    ({"together": 2.0}, "together is 2.0: expected an integer"),
-    ({"together": 2, "workers": 2}, "together is 2, beside several processes"),
-    ({"together": 2, "experiments": [TINY, dataclasses.replace(TINY, processes=2)]}, "together is 2, beside several"),
-])
-def test_what_cannot_be_is_refused_before_any_training(store, change, said):
-    with pytest.raises(ValueError, match=said):
-        lottery.run(**{"experiments": TINY, "store": store, **GRID, **change})
-    assert not store.folder.exists()
-
-
-def test_an_error_of_a_job_is_that_of_the_run(store):
-    def rows(store, number):
-        raise ValueError(f"job {number} fails")
-        yield
-
-    with pytest.raises(ValueError, match="job 1 fails"):
-        rows_together(rows, [(1,), (2,)], store, 2)
-
-
-AT_ONCE = """
-import sys, torch
-from permask_core import lottery, together
-from permask_core.store import Store
-from tests.test_together import GRID, TINY
-
-torch.set_num_threads(1)
-whole, alone, trained = together.fit_together, together.fit, []
-together.fit_together = lambda models, *given, **more: trained.extend([len(models)]) or whole(models, *given, **more)
-if sys.argv[2] == "1":
-    together.fit = lambda *given, **more: trained.append(1) or alone(*given, **more)
-print("ready", flush=True)
-sys.stdin.readline()
-store = Store(sys.argv[1])
-rows = lottery.run(TINY, store, **GRID, together=int(sys.argv[2]))
-print(sum(trained), store.computed, [row["accuracy"] for row in rows])
-"""
-
-
-@pytest.mark.parametrize("numbers", [(100, 100), (100, 1)])
-def test_processes_at_once_never_train_a_network_twice(tmp_path, numbers):
-    """Two that collect what they train at once, and one that does beside one that trains one after the other."""
-    (tmp_path / "script.py").write_text(AT_ONCE)
-    processes = [subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path / "runs", str(number)], text=True,
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  env=os.environ | {"PYTHONPATH": str(ROOT), "PERMASK_DISPLAY": "static"})
-                 for number in numbers]
-    for process in processes:
-        assert process.stdout.readline() == "ready\n"
-    said = [process.communicate("go\n", timeout=300)[0].splitlines()[-1].split(maxsplit=2) for process in processes]
-    assert sum(int(trained) for trained, _, _ in said) == 4 + 2 + 2 + 20
-    assert said[0][2] == said[1][2]  # the same files
-    assert not list((tmp_path / "runs").rglob("*.lock")) and not list((tmp_path / "runs").rglob("*.unfinished"))
-    # Each stage that trains was computed once; tickets and matchings are cheap, and may have been twice.
-    assert len(list((tmp_path / "runs").rglob("*.safetensors"))) == 4 + 4 + 20 + 4 + 4

@@ -13,9 +13,9 @@ from scipy.special import log_softmax
 from torch import nn
 
 from permask_core.data.splits import Split
-from permask_core.distillation import Distillation, Taught, distil, distillation_loss
 from permask_core.models import build_model
 from permask_core.training import Recipe, evaluate, fit, predict
+from permask_core.training.distillation import Distillation, Taught, distil, distillation_loss
 
 RECIPE = Recipe(epochs=2, lr=0.1, batch_size=100)
 

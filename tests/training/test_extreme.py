@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from permask_core.data.extreme import MultiLabel, planted, read_sparse_text
-from permask_core.label_spaces import METHODS
+from permask_core.experiments.extreme_labels import METHODS
 from permask_core.sparse import FanInLinear
-from permask_core.sparse.extreme import (
+from permask_core.training.extreme import (
     ExtremeClassifier,
     ExtremeRecipe,
     auxiliary_share,

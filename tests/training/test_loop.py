@@ -18,16 +18,16 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 from torch.nn import functional as F
 
-from permask_core import training
 from permask_core.data.splits import Split
-from permask_core.files import load_tensors
 from permask_core.masks import apply_masks, save_masks, sparsity
 from permask_core.models import build_model
 from permask_core.pruning import magnitude_masks
+from permask_core.runs.files import load_tensors
 from permask_core.sparse import FanInLinear
 from permask_core.sparse.dynamic import METHODS, Rewiring, Topology, constant_fan_in_masks
 from permask_core.sparse.optim import SparseOpt
-from permask_core.training import Recipe, checkpoint_step, evaluate, fit, learning_rate
+from permask_core.training import loop
+from permask_core.training.loop import Recipe, checkpoint_step, evaluate, fit, learning_rate
 
 RECIPE = Recipe(epochs=2, lr=0.2, momentum=0.8, weight_decay=1e-2, batch_size=100)
 
@@ -438,7 +438,7 @@ def test_a_run_killed_at_random_steps_ends_in_the_same_bits(pictures, tmp_path, 
     # Saved after every step or, as in the first minute, not at all: then all is done again.
     saves = [0, *draw.choices([0, 0, 1e9], k=3)]
     for seconds in saves:
-        monkeypatch.setattr(training, "SAVE_SECONDS", seconds)
+        monkeypatch.setattr(loop, "SAVE_SECONDS", seconds)
         left = 45 - (load_tensors(path)[1]["done"] if path.exists() else 0)
         model = with_dropout()
         killed(model, draw.randint(2, left * recipe.accumulate // 2))
@@ -543,7 +543,7 @@ def test_a_rewired_run_that_was_killed_ends_in_the_same_bits(pictures, tmp_path,
     model, masks = sparse_start(kind)
     options = {"seed": 3, "masks": masks, "checkpoints": NAMES, "rewiring": REWIRED[method]}
     undisturbed = fit(model, pictures, recipe, **options)
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     for _ in range(3):
         left = 45 - (load_tensors(path)[1]["done"] if path.exists() else 0)
         model, _ = sparse_start(kind)
@@ -681,20 +681,20 @@ import time
 
 import torch
 
-from permask_core import training
+from permask_core.training import loop
 from permask_core.data import load_dataset
 from permask_core.models import build_model
 
 torch.set_num_threads(1)
-training.SAVE_SECONDS = 0
+loop.SAVE_SECONDS = 0
 model = build_model("mlp", (1, 8, 8), 10, width=0.1, seed=3)
 model.register_forward_hook(lambda *_: time.sleep(0.01))
-training.fit(model, load_dataset("digits").train, training.Recipe(20, batch_size=100), seed=1, resume=sys.argv[1])
+loop.fit(model, load_dataset("digits").train, loop.Recipe(20, batch_size=100), seed=1, resume=sys.argv[1])
 """
 
 
 def test_a_process_killed_for_good_is_resumed(digits, tmp_path):
-    path, environment = tmp_path / "run.safetensors", {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    path, environment = tmp_path / "run.safetensors", {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", SCRIPT, path], env=environment) as running:
         while not path.exists() or load_tensors(path)[1]["done"] < 3:
             assert running.poll() is None
@@ -760,5 +760,5 @@ def test_narrow_networks_are_trained_without_the_broken_kernel_of_avx2():
 def test_the_order_in_memory(layer, broken):
     model = nn.Sequential(layer)
     expected = torch.contiguous_format if broken else torch.channels_last
-    assert training.memory_format(model, "cpu") == expected
-    assert training.memory_format(model, "cuda") == torch.channels_last
+    assert loop.memory_format(model, "cpu") == expected
+    assert loop.memory_format(model, "cuda") == torch.channels_last

@@ -13,7 +13,7 @@ def measured_noisy_digits():
     -------
     dict
         ``command``, ``commit``, ``versions``, ``device``, ``settings``, and ``rows`` as
-        :func:`permask_core.lottery.run` returns them.
+        :func:`permask_core.experiments.permuted_masks.run` returns them.
     """
     return _read("noisy_digits")
 
@@ -26,8 +26,8 @@ def measured_cifar_sized():
     dict or None
         ``command``, ``commit``, ``versions``, ``device``, ``machine``, ``settings``; ``together`` (networks at once at
         most), ``pieces`` (of the work: ``seconds``, ``commit`` and ``device`` of each), their ``seconds`` in all, the
-        ``epochs`` of training, the ``images`` of an epoch, and ``rows`` as :func:`permask_core.lottery.run` returns
-        them. None if it has not been run.
+        ``epochs`` of training, the ``images`` of an epoch, and ``rows`` as
+        :func:`permask_core.experiments.permuted_masks.run` returns them. None if it has not been run.
     """
     return _read("cifar_sized") if files(__package__).joinpath("cifar_sized.json").is_file() else None
 
@@ -54,13 +54,13 @@ def measured_fairness_of_sparse_networks():
     -------
     dict
         ``command``, ``commit``, ``versions``, ``device``, and ``tasks``: ``digits`` and ``trifeature``, each with its
-        ``settings`` (of :class:`permask_core.lottery.Experiment`), ``class_sizes`` of the test set and ``rows``, a list
-        of dict: ``method``, ``matching``, ``sparsity`` (0 for dense), ``seed``, ``network`` ("a" or "b": the dense
-        network itself, or the one that the run started from), ``accuracy``, ``loss``, ``class_accuracies``,
-        ``individual`` (mean total variation over distance), ``confidence`` (mean of the largest probability), and for
-        ``trifeature`` ``colour DPD``, ``colour EOD``, ``texture DPD`` and ``texture EOD``, each with the value, its
-        chance level and the 95 % point of chance, and ``shortcut``, the share of the wrong answers that name the shape
-        for which the colour speaks, among images where that is not the true one (chance: 1 / 9).
+        ``settings`` (of :class:`permask_core.experiments.permuted_masks.Experiment`), ``class_sizes`` of the test set
+        and ``rows``, a list of dict: ``method``, ``matching``, ``sparsity`` (0 for dense), ``seed``, ``network`` ("a"
+        or "b": the dense network itself, or the one that the run started from), ``accuracy``, ``loss``,
+        ``class_accuracies``, ``individual`` (mean total variation over distance), ``confidence`` (mean of the largest
+        probability), and for ``trifeature`` ``colour DPD``, ``colour EOD``, ``texture DPD`` and ``texture EOD``, each
+        with the value, its chance level and the 95 % point of chance, and ``shortcut``, the share of the wrong answers
+        that name the shape for which the colour speaks, among images where that is not the true one (chance: 1 / 9).
     """
     return _read("fairness_of_sparse_networks")
 
@@ -71,13 +71,14 @@ def measured_price_of_alignment():
     Returns
     -------
     dict
-        ``command``, ``commit``, ``versions``, ``device``, ``settings`` (of :class:`permask_core.lottery.Experiment`)
-        and ``training_images``; ``rows``, a list of dict: ``method``, ``matching``, ``sparsity`` (0 for dense),
-        ``seed``, ``accuracy``, ``loss``, ``seconds`` (of the training), and for ``permuted`` the recipe
-        (``matched_at``, ``matched_images``, ``matched_layers``), ``matching_seconds`` and ``overlap`` (of the mask with
-        the one matched at the end); and ``control``, a list of dict: ``matching`` ("": nothing is moved), ``noise``
-        (standard deviations of the weights), ``seed``, ``sparsity``, ``units_placed``, ``overlap`` (of the mask with
-        the planted one) and ``idle`` (share of units without any connection), all in [0, 1].
+        ``command``, ``commit``, ``versions``, ``device``, ``settings`` (of
+        :class:`permask_core.experiments.permuted_masks.Experiment`) and ``training_images``; ``rows``, a list of dict:
+        ``method``, ``matching``, ``sparsity`` (0 for dense), ``seed``, ``accuracy``, ``loss``, ``seconds`` (of the
+        training), and for ``permuted`` the recipe (``matched_at``, ``matched_images``, ``matched_layers``),
+        ``matching_seconds`` and ``overlap`` (of the mask with the one matched at the end); and ``control``, a list of
+        dict: ``matching`` ("": nothing is moved), ``noise`` (standard deviations of the weights), ``seed``,
+        ``sparsity``, ``units_placed``, ``overlap`` (of the mask with the planted one) and ``idle`` (share of units
+        without any connection), all in [0, 1].
     """
     return _read("price_of_alignment")
 
@@ -129,14 +130,15 @@ def measured_structured_tickets():
     Returns
     -------
     dict
-        ``command``, ``commit``, ``versions``, ``device``, ``settings`` (of :class:`permask_core.lottery.Experiment`);
-        ``rows``, a list of dict: ``scope`` ("global" or "fan_in"; dense rows stand once, under "global"), ``method``,
-        ``sparsity`` and ``achieved`` (0 for dense), ``seed``, ``accuracy`` and ``loss``; permuted ones also have
-        ``connections`` (by layer, those of a neuron at least and at most, and how many neurons have any), and those
-        of constant fan-in ``condensed_accuracy`` and ``condensed_loss``, of the ticket trained as condensed layers;
-        and ``times``, a list of dict: ``seed``, ``sparsity``, ``batch``, ``turns``, ``trimmed_to`` (units of the hidden
-        layers of the trimmed network) and ``median_seconds`` of the processor for an answer by "dense", "zeros",
-        "trimmed" and "CSR" (the unstructured ticket) and "fan-in".
+        ``command``, ``commit``, ``versions``, ``device``, ``settings`` (of
+        :class:`permask_core.experiments.permuted_masks.Experiment`); ``rows``, a list of dict: ``scope`` ("global" or
+        "fan_in"; dense rows stand once, under "global"), ``method``, ``sparsity`` and ``achieved`` (0 for dense),
+        ``seed``, ``accuracy`` and ``loss``; permuted ones also have ``connections`` (by layer, those of a neuron at
+        least and at most, and how many neurons have any), and those of constant fan-in ``condensed_accuracy`` and
+        ``condensed_loss``, of the ticket trained as condensed layers; and ``times``, a list of dict: ``seed``,
+        ``sparsity``, ``batch``, ``turns``, ``trimmed_to`` (units of the hidden layers of the trimmed network) and
+        ``median_seconds`` of the processor for an answer by "dense", "zeros", "trimmed" and "CSR" (the unstructured
+        ticket) and "fan-in".
     """
     return _read("structured_tickets")
 
@@ -192,8 +194,8 @@ def measured_grids():
     -------
     dict of str to pathlib.Path
         By the grid's name its folder, with ``tables``, a CSV for each notebook (for
-        :func:`permask_core.tables.read_table`: a row for each run, with settings, commit and device), ``jobs.csv`` and
-        ``status.json``.
+        :func:`permask_core.runs.tables.read_table`: a row for each run, with settings, commit and device), ``jobs.csv``
+        and ``status.json``.
     """
     return {path.parent.name: path.parent for path in sorted(Path(str(files(__package__))).glob("grids/*/status.json"))}
 

@@ -10,7 +10,7 @@ import operator
 import numpy as np
 import torch
 
-from permask_core.matching.values import Bundle, NotFollowed, value_of
+from permask_core.matching.tracer.values import Bundle, NotFollowed, value_of
 
 KERNEL = "they are places in a kernel"
 

@@ -24,9 +24,9 @@ from torch.utils import _pytree as pytree
 
 from permask_core.matching.checking import arguments, check_function
 from permask_core.matching.groups import Entry, Fixed, Group, Groups, Tap
-from permask_core.matching.rules import KERNEL, RULES, pointwise
-from permask_core.matching.symmetry import Site, orbits
-from permask_core.matching.values import Algebra, Bundle, NotFollowed, Value, value_of
+from permask_core.matching.tracer.rules import KERNEL, RULES, pointwise
+from permask_core.matching.tracer.symmetry import Site, orbits
+from permask_core.matching.tracer.values import Algebra, Bundle, NotFollowed, Value, value_of
 from permask_core.models import evaluating
 
 BY_HAND = ("groups can be written by hand, as a dict of permask_core.matching.Group, and tested with "

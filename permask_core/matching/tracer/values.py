@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from permask_core.matching.symmetry import INERT, UNIFORM, Structure, colour_of
+from permask_core.matching.tracer.symmetry import INERT, UNIFORM, Structure, colour_of
 
 
 class Bundle(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from permask_core.sparse.kernels import cpu, eager
 from permask_core.sparse.kernels.transposing import Transposed, forget, kept, transposed, version
 
-LOADED = {"cuda": ["permask_core.sparse.kernels.triton"]}  # by name, on such a device: see permask_core.store.sources
+LOADED = {"cuda": ["permask_core.sparse.kernels.triton"]}  # by name, on such a device: see runs.store.sources
 
 __all__ = ["Transposed", "backward", "forget", "forward", "kept", "transposed", "version"]
 

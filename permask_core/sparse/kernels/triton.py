@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from permask_core.files import written_whole
+from permask_core.runs.files import written_whole
 from permask_core.sparse.kernels.transposing import kept
 
 TUNE = "PERMASK_TUNE"  # an environment variable: 1 has plans measured

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from permask_core.matching.symmetry import INERT, UNIFORM, Site, Structure, colour_of, mixed, orbits
+from permask_core.matching.tracer.symmetry import INERT, UNIFORM, Site, Structure, colour_of, mixed, orbits
 
 ZERO = np.zeros(1, np.int64)
 

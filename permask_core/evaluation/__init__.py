@@ -1,0 +1,1 @@
+"""What trained networks do: lines between them, how they differ, whom they serve, and statistics over seeds."""

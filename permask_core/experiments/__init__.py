@@ -1,0 +1,1 @@
+"""The experiments of the book, one file for each."""

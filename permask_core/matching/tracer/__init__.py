@@ -1,0 +1,1 @@
+"""Permutation groups of any network, by following its operations."""

@@ -1,0 +1,1 @@
+"""What a run leaves on disk and prints: results that are found again, tables, progress, checks, processes."""
