@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from batch.grids import frozen
-from permask_core.runs.files import written_whole
+from permask_core.runs.files import write_whole
 from permask_core.runs.tables import write_table
 
 
@@ -70,7 +70,7 @@ def gather(jobs, folder):
         for notebook, rows in tables.items():
             write_table(folder / "tables" / f"{notebook}.csv", list(rows.values()))
         write_table(folder / "jobs.csv", times)
-        with written_whole(folder / "status.json") as temporary:
+        with write_whole(folder / "status.json") as temporary:
             temporary.write_text(json.dumps(status, indent=1) + "\n")
         text += "".join(f"; {len(rows)} rows in {folder / 'tables' / notebook}.csv"
                         for notebook, rows in tables.items())

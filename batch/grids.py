@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from permask_core.experiments.parameters import nearest
-from permask_core.runs.files import written_whole
+from permask_core.runs.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
@@ -95,7 +95,7 @@ def freeze(jobs, folder):
     """Write checked jobs to a file below ``folder`` whose name says what they are, and return its path."""
     text = json.dumps([dataclasses.asdict(job) for job in jobs.values()], indent=1) + "\n"
     path = Path(folder) / "grids" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
-    with written_whole(path) as temporary:
+    with write_whole(path) as temporary:
         temporary.write_text(text)
     return path
 

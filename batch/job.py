@@ -24,7 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from batch.gather import finished
 from batch.grids import ROOT, frozen
-from permask_core.runs.files import locked, written_whole
+from permask_core.runs.files import locked, write_whole
 
 LOCKS = Path("/tmp")  # not the folder for temporary files, which differs from user to user
 
@@ -73,7 +73,7 @@ def run(job, folder, store):
             "threads": job.resources["threads"],
             "sha256": hashlib.sha256((folder / "notebooks" / f"{job.name}.ipynb").read_bytes()).hexdigest(),
             "times": {"seconds": round(time.perf_counter() - start, 2), "started": date, "host": platform.node()}}
-        with written_whole(result) as temporary:
+        with write_whole(result) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
         shutil.rmtree(place.parent)
         return True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from permask_core.runs.files import written_whole
+from permask_core.runs.files import write_whole
 
 
 def timed(part, device):
@@ -47,5 +47,5 @@ def command(script, argv):
 def written(path, record, indent=1):
     """Write a record as JSON, whole or not at all, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
+    with write_whole(path) as temporary:
         temporary.write_text(json.dumps(record, indent=indent) + "\n")

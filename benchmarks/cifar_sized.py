@@ -2,7 +2,7 @@
 
 It is the preset `trifeature-resnet20`: pairs of networks, tickets by rewinding, masks permuted by matched activations,
 four methods at two sparsities and two rewind points. Networks of all seeds and methods are trained at once, as many as
---together says (permask_core.training.batched). Every stage is stored, and a training is saved every minute; after
+--batched says (permask_core.training.batched). Every stage is stored, and a training is saved every minute; after
 --minutes the script ends with status 1, and the same command goes on. The results, with the time that all pieces took,
 go to permask_core/data/measured/cifar_sized.json.
 
@@ -72,7 +72,7 @@ def main(argv=None):
     parser.add_argument("--matchings", nargs="+", help="by default activations")
     parser.add_argument("--epochs", type=at_least(2), help="of dense training, by default 10")
     parser.add_argument("--precision", default="bf16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--together", type=at_least(1), default=48, help="networks that are trained at once")
+    parser.add_argument("--batched", type=at_least(1), default=48, help="networks that are trained at once")
     parser.add_argument("--minutes", type=float, default=9, help="after which it ends, to be run again")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the images, to see that everything runs")
     parser.add_argument("--runs", default="build/cifar_sized", help="folder of finished stages")
@@ -81,7 +81,7 @@ def main(argv=None):
     chosen, store = chosen_by(given), Store(given.runs)
     with piece(store, given.minutes) as pieces:
         rows = permuted_masks.run(experiments(chosen), store, seeds=range(chosen.seeds), sparsities=chosen.sparsities,
-                                  matchings=chosen.matchings, together=given.together)
+                                  matchings=chosen.matchings, batched=given.batched)
     seconds = sum(one["seconds"] for one in pieces)
     images = chosen.experiment.options["n_train"]
     epochs = sum(sum(cost[kind] for kind in ("dense", "pruning", "sparse"))
@@ -89,7 +89,7 @@ def main(argv=None):
     written(given.result, {
         "command": command("cifar_sized", argv), "commit": commit(),
         "versions": versions(), "device": device_name(default_device()), "machine": device_name("cpu"),
-        "settings": permuted_masks.settings_text(chosen.experiment), "together": given.together, "pieces": pieces,
+        "settings": permuted_masks.settings_text(chosen.experiment), "batched": given.batched, "pieces": pieces,
         "seconds": seconds, "epochs": epochs, "images": images, "rows": rows})
     print(f"{len(rows)} runs in {given.result}: {epochs} epochs of {images:,} images in {seconds / 60:.1f} minutes, "
           f"{epochs * images / seconds:,.0f} images a second")

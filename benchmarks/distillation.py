@@ -26,7 +26,7 @@ from permask_core.evaluation.fairness import (
     individual_fairness,
 )
 from permask_core.evaluation.statistics import class_accuracies
-from permask_core.experiments.distilled_students import Experiment, data, run, trained_network
+from permask_core.experiments.distilled_students import Experiment, data, run, train_network
 from permask_core.runs.progress import progress
 from permask_core.runs.store import Store, commit, device_name, versions
 from permask_core.training import Recipe
@@ -56,7 +56,7 @@ def measured(chosen, store, row):
     test, classes = data(chosen).test, data(chosen).classes
     found = {key: row[key] for key in ("role", "temperature", "seed", "accuracy", "loss", "seconds")}
     found["class_accuracies"] = class_accuracies(test.y, row["predictions"], classes).round(5).tolist()
-    _, logits, _ = trained_network(chosen, store, row["seed"], row["role"], row["temperature"])
+    _, logits, _ = train_network(chosen, store, row["seed"], row["role"], row["temperature"])
     alike = individual_fairness(logits.softmax(1), test.x.float() / 255)
     found["individual"] = round(alike.mean, 7)
     for name in ("colour", "texture"):

@@ -53,7 +53,7 @@ def ensembles(p, y):
 def measured(chosen, store, families, members, method, workers):
     """A row for each family and each size of an ensemble."""
     used, base = arranged(chosen, method)
-    rows = retrained_tickets.run(used, store, families=families, siblings=members, target=SPARSITY, methods=[base],
+    rows = retrained_tickets.run(used, store, seeds=families, members=members, sparsity=SPARSITY, methods=[base],
                                  workers=workers)
     y, sparsity = permuted_masks.data(chosen).test.y, 0.0 if base == "dense" else SPARSITY
     for family in families:

@@ -62,8 +62,9 @@ def experiment(task, quick):
 def trained(chosen, store, row):
     """The last state of a row's network."""
     if row["method"] == "dense":
-        return permuted_masks.dense(chosen, store, row["seed"], row["network"])[0][chosen.epochs]
-    return permuted_masks.sparse(chosen, store, row["seed"], row["sparsity"], row["method"], row["matching"] or None)[0]
+        return permuted_masks.train_dense(chosen, store, row["seed"], row["network"])[0][chosen.epochs]
+    run = row["seed"], row["sparsity"], row["method"], row["matching"] or None
+    return permuted_masks.train_sparse(chosen, store, *run)[0]
 
 
 def measured(chosen, store, row):
@@ -112,7 +113,7 @@ def main(argv=None):
                                   methods=permuted_masks.KNOWN_METHODS, matchings=["weights"], workers=given.workers)
         rows = [row | {"network": permuted_masks.parent(row["method"])} for row in rows]
         of_a = {row["seed"]: row | {"network": "a"} for row in rows if row["method"] == "dense"}
-        rows += [row | permuted_masks.dense(chosen, store, seed, "a")[1] for seed, row in of_a.items()]
+        rows += [row | permuted_masks.train_dense(chosen, store, seed, "a")[1] for seed, row in of_a.items()]
         sizes = np.bincount(permuted_masks.data(chosen).test.y).tolist()
         tasks[task] = {"settings": json.loads(json.dumps(asdict(chosen))), "class_sizes": sizes, "rows": [
             measured(chosen, store, row) for row in progress(rows, f"measuring, {task}")]}

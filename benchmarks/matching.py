@@ -49,11 +49,11 @@ def digits_parts():
     again = EXPERIMENT.recipe(EXPERIMENT.imp_epochs, EXPERIMENT.imp_lr)
 
     def train(state=None, masks=None, recipe=dense, seed=0):
-        model = permuted_masks.network(EXPERIMENT, state, seed=seed)
+        model = permuted_masks.build_network(EXPERIMENT, state, seed=seed)
         fit(model, data.train, recipe, seed=seed, masks=masks, device="cpu")
         return model
 
-    start, a, b = permuted_masks.network(EXPERIMENT).state_dict(), train(), train(seed=1)
+    start, a, b = permuted_masks.build_network(EXPERIMENT).state_dict(), train(), train(seed=1)
     groups = permutation_groups(a, data.train.x[:2])
     found = match_weights(groups, a.state_dict(), b.state_dict())
     batches = data.train.x.split(1000)

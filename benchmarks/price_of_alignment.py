@@ -46,12 +46,12 @@ def recipe_rows(by, experiment, base, store, seeds, sparsities, workers):
     rows = permuted_masks.run(experiment, store, seeds=seeds, sparsities=sparsities, methods=["permuted"],
                               matchings=[by], workers=workers)
     for row in rows:
-        permutations, record = permuted_masks.matching(experiment, store, row["seed"], by)
-        latest, _ = permuted_masks.matching(base, store, row["seed"], by)
-        masks = permuted_masks.ticket(base, store, row["seed"], row["sparsity"]).masks
+        permutations, record = permuted_masks.match_dense(experiment, store, row["seed"], by)
+        latest, _ = permuted_masks.match_dense(base, store, row["seed"], by)
+        masks = permuted_masks.find_ticket(base, store, row["seed"], row["sparsity"]).masks
         overlap = mask_overlap(*(permute(groups, one, masks) for one in (permutations, latest)))
-        found.append(kept(row) | experiment.only(*KNOBS) | {"matching_seconds": round(record["seconds"], 5),
-                                                            "overlap": round(overlap, 5)})
+        found.append(kept(row) | experiment.select(*KNOBS) | {"matching_seconds": round(record["seconds"], 5),
+                                                              "overlap": round(overlap, 5)})
     return found
 
 
@@ -63,11 +63,11 @@ def kept(row):
 def control_rows(base, store, seed, sparsities):
     """A network A beside itself, moved at random and disturbed: how far each matching finds back."""
     groups, data = permuted_masks.groups(base), permuted_masks.data(base).train
-    a = permuted_masks.dense(base, store, seed, "a")[0][base.epochs]
-    tickets = {s: permuted_masks.ticket(base, store, seed, s).masks for s in sparsities}
+    a = permuted_masks.train_dense(base, store, seed, "a")[0][base.epochs]
+    tickets = {s: permuted_masks.find_ticket(base, store, seed, s).masks for s in sparsities}
     for noise in NOISES:
         b, truth = planted(groups, a, noise=noise, seed=seed)
-        models = [permuted_masks.network(base, state) for state in (a, b)]
+        models = [permuted_masks.build_network(base, state) for state in (a, b)]
         everything = data.batches(torch.arange(len(data)).split(base.batch_size), torch.device("cpu"))
         found = {"weights": match_weights(groups, a, b, seed=seed),
                  "activations": match_activations(groups, *models, everything),

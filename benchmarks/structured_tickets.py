@@ -81,10 +81,11 @@ def trimmed(model):
 
 def networks(chosen, store, seed, sparsity):
     """The trained networks that are timed, by name, each with the one that it must agree with."""
-    dense = permuted_masks.network(chosen, permuted_masks.dense(chosen, store, seed, "b")[0][chosen.epochs])
+    dense = permuted_masks.build_network(chosen, permuted_masks.train_dense(chosen, store, seed, "b")[0][chosen.epochs])
     masked = {scope: replace(chosen, imp_scope=scope) for scope in SCOPES}
-    states = (permuted_masks.sparse(one, store, seed, sparsity, "permuted", "weights")[0] for one in masked.values())
-    zeros, fan_in = map(permuted_masks.network, masked.values(), states)
+    states = (permuted_masks.train_sparse(one, store, seed, sparsity, "permuted", "weights")[0]
+              for one in masked.values())
+    zeros, fan_in = map(permuted_masks.build_network, masked.values(), states)
     masks = permuted_masks.method_masks(masked["fan_in"], store, seed, sparsity, "permuted", "weights")
     return {"dense": (dense, dense), "zeros": (zeros, zeros), "trimmed": (trimmed(zeros), zeros),
             "CSR": (with_csr(zeros), zeros), "fan-in": (condense(fan_in, masks)[0], fan_in)}
@@ -127,7 +128,7 @@ def accuracies(chosen, store, seeds, sparsities, workers):
                 where = store, row["seed"], row["sparsity"], "permuted", "weights"
                 row["connections"] = connections(permuted_masks.method_masks(one, *where))
                 if scope == "fan_in":
-                    found = permuted_masks.sparse(one, *where, condensed=True)[1]
+                    found = permuted_masks.train_sparse(one, *where, condensed=True)[1]
                     row |= {f"condensed_{key}": found[key] for key in ("accuracy", "loss")}
             rows.append(row)
     return rows

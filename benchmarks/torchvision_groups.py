@@ -20,7 +20,7 @@ import torch
 from _machine import written
 
 import permask_core
-from permask_core.matching import function_change, permutation_groups, shuffles, steady
+from permask_core.matching import derangements, draw_stable_weights, function_change, permutation_groups
 from permask_core.models.vision import torchvision
 from permask_core.runs.progress import progress
 from permask_core.runs.store import commit, versions
@@ -38,9 +38,9 @@ def measured(name, seconds):
     groups = permutation_groups(model, example.float())
     traced = time.perf_counter() - start
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    model = steady(model, example)
+    model = draw_stable_weights(model, example)
     gc.collect()
-    permutations = shuffles(groups)
+    permutations = derangements(groups)
     change = function_change(groups, permutations, model, example)
     left_out, start = {}, time.perf_counter()
     for group in spread(list(groups)):

@@ -17,7 +17,7 @@ import torch
 from batch import grids, job
 from permask_core.data.attributes import attribute
 from permask_core.data.measured import measured_dynamic_sparse_training
-from permask_core.data.splits import cropped, standardised
+from permask_core.data.splits import crop, standardise
 from permask_core.runs.files import save_tensors
 from tests.notebooks import run as run_notebook
 
@@ -49,7 +49,7 @@ def test_the_plain_loop_reads_what_fit_reads(training):
     corners = torch.cartesian_prod(places, places).repeat(2, 1)
     mirrored = torch.arange(162) >= 81
     for x, label, (image, target) in zip(split.x, split.y, training.PlainImages(split)):
-        variants = standardised(cropped(x.expand(162, -1, -1, -1), 4, corners, mirrored), split.mean, split.sd)
+        variants = standardise(crop(x.expand(162, -1, -1, -1), 4, corners, mirrored), split.mean, split.sd)
         distance = (variants - image).abs().amax((1, 2, 3))
         assert distance.min() < 1e-6 < distance.sort().values[1]
         assert target == label
@@ -468,7 +468,7 @@ def test_the_job_whose_costs_are_measured_can_be_run(tmp_path, monkeypatch):
 
 
 def test_speeds_of_networks_trained_together(tmp_path, monkeypatch):
-    together = importlib.import_module("together")
+    together = importlib.import_module("batched")
     networks = [("mlp", 0.25, 2560), ("resnet8 on digits", 0.5, 1280), ("resnet8", 0.5, 256)]
     monkeypatch.setitem(together.NETWORKS, "cpu", networks)
     found = record(together, tmp_path, "--quick", "--rounds", 2, "--networks", 2, "--device", "cpu")
@@ -481,7 +481,7 @@ def test_speeds_of_networks_trained_together(tmp_path, monkeypatch):
 
 
 def test_a_way_that_fails_is_told_and_does_not_stop_the_others():
-    together = importlib.import_module("together")
+    together = importlib.import_module("batched")
 
     def fails():
         raise RuntimeError("no such kernel")

@@ -100,7 +100,7 @@ def test_a_job_of_a_grid_is_a_part_of_the_whole(whole, data, tmp_path, methods, 
 
 
 def test_imagenet_in_its_own_format(data, tmp_path):
-    own = given(data / "imagenet", tmp_path, preset="imagenet-resnet50", options={"image_size": 32, "workers": 0},
+    own = given(data / "imagenet", tmp_path, preset="imagenet-resnet50", options={"image_size": 32, "readers": 0},
                 sparsities=[0.8], methods=["rigl", "srigl"])
     run(NOTEBOOK, own, tmp_path)
     assert [row["method"] for row in record(tmp_path)["runs"]] == ["rigl", "srigl"]

@@ -64,7 +64,7 @@ def given(data, folder, **changes):
 
 @pytest.mark.parametrize("names", [["cifar10", "cifar100", "svhn"], ["tiny_imagenet", "imagenet"]])
 def test_class_bias_on_every_image_set(names, data, tmp_path):
-    options = {"verify": False} if "svhn" in names else {"image_size": 32, "workers": 0}
+    options = {"verify": False} if "svhn" in names else {"image_size": 32, "readers": 0}
     own = given(data, tmp_path, pairs=names, options=options, **NARROW)
     if "imagenet" in names:
         own = {**own, "data_root": None}
@@ -115,7 +115,7 @@ def test_class_bias_goes_on_where_a_network_is_right_on_no_image(tmp_path):
 @pytest.mark.parametrize("pair, attributes", [
     ("celeba", ["Young", "Male"]), ("hatexplain", ["gender", "race", "religion", "sexual_orientation"])])
 def test_groups_and_individuals_on_people_and_texts(pair, attributes, data, tmp_path):
-    settings = ({"options": {"image_size": 32, "workers": 0, "verify": False}, **NARROW} if pair == "celeba" else
+    settings = ({"options": {"image_size": 32, "readers": 0, "verify": False}, **NARROW} if pair == "celeba" else
                 texts(data))
     own = given(data, tmp_path, pair=pair, attributes=attributes, **settings)
     executed = run("group_and_individual_fairness", own, tmp_path, until="publish")

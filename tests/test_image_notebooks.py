@@ -54,7 +54,7 @@ def parameters(preset, data, folder):
 def library(preset, data, store):
     """The rows of the same run for one pair, by the library alone."""
     imagenet = "imagenet" in preset
-    options = {"image_size": 32, "workers": 0} if imagenet else {"verify": False}
+    options = {"image_size": 32, "readers": 0} if imagenet else {"verify": False}
     grid = {key: PRESETS[preset][key] for key in ("widths", "rewinds", "sparsities")}
     changes = {key: PRESETS[preset][key] for key in ("epochs", "imp_epochs", "batch_size")}
     chosen = presets.preset(preset, options=options, root=str(data / "imagenet" if imagenet else data), **grid,
@@ -220,7 +220,7 @@ def test_a_notebook_refuses_a_folder_with_results_of_other_settings(undisturbed,
 def test_errors_come_before_any_training(preset, changes, error, message, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = data / "imagenet" if "imagenet" in preset else data
-    options = {"image_size": 32, "workers": 0} if "imagenet" in preset else {"verify": False}
+    options = {"image_size": 32, "readers": 0} if "imagenet" in preset else {"verify": False}
     own = {"rewinds": [1], "epochs": 2, "widths": [0.125], "root": str(root), "options": options, **changes}
     with pytest.raises(error, match=re.escape(message)):
         chosen = presets.preset(preset, **own)

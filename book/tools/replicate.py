@@ -20,7 +20,7 @@ import papermill
 from book.tools.execute import SEED, run, seeded
 from permask_core.data import measured
 from permask_core.display.claims import notebook_version, read_claims
-from permask_core.runs.files import written_whole
+from permask_core.runs.files import write_whole
 from permask_core.runs.store import commit, device_name, versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def repeat(name: str, source: Path) -> None:
         sys.exit(f"{source}, {name}: {failure}\nUp to there it is in {target}.")
     record = {"version": version, "machine": {"processor": device_name("cpu"), "commit": commit(),
                                               "versions": versions()}, "claims": read_claims(target)}
-    with written_whole(target.with_suffix(".json")) as temporary:
+    with write_whole(target.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
 
 
@@ -123,7 +123,7 @@ def main(n: int, only: list[str], jobs: int) -> int:
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, waiting))
     record = json.dumps(gather(named, replicated(everything)), indent=1, ensure_ascii=False)
-    with written_whole(RATES) as temporary:
+    with write_whole(RATES) as temporary:
         temporary.write_text(record + "\n", encoding="utf8")
     print(f"The rates are in {RATES.relative_to(ROOT)}.")
     return len(failed)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from permask_core.data.attributes import attribute, check_attributes
-from permask_core.data.folders import Folder, check_image_size, readers
+from permask_core.data.folders import Folder, check_image_size, count_readers
 from permask_core.data.imagenet import MEAN, SD
 from permask_core.data.root import data_root, published_files, some
 
@@ -34,7 +34,7 @@ SMALLEST = 0.8
 
 
 def celeba(root=None, label="Smiling", attributes=("Young", "Male"), balanced=True, image_size=160, seed=0,
-           download=False, verify=True, workers=None):
+           download=False, verify=True, readers=None):
     """CelebA as a classification task of two classes: whether a face has an attribute.
 
     The published validation part is not used: nothing is selected on it.
@@ -60,7 +60,7 @@ def celeba(root=None, label="Smiling", attributes=("Young", "Male"), balanced=Tr
         Whether to fetch what is missing (1.4 GB, with the package gdown).
     verify : bool
         Whether to accept the published lists only, by their md5 sums.
-    workers : int, optional
+    readers : int, optional
         Number of processes that read images, 0 for none; by default one for each core, at most 8.
 
     Returns
@@ -80,7 +80,7 @@ def celeba(root=None, label="Smiling", attributes=("Young", "Male"), balanced=Tr
         has no training image.
     """
     check_image_size(image_size)
-    workers = readers(workers)
+    readers = count_readers(readers)
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed is {seed!r}: expected an integer of at least 0")
     folder = data_root(root) / "celeba"
@@ -99,7 +99,7 @@ def celeba(root=None, label="Smiling", attributes=("Young", "Male"), balanced=Tr
     if balanced:
         train = _balanced(train, has[label][train], seed)
     splits = (Folder(folder / IMAGES, np.array(names)[chosen], torch.from_numpy(has[label][chosen]), image_size,
-                     workers, MEAN, SD, SMALLEST,
+                     readers, MEAN, SD, SMALLEST,
                      {name: attribute((f"not {name}", name), torch.from_numpy(has[name][chosen]))
                       for name in attributes})
               for chosen in (train, test))

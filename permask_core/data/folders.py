@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from permask_core.data.attributes import Attribute
-from permask_core.data.splits import mixed_seed, standardised
+from permask_core.data.splits import mix_seed, standardise
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +24,14 @@ class Folder:
     Batches are like those of :class:`~permask_core.data.splits.Split`, with images of ``image_size`` x ``image_size``
     pixels, standardised by ``mean`` and ``sd`` of each channel. Augmented, an image is a crop of at least ``smallest``
     of the area and 3:4 to 4:3, resized, and mirrored in half of the cases; otherwise it is the centre, 224/256 of the
-    shorter side. ``workers`` processes read ahead; with 0 this process reads. ``attributes`` are as a Split's.
+    shorter side. ``readers`` processes read ahead; with 0 this process reads. ``attributes`` are as a Split's.
     """
 
     root: Path
     names: np.ndarray  # of str: worker processes share an array's memory, but copy a list by counting references
     y: torch.Tensor
     image_size: int
-    workers: int
+    readers: int
     mean: tuple[float, ...]
     sd: tuple[float, ...]
     smallest: float = 0.08  # the share that ImageNet's recipes have
@@ -62,10 +62,10 @@ class Folder:
         indices = [chosen.cpu() for chosen in indices]
         loader = torch.utils.data.DataLoader(
             _Pictures(self, augmented), batch_sampler=[chosen.tolist() for chosen in indices],
-            num_workers=self.workers, pin_memory=device.type == "cuda",
+            num_workers=self.readers, pin_memory=device.type == "cuda",
             generator=torch.Generator())  # its own: the global one belongs to whoever trains
         for chosen, x in zip(indices, loader):
-            yield standardised(x.to(device, non_blocking=True), self.mean, self.sd), self.y[chosen].to(device)
+            yield standardise(x.to(device, non_blocking=True), self.mean, self.sd), self.y[chosen].to(device)
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,18 @@ class _Pictures(torch.utils.data.Dataset):
     augmented: tuple[int, int] | None
 
     def __getitem__(self, index):
-        image = opened(self.split.root / self.split.names[index])
+        image = open_image(self.split.root / self.split.names[index])
         moved, plain = _transforms(self.split.image_size, self.split.smallest)
         if self.augmented is None:
             return plain(image)
         # torchvision's transforms draw from torch's global generator. Only the CPU's is seeded and given back:
         # torch.manual_seed would also seed the GPUs', on which dropout may depend.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mixed_seed(*self.augmented, index))
+            torch.default_generator.manual_seed(mix_seed(*self.augmented, index))
             return moved(image)
 
 
-def opened(path):
+def open_image(path):
     """An image file as a PIL image in RGB, whatever the file is.
 
     Raises
@@ -109,20 +109,20 @@ def check_image_size(image_size):
         raise ValueError(f"image_size is {image_size!r}: expected an integer of at least 1")
 
 
-def readers(workers=None):
-    """How many processes or threads read images: ``workers``, or without it one for each core, at most 8.
+def count_readers(readers=None):
+    """How many processes or threads read images: ``readers``, or without it one for each core, at most 8.
 
     Raises
     ------
     ValueError
-        If ``workers`` is no integer of at least 0.
+        If ``readers`` is no integer of at least 0.
     """
-    if workers is None:
+    if readers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(8, cores)
-    if not isinstance(workers, int) or workers < 0:
-        raise ValueError(f"workers is {workers!r}: expected an integer of at least 0")
-    return workers
+        readers = min(8, cores)
+    if not isinstance(readers, int) or readers < 0:
+        raise ValueError(f"readers is {readers!r}: expected an integer of at least 0")
+    return readers
 
 
 @functools.cache

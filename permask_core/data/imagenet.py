@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from permask_core.data.folders import Folder, check_image_size, readers
+from permask_core.data.folders import Folder, check_image_size, count_readers
 from permask_core.data.root import data_root, some
 
 # Of the training images' channels in units of 255, as used by torchvision's published models.
 MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def imagenet(root=None, image_size=224, workers=None):
+def imagenet(root=None, image_size=224, readers=None):
     """ImageNet, or any other set in folders ``train/<class>`` and ``val/<class>``; labels number the sorted classes.
 
     Parameters
@@ -30,7 +30,7 @@ def imagenet(root=None, image_size=224, workers=None):
         :func:`permask_core.data.root.data_root`.
     image_size : int
         Height and width of a network's input, in pixels.
-    workers : int, optional
+    readers : int, optional
         Number of processes that read images, 0 for none; by default one for each core, at most 8.
 
     Returns
@@ -49,11 +49,11 @@ def imagenet(root=None, image_size=224, workers=None):
         an argument is out of range.
     """
     check_image_size(image_size)
-    workers = readers(workers)
+    readers = count_readers(readers)
     root = _root(root)
     _unpack(root)
     classes = _classes(root)
-    splits = (Folder(root / name, *_files(root / name, classes), image_size, workers, MEAN, SD)
+    splits = (Folder(root / name, *_files(root / name, classes), image_size, readers, MEAN, SD)
               for name in ("train", "val"))
     return *splits, (3, image_size, image_size), len(classes)
 

@@ -70,17 +70,17 @@ class Split:
         for chosen in everything.split([len(chosen) for chosen in indices]):
             x = self.x[chosen]
             if moving:
-                x = cropped(x, self.pad, corners[chosen], mirrored[chosen])
-            yield standardised(x.to(device), self.mean, self.sd), self.y[chosen].to(device)
+                x = crop(x, self.pad, corners[chosen], mirrored[chosen])
+            yield standardise(x.to(device), self.mean, self.sd), self.y[chosen].to(device)
 
     def _draws(self, seed, epoch):
-        generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
+        generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
         corners = torch.randint(0, 2 * self.pad + 1, (len(self), 2), generator=generator)
         mirrored = torch.rand(len(self), generator=generator) < 0.5
         return corners, mirrored if self.flip else torch.zeros_like(mirrored)
 
 
-def cropped(x, pad, corners, mirrored):
+def crop(x, pad, corners, mirrored):
     """Crops of images in their own size, all at once.
 
     Parameters
@@ -103,7 +103,7 @@ def cropped(x, pad, corners, mirrored):
     return padded[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
 
 
-def standardised(x, mean, sd):
+def standardise(x, mean, sd):
     """uint8 images as float32 in [0, 1]; then, where there are a mean and a deviation of each channel, minus the one
     and divided by the other."""
     if x.dtype == torch.uint8:
@@ -142,7 +142,7 @@ def in_order(split, batch_size):
     return torch.arange(len(split)).split(batch_size)
 
 
-def mixed_seed(*parts):
+def mix_seed(*parts):
     """One seed of 63 bits made of several integers of at least 0, such as a seed, an epoch and an index."""
     # Their number is one of the parts: to SeedSequence, (3, 4) and (3, 4, 0) are the same.
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from permask_core.data.folders import opened, readers
+from permask_core.data.folders import count_readers, open_image
 from permask_core.data.root import check_there, data_root, some
 from permask_core.data.splits import Split, channel_moments
 from permask_core.runs.progress import progress
@@ -104,13 +104,13 @@ def _split(paths, labels, description):
 
     def read(first):
         for i, path in enumerate(paths[first:first + CHUNK], first):
-            image = opened(path)
+            image = open_image(path)
             if image.size != (SIDE, SIDE):
                 raise ValueError(f"{path} is {image.width}x{image.height}: expected {SIDE}x{SIDE} pixels")
             images[i] = np.asarray(image).transpose(2, 0, 1)
 
     parts = range(0, len(paths), CHUNK)
-    with ThreadPoolExecutor(readers()) as pool:  # PIL decodes beside Python's lock
+    with ThreadPoolExecutor(count_readers()) as pool:  # PIL decodes beside Python's lock
         for _ in progress(pool.map(read, parts), description, total=len(parts)):
             pass
     return torch.from_numpy(images), torch.tensor(labels)

@@ -13,7 +13,7 @@ from scipy.optimize import isotonic_regression
 from permask_core.display.control import svg
 from permask_core.display.style import DASHED, look, new_figure
 from permask_core.evaluation.statistics import Interval, mean_interval
-from permask_core.runs.files import written_whole
+from permask_core.runs.files import write_whole
 from permask_core.runs.processes import default_device
 from permask_core.runs.store import commit, device_name, plain, versions
 
@@ -335,6 +335,6 @@ def publish(name, figure, rows, caption, *, folder=None, **record):
               "device": device_name(default_device()), **record}
     for ending, text in (("md", "\n".join([*lines, "", caption, ""])), ("svg", svg(figure)),
                          ("json", json.dumps(record, indent=1, default=plain) + "\n")):
-        with written_whole(folder / f"{name}.{ending}") as path:
+        with write_whole(folder / f"{name}.{ending}") as path:
             path.write_text(text)
     return folder

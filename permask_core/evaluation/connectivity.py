@@ -26,7 +26,7 @@ from permask_core.matching import interpolate, repair, reset_batchnorm
 from permask_core.matching.activations import inputs
 from permask_core.matching.batchnorm import resettable
 from permask_core.matching.weights import STATISTICS, check_pair
-from permask_core.models import evaluating
+from permask_core.models import evaluation_mode
 from permask_core.runs.checks import check_integer
 from permask_core.training.loop import as_split, evaluate
 
@@ -120,7 +120,7 @@ def _checked_split(split, model):
     split = as_split(split)
     if len(split) == 0:
         raise ValueError("the split is empty: expected at least one input")
-    with evaluating(model):
+    with evaluation_mode(model):
         x, _ = next(iter(split.batches([torch.arange(1)], next(model.parameters()).device)))
         as_labels("y", split.y, model(x).shape[1])
     return split
@@ -160,7 +160,7 @@ def _at_once(model, states, weights, split):
     _check_variances(stacked, weights)
     device = next(model.parameters()).device
     losses, hits = torch.zeros(2, len(weights), dtype=torch.float64)
-    with evaluating(model):
+    with evaluation_mode(model):
         at_once = _how_many(model, stacked, split, device)
         parts = np.array_split(np.arange(len(weights)), math.ceil(len(weights) / at_once))
         way = _perceptrons if _is_perceptron(model) else _by_vmap if at_once > 1 else _one_by_one

@@ -39,7 +39,7 @@ class Cost(NamedTuple):
         return self.dense + self.sparse
 
 
-def cost(experiment, method, target):
+def cost(experiment, method, sparsity):
     """The epochs of training behind one sparse network.
 
     Parameters
@@ -48,8 +48,8 @@ def cost(experiment, method, target):
     method : {"lth", "permuted", "naive", "random", "imp"}
         ``imp`` prunes B itself, and needs nothing of A. ``permuted`` trains dense B as far as it is matched, or to the
         rewind point if that is later; A, which is trained to its end anyway, has every earlier state.
-    target : float
-        The sparsity, in (0, 1), which says how many rounds of pruning there are.
+    sparsity : float
+        In (0, 1), which says how many rounds of pruning there are.
 
     Returns
     -------
@@ -61,8 +61,8 @@ def cost(experiment, method, target):
         If the method is unknown or the sparsity out of range.
     """
     check_one_of("method", method, METHODS)
-    check_sparsity(target)
-    found = experiment.epochs + full_rounds(target, experiment.imp_rate) * experiment.imp_epochs
+    check_sparsity(sparsity)
+    found = experiment.epochs + full_rounds(sparsity, experiment.imp_rate) * experiment.imp_epochs
     dense = {"lth": 0, "imp": found, "permuted": max(experiment.matched_at, experiment.rewind)}
     return Cost(0 if method == "imp" else found, dense.get(method, experiment.rewind),
                 experiment.epochs - experiment.rewind)

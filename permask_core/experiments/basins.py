@@ -12,8 +12,15 @@ from dataclasses import fields
 import torch
 
 from permask_core.evaluation.connectivity import angle, barrier, check_correction, distance, line
-from permask_core.experiments.permuted_masks import MATCHINGS, dense, groups, matching, network, sparse
-from permask_core.experiments.stages import computed, content, data
+from permask_core.experiments.permuted_masks import (
+    MATCHINGS,
+    build_network,
+    groups,
+    match_dense,
+    train_dense,
+    train_sparse,
+)
+from permask_core.experiments.stages import content, data, run_jobs
 from permask_core.matching import permute
 from permask_core.pruning import check_sparsity
 from permask_core.runs.checks import check_integer, check_one_of, check_work
@@ -23,7 +30,7 @@ DENSE, SPARSE = ("permuted", "naive"), ("lth", "permuted", "naive")  # the metho
 IMAGES = 2000  # of the training set, on which BatchNorm's statistics are computed again
 
 
-def ends(experiment, store, seed, target, method, by="weights"):
+def ends(experiment, store, seed, sparsity, method, by="weights"):
     """The two networks of a line.
 
     Parameters
@@ -31,8 +38,8 @@ def ends(experiment, store, seed, target, method, by="weights"):
     experiment : permask_core.experiments.permuted_masks.Experiment
     store : permask_core.runs.store.Store
     seed : int
-    target : float
-        A sparsity; 0 for the dense networks.
+    sparsity : float
+        0 for the dense networks.
     method : {"lth", "permuted", "naive"}
         Of dense networks ``permuted`` or ``naive``: the source is A, moved or as it is, and the target B. Of sparse
         ones the source is the pruned solution, moved for ``permuted``, and the target the method's.
@@ -43,23 +50,23 @@ def ends(experiment, store, seed, target, method, by="weights"):
     -------
     (dict of str to torch.Tensor, dict of str to torch.Tensor)
     """
-    check_one_of("method", method, SPARSE if target else DENSE)
-    if target:
-        source = sparse(experiment, store, seed, target, "pruned")[0]
-        goal = sparse(experiment, store, seed, target, method, by if method == "permuted" else None)[0]
+    check_one_of("method", method, SPARSE if sparsity else DENSE)
+    if sparsity:
+        source = train_sparse(experiment, store, seed, sparsity, "pruned")[0]
+        goal = train_sparse(experiment, store, seed, sparsity, method, by if method == "permuted" else None)[0]
     else:
-        source, goal = (dense(experiment, store, seed, which)[0][experiment.epochs] for which in "ab")
+        source, goal = (train_dense(experiment, store, seed, which)[0][experiment.epochs] for which in "ab")
     if method == "permuted":
-        source = permute(groups(experiment), matching(experiment, store, seed, by)[0], source)
+        source = permute(groups(experiment), match_dense(experiment, store, seed, by)[0], source)
     return source, goal
 
 
-def losses_between(experiment, store, seed, target, method, by="weights", *, points=25, correction="none"):
+def losses_between(experiment, store, seed, sparsity, method, by="weights", *, points=25, correction="none"):
     """Losses and errors on the line between two networks, over the test and the training set.
 
     Parameters
     ----------
-    experiment, store, seed, target, method, by
+    experiment, store, seed, sparsity, method, by
         As for :func:`ends`.
     points, correction
         As for :func:`permask_core.evaluation.connectivity.line`, the correction on the first 2,000 training images.
@@ -70,12 +77,12 @@ def losses_between(experiment, store, seed, target, method, by="weights", *, poi
         ``alphas``, ``test_losses``, ``test_errors``, ``train_losses`` and ``train_errors``, float64 [points]; and the
         record with ``distance`` and ``angle`` (degrees) between the ends.
     """
-    check_correction(correction, network(experiment))
-    source, goal = ends(experiment, store, seed, target, method, by)
+    check_correction(correction, build_network(experiment))
+    source, goal = ends(experiment, store, seed, sparsity, method, by)
 
     def compute():
         device, (train, test) = default_device(), (data(experiment).train, data(experiment).test)
-        model, batches = network(experiment).to(device), None
+        model, batches = build_network(experiment).to(device), None
         if correction != "none":
             chosen = torch.arange(min(IMAGES, len(train)))
             batches = [x for x, _ in train.batches(chosen.split(experiment.batch_size), device)]
@@ -86,8 +93,8 @@ def losses_between(experiment, store, seed, target, method, by="weights", *, poi
         return {name: torch.from_numpy(values) for name, values in found.items()}, {
             "distance": distance(source, goal), "angle": angle(source, goal)}
 
-    settings = experiment.decides(*(one.name for one in fields(experiment) if one.name != "root"))
-    return store.stage("line", compute, seed=seed, target=target, method=method, by=by, points=points,
+    settings = experiment.stage_parameters(*(one.name for one in fields(experiment) if one.name != "root"))
+    return store.stage("line", compute, seed=seed, sparsity=sparsity, method=method, by=by, points=points,
                        correction=correction, **settings)
 
 
@@ -131,21 +138,21 @@ def run(experiments, store, *, seeds, sparsities, by="weights", points=25, corre
             check_sparsity(value)
     for experiment in experiments:
         groups(experiment)  # a network that cannot be permuted or corrected is refused here, not after hours
-        check_correction(correction, network(experiment))
-    runs = [(target, method) for target in sparsities for method in (SPARSE if target else DENSE)]
+        check_correction(correction, build_network(experiment))
+    runs = [(sparsity, method) for sparsity in sparsities for method in (SPARSE if sparsity else DENSE)]
     jobs = [(experiment, seed, runs, by, int(points), correction) for experiment in experiments
             for seed in map(int, seeds)]
-    return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
+    return run_jobs(_rows, jobs, store, workers, len(jobs) * len(runs))
 
 
 def _rows(store, experiment, seed, runs, by, points, correction):
-    for target, method in runs:
-        tensors, record = losses_between(experiment, store, seed, target, method, by, points=points,
+    for sparsity, method in runs:
+        tensors, record = losses_between(experiment, store, seed, sparsity, method, by, points=points,
                                          correction=correction)
         values = {name: tensor.numpy() for name, tensor in tensors.items()}
         alphas = values["alphas"]
-        yield {"method": method, "matching": by if method == "permuted" else "", "seed": seed, "sparsity": target,
-               **experiment.only("width", "matched_at"), "data": content(experiment),
+        yield {"method": method, "matching": by if method == "permuted" else "", "seed": seed, "sparsity": sparsity,
+               **experiment.select("width", "matched_at"), "data": content(experiment),
                "barrier": barrier(alphas, values["test_losses"]),
                "error_barrier": barrier(alphas, values["test_errors"]),
                "train_barrier": barrier(alphas, values["train_losses"]),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from permask_core.data import DATASETS, check_options
-from permask_core.experiments.stages import Settings, changed, computed, content, data, trained
+from permask_core.experiments.stages import Settings, content, data, replace_settings, run_jobs, train_stage
 from permask_core.models import MODELS, build_model
 from permask_core.runs.checks import check_work
 from permask_core.runs.processes import default_device
@@ -113,10 +113,11 @@ def pair(name, *, options=None, recipe=None, **changes):
         raise ValueError(f"unknown pair {name!r}: expected one of {', '.join(PAIRS)}")
     chosen = PAIRS[name]
     try:
-        recipes = {key: changed(getattr(chosen, key), recipe or {}) for key in ("teacher_recipe", "student_recipe")}
+        recipes = {key: replace_settings(getattr(chosen, key), recipe or {})
+                   for key in ("teacher_recipe", "student_recipe")}
     except ValueError as error:
         raise ValueError(f"recipe is {recipe!r}: {error}") from None
-    return changed(chosen, {**changes, **recipes, "options": {**chosen.options, **(options or {})}})
+    return replace_settings(chosen, {**changes, **recipes, "options": {**chosen.options, **(options or {})}})
 
 
 def network(experiment, role, state=None, *, seed=0):
@@ -130,7 +131,7 @@ def network(experiment, role, state=None, *, seed=0):
     return model
 
 
-def trained_network(experiment, store, seed, role, temperature=None):
+def train_network(experiment, store, seed, role, temperature=None):
     """Train the network of a role, or find it trained.
 
     Networks of different roles share nothing that is random, so that they can be compared as independent samples; a
@@ -174,7 +175,7 @@ def trained_network(experiment, store, seed, role, temperature=None):
 
     names = {"teacher": _TEACHER, "student": _STUDENT}.get(role, (*_TEACHER, *_STUDENT, "alpha", "scale_by_t2"))
     also = {"temperature": float(temperature)} if role == "distilled" else {}
-    tensors, record = trained(store, role, train, seed=seed, **also, **experiment.decides(*names))
+    tensors, record = train_stage(store, role, train, seed=seed, **also, **experiment.stage_parameters(*names))
     logits = tensors.pop("logits")
     return {key.removeprefix("state/"): tensor for key, tensor in tensors.items()}, logits, record
 
@@ -192,14 +193,14 @@ def check_role(role, temperature):
 def _teaching(experiment, store, seed):
     """The teacher of a seed, or its logits for the training inputs where these do not change from epoch to epoch."""
     def teacher():
-        return network(experiment, "teacher", trained_network(experiment, store, seed, "teacher")[0])
+        return network(experiment, "teacher", train_network(experiment, store, seed, "teacher")[0])
 
     def compute():
         return {"logits": predict(teacher().to(default_device()), data(experiment).train)}, {}
 
     if data(experiment).train.augments:
         return teacher()
-    return store.stage("teacher_logits", compute, seed=seed, **experiment.decides(*_TEACHER))[0]["logits"]
+    return store.stage("teacher_logits", compute, seed=seed, **experiment.stage_parameters(*_TEACHER))[0]["logits"]
 
 
 def run(experiment, store, *, seeds, temperatures, workers=1):
@@ -240,12 +241,12 @@ def run(experiment, store, *, seeds, temperatures, workers=1):
     for role in ROLES[:2]:
         network(experiment, role)  # one that does not fit the data is refused here
     jobs = [(experiment, seed, runs) for seed in map(int, seeds)]
-    return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
+    return run_jobs(_rows, jobs, store, workers, len(jobs) * len(runs))
 
 
 def _rows(store, experiment, seed, runs):
     for role, temperature in runs:
-        _, logits, record = trained_network(experiment, store, seed, role, temperature)
+        _, logits, record = train_network(experiment, store, seed, role, temperature)
         yield {"role": role, "temperature": temperature, "seed": seed, "data": content(experiment), **record,
                "predictions": logits.argmax(1)}
 

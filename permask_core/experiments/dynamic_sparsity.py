@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 
 from permask_core.data import DATASETS, check_options
-from permask_core.experiments.stages import Settings, changed, computed, content, data, trained
-from permask_core.masks import layer_sparsity, sparsity
+from permask_core.experiments.stages import Settings, content, data, replace_settings, run_jobs, train_stage
+from permask_core.masks import layer_sparsity
+from permask_core.masks import sparsity as sparsity_of
 from permask_core.models import MODELS, build_model
 from permask_core.models.scaling import scaled
 from permask_core.pruning import check_sparsity, erk_densities, prunable_weights, random_masks
@@ -103,7 +104,7 @@ def sparse_weights(experiment, model):
     return {name: weight for name, weight in weights.items() if name not in experiment.unmasked}
 
 
-def layer_densities(experiment, weights, target):
+def layer_densities(experiment, weights, sparsity):
     """The fraction of each weight that a sparsity leaves.
 
     Raises
@@ -111,12 +112,12 @@ def layer_densities(experiment, weights, target):
     ValueError
         If the sparsity is out of range, or leaves a layer without a connection.
     """
-    check_sparsity(target)
-    found = (erk_densities(weights, 1 - target) if experiment.distribution == "erk" else
-             dict.fromkeys(weights, 1 - target))
+    check_sparsity(sparsity)
+    found = (erk_densities(weights, 1 - sparsity) if experiment.distribution == "erk" else
+             dict.fromkeys(weights, 1 - sparsity))
     for name, density in found.items():
         if density * weights[name].numel() < 1:
-            raise ValueError(f"sparsity is {target}: it leaves {name!r}, of {weights[name].numel()} weights, no "
+            raise ValueError(f"sparsity is {sparsity}: it leaves {name!r}, of {weights[name].numel()} weights, no "
                              "connection")
     return found
 
@@ -157,7 +158,7 @@ def _decides(method):
     return (*_MOVING, "min_salient") if method == "srigl+ablation" else _MOVING
 
 
-def trained_network(experiment, store, seed, target, method):
+def train_network(experiment, store, seed, sparsity, method):
     """Train by a method, or find it trained.
 
     The draw of the weights and the order of the data are those of the seed. Weights under masks are scaled to their
@@ -168,8 +169,8 @@ def trained_network(experiment, store, seed, target, method):
     experiment : Experiment
     store : permask_core.runs.store.Store
     seed : int
-    target : float
-        The sparsity, in (0, 1); 0 for dense, and only there.
+    sparsity : float
+        In (0, 1); 0 for dense, and only there.
     method : str
         One of ``METHODS``.
 
@@ -187,31 +188,31 @@ def trained_network(experiment, store, seed, target, method):
     """
     check_one_of("method", method, METHODS)
     if method != "dense":
-        check_sparsity(target)
-    elif target:
-        raise ValueError(f"sparsity is {target!r} for the method 'dense': expected 0")
+        check_sparsity(sparsity)
+    elif sparsity:
+        raise ValueError(f"sparsity is {sparsity!r} for the method 'dense': expected 0")
 
     def train(unfinished):
         model, task, masks, how = network(experiment, seed), data(experiment), None, None
         weights = sparse_weights(experiment, model)
         if method != "dense":
-            densities = layer_densities(experiment, weights, target)
+            densities = layer_densities(experiment, weights, sparsity)
             masks, how = (starting_masks(weights, densities, unequal=method in UNEQUAL, seed=seed),
                           rewiring(experiment, method, densities))
             sparse_init(model, masks, seed=seed)
         run = fit(model, task.train, experiment.recipe, seed=seed, masks=masks, rewiring=how,
                   processes=experiment.processes, resume=unfinished,
-                  description=f"{method} at {100 * target:g} %, seed {seed}")
+                  description=f"{method} at {100 * sparsity:g} %, seed {seed}")
         last = run.masks or {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
         neurons = torch.cat([mask.flatten(1).any(1) for mask in last.values()])
-        record = {"achieved": sparsity(masks) if masks else 0.0, "neurons": len(neurons),
+        record = {"achieved": sparsity_of(masks) if masks else 0.0, "neurons": len(neurons),
                   "active": int(neurons.sum()), "connections": sum(int(mask.sum()) for mask in last.values())}
         tensors = {f"state/{name}": tensor for name, tensor in run.state.items()}
         return tensors | {f"mask/{name}": mask for name, mask in last.items()}, record | evaluate(
             model, task.test)._asdict()
 
-    tensors, record = trained(store, "dst", train, seed=seed, target=float(target), method=method,
-                              **experiment.decides(*_decides(method)))
+    tensors, record = train_stage(store, "dst", train, seed=seed, sparsity=float(sparsity), method=method,
+                                  **experiment.stage_parameters(*_decides(method)))
     state, masks = ({name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
                     for kind in ("state/", "mask/"))
     return state, masks, record
@@ -261,15 +262,15 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, workers=1):
     weights = sparse_weights(experiment, network(experiment))  # a network that does not fit is refused here
     for value in sparsities:
         layer_densities(experiment, weights, value)
-    runs = [(method, target) for method in methods for target in (sparsities if method != "dense" else [0.0])]
+    runs = [(method, sparsity) for method in methods for sparsity in (sparsities if method != "dense" else [0.0])]
     jobs = [(experiment, seed, runs) for seed in map(int, seeds)]
-    return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
+    return run_jobs(_rows, jobs, store, workers, len(jobs) * len(runs))
 
 
 def _rows(store, experiment, seed, runs):
-    for method, target in runs:
-        record = trained_network(experiment, store, seed, target, method)[2]
-        yield {"method": method, "sparsity": target, "seed": seed, "width": experiment.width,
+    for method, sparsity in runs:
+        record = train_network(experiment, store, seed, sparsity, method)[2]
+        yield {"method": method, "sparsity": sparsity, "seed": seed, "width": experiment.width,
                "data": content(experiment), **record}
 
 
@@ -332,11 +333,11 @@ def preset(name, *, options=None, recipe=None, **changes):
     chosen = PRESETS[name]
     recipe = {key: value for key, value in (recipe or {}).items() if value is not None}
     try:
-        trained_by = changed(chosen.experiment.recipe, recipe)
+        trained_by = replace_settings(chosen.experiment.recipe, recipe)
     except ValueError as error:
         raise ValueError(f"recipe is {recipe!r}: {error}") from None
-    experiment = changed(chosen.experiment, {**changes, "options": {**chosen.experiment.options, **(options or {})},
-                                             "recipe": trained_by})
+    options = {**chosen.experiment.options, **(options or {})}
+    experiment = replace_settings(chosen.experiment, {**changes, "options": options, "recipe": trained_by})
     same = _published(experiment) == _published(chosen.experiment)
     return chosen._replace(experiment=experiment, reproduces=chosen.reproduces if same else None)
 

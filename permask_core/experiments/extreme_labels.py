@@ -20,7 +20,7 @@ import torch
 
 from permask_core.data.extreme import planted, read_sparse_text
 from permask_core.data.root import check_there, data_root
-from permask_core.experiments.stages import changed, computed, trained
+from permask_core.experiments.stages import replace_settings, run_jobs, train_stage
 from permask_core.runs.checks import check_lists, check_one_of, check_work
 from permask_core.runs.processes import default_device
 from permask_core.training.extreme import (
@@ -159,7 +159,7 @@ def preset(name, *, recipe=None, **changes):
     labels = changes.get("labels")
     if chosen.planted and type(labels) is int and labels > 0:
         changes = {"points": max(chosen.recipe.batch_size, chosen.points * labels // chosen.labels)} | changes
-    return changed(chosen, {**changes, "recipe": changed(chosen.recipe, recipe or {})})
+    return replace_settings(chosen, {**changes, "recipe": replace_settings(chosen.recipe, recipe or {})})
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def run(experiment, store, *, seeds, methods=None, workers=1):
     check(experiment, seeds=seeds, methods=methods, workers=workers)
     data(experiment, seeds[0])
     jobs = [(experiment, seed, list(methods)) for seed in map(int, seeds)]
-    return computed(_rows, jobs, store, workers, len(jobs) * len(methods))
+    return run_jobs(_rows, jobs, store, workers, len(jobs) * len(methods))
 
 
 def _rows(store, experiment, seed, methods):
@@ -334,5 +334,5 @@ def _rows(store, experiment, seed, methods):
             return {}, train(experiment, method, seed, unfinished)
 
         own = {"method": method, "recipe": experiment.recipe_of(method), **experiment.layers(method)}
-        _, record = trained(store, "label_space", compute, seed=seed, **own, **settings)
+        _, record = train_stage(store, "label_space", compute, seed=seed, **own, **settings)
         yield {"method": method, "seed": seed, "labels": experiment.labels, "data": settings.get("content"), **record}

@@ -85,7 +85,7 @@ VOCABULARY = {
     # the data, and where things lie
     "image_size": _integer(1), "options": _MAPPING, "data_root": _text(example="data"), "download": _FLAG,
     "verify": _FLAG, "readers": _integer(0), "processes": _integer(1), "workers": _integer(1),
-    "together": _integer(1), "result": _text(example="results.json"), "folder": _text(example="build/batch"),
+    "batched": _integer(1), "result": _text(example="results.json"), "folder": _text(example="build/batch"),
     "runs": _text(example="runs"), "output": _text(example="results"),
 }
 

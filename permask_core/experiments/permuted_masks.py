@@ -12,9 +12,10 @@ from functools import lru_cache
 import torch
 
 from permask_core.data import DATASETS, check_options
-from permask_core.experiments.queue import fitted, rows_together
-from permask_core.experiments.stages import Settings, computed, content, data, trained
-from permask_core.masks import layer_sparsity, sparsity
+from permask_core.experiments.queue import fitted, run_batched
+from permask_core.experiments.stages import Settings, content, data, run_jobs, train_stage
+from permask_core.masks import layer_sparsity
+from permask_core.masks import sparsity as sparsity_of
 from permask_core.matching import Groups, match_activations, match_weights, permutation_groups, permute
 from permask_core.models import MODELS, build_model
 from permask_core.models.scaling import scaled
@@ -110,7 +111,7 @@ class Experiment(Settings):
 
     def recipe(self, epochs, lr):
         """A recipe with this experiment's settings of training."""
-        return Recipe(epochs, lr, **self.only(*_TRAINING))
+        return Recipe(epochs, lr, **self.select(*_TRAINING))
 
 
 _TRAINING = ("momentum", "weight_decay", "batch_size", "schedule", "step_epochs", "warmup", "label_smoothing",
@@ -120,7 +121,7 @@ _MATCHING = ("matched_at", "matched_layers")
 _IMP = (*_DENSE, "imp", "imp_rewind", "imp_epochs", "imp_lr", "imp_rate", "imp_scope")
 
 
-def network(experiment, state=None, *, seed=0):
+def build_network(experiment, state=None, *, seed=0):
     """The experiment's network, freshly initialised from ``seed`` or with the weights of ``state``."""
     _, _, _, input_shape, classes = data(experiment)
     model = build_model(experiment.model, input_shape, classes, width=experiment.width, seed=seed)
@@ -129,16 +130,16 @@ def network(experiment, state=None, *, seed=0):
     return model
 
 
-def sparse_network(experiment, state, masks):
+def build_sparse_network(experiment, state, masks):
     """The network with which sparse training from ``state`` starts: its weights are scaled to the connections that the
     masks leave each neuron if ``start`` says so."""
-    model = network(experiment, state)
+    model = build_network(experiment, state)
     return scale_to_fan_in(model, masks) if experiment.start == "sparse" else model
 
 
 def logits(experiment, state):
     """What the experiment's network says of the test inputs with the weights of ``state``: [n, classes]."""
-    return predict(network(experiment, state), data(experiment).test)
+    return predict(build_network(experiment, state), data(experiment).test)
 
 
 def parent(method):
@@ -163,7 +164,7 @@ def _all_groups(model, input_shape, classes, width):
     return permutation_groups(build_model(model, input_shape, classes, width=width), torch.zeros(2, *input_shape))
 
 
-def dense(experiment, store, seed, which):
+def train_dense(experiment, store, seed, which):
     """Train dense network ``"a"`` or ``"b"`` of a seed.
 
     Returns
@@ -176,7 +177,7 @@ def dense(experiment, store, seed, which):
     own = 2 * seed + (which == "b")
 
     def train(unfinished):
-        model = network(experiment, seed=own)
+        model = build_network(experiment, seed=own)
         names = {epoch: f"epoch {epoch}" for epoch in experiment.checkpoints}
         run, evaluation = fitted(
             store, model, data(experiment).train, experiment.recipe(experiment.epochs, experiment.lr), seed=own,
@@ -186,7 +187,7 @@ def dense(experiment, store, seed, which):
                   for key, tensor in run.checkpoints[name].items()}
         return states, evaluation._asdict()
 
-    tensors, record = trained(store, "dense", train, seed=own, **experiment.decides(*_DENSE))
+    tensors, record = train_stage(store, "dense", train, seed=own, **experiment.stage_parameters(*_DENSE))
     states = {epoch: {} for epoch in experiment.checkpoints}
     for name, tensor in tensors.items():
         epoch, key = name.split("/", 1)
@@ -194,17 +195,17 @@ def dense(experiment, store, seed, which):
     return states, record
 
 
-def ticket(experiment, store, seed, target):
+def find_ticket(experiment, store, seed, sparsity):
     """The mask of network A at a sparsity, by iterative magnitude pruning; each round's training is a stage of its own.
 
     Returns
     -------
     Ticket
     """
-    check_sparsity(target)
+    check_sparsity(sparsity)
 
     def compute():
-        states, _ = dense(experiment, store, seed, "a")
+        states, _ = train_dense(experiment, store, seed, "a")
         recipe, rounds = experiment.recipe(experiment.imp_epochs, experiment.imp_lr), 0
 
         def train(state, masks):
@@ -212,24 +213,25 @@ def ticket(experiment, store, seed, target):
             rounds += 1
 
             def train_round(unfinished):
-                run, _ = fitted(store, network(experiment, state), data(experiment).train, recipe, seed=2 * seed,
+                run, _ = fitted(store, build_network(experiment, state), data(experiment).train, recipe, seed=2 * seed,
                                 masks=masks, processes=experiment.processes, resume=unfinished,
                                 description=f"pruning round {rounds}, seed {seed}")
-                return run.state, {"sparsity": sparsity(masks)}
+                return run.state, {"sparsity": sparsity_of(masks)}
 
-            return trained(store, "imp_round", train_round, seed=seed, round=rounds, **experiment.decides(*_IMP))[0]
+            return train_stage(store, "imp_round", train_round, seed=seed, round=rounds,
+                               **experiment.stage_parameters(*_IMP))[0]
 
         (_, found), = iterative_magnitude_pruning(
-            train, states[experiment.epochs], [target], flavour=experiment.imp, rate=experiment.imp_rate,
+            train, states[experiment.epochs], [sparsity], flavour=experiment.imp, rate=experiment.imp_rate,
             scope=experiment.imp_scope, rewind=states[experiment.imp_rewind] if experiment.imp == "rewind" else None,
-            prunable=prunable_weights(network(experiment)))
+            prunable=prunable_weights(build_network(experiment)))
         return found.masks, {"achieved": found.sparsity, "rounds": found.rounds}
 
-    masks, record = store.stage("ticket", compute, seed=seed, target=target, **experiment.decides(*_IMP))
+    masks, record = store.stage("ticket", compute, seed=seed, sparsity=sparsity, **experiment.stage_parameters(*_IMP))
     return Ticket(masks, record["achieved"], record["rounds"])
 
 
-def matching(experiment, store, seed, by):
+def match_dense(experiment, store, seed, by):
     """Permutations that move A onto B, matched by ``"weights"`` or ``"activations"`` at the epoch ``matched_at``.
 
     Returns
@@ -238,7 +240,7 @@ def matching(experiment, store, seed, by):
         As :func:`permask_core.matching.permute` takes them, and the record.
     """
     check_one_of("matching", by, MATCHINGS)
-    a, b = (dense(experiment, store, seed, which)[0][experiment.matched_at] for which in "ab")
+    a, b = (train_dense(experiment, store, seed, which)[0][experiment.matched_at] for which in "ab")
 
     device, also = default_device(), ["matched_images"] if by == "activations" else []
     found = groups(experiment)  # here, so that the stage's seconds are those of the matching alone
@@ -250,28 +252,28 @@ def matching(experiment, store, seed, by):
         chosen = torch.arange(len(train))
         if images < len(train):
             chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
-        models = [network(experiment, state).to(device) for state in (a, b)]
+        models = [build_network(experiment, state).to(device) for state in (a, b)]
         # Whatever the model sees in one step of training, it can see here.
         batches = progress(train.batches(chosen.split(experiment.batch_size), device),
                            f"matching by activations, seed {seed}")
         return match_activations(found, *models, batches), {}
 
-    return store.stage("matching", compute, seed=seed, by=by, **experiment.decides(*_DENSE, *_MATCHING, *also))
+    return store.stage("matching", compute, seed=seed, by=by, **experiment.stage_parameters(*_DENSE, *_MATCHING, *also))
 
 
-def method_masks(experiment, store, seed, target, method, by=None):
+def method_masks(experiment, store, seed, sparsity, method, by=None):
     """The masks of a method: A's own (``lth``, ``pruned``, ``naive``), moved (``permuted``), or shuffled
     (``random``)."""
     check_one_of("method", method, KNOWN_METHODS[1:])
-    masks = ticket(experiment, store, seed, target).masks
+    masks = find_ticket(experiment, store, seed, sparsity).masks
     if method == "permuted":
-        return permute(groups(experiment), matching(experiment, store, seed, by)[0], masks)
+        return permute(groups(experiment), match_dense(experiment, store, seed, by)[0], masks)
     if method == "random":
         return random_masks(masks, {name: 1 - value for name, value in layer_sparsity(masks).items()}, seed=seed)
     return masks
 
 
-def sparse(experiment, store, seed, target, method, by=None, *, condensed=False):
+def train_sparse(experiment, store, seed, sparsity, method, by=None, *, condensed=False):
     """Train under a method's masks, from the rewind point of A (``lth``), the end of A (``pruned``, which is then
     fine-tuned), or the rewind point of B (the others).
 
@@ -285,7 +287,7 @@ def sparse(experiment, store, seed, target, method, by=None, *, condensed=False)
         The trained state, of the condensed network if it is one, and the record: ``accuracy``, ``loss`` (test) and
         ``achieved``, the real sparsity.
     """
-    check_sparsity(target)
+    check_sparsity(sparsity)
     check_one_of("method", method, KNOWN_METHODS[1:])
     if method == "permuted":
         check_one_of("matching", by, MATCHINGS)
@@ -294,11 +296,13 @@ def sparse(experiment, store, seed, target, method, by=None, *, condensed=False)
                          "'random', since only masks of constant fan-in can be condensed")
 
     def train(unfinished):
-        masks = method_masks(experiment, store, seed, target, method, by)
-        states, _ = dense(experiment, store, seed, parent(method))
-        model = (network(experiment, states[experiment.epochs]) if method == "pruned" else  # its weights are adapted
-                 sparse_network(experiment, states[experiment.rewind], masks))
-        achieved = sparsity(masks)
+        masks = method_masks(experiment, store, seed, sparsity, method, by)
+        states, _ = train_dense(experiment, store, seed, parent(method))
+        if method == "pruned":  # its weights are adapted
+            model = build_network(experiment, states[experiment.epochs])
+        else:
+            model = build_sparse_network(experiment, states[experiment.rewind], masks)
+        achieved = sparsity_of(masks)
         if condensed:
             model, left = condense(model, masks)
             masks = {name: masks[name] for name in left} or None
@@ -306,17 +310,17 @@ def sparse(experiment, store, seed, target, method, by=None, *, condensed=False)
             store, model, data(experiment).train,
             experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr), seed=10_000 + seed,
             test=data(experiment).test, masks=masks, processes=experiment.processes, resume=unfinished,
-            description=f"{method} {by or ''} at {100 * target:g} %, seed {seed}")
+            description=f"{method} {by or ''} at {100 * sparsity:g} %, seed {seed}")
         return model.state_dict(), {**evaluation._asdict(), "achieved": achieved}
 
-    settings = experiment.decides(*_IMP, "sparse_lr", "rewind", "start",
-                                  *(_MATCHING if method == "permuted" else []),
-                                  *(["matched_images"] if by == "activations" else []))
-    return trained(store, "sparse", train, seed=seed, target=target, method=method, by=by, condensed=condensed,
-                   **settings)
+    settings = experiment.stage_parameters(*_IMP, "sparse_lr", "rewind", "start",
+                                           *(_MATCHING if method == "permuted" else []),
+                                           *(["matched_images"] if by == "activations" else []))
+    return train_stage(store, "sparse", train, seed=seed, sparsity=sparsity, method=method, by=by, condensed=condensed,
+                       **settings)
 
 
-def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1, together=1):
+def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1, batched=1):
     """Run experiments over seeds, sparsities and methods, and tell their results as rows.
 
     Parameters
@@ -332,9 +336,9 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     workers : int
         Processes that share the work, seed by seed; with more than one, each computes with one thread, and a script
         must call this below ``if __name__ == "__main__":``.
-    together : int
+    batched : int
         Networks that are trained at once, whatever their seeds, methods and sparsities, where that is faster: see
-        :func:`permask_core.training.batched.fit_together`. What is stored and found is the same, up to rounding.
+        :func:`permask_core.training.batched.fit_batched`. What is stored and found is the same, up to rounding.
 
     Returns
     -------
@@ -366,28 +370,29 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     for value in sparsities:
         check_sparsity(value)
     check_work(seeds, workers)
-    check_integer("together", together, 1)
-    if together > 1 and (workers > 1 or any(one.processes > 1 for one in experiments)):
-        raise ValueError(f"together is {together}, beside several processes: expected one process")
+    check_integer("batched", batched, 1)
+    if batched > 1 and (workers > 1 or any(one.processes > 1 for one in experiments)):
+        raise ValueError(f"batched is {batched}, beside several processes: expected one process")
     for experiment in experiments:
         groups(experiment)  # a network that cannot be permuted is refused here, not after hours
     runs = [(method, by) for method in methods for by in (matchings if method == "permuted" else ("",))]
-    runs = [(method, by, target) for method, by in runs for target in (sparsities if method != "dense" else [0.0])]
+    runs = [(method, by, sparsity) for method, by in runs for sparsity in (sparsities if method != "dense" else [0.0])]
     jobs = [(experiment, seed, runs) for experiment in experiments for seed in map(int, seeds)]
-    if together > 1:
-        return rows_together(_rows, [(one, seed, [run]) for one, seed, runs in jobs for run in runs], store, together)
-    return computed(_rows, jobs, store, workers, len(jobs) * len(runs))
+    if batched > 1:
+        return run_batched(_rows, [(one, seed, [run]) for one, seed, runs in jobs for run in runs], store, batched)
+    return run_jobs(_rows, jobs, store, workers, len(jobs) * len(runs))
 
 
 def _rows(store, experiment, seed, runs):
-    shared = {"seed": seed, **experiment.only("width", "sparse_lr", "rewind", "matched_at"),
+    shared = {"seed": seed, **experiment.select("width", "sparse_lr", "rewind", "matched_at"),
               "data": content(experiment)}
-    for method, by, target in runs:
+    for method, by, sparsity in runs:
         if method == "dense":
-            record = {"achieved": 0.0, **dense(experiment, store, seed, "b")[1]}
+            record = {"achieved": 0.0, **train_dense(experiment, store, seed, "b")[1]}
         else:
-            record = sparse(experiment, store, seed, target, method, by or None)[1]
-        yield {"method": method, "matching": by, **shared, "sparsity": target, "achieved": record["achieved"], **record}
+            record = train_sparse(experiment, store, seed, sparsity, method, by or None)[1]
+        yield {"method": method, "matching": by, **shared, "sparsity": sparsity, "achieved": record["achieved"],
+               **record}
 
 
 def training_epochs(experiment, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS):

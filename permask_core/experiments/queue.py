@@ -15,7 +15,7 @@ from permask_core.experiments.stages import discard_damaged
 from permask_core.runs.checks import check_integer
 from permask_core.runs.files import locked
 from permask_core.runs.store import Store
-from permask_core.training.batched import architecture, evaluate_together, fit_together
+from permask_core.training.batched import architecture, evaluate_batched, fit_batched
 from permask_core.training.loop import evaluate, fit
 
 
@@ -45,7 +45,7 @@ class Waits(Exception):
 
 
 class Queue(Store):
-    """A store whose stages train together: see :func:`rows_together`.
+    """A store whose stages train together: see :func:`run_batched`.
 
     A stage that waits for its training keeps its lock, so that no other process trains the same network, and is
     finished as soon as the training is done. A stage whose lock another process has is put off: a process that holds
@@ -118,10 +118,10 @@ class Queue(Store):
         for begun in file.parent.glob(f"{file.name}*"):
             discard_damaged(begun)
         start = time.perf_counter()
-        runs = fit_together(models, first.train, first.recipe, seeds=[one.seed for one in wanted],
-                            masks=[one.masks for one in wanted], checkpoints=first.checkpoints, resume=file,
-                            description=stage)
-        found = evaluate_together(models, first.test) if first.test is not None else [None] * len(models)
+        runs = fit_batched(models, first.train, first.recipe, seeds=[one.seed for one in wanted],
+                           masks=[one.masks for one in wanted], checkpoints=first.checkpoints, resume=file,
+                           description=stage)
+        found = evaluate_batched(models, first.test) if first.test is not None else [None] * len(models)
         for path, model, run, evaluation in zip(paths, models, runs, found):
             model.cpu()
             self.done[path] = run, evaluation, (time.perf_counter() - start) / len(paths)
@@ -149,7 +149,7 @@ def fitted(store, model, train, recipe, *, test=None, seed, masks=None, checkpoi
     return run, evaluate(model, test) if test is not None else None
 
 
-def rows_together(rows, jobs, store, most):
+def run_batched(rows, jobs, store, most):
     """The rows of all jobs, ``rows(store, *job)`` each, whose trainings are done together.
 
     Parameters

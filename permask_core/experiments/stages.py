@@ -35,23 +35,23 @@ class Settings:
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(names)}")
 
-    def only(self, *names):
+    def select(self, *names):
         """Some of the settings as a dict."""
         return {name: getattr(self, name) for name in names}
 
-    def resolved(self):
+    def as_dict(self):
         """All settings as a dict, except where files lie."""
-        return self.only(*(one.name for one in fields(self) if one.name != "root"))
+        return self.select(*(one.name for one in fields(self) if one.name != "root"))
 
-    def decides(self, *names):
+    def stage_parameters(self, *names):
         """Some of the settings as a dict for :meth:`permask_core.runs.store.Store.stage`: what the data are stands
         there for the options of the data set, and with it go the modules of the networks."""
-        settings = self.only(*(name for name in names if name != "options"))
+        settings = self.select(*(name for name in names if name != "options"))
         networks = [getattr(self, name) for name in ("model", "teacher", "student") if name in names]
         return settings | {"data": content(self), "modules": sorted({module_of(name) for name in networks})}
 
 
-def changed(settings, changes):
+def replace_settings(settings, changes):
     """A dataclass of settings with changes, of which those that are None stay; ValueError for a field that is not
     there."""
     known = settings.__dataclass_fields__
@@ -108,7 +108,7 @@ def discard_damaged(path):
         path.unlink()
 
 
-def trained(store, name, train, *, modules=(), **parameters):
+def train_stage(store, name, train, *, modules=(), **parameters):
     """A stage that trains: ``train`` is given a file from which a run goes on that was interrupted."""
     unfinished = store.unfinished(name, train, modules=modules, **parameters)
 
@@ -122,7 +122,7 @@ def trained(store, name, train, *, modules=(), **parameters):
     return result
 
 
-def computed(rows, jobs, store, workers, total):
+def run_jobs(rows, jobs, store, workers, total):
     """The rows of all jobs, ``rows(store, *job)`` each, ``total`` of them, by this process or by several workers."""
     if workers > 1:
         return in_parallel(rows, jobs, store, workers)

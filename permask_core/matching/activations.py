@@ -15,7 +15,7 @@ import torch
 
 from permask_core.matching.groups import check_groups, indices
 from permask_core.matching.permutations import best_total, part_pairs, parts_of, steps_between
-from permask_core.models import evaluating
+from permask_core.models import evaluation_mode
 
 
 def match_activations(groups, source_model, target_model, batches):
@@ -127,7 +127,7 @@ def _correlations(groups, source_model, target_model, batches, pairs):
             moments.setdefault((name, origin, tap), _Moments()).add(x, samples(kept[origin, tap][call]).to(x), name)
 
     with ExitStack() as stack:
-        stack.enter_context(evaluating(source_model, target_model))
+        stack.enter_context(evaluation_mode(source_model, target_model))
         for model, names, read in ((source_model, {origin for _, origin in pairs}, keep),
                                    (target_model, origins, compare)):
             stack.enter_context(_tapped(model, {name: groups[name] for name in names}, read))

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from permask_core.matching.activations import device_of, inputs, samples
 from permask_core.matching.weights import check_pair
-from permask_core.models import evaluating
+from permask_core.models import evaluation_mode
 
 
 def interpolate(source, target, alpha):
@@ -80,7 +80,7 @@ def reset_batchnorm(model, batches):
     def read(name, layer, given, output):
         moments[name].add(_units(layer, given[0]))
 
-    with evaluating(model), _by_batch(layers.values()), _hooked(layers, read):
+    with evaluation_mode(model), _by_batch(layers.values()), _hooked(layers, read):
         for x in inputs(batches):
             model(x.to(device_of(model)))
             n += 1
@@ -158,7 +158,7 @@ def repair(source_model, target_model, batches, *, alpha=0.5):
         factor, shift = (value.to(output).view(shape) for value in _correction(batch, goals[name]))
         return output * factor + shift
 
-    with evaluating(model), _by_batch(norms), _hooked(layers, correct):
+    with evaluation_mode(model), _by_batch(norms), _hooked(layers, correct):
         for x in batches:
             model(x.to(device_of(model)))
     _check_finite(moments)
@@ -179,7 +179,7 @@ def _statistics(model, batches):
         moments[name].add(_units(layer, output))
         outputs[name] = weakref.ref(output)  # to be known again, but not held
 
-    with evaluating(model), _hooked(layers, read):
+    with evaluation_mode(model), _hooked(layers, read):
         for x in batches:
             answer = model(x.to(device_of(model)))
             last = [name for name, output in outputs.items() if output() is answer]

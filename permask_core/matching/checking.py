@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from permask_core.matching.permutations import permute
-from permask_core.models import evaluating
+from permask_core.models import evaluation_mode
 
 
 def arguments(example_input):
@@ -20,7 +20,7 @@ def arguments(example_input):
     return (tuple(example_input), {}) if isinstance(example_input, (tuple, list)) else ((example_input,), {})
 
 
-def redrawn(model, *, seed=0, gain=2.0):
+def draw_weights(model, *, seed=0, gain=2.0):
     """A copy of a network in float64, in evaluation mode, every parameter and statistic drawn at random.
 
     Kernels are normal with the standard deviation sqrt(gain / fan-in), so that signals stay of order one; matrices have
@@ -47,7 +47,7 @@ def redrawn(model, *, seed=0, gain=2.0):
     return model
 
 
-def shuffles(groups, *, seed=0):
+def derangements(groups, *, seed=0):
     """A random permutation of each group that leaves no unit in its place."""
     generator, result = torch.Generator().manual_seed(seed), {}
     for name, group in groups.items():
@@ -92,7 +92,7 @@ def _change(model, state, example_input):
     first = {}  # of a tensor with two names, functional_call takes one
     state = {name: state[first.setdefault(id(tensor), name)]
              for name, tensor in model.state_dict(keep_vars=True).items()}
-    with evaluating(model), torch.random.fork_rng(devices=[]):
+    with evaluation_mode(model), torch.random.fork_rng(devices=[]):
         random_state = torch.get_rng_state()
         before = _outputs(model(*args, **kwargs))
         torch.set_rng_state(random_state)
@@ -103,15 +103,15 @@ def _change(model, state, example_input):
     return float((after - before).abs().max() / (before.std(correction=0) or before.abs().max()))
 
 
-def steady(model, example_input, *, seed=0):
-    """A :func:`redrawn` copy of a network that does not magnify rounding.
+def draw_stable_weights(model, example_input, *, seed=0):
+    """A :func:`draw_weights` copy of a network that does not magnify rounding.
 
     Some deep networks with random weights are chaotic: rounding errors grow from layer to layer until any reordering of
     a sum changes the outputs. Such a draw says nothing; it is made again, up to four times, with other weights and
     another gain, and the steadiest is kept.
     """
     def drawn(attempt):
-        return redrawn(model, seed=seed + attempt // 2, gain=(2.0, 8.0)[attempt % 2])
+        return draw_weights(model, seed=seed + attempt // 2, gain=(2.0, 8.0)[attempt % 2])
 
     noise = {}
     for attempt in range(4):
@@ -140,7 +140,7 @@ def check_function(groups, model, example_input, *, seed=0):
     ----------
     groups : dict of str to Group
     model : torch.nn.Module
-        A copy is tested, in float64, with everything that it holds drawn at random (:func:`steady`).
+        A copy is tested, in float64, with everything that it holds drawn at random (:func:`draw_stable_weights`).
     example_input : torch.Tensor, tuple or dict
         Floating-point inputs are replaced by random ones of the same shape.
     seed : int
@@ -154,7 +154,7 @@ def check_function(groups, model, example_input, *, seed=0):
     inputs = pytree.tree_map(
         lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
         if isinstance(t, torch.Tensor) and t.is_floating_point() else t, example_input)
-    model, permutations = steady(model, inputs, seed=seed), shuffles(groups, seed=seed)
+    model, permutations = draw_stable_weights(model, inputs, seed=seed), derangements(groups, seed=seed)
     change = function_change(groups, permutations, model, inputs)
     if not change < TOLERANCE:
         changes = {name: function_change(groups, {name: permutations[name]}, model, inputs) for name in groups}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from permask_core.runs.files import written_whole
+from permask_core.runs.files import write_whole
 
 
 class Entry(NamedTuple):
@@ -106,7 +106,7 @@ class Groups(dict):
         groups = {name: {"size": group.size, "within": group.within,
                          "entries": [_plain(entry) for entry in group.entries],
                          "taps": [_plain(tap) for tap in group.taps]} for name, group in self.items()}
-        with written_whole(path) as temporary:
+        with write_whole(path) as temporary:
             temporary.write_text(json.dumps({"format": FORMAT, "groups": groups, "fixed": self.fixed}) + "\n")
 
     @classmethod

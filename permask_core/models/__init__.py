@@ -80,7 +80,7 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
 
 
 @contextmanager
-def evaluating(*models):
+def evaluation_mode(*models):
     """The models in evaluation mode, without gradients; every module's own mode comes back afterwards."""
     import torch
 

@@ -15,7 +15,7 @@ FORMAT = "permask 2"
 
 
 @contextmanager
-def written_whole(path):
+def write_whole(path):
     """A temporary path beside ``path``, renamed to ``path`` when the block ends well and removed when it does not.
 
     A reader, another process or a rerun after a kill sees either no file or a whole one.
@@ -90,7 +90,7 @@ def save_tensors(path, tensors, record):
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(record)
-    with written_whole(path) as temporary:
+    with write_whole(path) as temporary:
         save_file(tensors, temporary, metadata={"format": FORMAT, "record": text, "checksum": _checksum(tensors, text)})
 
 

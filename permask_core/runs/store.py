@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, written_whole
+from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, write_whole
 
 LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn")
 OPTIONAL = ("timm", "transformers")
@@ -246,7 +246,7 @@ def check_folder(folder, settings):
         if differ:
             raise ValueError(f"{path.parent} was begun with {', '.join(differ)}: give another folder, or delete it")
         return path.parent
-    with written_whole(path) as temporary:
+    with write_whole(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
     return path.parent
 

@@ -4,7 +4,7 @@ import csv
 import json
 from pathlib import Path
 
-from permask_core.runs.files import written_whole
+from permask_core.runs.files import write_whole
 
 
 def write_table(path, rows):
@@ -18,7 +18,7 @@ def write_table(path, rows):
     """
     rows = [_columns("", row) for row in rows]
     heads = list(dict.fromkeys(key for row in rows for key in row))
-    with written_whole(path) as temporary, temporary.open("w", newline="") as file:
+    with write_whole(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, heads, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)

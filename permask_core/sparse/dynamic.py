@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from permask_core.data.splits import mixed_seed
+from permask_core.data.splits import mix_seed
 from permask_core.masks import check_fit
 from permask_core.runs.processes import of_first
 from permask_core.sparse.fan_in import FanInLinear, sample_columns
@@ -502,7 +502,7 @@ class Topology:
     def _step(self, i, name, active, step):
         layer, fraction = self.layers[name], self.rewiring.drop_fraction(step, self.steps)
         if self.rewiring.method == "set":
-            generator = torch.Generator().manual_seed(mixed_seed(self.seed, step, i))
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, step, i))
             keep, grow = layer.set_step(active, fraction, generator)
         elif not layer.has_gradients():
             raise RuntimeError(f"{name!r} has no gradients to grow by: expected the forward and backward passes of "

@@ -14,11 +14,11 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from permask_core.data.splits import in_order
-from permask_core.models import evaluating
+from permask_core.models import evaluation_mode
 from permask_core.runs.processes import default_device
-from permask_core.training.loop import Evaluation, Fit, as_split, evaluate, fit, memory_format
+from permask_core.training.loop import Evaluation, FitResult, as_split, evaluate, fit, memory_format
 
-WAYS = ("grouped", "vmap", "alone")
+BACKENDS = ("grouped", "vmap", "alone")
 SMALL = 250_000  # multiplications for an image up to which a CPU, too, spends more on calls than on numbers
 
 
@@ -34,7 +34,7 @@ class Batch(nn.Module):
     ----------
     models : sequence of torch.nn.Module
         k of them, on one device.
-    way : {"grouped", "vmap"}
+    backend : {"grouped", "vmap"}
         ``"grouped"`` lays the networks' channels side by side and makes convolutions grouped ones; it knows
         convolutions, BatchNorm and linear layers, and needs what lies between them to keep channels apart. ``"vmap"``
         is :func:`torch.func.vmap`.
@@ -45,16 +45,16 @@ class Batch(nn.Module):
         If there are no models, they are not of one architecture, or the way cannot compute them.
     """
 
-    def __init__(self, models, way="grouped"):
+    def __init__(self, models, backend="grouped"):
         super().__init__()
         models = list(models)
         if len({architecture(model) for model in models}) != 1:
             raise ValueError(f"got {len(models)} models of {len({architecture(model) for model in models})} "
                              "architectures: expected some of one")
-        if way not in (known := ways(models[0])) or way == "alone":
-            raise ValueError(f"way is {way!r} for a {type(models[0]).__name__}: expected "
+        if backend not in (known := backends(models[0])) or backend == "alone":
+            raise ValueError(f"backend is {backend!r} for a {type(models[0]).__name__}: expected "
                              f"{' or '.join(known[:-1]) or 'none, such networks are trained alone'}")
-        self.way, self.members = way, len(models)
+        self.backend, self.members = backend, len(models)
         self.inner = copy.deepcopy(models[0])
         self._one = [copy.deepcopy(models[0])]  # in a list, which hides it: its weights are none of the batch's
         made = {}  # a tensor of two names stays one
@@ -67,11 +67,11 @@ class Batch(nn.Module):
                         stacked = made[id(tensor)][1]
                         getattr(own, kind)[name] = stacked if kind == "_buffers" else made.setdefault(
                             id(stacked), nn.Parameter(stacked, tensor.requires_grad))
-            if way == "grouped":
+            if backend == "grouped":
                 own.__class__ = GROUPED.get(type(own), type(own))
 
     def forward(self, x):
-        if self.way == "grouped":
+        if self.backend == "grouped":
             x = x.flatten(1, 2)  # [n, k * channels, ...]
             x = x.contiguous(memory_format=memory_format(self.inner, x.device)) if x.ndim == 4 else x
             return self.inner(x).unflatten(1, (self.members, -1))
@@ -111,7 +111,7 @@ class _Linear(nn.Linear):
 GROUPED = {nn.Conv2d: _Conv2d, nn.BatchNorm2d: _BatchNorm2d, nn.Linear: _Linear}
 
 
-def ways(model):
+def backends(model):
     """How several of a model can be trained, the one that is expected to be the fastest on a GPU first."""
     modules = list(model.modules())
     random = any(isinstance(one, nn.modules.dropout._DropoutNd) and one.p > 0 for one in modules)
@@ -131,23 +131,23 @@ def architecture(model):
 
 
 def fastest(models, train, device):
-    """The way of :func:`fit_together` where none is given: on a CPU alone, except for the smallest networks; on a GPU
+    """The way of :func:`fit_batched` where none is given: on a CPU alone, except for the smallest networks; on a GPU
     grouped, where that gives what the networks give alone."""
-    known = ways(models[0])
+    known = backends(models[0])
     x, _ = next(iter(train.batches([torch.arange(min(2, len(train)))], device)))
     if torch.device(device).type == "cpu" and _multiplications(models[0], x) > SMALL or len(models) == 1:
         return "alone"
-    for way in known[:-1]:
-        batch = Batch(models, way).to(device)
-        with evaluating(batch):
+    for backend in known[:-1]:
+        batch = Batch(models, backend).to(device)
+        with evaluation_mode(batch):
             found = batch(x[:, None].expand(-1, len(models), *x.shape[1:]))
         for model, logits in zip(models, found.unbind(1)):
-            with evaluating(model.to(device)):
+            with evaluation_mode(model.to(device)):
                 expected = model(x)
             if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
                 break
         else:
-            return way
+            return backend
     return "alone"
 
 
@@ -162,7 +162,7 @@ def _multiplications(model, x):
 
     handles = [module.register_forward_hook(count) for module in model.modules()]
     try:
-        with evaluating(model):
+        with evaluation_mode(model):
             model.to(x.device)(x[:1])
     finally:
         for handle in handles:
@@ -172,8 +172,8 @@ def _multiplications(model, x):
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
-def fit_together(models, train, recipe, *, seeds, masks=None, checkpoints=(), way=None, compiled=False, device=None,
-                 resume=None, description="training"):
+def fit_batched(models, train, recipe, *, seeds, masks=None, checkpoints=(), backend=None, compiled=False, device=None,
+                resume=None, description="training"):
     """Train networks of one architecture, each as :func:`~permask_core.training.fit` trains it alone.
 
     Parameters
@@ -186,7 +186,7 @@ def fit_together(models, train, recipe, *, seeds, masks=None, checkpoints=(), wa
         One of each network. Networks of one seed see the same batches.
     masks : sequence of Masks or None, optional
         One of each network, or None for a dense one.
-    way : {"grouped", "vmap", "alone"}, optional
+    backend : {"grouped", "vmap", "alone"}, optional
         How: see :class:`Batch`; ``"alone"`` is one after the other. By default what is expected to be the fastest.
     compiled : bool
         Whether the batch goes through :func:`torch.compile`, with CUDA graphs on a GPU.
@@ -211,16 +211,16 @@ def fit_together(models, train, recipe, *, seeds, masks=None, checkpoints=(), wa
     if not models or not len(models) == len(seeds) == len(masks):
         raise ValueError(f"got {len(models)} models, {len(seeds)} seeds and {len(masks)} masks: expected as many of "
                          "each, at least one")
-    if way is not None and way not in WAYS:
-        raise ValueError(f"unknown way {way!r}: expected one of {', '.join(WAYS)}")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
     train, device = as_split(train), torch.device(device or default_device())
-    way = way or ("alone" if recipe.sparse_opt else fastest(models, train, device))
-    if way == "alone":
+    backend = backend or ("alone" if recipe.sparse_opt else fastest(models, train, device))
+    if backend == "alone":
         places = [f"{resume}.{i}" if resume else None for i in range(len(models))]
         return [fit(model, train, recipe, seed=seed, masks=own, checkpoints=checkpoints, device=device, resume=place,
                     description=description and f"{description} {i} of {len(models)}")
                 for i, (model, seed, own, place) in enumerate(zip(models, seeds, masks, places), 1)]
-    batch = Batch(models, way)
+    batch = Batch(models, backend)
     if compiled:
         batch.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
     run = fit(batch, train, recipe, seed=seeds, masks=_stacked_masks(models[0], masks), checkpoints=checkpoints,
@@ -228,8 +228,8 @@ def fit_together(models, train, recipe, *, seeds, masks=None, checkpoints=(), wa
     states, kept = batch.split(run.state), {name: batch.split(state) for name, state in run.checkpoints.items()}
     for model, state in zip(models, states):
         model.to(device).load_state_dict(state)
-    return [Fit(states[i], {name: split[i] for name, split in kept.items()}, [losses[i] for losses in run.losses],
-                masks[i]) for i in range(len(models))]
+    return [FitResult(states[i], {name: split[i] for name, split in kept.items()}, [losses[i] for losses in run.losses],
+                      masks[i]) for i in range(len(models))]
 
 
 def _stacked_masks(model, masks):
@@ -238,15 +238,15 @@ def _stacked_masks(model, masks):
             for name, one in shapes.items()} or None
 
 
-def evaluate_together(models, split, *, way=None, device=None, batch_size=1000):
+def evaluate_batched(models, split, *, backend=None, device=None, batch_size=1000):
     """:func:`~permask_core.training.evaluate` for networks of one architecture: a list of Evaluation."""
     split, device = as_split(split), torch.device(device or default_device())
-    way = way or fastest(models, split, device)
-    if way == "alone":
+    backend = backend or fastest(models, split, device)
+    if backend == "alone":
         return [evaluate(model.to(device), split, batch_size=batch_size) for model in models]
-    batch = Batch(models, way).to(device)
+    batch = Batch(models, backend).to(device)
     hits, losses = torch.zeros(2, len(models), dtype=torch.float64, device=device)
-    with evaluating(batch):
+    with evaluation_mode(batch):
         for x, y in split.batches(in_order(split, max(1, batch_size // len(models))), device):
             logits = batch(x[:, None].expand(-1, len(models), *x.shape[1:])).transpose(1, 2)  # [n, classes, k]
             y = y[:, None].expand(-1, len(models))

@@ -11,7 +11,7 @@ from numbers import Real
 import torch
 from torch.nn import functional as F
 
-from permask_core.models import evaluating
+from permask_core.models import evaluation_mode
 from permask_core.runs.processes import default_device
 from permask_core.training.loop import as_split, autocast, fit, predict
 
@@ -105,7 +105,7 @@ class Distillation:
 
 
 @dataclass(frozen=True, eq=False)
-class Taught:
+class TeacherSplit:
     """A split whose batches have, beside the inputs, the labels and the teacher's logits: those in ``logits``
     [n, classes], or what the ``teacher`` makes of the very inputs, augmented as they are."""
 
@@ -133,7 +133,7 @@ class Taught:
             if self.logits is not None:
                 logits = self.logits[chosen.to(self.logits.device)].to(device)
             else:
-                with evaluating(self.teacher), autocast(x.device, self.precision):
+                with evaluation_mode(self.teacher), autocast(x.device, self.precision):
                     logits = self.teacher(x)
             yield x, (y, logits)
 
@@ -183,5 +183,5 @@ def distil(student, teacher, train, recipe, *, seed, temperature, alpha=0.8, sca
             raise ValueError(f"the teacher's logits are {list(logits.shape)}: expected [{len(train)}, classes]")
         _check_finite("teacher", logits)
         teacher = None
-    taught = Taught(train, teacher, logits, recipe.precision)
+    taught = TeacherSplit(train, teacher, logits, recipe.precision)
     return fit(student, taught, recipe, seed=seed, loss=loss, device=device, **how_to_fit)

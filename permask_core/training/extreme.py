@@ -22,7 +22,7 @@ from permask_core.runs.progress import progress
 from permask_core.sparse import kernels
 from permask_core.sparse.dynamic import set_rows_step
 from permask_core.sparse.fan_in import FanInLinear
-from permask_core.training.resume import Run, described, digest, found_run, optimizer_state, restore_optimizer, save_run
+from permask_core.training.resume import Run, describe, digest, find_run, optimizer_state, restore_optimizer, save_run
 
 # Logits at a time: a megabyte, which stays in a processor's cache; on a GPU as many as keep all of it busy.
 CHUNK = {"cpu": 2 ** 18, "cuda": 2 ** 24}
@@ -347,7 +347,7 @@ def fit_extreme(model, train, recipe, *, seed, resume=None, description="trainin
         raise ValueError(f"drop is {recipe.drop} of a fan-in of {model.head.fan_in}: expected at least a connection, "
                          "or rewire_until 0")
     identity = _identity(model, train, recipe, seed) if resume else {}
-    run, parameters = found_run(resume, identity), dict(model.named_parameters())
+    run, parameters = find_run(resume, identity), dict(model.named_parameters())
     optimizer = torch.optim.Adam(model.parameters(), recipe.lr, fused=True)  # without temporaries
     order, growth = (torch.Generator().manual_seed(seed) for _ in range(2))
     steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
@@ -392,7 +392,7 @@ def fit_extreme(model, train, recipe, *, seed, resume=None, description="trainin
 
 def _identity(model, train, recipe, seed):
     """What decides about a run, as JSON holds it."""
-    data = {f"data.{name}": value for name, value in described(train).items()}
+    data = {f"data.{name}": value for name, value in describe(train).items()}
     return json.loads(json.dumps({**asdict(recipe), "seed": seed, **data,
                                   "initial weights": digest(model.state_dict())}))
 

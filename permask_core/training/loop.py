@@ -19,9 +19,9 @@ import torch
 from torch.nn import functional as F
 
 from permask_core.data import Split
-from permask_core.data.splits import in_order, mixed_seed
+from permask_core.data.splits import in_order, mix_seed
 from permask_core.masks import apply_masks, check_fit
-from permask_core.models import evaluating
+from permask_core.models import evaluation_mode
 from permask_core.runs.processes import check_agreement, default_device, launch, of_first
 from permask_core.runs.progress import progress
 from permask_core.sparse.dynamic import Rewiring, Topology
@@ -29,9 +29,9 @@ from permask_core.sparse.fan_in import FanInLinear
 from permask_core.sparse.optim import SparseOpt
 from permask_core.training.resume import (
     Run,
-    described,
+    describe,
     digest,
-    found_run,
+    find_run,
     load_run,
     optimizer_state,
     restore_optimizer,
@@ -106,7 +106,7 @@ def learning_rate(recipe, step, steps_per_epoch):
     return recipe.lr * SCHEDULES[recipe.schedule](recipe, epoch)
 
 
-class Fit(NamedTuple):
+class FitResult(NamedTuple):
     """A finished run: the last ``state``, the ``checkpoints`` asked for by name, the mean training ``losses`` [epochs],
     and the last ``masks``. With rewiring also ``fan_in``, of each layer int32 [1 + rewirings, out]: the connections of
     its neurons at the start and after each rewiring."""
@@ -187,13 +187,13 @@ def fit(model, train, recipe, *, seed, loss=None, masks=None, rewiring=None, che
         return _train(None, model, train, job, resume, description)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(resume or Path(folder, "run.safetensors")).absolute()
-        found_run(path, job.identity)  # what is wrong with it is said before any process starts
+        find_run(path, job.identity)  # what is wrong with it is said before any process starts
         launch(_train, processes, device, model.cpu(), train, job, path, description)
         run = of_first(load_run, path, job.identity)
     model.load_state_dict(run.state)
     model.to(device or default_device()).train()
     kept = {name: run.checkpoints[name] for name in job.wanted}
-    return Fit(run.state, kept, run.losses, *((run.masks or None, run.fan_in) if rewiring else (masks, None)))
+    return FitResult(run.state, kept, run.losses, *((run.masks or None, run.fan_in) if rewiring else (masks, None)))
 
 
 def as_split(data):
@@ -263,7 +263,7 @@ def _checked(model, train, recipe, seed, loss, masks, rewiring, checkpoints, pro
 
 
 def _identity(model, train, job, processes):
-    data = {f"data.{name}": value for name, value in described(train).items()}
+    data = {f"data.{name}": value for name, value in describe(train).items()}
     loss = {"loss": getattr(job.loss, "__qualname__", repr(job.loss))} if job.loss else {}
     identity = {**asdict(job.recipe), "seed": job.seed, "checkpoints": job.wanted, "processes": processes,
                 "images": len(train), **data, **loss, "masks": digest(job.masks or {}),
@@ -277,7 +277,7 @@ def _train(fabric, model, train, job, resume, description):
     recipe, rank, ranks = job.recipe, *((fabric.global_rank, fabric.world_size) if fabric else (0, 1))
     if fabric:
         check_agreement(job.identity)
-    run = of_first(found_run, resume, job.identity) if fabric else found_run(resume, job.identity)
+    run = of_first(find_run, resume, job.identity) if fabric else find_run(resume, job.identity)
     device = fabric.device if fabric else next(model.parameters()).device
     on_gpu = device.type == "cuda"
     order = memory_format(model.to(device).train(), device)
@@ -330,7 +330,7 @@ def _train(fabric, model, train, job, resume, description):
 
     if done == 0:
         keep_checkpoints()
-    dropout_seed = mixed_seed(job.seed[0] if networks else job.seed, rank)
+    dropout_seed = mix_seed(job.seed[0] if networks else job.seed, rank)
     batches = _batches(train, job, done, device, rank, ranks)
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         for size, parts in progress(batches, description if rank == 0 else None,
@@ -376,7 +376,7 @@ def _train(fabric, model, train, job, resume, description):
         save()
     if not fabric:
         moved = (_on_cpu(topology.masks) or None, topology.fan_in) if topology else (job.masks, None)
-        return Fit(_copied(model), kept, losses, *moved)
+        return FitResult(_copied(model), kept, losses, *moved)
 
 
 def _backward(fabric, network, x, targets, job, share, order):
@@ -515,7 +515,7 @@ def evaluate(model, split, *, state=None, batch_size=1000):
     """
     model, batches = _to_evaluate(model, split, state, batch_size)
     hits = loss = n = 0
-    with evaluating(model):
+    with evaluation_mode(model):
         for x, y in batches:
             logits = model(x)
             hits += (logits.argmax(1) == y).sum().item()
@@ -543,7 +543,7 @@ def predict(model, split, *, state=None, batch_size=1000):
         If the split is empty.
     """
     model, batches = _to_evaluate(model, split, state, batch_size)
-    with evaluating(model):
+    with evaluation_mode(model):
         return torch.cat([model(x).cpu() for x, _ in batches])
 
 

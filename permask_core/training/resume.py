@@ -73,12 +73,12 @@ def load_run(path, identity):
     return Run(checkpoints=checkpoints, losses=record["losses"], totals=tensors["totals"], done=record["done"], **parts)
 
 
-def found_run(path, identity):
+def find_run(path, identity):
     """:func:`load_run`, or None where there is no path or no file."""
     return load_run(path, identity) if path and Path(path).exists() else None
 
 
-def described(value):
+def describe(value):
     """What data are in short, as JSON holds it: not where their files lie, how many processes read them, or what nobody
     trains on."""
     if isinstance(value, torch.nn.Module):
@@ -89,13 +89,13 @@ def described(value):
         return digest({"": value})
     if is_dataclass(value):
         parts = {**vars(value), **({"sizes": value.sizes} if hasattr(value, "sizes") else {})}
-        return {name: described(part) for name, part in parts.items() if name not in ("root", "workers", "attributes")}
+        return {name: describe(part) for name, part in parts.items() if name not in ("root", "workers", "attributes")}
     return value
 
 
 def fingerprint(*values):
     """A short hash of what data are, as :func:`described` says it."""
-    return hashlib.sha256(json.dumps([described(value) for value in values], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([describe(value) for value in values], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def optimizer_state(optimizer, parameters):

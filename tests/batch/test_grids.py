@@ -68,7 +68,7 @@ def test_names_of_jobs_are_files_and_tell_combinations_apart(lists):
 def test_all_faults_of_a_real_notebook_are_reported_at_once():
     lines = faults(ROOT / "tests" / "batch" / "faults.yaml")
     for expected in ("unknown parameter 'sparsites', perhaps 'sparsities'", "seeds is 'three', a str: expected int",
-                     "workers is 0: expected an integer of at least 1", "together is 0: expected an integer",
+                     "workers is 0: expected an integer of at least 1", "batched is 0: expected an integer",
                      "matchings is ['wieghts']: expected", "imp_epochs is -1: expected", "'cifar11'"):
         assert [line for line in lines if expected in line], expected
     assert len(lines) == 7, lines

@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestCentroid
 from permask_core.data import load_dataset
 from permask_core.data.celeba import celeba
 from permask_core.data.imagenet import MEAN, SD
-from permask_core.data.splits import in_order, mixed_seed
+from permask_core.data.splits import in_order, mix_seed
 from permask_core.models.vision import torchvision
 from tests.data.files import CELEBA, write_celeba
 
@@ -38,7 +38,7 @@ def root(tmp_path, made):
 
 
 def load(root, **options):
-    return celeba(root, **{"verify": False, "workers": 0, "image_size": 32, **options})
+    return celeba(root, **{"verify": False, "readers": 0, "image_size": 32, **options})
 
 
 class Unchecked(published):
@@ -98,12 +98,12 @@ def test_training_images_are_crops_of_80_percent_and_test_images_the_centre(made
     moved = transforms.Compose([transforms.RandomResizedCrop(160, scale=(0.8, 1)), transforms.RandomHorizontalFlip(),
                                 *last])
     plain = transforms.Compose([transforms.Resize(183), transforms.CenterCrop(160), *last])
-    train, test, shape, _ = celeba(made, verify=False, workers=0)
+    train, test, shape, _ = celeba(made, verify=False, readers=0)
     assert shape == (3, 160, 160)
     for split, augmented, transform in ((train, (3, 1), moved), (test, None, plain)):
         (inputs, _), = split.batches([torch.arange(3)], augmented=augmented)
         for i, found in enumerate(inputs):
-            torch.manual_seed(mixed_seed(3, 1, i))
+            torch.manual_seed(mix_seed(3, 1, i))
             assert torch.equal(found, transform(Image.open(split.root / split.names[i])))
 
 
@@ -171,7 +171,7 @@ def test_images_that_are_listed_and_missing_are_named(root):
     ({"attributes": ["Young", "Age"]}, f"unknown attribute 'Age': expected some of {', '.join(CELEBA)}"),
     ({"attributes": "Young"}, "attributes is 'Young': expected a list of names"),
     ({"image_size": 0}, "image_size is 0: expected an integer of at least 1"),
-    ({"workers": -1}, "workers is -1: expected an integer of at least 0"),
+    ({"readers": -1}, "readers is -1: expected an integer of at least 0"),
     ({"seed": -1}, "seed is -1: expected an integer of at least 0"), ({"seed": 0.5}, "seed is 0.5: expected"),
 ])
 def test_bad_options_are_named(made, options, message):
@@ -248,5 +248,5 @@ def test_download_without_its_package(tmp_path, monkeypatch):
 
 
 def test_by_name(made):
-    found = load_dataset("celeba", root=made, verify=False, label="Male", attributes=["Young"], workers=0)
+    found = load_dataset("celeba", root=made, verify=False, label="Male", attributes=["Young"], readers=0)
     assert (found.name, found.input_shape, found.classes, len(found.test)) == ("celeba", (3, 160, 160), 2, 40)

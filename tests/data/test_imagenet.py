@@ -14,7 +14,7 @@ from PIL import Image
 
 from permask_core.data.folders import Folder
 from permask_core.data.imagenet import MEAN, SD, imagenet
-from permask_core.data.splits import in_order, mixed_seed
+from permask_core.data.splits import in_order, mix_seed
 from permask_core.models.vision import torchvision
 from tests.data.files import write_imagenet
 
@@ -36,7 +36,7 @@ def together(split, indices, augmented=None):
 
 @pytest.mark.parametrize("size", [24, 224])
 def test_the_same_as_torchvision(root, size):
-    train, val, shape, classes = imagenet(root, image_size=size, workers=0)
+    train, val, shape, classes = imagenet(root, image_size=size, readers=0)
     assert shape == (3, size, size) and classes == 4 and (len(train), len(val)) == (20, 12)
     last = [transforms.ToTensor(), transforms.Normalize(MEAN, SD)]
     augmenting = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *last])
@@ -48,13 +48,13 @@ def test_the_same_as_torchvision(root, size):
             inputs, labels = together(split, in_order(split, 7), augmented)
             assert inputs.dtype == torch.float32 and labels.tolist() == split.y.tolist() == reference.targets
             for i, found in enumerate(inputs):
-                torch.manual_seed(mixed_seed(5, 2, i))
+                torch.manual_seed(mix_seed(5, 2, i))
                 assert torch.equal(found, transform(reference[i][0]))
 
 
 def test_an_image_depends_on_neither_its_batch_nor_the_processes(root):
-    alone, _, _, _ = imagenet(root, image_size=16, workers=0)
-    helped, _, _, _ = imagenet(root, image_size=16, workers=2)
+    alone, _, _, _ = imagenet(root, image_size=16, readers=0)
+    helped, _, _, _ = imagenet(root, image_size=16, readers=2)
     inputs, labels = together(alone, in_order(alone, 20), (1, 1))
     order = torch.randperm(20)
     for split, size in ((alone, 6), (helped, 6), (helped, 1)):
@@ -65,7 +65,7 @@ def test_an_image_depends_on_neither_its_batch_nor_the_processes(root):
 
 
 def test_epochs_seeds_and_images_differ(root):
-    split, _, _, _ = imagenet(root, image_size=16, workers=0)
+    split, _, _, _ = imagenet(root, image_size=16, readers=0)
     runs = [together(split, in_order(split, 20), part)[0] for part in [(0, 0), (0, 1), (1, 0), (1, 1)]]
     for one, other in itertools.combinations(runs, 2):
         assert (one != other).flatten(1).any(1).all()
@@ -76,9 +76,9 @@ def test_epochs_seeds_and_images_differ(root):
     assert len(copies.flatten(1).unique(dim=0)) == 20 and torch.equal(copies[0], moved[0])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_global_draws_are_left_alone(root, workers):
-    split, _, _, _ = imagenet(root, image_size=16, workers=workers)
+@pytest.mark.parametrize("readers", [0, 1])
+def test_the_global_draws_are_left_alone(root, readers):
+    split, _, _, _ = imagenet(root, image_size=16, readers=readers)
     before = torch.get_rng_state()
     for augmented in (None, (0, 0)):
         together(split, in_order(split, 10), augmented)
@@ -96,8 +96,8 @@ if __name__ == "__main__":
 
 
 def test_processes_that_inherit_nothing(root, tmp_path):
-    """The split itself is sent to a new process, and there its workers are started as on macOS and Windows."""
-    split, _, _, _ = imagenet(root, image_size=16, workers=1)
+    """The split itself is sent to a new process, and there its readers are started as on macOS and Windows."""
+    split, _, _, _ = imagenet(root, image_size=16, readers=1)
     assert split.to("cuda") is split
     (tmp_path / "script.py").write_text(IN_NEW_PROCESSES)
     (tmp_path / "split").write_bytes(pickle.dumps(split))
@@ -122,7 +122,7 @@ COLOURS = Image.merge("RGB", [RAMP, RAMP.rotate(180), RAMP])
 ], ids=lambda value: getattr(value, "mode", value))
 def test_images_of_every_mode_become_colours(tmp_path, image, format):
     one_class(tmp_path, image, format=format)
-    _, val, _, _ = imagenet(tmp_path, image_size=28, workers=0)
+    _, val, _, _ = imagenet(tmp_path, image_size=28, readers=0)
     (inputs, _), = val.batches([torch.tensor([0])])
     found = inputs[0] * torch.tensor(SD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     cut = transforms.CenterCrop(28)(transforms.Resize(32)(image.convert("RGB")))
@@ -133,7 +133,7 @@ def test_images_of_every_mode_become_colours(tmp_path, image, format):
 
 def test_a_single_pixel_is_an_image(tmp_path):
     one_class(tmp_path, Image.new("RGB", (1, 1), (255, 0, 0)), format="PNG")
-    train, val, _, classes = imagenet(tmp_path, image_size=8, workers=0)
+    train, val, _, classes = imagenet(tmp_path, image_size=8, readers=0)
     expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(MEAN)) / torch.tensor(SD)
     for split, augmented in ((train, (0, 0)), (val, None)):
         inputs, labels = together(split, [torch.tensor([0])], augmented)
@@ -141,14 +141,14 @@ def test_a_single_pixel_is_an_image(tmp_path):
     assert classes == 1
 
 
-@pytest.mark.parametrize("damage, workers", [
+@pytest.mark.parametrize("damage, readers", [
     (lambda path: path.write_bytes(b""), 0), (lambda path: path.write_text("404 Not Found"), 0),
     (lambda path: path.unlink(), 0), (lambda path: path.write_bytes(path.read_bytes()[:400]), 0),
     (lambda path: path.write_bytes(path.read_bytes()[:400]), 1),
 ], ids=["empty", "text", "deleted", "truncated", "truncated, read by a worker"])
-def test_damaged_images_are_named(tmp_path, damage, workers):
+def test_damaged_images_are_named(tmp_path, damage, readers):
     write_imagenet(tmp_path, 2, 2, 1)
-    train, _, _, _ = imagenet(tmp_path, image_size=16, workers=workers)
+    train, _, _, _ = imagenet(tmp_path, image_size=16, readers=readers)
     path = tmp_path / "train" / train.names[2]
     damage(path)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))} is no readable image .*: replace or delete it"):
@@ -230,14 +230,14 @@ def test_where_it_is_looked_for(tmp_path, monkeypatch):
     write_imagenet(tmp_path / "imagenet", 2, 2, 1, size=8)
     for root in (None, "", tmp_path / "imagenet"):
         train, val, shape, _ = imagenet(root)
-        assert (len(train), len(val), shape) == (4, 2, (3, 224, 224)) and 1 <= train.workers <= 8
+        assert (len(train), len(val), shape) == (4, 2, (3, 224, 224)) and 1 <= train.readers <= 8
 
 
 @pytest.mark.parametrize("options, message", [
     ({"image_size": 0}, "image_size is 0: expected an integer of at least 1"),
     ({"image_size": 22.5}, "image_size is 22.5: expected"),
-    ({"workers": -1}, "workers is -1: expected an integer of at least 0"),
-    ({"workers": "all"}, "workers is 'all': expected"),
+    ({"readers": -1}, "readers is -1: expected an integer of at least 0"),
+    ({"readers": "all"}, "readers is 'all': expected"),
 ])
 def test_options_out_of_range(root, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -267,8 +267,8 @@ def archives(tmp_path, monkeypatch):
 
 
 def test_archives_are_unpacked_where_folders_are_missing(tmp_path, archives):
-    splits = imagenet(archives, image_size=8, workers=0)[:2]
-    for split, expected in zip(splits, imagenet(tmp_path / "made", image_size=8, workers=0)[:2]):
+    splits = imagenet(archives, image_size=8, readers=0)[:2]
+    for split, expected in zip(splits, imagenet(tmp_path / "made", image_size=8, readers=0)[:2]):
         one, other = (together(part, in_order(part, 50)) for part in (split, expected))
         assert all(torch.equal(*pair) for pair in zip(one, other))
     assert sorted(path.name for path in archives.iterdir() if path.is_dir()) == ["train", "val"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from permask_core.data.splits import Split, channel_moments, cropped, in_order, mixed_seed, standardised
+from permask_core.data.splits import Split, channel_moments, crop, in_order, mix_seed, standardise
 from permask_core.models.vision import torchvision
 
 functional = torchvision.transforms.functional
@@ -33,7 +33,7 @@ def test_crops_are_torchvisions(pad, height, width):
     x = noise(64, height=height, width=width)
     corners, mirrored = torch.randint(0, 2 * pad + 1, (64, 2)), torch.rand(64) < 0.5
     assert mirrored.any() and not mirrored.all()
-    for i, found in enumerate(cropped(x, pad, corners, mirrored)):
+    for i, found in enumerate(crop(x, pad, corners, mirrored)):
         expected = functional.crop(functional.pad(x[i], [pad]), *corners[i].tolist(), height, width)
         assert torch.equal(found, functional.hflip(expected) if mirrored[i] else expected)
 
@@ -130,19 +130,19 @@ def test_a_channel_of_one_value_is_refused():
 
 def test_images_of_any_number_are_standardised_alike():
     x, (mean, sd) = noise(7), ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-    assert torch.equal(standardised(x, mean, sd)[3], standardised(x[3:4], mean, sd)[0])
+    assert torch.equal(standardise(x, mean, sd)[3], standardise(x[3:4], mean, sd)[0])
 
 
 def test_seeds_of_other_parts_are_others():
     parts = [part for n in (1, 2, 3) for part in itertools.product(range(12), repeat=n)]
-    seeds = [mixed_seed(*part) for part in parts]
+    seeds = [mix_seed(*part) for part in parts]
     assert len(set(seeds)) == len(parts) and all(0 <= seed < 2**63 for seed in seeds)
-    assert seeds == [mixed_seed(*part) for part in parts]
+    assert seeds == [mix_seed(*part) for part in parts]
     # Every bit is set in half of the seeds, to about six standard deviations.
     bits = np.array([[seed >> bit & 1 for bit in range(63)] for seed in seeds]).mean(0)
     assert abs(bits - 0.5).max() < 3 / len(parts) ** 0.5
     with pytest.raises(ValueError, match=re.escape("expected non-negative integer")):
-        mixed_seed(-1, 0)
+        mix_seed(-1, 0)
 
 
 def test_in_order():

@@ -58,7 +58,7 @@ def test_costs_are_what_is_trained(tmp_path, monkeypatch):
 
     monkeypatch.setattr(queue, "fit", spy)
     late = dataclasses.replace(TINY, matched_at=3)  # only then is all that is trained of B needed
-    permuted_masks.sparse(late, Store(tmp_path), 0, 0.8, "permuted", "weights")
+    permuted_masks.train_sparse(late, Store(tmp_path), 0, 0.8, "permuted", "weights")
     found = cost(late, "permuted", 0.8)
     assert found.shared + found.dense == epochs["dense"] + epochs["imp_round"] and found.sparse == epochs["sparse"]
 

@@ -41,8 +41,8 @@ def test_a_row_for_each_line(rows):
 def test_a_row_is_what_a_line_says(rows, store):
     for row in rows[:5]:
         source, goal = basins.ends(TINY, store, 0, row["sparsity"], row["method"])
-        test = line(permuted_masks.network(TINY), source, goal, data(TINY).test, points=5)
-        train = line(permuted_masks.network(TINY), source, goal, data(TINY).train, points=5)
+        test = line(permuted_masks.build_network(TINY), source, goal, data(TINY).test, points=5)
+        train = line(permuted_masks.build_network(TINY), source, goal, data(TINY).train, points=5)
         assert row["losses"] == pytest.approx(test.losses.tolist())
         assert row["errors"] == pytest.approx(test.errors.tolist())
         assert row["barrier"] == pytest.approx(barrier(test.alphas, test.losses))
@@ -53,11 +53,11 @@ def test_a_row_is_what_a_line_says(rows, store):
 
 
 def test_the_ends_of_dense_lines_are_a_and_b(store):
-    a, b = (permuted_masks.dense(TINY, store, 0, which) for which in "ab")
+    a, b = (permuted_masks.train_dense(TINY, store, 0, which) for which in "ab")
     for method in basins.DENSE:
         source, goal = basins.ends(TINY, store, 0, 0, method)
         assert all(torch.equal(goal[name], tensor) for name, tensor in b[0][3].items())
-        loss = evaluate(permuted_masks.network(TINY, source), data(TINY).test).loss
+        loss = evaluate(permuted_masks.build_network(TINY, source), data(TINY).test).loss
         assert loss == pytest.approx(a[1]["loss"], rel=1e-5)
     assert distance(basins.ends(TINY, store, 0, 0, "permuted")[0], b[0][3]) < distance(a[0][3], b[0][3])
 
@@ -65,13 +65,13 @@ def test_the_ends_of_dense_lines_are_a_and_b(store):
 @pytest.mark.parametrize("method", basins.SPARSE)
 def test_both_ends_of_a_sparse_line_have_one_mask(method, store):
     source, goal = basins.ends(TINY, store, 0, 0.75, method)
-    weights = prunable_weights(permuted_masks.network(TINY))
+    weights = prunable_weights(permuted_masks.build_network(TINY))
     masks = [{name: state[name] != 0 for name in weights} for state in (source, goal)]
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in weights)
     assert sparsity(masks[0]) == pytest.approx(0.75, abs=1e-3)
-    pruned = permuted_masks.sparse(TINY, store, 0, 0.75, "pruned")[0]
+    pruned = permuted_masks.train_sparse(TINY, store, 0, 0.75, "pruned")[0]
     if method == "permuted":
-        pruned = permute(permuted_masks.groups(TINY), permuted_masks.matching(TINY, store, 0, "weights")[0], pruned)
+        pruned = permute(permuted_masks.groups(TINY), permuted_masks.match_dense(TINY, store, 0, "weights")[0], pruned)
     assert all(torch.equal(source[name], tensor) for name, tensor in pruned.items())
 
 

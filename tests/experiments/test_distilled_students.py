@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from permask_core.experiments import distilled_students
-from permask_core.experiments.distilled_students import Experiment, answers, run, trained_network
+from permask_core.experiments.distilled_students import Experiment, answers, run, train_network
 from permask_core.models import build_model
 from permask_core.runs.store import Store
 from permask_core.training import Recipe, evaluate, fit, loop, predict
@@ -51,7 +51,7 @@ def test_networks_are_what_fit_and_distil_make(finished, digits):
     fit(students[0], digits.train, RECIPE, seed=4, description=None)
     distil(students[1], teacher, digits.train, RECIPE, seed=5, temperature=4, description=None)
     for model, one in zip((teacher, *students), (("teacher",), ("student",), ("distilled", 4))):
-        state, logits, record = trained_network(TINY, store, 1, *one)
+        state, logits, record = train_network(TINY, store, 1, *one)
         assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
         assert torch.equal(logits, predict(model, digits.test))
         assert record["accuracy"] == evaluate(model, digits.test).accuracy
@@ -163,5 +163,5 @@ def test_roles_and_temperatures_go_together(tmp_path):
                                        ("teacher", 4, "temperature is 4 for the role 'teacher': expected none"),
                                        ("distilled", None, "temperature is None: expected a number above 0")):
         with pytest.raises(ValueError, match=re.escape(message)):
-            trained_network(TINY, Store(tmp_path), 0, role, temperature)
+            train_network(TINY, Store(tmp_path), 0, role, temperature)
     assert distilled_students.ROLES == ("teacher", "student", "distilled")

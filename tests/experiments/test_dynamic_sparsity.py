@@ -8,7 +8,7 @@ import torch
 
 from permask_core.data.published import published_dynamic_sparse_training
 from permask_core.experiments import dynamic_sparsity
-from permask_core.experiments.dynamic_sparsity import METHODS, Experiment, preset, run, trained_network
+from permask_core.experiments.dynamic_sparsity import METHODS, Experiment, preset, run, train_network
 from permask_core.masks import layer_sparsity
 from permask_core.models import build_model
 from permask_core.pruning import erk_densities, prunable_weights
@@ -108,7 +108,7 @@ def test_methods_start_with_as_many_connections_in_each_layer(tmp_path, monkeypa
 def test_what_rows_say_of_masks(finished):
     store, rows = finished
     for row in rows:
-        state, masks, record = trained_network(TINY, store, row["seed"], row["sparsity"], row["method"])
+        state, masks, record = train_network(TINY, store, row["seed"], row["sparsity"], row["method"])
         counts = {name: mask.flatten(1).sum(1) for name, mask in masks.items()}
         assert row["connections"] == record["connections"] == sum(int(count.sum()) for count in counts.values())
         assert row["active"] == sum(int((count > 0).sum()) for count in counts.values())
@@ -133,7 +133,7 @@ def test_networks_are_what_fit_makes(finished, digits):
     sparse_init(model, masks, seed=1)
     moved = fit(model, digits.train, TINY.recipe, seed=1, masks=masks, description=None,
                 rewiring=Rewiring("srigl", 5, densities=densities))
-    state, found, record = trained_network(TINY, store, 1, 0.95, "srigl+ablation")
+    state, found, record = train_network(TINY, store, 1, 0.95, "srigl+ablation")
     assert all(torch.equal(state[name], tensor) for name, tensor in moved.state.items())
     assert all(torch.equal(found[name], mask) for name, mask in moved.masks.items())
     assert record["accuracy"] == evaluate(model, digits.test).accuracy
@@ -162,11 +162,11 @@ def test_a_run_killed_in_the_middle_ends_in_the_same_bits(finished, tmp_path, me
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     monkeypatch.setattr(loop, "save_run", save)
     with pytest.raises(KeyboardInterrupt):
-        trained_network(TINY, Store(tmp_path), 0, 0.95, method)
+        train_network(TINY, Store(tmp_path), 0, 0.95, method)
     assert len(list(tmp_path.rglob("*.unfinished"))) == 1 and not list(tmp_path.rglob("*.safetensors"))
-    state, masks, record = trained_network(TINY, Store(tmp_path), 0, 0.95, method)
+    state, masks, record = train_network(TINY, Store(tmp_path), 0, 0.95, method)
     assert 20 < len(saved) < 2 * 23 + 5  # it went on, and did not begin anew
-    whole = trained_network(TINY, store, 0, 0.95, method)
+    whole = train_network(TINY, store, 0, 0.95, method)
     for found, expected in ((state, whole[0]), (masks, whole[1])):
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert plain([record]) == plain([whole[2]]) and not list(tmp_path.rglob("*.unfinished"))
@@ -179,7 +179,7 @@ def test_what_decides_trains_anew_and_nothing_else_does(finished):
         own, computed = replace(TINY, **changes), set()
         for method in METHODS:
             one = Store(store.folder)
-            trained_network(own, one, 0, 0.0 if method == "dense" else 0.8, method)
+            train_network(own, one, 0, 0.0 if method == "dense" else 0.8, method)
             computed |= {method} if one.computed else set()
         return computed
 
@@ -280,7 +280,7 @@ def test_dense_has_no_sparsity_and_the_others_have_one(tmp_path):
     for target, method, message in ((0.9, "dense", "sparsity is 0.9 for the method 'dense': expected 0"),
                                     (0.0, "rigl", "sparsity is 0.0: expected a number in (0, 1)")):
         with pytest.raises(ValueError, match=re.escape(message)):
-            trained_network(TINY, Store(tmp_path), 0, target, method)
+            train_network(TINY, Store(tmp_path), 0, target, method)
 
 
 @pytest.mark.parametrize("name, options", [
@@ -297,6 +297,6 @@ def test_published_networks_train_on_files_in_the_published_formats(name, option
     rows = run(own, Store(tmp_path / "runs"), seeds=[0], sparsities=[0.8], methods=["rigl", "srigl+ablation"])
     assert [row["method"] for row in rows] == ["rigl", "srigl+ablation"]
     assert rows[0]["achieved"] == rows[1]["achieved"] and 0.5 < rows[0]["achieved"] < 0.95
-    before = trained_network(replace(own, every=100), Store(tmp_path / "runs"), 0, 0.8, "fan_in")[1]
-    moved = trained_network(own, Store(tmp_path / "runs"), 0, 0.8, "srigl+ablation")[1]
+    before = train_network(replace(own, every=100), Store(tmp_path / "runs"), 0, 0.8, "fan_in")[1]
+    moved = train_network(own, Store(tmp_path / "runs"), 0, 0.8, "srigl+ablation")[1]
     assert any(not torch.equal(before[key], moved[key]) for key in moved)

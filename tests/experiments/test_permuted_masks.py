@@ -16,13 +16,13 @@ import torch
 from permask_core.experiments import permuted_masks, queue
 from permask_core.experiments.permuted_masks import (
     Experiment,
-    dense,
-    matching,
+    build_network,
+    find_ticket,
+    match_dense,
     method_masks,
-    network,
     run,
-    sparse,
-    ticket,
+    train_dense,
+    train_sparse,
 )
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.matching import match_activations, match_weights, permute
@@ -131,7 +131,7 @@ def test_two_workers_give_the_rows_of_one(tmp_path):
 def test_epoch_0_is_the_true_initialisation_and_a_and_b_differ(finished):
     store, _ = finished
     for seed in (0, 1):
-        (a, _), (b, _) = (dense(TINY, store, seed, which) for which in "ab")
+        (a, _), (b, _) = (train_dense(TINY, store, seed, which) for which in "ab")
         assert list(a) == list(b) == [0, 1, 2]
         assert same(a[0], build_model("mlp", (1, 8, 8), 10, width=0.1, seed=2 * seed).state_dict())
         assert same(b[0], build_model("mlp", (1, 8, 8), 10, width=0.1, seed=2 * seed + 1).state_dict())
@@ -140,29 +140,30 @@ def test_epoch_0_is_the_true_initialisation_and_a_and_b_differ(finished):
 
 def test_matching_is_that_of_the_epoch_asked_for(finished):
     store, _ = finished
-    a, b = (dense(TINY, store, 0, which)[0] for which in "ab")
+    a, b = (train_dense(TINY, store, 0, which)[0] for which in "ab")
     x = permuted_masks.data(TINY).train.x
     early = dataclasses.replace(TINY, matched_at=1)
     for experiment, epoch in ((TINY, 2), (early, 1)):
         groups = permuted_masks.groups(experiment)
-        assert same(matching(experiment, store, 0, "weights")[0], match_weights(groups, a[epoch], b[epoch], seed=0))
-        nets = network(experiment, a[epoch]), network(experiment, b[epoch])
-        assert same(matching(experiment, store, 0, "activations")[0], match_activations(groups, *nets, [x]))
+        assert same(match_dense(experiment, store, 0, "weights")[0], match_weights(groups, a[epoch], b[epoch], seed=0))
+        nets = build_network(experiment, a[epoch]), build_network(experiment, b[epoch])
+        assert same(match_dense(experiment, store, 0, "activations")[0], match_activations(groups, *nets, [x]))
 
 
 def test_only_the_layers_asked_for_move(finished):
     store, _ = finished
-    a, b = (dense(TINY, store, 0, which)[0][2] for which in "ab")
+    a, b = (train_dense(TINY, store, 0, which)[0][2] for which in "ab")
     one, both = (dataclasses.replace(TINY, matched_layers=names) for names in (["fc2"], ("fc1", "fc2")))
-    found = matching(one, store, 0, "weights")[0]
+    found = match_dense(one, store, 0, "weights")[0]
     assert same(found, match_weights({"fc2": permuted_masks.groups(TINY)["fc2"]}, a, b, seed=0))
     # The units of a layer respond alike wherever those of another one stand.
-    apart, together = (matching(experiment, store, 0, "activations")[0] for experiment in (one, TINY))
-    assert same(apart, {"fc2": together["fc2"]}) and same(matching(both, store, 0, "activations")[0], together)
-    pruned, moved = ticket(TINY, store, 0, 0.8).masks, method_masks(one, store, 0, 0.8, "permuted", "weights")
+    apart, together = (match_dense(experiment, store, 0, "activations")[0] for experiment in (one, TINY))
+    assert same(apart, {"fc2": together["fc2"]}) and same(match_dense(both, store, 0, "activations")[0], together)
+    pruned, moved = find_ticket(TINY, store, 0, 0.8).masks, method_masks(one, store, 0, 0.8, "permuted", "weights")
     assert torch.equal(moved["fc1.weight"], pruned["fc1.weight"])
     assert torch.equal(moved["head.weight"], pruned["head.weight"][:, found["fc2"]])
-    assert sparse(one, store, 0, 0.8, "permuted", "weights")[1] != sparse(TINY, store, 0, 0.8, "permuted", "weights")[1]
+    records = [train_sparse(own, store, 0, 0.8, "permuted", "weights")[1] for own in (one, TINY)]
+    assert records[0] != records[1]
 
 
 def test_a_layer_that_cannot_move_is_named_before_any_training(store):
@@ -173,12 +174,12 @@ def test_a_layer_that_cannot_move_is_named_before_any_training(store):
 
 def test_masks_of_the_methods_have_the_zeros_of_the_ticket(finished):
     store, _ = finished
-    pruned = ticket(TINY, store, 0, 0.8)
+    pruned = find_ticket(TINY, store, 0, 0.8)
     masks = {method: method_masks(TINY, store, 0, 0.8, method, "weights")
              for method in permuted_masks.KNOWN_METHODS[1:]}
     assert all(layer_sparsity(mask) == layer_sparsity(pruned.masks) for mask in masks.values())
     assert all(same(masks[method], pruned.masks) for method in ("lth", "pruned", "naive"))
-    permutations, _ = matching(TINY, store, 0, "weights")
+    permutations, _ = match_dense(TINY, store, 0, "weights")
     assert same(masks["permuted"], permute(permuted_masks.groups(TINY), permutations, pruned.masks))
     assert not same(masks["permuted"], pruned.masks) and not same(masks["random"], pruned.masks)
 
@@ -194,8 +195,8 @@ def test_methods_share_checkpoint_seed_and_recipe_and_differ_in_the_mask(finishe
     monkeypatch.setattr(queue, "fit", spy)
     other = dataclasses.replace(TINY, sparse_lr=0.3)  # nothing of it is finished, but all that it needs
     for method in permuted_masks.KNOWN_METHODS[1:]:
-        sparse(other, store, 1, 0.8, method, "weights" if method == "permuted" else None)
-    (a, _), (b, _) = (dense(TINY, store, 1, which) for which in "ab")
+        train_sparse(other, store, 1, 0.8, method, "weights" if method == "permuted" else None)
+    (a, _), (b, _) = (train_dense(TINY, store, 1, which) for which in "ab")
     assert same(calls["lth"][0], a[1]) and same(calls["pruned"][0], a[2]) and same(calls["lth"][3], calls["pruned"][3])
     for method in ("naive", "permuted", "random"):
         assert same(calls[method][0], b[1])
@@ -210,8 +211,8 @@ def test_a_sparse_start_is_scaled_to_the_connections_that_are_left(finished, mon
     starts = {}
     monkeypatch.setattr(queue, "fit", lambda model, *_, **__: starts.update({(method, start): model.state_dict()}))
     for method, start in ((method, start) for method in ("lth", "naive", "pruned") for start in permuted_masks.STARTS):
-        sparse(dataclasses.replace(TINY, sparse_lr=0.2, start=start), store, 0, 0.8, method)
-    name, mask = "fc1.weight", ticket(TINY, store, 0, 0.8).masks["fc1.weight"]
+        train_sparse(dataclasses.replace(TINY, sparse_lr=0.2, start=start), store, 0, 0.8, method)
+    name, mask = "fc1.weight", find_ticket(TINY, store, 0, 0.8).masks["fc1.weight"]
     for method in ("lth", "naive"):
         one, other = (starts[method, start][name] for start in permuted_masks.STARTS)
         for row, (weights, scaled) in enumerate(zip(one, other)):
@@ -232,7 +233,7 @@ def test_a_sparse_start_is_a_stage_of_its_own(finished):
 def test_logits_are_those_of_which_a_run_keeps_the_accuracy(finished):
     store, rows = finished
     labels = permuted_masks.data(TINY).test.y
-    states = {"dense": dense(TINY, store, 1, "b")[0][2], "naive": sparse(TINY, store, 1, 0.8, "naive")[0]}
+    states = {"dense": train_dense(TINY, store, 1, "b")[0][2], "naive": train_sparse(TINY, store, 1, 0.8, "naive")[0]}
     for method, state in states.items():
         (row,) = (row for row in rows if (row["seed"], row["method"]) == (1, method) and row["sparsity"] in (0, 0.8))
         logits = permuted_masks.logits(TINY, state)
@@ -260,7 +261,7 @@ def test_parents():
 @pytest.mark.parametrize("imp", ["rewind", "finetune"])
 def test_rounds_rewind_or_train_on(finished, monkeypatch, imp):
     store, _ = finished
-    a, _ = dense(TINY, store, 0, "a")
+    a, _ = train_dense(TINY, store, 0, "a")
     starts, fit = [], queue.fit
 
     def spy(model, *arguments, **options):
@@ -268,7 +269,7 @@ def test_rounds_rewind_or_train_on(finished, monkeypatch, imp):
         return fit(model, *arguments, **options)
 
     monkeypatch.setattr(queue, "fit", spy)
-    found = ticket(dataclasses.replace(TINY, imp=imp, imp_lr=0.05), store, 0, 0.8)
+    found = find_ticket(dataclasses.replace(TINY, imp=imp, imp_lr=0.05), store, 0, 0.8)
     assert found.rounds == 3 and len(starts) == 2 and same(starts[0], a[1 if imp == "rewind" else 2])
     assert same(starts[1], a[1]) == (imp == "rewind")
 
@@ -291,15 +292,15 @@ def test_errors_come_before_any_training(store, change, message):
 
 
 @pytest.mark.parametrize("stage, message", [
-    (lambda store: sparse(TINY, store, 0, 0.5, "permutated"), "unknown method 'permutated'"),
-    (lambda store: sparse(TINY, store, 0, 0.5, "permuted", "weight"), "unknown matching 'weight'"),
-    (lambda store: sparse(TINY, store, 0, 0.5, "permuted"), "unknown matching None"),
-    (lambda store: sparse(TINY, store, 0, 50, "naive"), "sparsity is 50"),
-    (lambda store: sparse(TINY, store, 0, 0.5, "lth", condensed=True), "imp_scope is 'global'"),
-    (lambda store: sparse(FAN_IN, store, 0, 0.5, "random", condensed=True), "the method 'random': expected 'fan_in'"),
-    (lambda store: ticket(TINY, store, 0, 1.0), "sparsity is 1.0"),
-    (lambda store: matching(TINY, store, 0, "names"), "unknown matching 'names'"),
-    (lambda store: dense(TINY, store, 0, "c"), "which is 'c'"),
+    (lambda store: train_sparse(TINY, store, 0, 0.5, "permutated"), "unknown method 'permutated'"),
+    (lambda store: train_sparse(TINY, store, 0, 0.5, "permuted", "weight"), "unknown matching 'weight'"),
+    (lambda store: train_sparse(TINY, store, 0, 0.5, "permuted"), "unknown matching None"),
+    (lambda store: train_sparse(TINY, store, 0, 50, "naive"), "sparsity is 50"),
+    (lambda store: train_sparse(TINY, store, 0, 0.5, "lth", condensed=True), "imp_scope is 'global'"),
+    (lambda store: train_sparse(FAN_IN, store, 0, 0.5, "random", condensed=True), "the method 'random': expected"),
+    (lambda store: find_ticket(TINY, store, 0, 1.0), "sparsity is 1.0"),
+    (lambda store: match_dense(TINY, store, 0, "names"), "unknown matching 'names'"),
+    (lambda store: train_dense(TINY, store, 0, "c"), "which is 'c'"),
 ])
 def test_errors_of_a_single_stage_come_before_any_training(store, stage, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -353,23 +354,23 @@ def test_tickets_of_constant_fan_in_are_trained_condensed_as_under_their_mask(st
     for method, by in (("lth", None), ("permuted", "weights")):
         masks = method_masks(FAN_IN, store, 0, 0.8, method, by)
         assert all(len(set(mask.sum(1).tolist())) == 1 for mask in masks.values())
-        state, record = sparse(FAN_IN, store, 0, 0.8, method, by)
-        condensed, of_condensed = sparse(FAN_IN, store, 0, 0.8, method, by, condensed=True)
+        state, record = train_sparse(FAN_IN, store, 0, 0.8, method, by)
+        condensed, of_condensed = train_sparse(FAN_IN, store, 0, 0.8, method, by, condensed=True)
         for name in ("fc1", "fc2"):
             whole = torch.zeros_like(state[f"{name}.weight"])
             whole[condensed[f"{name}.rows"][:, None], condensed[f"{name}.indices"].long()] = condensed[f"{name}.values"]
             torch.testing.assert_close(whole, state[f"{name}.weight"], rtol=1e-3, atol=1e-4)
         assert of_condensed["accuracy"] == pytest.approx(record["accuracy"], abs=2 / 360)
         assert of_condensed["achieved"] == record["achieved"] == sparsity(masks)
-    assert ticket(FAN_IN, store, 0, 0.8).sparsity != ticket(TINY, store, 0, 0.8).sparsity
+    assert find_ticket(FAN_IN, store, 0, 0.8).sparsity != find_ticket(TINY, store, 0, 0.8).sparsity
 
 
 def test_two_processes_find_the_mask_that_one_finds(finished, tmp_path):
     store, _ = finished
     shared = dataclasses.replace(TINY, processes=2)
-    found = ticket(shared, Store(tmp_path), 1, 0.5)
-    assert same(found.masks, ticket(TINY, store, 1, 0.5).masks)
-    one, two = (dense(experiment, where, 1, "a")[0][2] for experiment, where in
+    found = find_ticket(shared, Store(tmp_path), 1, 0.5)
+    assert same(found.masks, find_ticket(TINY, store, 1, 0.5).masks)
+    one, two = (train_dense(experiment, where, 1, "a")[0][2] for experiment, where in
                 ((TINY, store), (shared, Store(tmp_path))))
     assert not same(one, two)  # another order of sums: they were trained apart
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
@@ -413,7 +414,8 @@ def test_what_the_data_are_decides_and_where_they_lie_never(tmp_path, name):
         root = tmp_path / place
         if not root.exists():
             FILES[name](root, seed)
-        return Experiment(dataset=name, options=options | more, root=str(root)).decides("dataset", "options", "lr")
+        experiment = Experiment(dataset=name, options=options | more, root=str(root))
+        return experiment.stage_parameters("dataset", "options", "lr")
 
     one = key("one", 0)
     assert one == key("other", 0) and one["data"] != key("third", 1)["data"]
@@ -435,7 +437,7 @@ def test_results_of_one_folder_are_not_served_for_another(tmp_path):
 
 
 def test_where_files_lie_is_no_setting_to_show():
-    assert "root" not in Experiment(root="a").resolved()
+    assert "root" not in Experiment(root="a").as_dict()
     assert "nowhere" not in permuted_masks.settings_text(Experiment(root="/nowhere"))
 
 

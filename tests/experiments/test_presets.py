@@ -138,7 +138,7 @@ def test_any_valid_change_gives_experiments_that_can_run(name, data):
     found = {**vars(chosen.experiment), **chosen._asdict()}
     assert {key: found[key] for key in given_ones} == given_ones
     untouched = {"lr", "momentum", "weight_decay", "schedule", "optimizer", "imp_epochs", "imp_lr", "options"}
-    assert chosen.experiment.only(*untouched) == base.only(*untouched)
+    assert chosen.experiment.select(*untouched) == base.select(*untouched)
     assert preset(name, **changes) == chosen
 
 

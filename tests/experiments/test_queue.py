@@ -9,9 +9,9 @@ import time
 import pytest
 
 from permask_core.experiments import permuted_masks, queue
-from permask_core.experiments.queue import rows_together
+from permask_core.experiments.queue import run_batched
 from permask_core.runs.store import Store
-from permask_core.training.batched import Batch, evaluate_together
+from permask_core.training.batched import Batch, evaluate_batched
 from tests.experiments.test_permuted_masks import TINY, files, without_seconds
 from tests.notebooks import ROOT
 
@@ -21,7 +21,7 @@ GRID = {"seeds": [0, 1], "sparsities": [0.5, 0.8]}
 @pytest.fixture
 def batches(monkeypatch):
     """How many networks each call trains, and which way."""
-    calls, whole = [], queue.fit_together
+    calls, whole = [], queue.fit_batched
 
     def spy(models, *given, **options):
         calls.append(len(models))
@@ -34,10 +34,10 @@ def batches(monkeypatch):
 @pytest.mark.parametrize("model", ["mlp", "resnet8"])
 def test_an_experiment_together_is_that_one_by_one(tmp_path, batches, model):
     experiment = dataclasses.replace(TINY, model=model, width=0.1 if model == "mlp" else 0.125)
-    one_by_one, at_once = Store(tmp_path / "alone"), Store(tmp_path / "together")
+    one_by_one, at_once = Store(tmp_path / "alone"), Store(tmp_path / "batched")
     alone = permuted_masks.run(experiment, one_by_one, **GRID)
     assert batches == []
-    found = permuted_masks.run(experiment, at_once, **GRID, together=100)
+    found = permuted_masks.run(experiment, at_once, **GRID, batched=100)
     # Two networks of each seed; two rounds of pruning, though sparse networks could be trained; five methods at two
     # sparsities.
     assert batches == [4, 2, 2, 20]
@@ -50,17 +50,17 @@ def test_an_experiment_together_is_that_one_by_one(tmp_path, batches, model):
     assert {path for path in files(at_once) if path.suffix} == {path for path in files(one_by_one) if path.suffix}
     assert at_once.computed == one_by_one.computed
     again = Store(tmp_path / "alone")  # what was made one by one is found, and the other way around
-    assert permuted_masks.run(experiment, again, **GRID, together=100) == alone and again.computed == 0
+    assert permuted_masks.run(experiment, again, **GRID, batched=100) == alone and again.computed == 0
     assert len(batches) == 4
 
 
 def test_no_more_are_trained_at_once_than_asked_for(tmp_path, batches):
-    permuted_masks.run(TINY, Store(tmp_path), **GRID, methods=["naive", "random"], together=3)
+    permuted_masks.run(TINY, Store(tmp_path), **GRID, methods=["naive", "random"], batched=3)
     assert sum(batches) == 4 + 2 * 2 + 8 and batches[-3:] == [3, 3, 2] and max(batches) == 3
 
 
 def test_the_seconds_of_a_batch_are_shared_among_its_networks(tmp_path, monkeypatch):
-    whole, clock = queue.fit_together, [0.0]
+    whole, clock = queue.fit_batched, [0.0]
 
     def slow(*given, **options):
         clock[0] += 2
@@ -68,12 +68,12 @@ def test_the_seconds_of_a_batch_are_shared_among_its_networks(tmp_path, monkeypa
 
     monkeypatch.setattr(queue, "fit_together", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    rows = permuted_masks.run(TINY, Store(tmp_path), seeds=[0, 1], sparsities=[0.5], methods=["dense"], together=4)
+    rows = permuted_masks.run(TINY, Store(tmp_path), seeds=[0, 1], sparsities=[0.5], methods=["dense"], batched=4)
     assert [row["seconds"] for row in rows] == [1, 1]
 
 
 def test_an_experiment_killed_between_its_stages_goes_on(tmp_path, batches, monkeypatch):
-    whole = permuted_masks.run(TINY, Store(tmp_path / "whole"), **GRID, together=100)
+    whole = permuted_masks.run(TINY, Store(tmp_path / "whole"), **GRID, batched=100)
     del batches[:]
     store, train = Store(tmp_path / "killed"), queue.Queue.train
 
@@ -84,33 +84,33 @@ def test_an_experiment_killed_between_its_stages_goes_on(tmp_path, batches, monk
 
     monkeypatch.setattr(queue.Queue, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        permuted_masks.run(TINY, store, **GRID, together=100)
+        permuted_masks.run(TINY, store, **GRID, batched=100)
     monkeypatch.setattr(queue.Queue, "train", train)
-    assert without_seconds(permuted_masks.run(TINY, store, **GRID, together=100)) == without_seconds(whole)
+    assert without_seconds(permuted_masks.run(TINY, store, **GRID, batched=100)) == without_seconds(whole)
     assert batches == [4, 2, 2, 20]  # nothing twice
-    assert not list((tmp_path / "killed" / "together").iterdir())
+    assert not list((tmp_path / "killed" / "batched").iterdir())
 
 
 def test_a_training_killed_before_it_is_stored_is_not_done_again(tmp_path, monkeypatch):
-    whole = permuted_masks.run(TINY, Store(tmp_path / "whole"), **GRID, methods=["dense"], together=100)
+    whole = permuted_masks.run(TINY, Store(tmp_path / "whole"), **GRID, methods=["dense"], batched=100)
     store, steps, forward = Store(tmp_path / "killed"), [], Batch.forward
     monkeypatch.setattr(Batch, "forward", lambda self, x: steps.append(self.training) or forward(self, x))
     monkeypatch.setattr(queue, "evaluate_together", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        permuted_masks.run(TINY, store, **GRID, methods=["dense"], together=100)
+        permuted_masks.run(TINY, store, **GRID, methods=["dense"], batched=100)
     trained = sum(steps)
-    assert trained and len(list((tmp_path / "killed" / "together").iterdir())) == 1
-    monkeypatch.setattr(queue, "evaluate_together", evaluate_together)
-    again = permuted_masks.run(TINY, store, **GRID, methods=["dense"], together=100)
+    assert trained and len(list((tmp_path / "killed" / "batched").iterdir())) == 1
+    monkeypatch.setattr(queue, "evaluate_together", evaluate_batched)
+    again = permuted_masks.run(TINY, store, **GRID, methods=["dense"], batched=100)
     assert without_seconds(again) == without_seconds(whole)
     assert sum(steps) == trained
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ({"together": 0}, "together is 0: expected an integer of at least 1"),
-    ({"together": 2.0}, "together is 2.0: expected an integer"),
-    ({"together": 2, "workers": 2}, "together is 2, beside several processes"),
-    ({"together": 2, "experiments": [TINY, dataclasses.replace(TINY, processes=2)]}, "together is 2, beside several"),
+    ({"batched": 0}, "batched is 0: expected an integer of at least 1"),
+    ({"batched": 2.0}, "batched is 2.0: expected an integer"),
+    ({"batched": 2, "workers": 2}, "batched is 2, beside several processes"),
+    ({"batched": 2, "experiments": [TINY, dataclasses.replace(TINY, processes=2)]}, "batched is 2, beside several"),
 ])
 def test_what_cannot_be_is_refused_before_any_training(store, change, said):
     with pytest.raises(ValueError, match=said):
@@ -124,7 +124,7 @@ def test_an_error_of_a_job_is_that_of_the_run(store):
         yield
 
     with pytest.raises(ValueError, match="job 1 fails"):
-        rows_together(rows, [(1,), (2,)], store, 2)
+        run_batched(rows, [(1,), (2,)], store, 2)
 
 
 AT_ONCE = """
@@ -142,7 +142,7 @@ if sys.argv[2] == "1":
 print("ready", flush=True)
 sys.stdin.readline()
 store = Store(sys.argv[1])
-rows = permuted_masks.run(TINY, store, **GRID, together=int(sys.argv[2]))
+rows = permuted_masks.run(TINY, store, **GRID, batched=int(sys.argv[2]))
 print(sum(trained), store.computed, [row["accuracy"] for row in rows])
 """
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from permask_core.experiments import permuted_masks, queue, retrained_tickets
-from permask_core.experiments.permuted_masks import Experiment, dense, network, ticket
+from permask_core.experiments.permuted_masks import Experiment, build_network, find_ticket, train_dense
 from permask_core.experiments.retrained_tickets import (
     METHODS,
     SPAN,
     kept_epochs,
+    member_masks,
     run,
-    sibling,
-    sibling_masks,
+    train_member,
     training_epochs,
 )
 from permask_core.masks import apply_masks, layer_sparsity
@@ -21,13 +21,13 @@ from permask_core.runs.store import Store
 
 TINY = Experiment(width=0.3, epochs=4, checkpoints=(0, 1), rewind=1, matched_at=4, imp_rewind=1, imp_epochs=1,
                   imp_rate=0.5)
-GRID = {"families": [0, 1], "siblings": 2, "target": 0.8, "methods": METHODS}
+GRID = {"seeds": [0, 1], "members": 2, "target": 0.8, "methods": METHODS}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One run of everything: its store and its rows."""
-    store = Store(tmp_path_factory.mktemp("siblings"))
+    store = Store(tmp_path_factory.mktemp("members"))
     return store, run(TINY, store, **GRID)
 
 
@@ -41,7 +41,7 @@ def plain(rows):
 
 def test_one_row_per_run(finished):
     _, rows = finished
-    places = [(row["method"], row["seed"], row["sibling"]) for row in rows]
+    places = [(row["method"], row["seed"], row["member"]) for row in rows]
     assert sorted(places) == sorted((method, seed, number) for method in METHODS for seed in (0, 1)
                                     for number in (0, 1))
     y = permuted_masks.data(TINY).test.y
@@ -55,10 +55,10 @@ def test_one_row_per_run(finished):
 @pytest.mark.parametrize("method", permuted_masks.KNOWN_METHODS[1:])
 def test_the_first_sibling_is_the_lotterys_run(finished, method):
     store, _ = finished
-    for family in (0, 1):
-        states, record = sibling(TINY, store, family, 0, 0.8, method)
-        state, expected = permuted_masks.sparse(TINY, store, SPAN * family, 0.8, method,
-                                                "weights" if method == "permuted" else None)
+    for seed in (0, 1):
+        states, record = train_member(TINY, store, seed, 0, 0.8, method)
+        state, expected = permuted_masks.train_sparse(TINY, store, SPAN * seed, 0.8, method,
+                                                      "weights" if method == "permuted" else None)
         assert same(states[3], state) and record["accuracy"] == expected["accuracy"]
 
 
@@ -66,35 +66,35 @@ def test_a_sparse_start_is_the_lotterys(tmp_path):
     store, scaled = Store(tmp_path), replace(TINY, start="sparse")
     for method in ("pruned", "permuted"):
         by = "weights" if method == "permuted" else None
-        state, _ = permuted_masks.sparse(scaled, store, 0, 0.8, method, by)
-        assert same(sibling(scaled, store, 0, 0, 0.8, method)[0][3], state)
+        state, _ = permuted_masks.train_sparse(scaled, store, 0, 0.8, method, by)
+        assert same(train_member(scaled, store, 0, 0, 0.8, method)[0][3], state)
 
 
 def test_states_are_kept_on_the_way(finished):
     store, _ = finished
     assert kept_epochs(TINY) == [0, 1, 2, 3]
     assert kept_epochs(Experiment()) == [0, 1, 2, 4, 8, 16, 18]
-    states, _ = sibling(TINY, store, 0, 1, 0.8, "lth")
-    assert list(states) == [0, 1, 2, 3] and list(sibling(TINY, store, 0, 1, 0.8, "dense")[0]) == [0, 1, 4]
+    states, _ = train_member(TINY, store, 0, 1, 0.8, "lth")
+    assert list(states) == [0, 1, 2, 3] and list(train_member(TINY, store, 0, 1, 0.8, "dense")[0]) == [0, 1, 4]
 
 
 def test_what_siblings_start_from(finished):
     store, _ = finished
     for number in (0, 1):
-        b = dense(TINY, store, number, "b")[0]
-        a = dense(TINY, store, 0, "a")[0]
-        own = dense(TINY, store, number, "a")[0]
+        b = train_dense(TINY, store, number, "b")[0]
+        a = train_dense(TINY, store, 0, "a")[0]
+        own = train_dense(TINY, store, number, "a")[0]
         for method, start in (("lth", a[1]), ("pruned", own[4]), ("naive", b[1]), ("permuted", b[1]),
                               ("random", b[1]), ("scratch", b[0])):
-            masks = sibling_masks(TINY, store, 0, number, 0.8, method)
-            assert same(sibling(TINY, store, 0, number, 0.8, method)[0][0], apply_masks(start, masks)), method
+            masks = member_masks(TINY, store, 0, number, 0.8, method)
+            assert same(train_member(TINY, store, 0, number, 0.8, method)[0][0], apply_masks(start, masks)), method
 
 
 def test_what_masks_siblings_have(finished):
     store, _ = finished
-    masks = {method: [sibling_masks(TINY, store, 0, number, 0.8, method) for number in (0, 1)]
+    masks = {method: [member_masks(TINY, store, 0, number, 0.8, method) for number in (0, 1)]
              for method in METHODS[1:]}
-    first = ticket(TINY, store, 0, 0.8).masks
+    first = find_ticket(TINY, store, 0, 0.8).masks
     for method in ("lth", "naive", "scratch", "sparse_init"):
         assert same(masks[method][0], first) and same(masks[method][1], first)
     assert same(masks["pruned"][0], first) and not same(masks["pruned"][1], first)
@@ -105,13 +105,13 @@ def test_what_masks_siblings_have(finished):
 
 def test_a_sparse_initialisation_fits_the_connections(finished):
     store, _ = finished
-    state = sibling(TINY, store, 0, 0, 0.8, "sparse_init")[0][0]
-    mask = sibling_masks(TINY, store, 0, 0, 0.8, "sparse_init")["fc1.weight"]
+    state = train_member(TINY, store, 0, 0, 0.8, "sparse_init")[0][0]
+    mask = member_masks(TINY, store, 0, 0, 0.8, "sparse_init")["fc1.weight"]
     weights, rows = state["fc1.weight"], mask.sum(1) > 0
     assert (weights[~mask] == 0).all()
     scaled = (weights * (mask.sum(1, keepdim=True) / 2).sqrt())[mask]
     assert rows.any() and scaled.var().item() == pytest.approx(1, rel=0.25)
-    assert same({"b": state["fc1.bias"]}, {"b": network(TINY, seed=1).state_dict()["fc1.bias"]})
+    assert same({"b": state["fc1.bias"]}, {"b": build_network(TINY, seed=1).state_dict()["fc1.bias"]})
 
 
 def test_finished_runs_are_found_again_and_by_several_workers(finished, tmp_path):
@@ -133,28 +133,28 @@ def test_the_cost_is_what_is_trained(tmp_path, monkeypatch, method):
 
     monkeypatch.setattr(queue, "fit", spy)
     monkeypatch.setattr(retrained_tickets, "fit", spy)
-    retrained_tickets.run(TINY, Store(tmp_path), families=[0], siblings=2, target=0.8, methods=[method])
+    retrained_tickets.run(TINY, Store(tmp_path), seeds=[0], members=2, sparsity=0.8, methods=[method])
     assert training_epochs(TINY, 2, 0.8, method) == sum(epochs)
 
 
 def test_the_cost_leaves_out_epochs_that_nobody_looks_at():
-    """A and its two rounds of one epoch are shared: 4 + 2. Three siblings: 3 sparse epochs, and what they need of B."""
+    """A and its two rounds of one epoch are shared: 4 + 2. Three members: 3 sparse epochs, and what they need of B."""
     early = replace(TINY, matched_at=1)
     found = {method: training_epochs(early, 3, 0.8, method) for method in METHODS}
     assert found == {"dense": 12, "pruned": 3 * 9, "lth": 6 + 9, "permuted": 6 + 3 * 4, "naive": 6 + 3 * 4,
                      "random": 6 + 3 * 4, "scratch": 6 + 9, "sparse_init": 6 + 9}
     assert training_epochs(TINY, 3, 0.8, "permuted") == 6 + 3 * 7
-    with pytest.raises(ValueError, match="siblings is 0"):
+    with pytest.raises(ValueError, match="members is 0"):
         training_epochs(TINY, 0, 0.8, "lth")
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"methods": ["lth", "best"]}, "unknown method 'best': expected one of dense, pruned"),
-    ({"families": [-1]}, "seed is -1"), ({"siblings": 0}, "siblings is 0: expected an integer of at least 1"),
-    ({"siblings": SPAN + 1}, f"siblings is {SPAN + 1}: expected at most {SPAN}"),
-    ({"siblings": True}, "siblings is True"),
-    ({"methods": "lth"}, "methods is 'lth': expected a list"), ({"families": [0, 0]}, r"families is \[0, 0\].* once"),
-    ({"families": []}, r"families is \[\]: expected a list with at least one value"),
+    ({"seeds": [-1]}, "seed is -1"), ({"members": 0}, "members is 0: expected an integer of at least 1"),
+    ({"members": SPAN + 1}, f"members is {SPAN + 1}: expected at most {SPAN}"),
+    ({"members": True}, "members is True"),
+    ({"methods": "lth"}, "methods is 'lth': expected a list"), ({"seeds": [0, 0]}, r"seeds is \[0, 0\].* once"),
+    ({"seeds": []}, r"seeds is \[\]: expected a list with at least one value"),
     ({"target": 1.0}, "sparsity is 1.0|1.0"), ({"workers": 0}, "workers is 0"),
 ])
 def test_nothing_is_trained_before_what_is_wrong_is_said(tmp_path, changes, message):
@@ -163,4 +163,4 @@ def test_nothing_is_trained_before_what_is_wrong_is_said(tmp_path, changes, mess
         run(TINY, store, **{**GRID, **changes})
     assert not store.folder.exists()
     with pytest.raises(ValueError, match="number is 100"):
-        sibling(TINY, store, 0, SPAN, 0.8, "lth")
+        train_member(TINY, store, 0, SPAN, 0.8, "lth")

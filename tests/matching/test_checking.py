@@ -11,10 +11,10 @@ from permask_core.matching import (
     Group,
     Groups,
     check_function,
+    derangements,
+    draw_weights,
     function_change,
     permutation_groups,
-    redrawn,
-    shuffles,
 )
 from permask_core.matching.checking import arguments
 from permask_core.models import build_model
@@ -158,8 +158,8 @@ def test_a_tensor_with_two_names_moves_under_both():
     for left in names:
         wrong = {"h": groups["h"]._replace(entries=tuple(e for e in groups["h"].entries if e.tensor != left))}
         with pytest.raises(ValueError, match="'0.weight' and '2.weight' are one tensor, but the groups permute them"):
-            function_change(wrong, shuffles(wrong), model, torch.randn(4, 6))
-    assert function_change(groups, shuffles(groups), model, torch.randn(4, 6)) > 1e-2
+            function_change(wrong, derangements(wrong), model, torch.randn(4, 6))
+    assert function_change(groups, derangements(groups), model, torch.randn(4, 6)) > 1e-2
     model[2].weight = nn.Parameter(model[0].weight.detach().clone())
     assert function_change({"h": Group(6, (Entry("0.weight", 0), Entry("0.bias", 0), Entry("2.weight", 1)))},
                            {"h": torch.arange(6).roll(1)}, model, torch.randn(4, 6)) < 1e-5
@@ -187,12 +187,13 @@ def test_inputs_become_arguments(example, expected):
 @pytest.mark.parametrize("seed", range(3))
 def test_shuffles_leave_no_unit_in_its_place(seed):
     groups = {f"g{n}": Group(n, ()) for n in (2, 3, 5, 64)}
-    permutations = shuffles(groups, seed=seed)
+    permutations = derangements(groups, seed=seed)
     for name, group in groups.items():
         assert permutations[name].sort().values.tolist() == list(range(group.size))
         assert (permutations[name] != torch.arange(group.size)).all()
-    assert all(torch.equal(one, two) for one, two in zip(permutations.values(), shuffles(groups, seed=seed).values()))
-    assert shuffles(groups, seed=seed + 1)["g64"].tolist() != permutations["g64"].tolist()
+    again = derangements(groups, seed=seed)
+    assert all(torch.equal(one, two) for one, two in zip(permutations.values(), again.values()))
+    assert derangements(groups, seed=seed + 1)["g64"].tolist() != permutations["g64"].tolist()
 
 
 def test_everything_is_drawn_of_order_one_and_the_model_stays():
@@ -200,7 +201,7 @@ def test_everything_is_drawn_of_order_one_and_the_model_stays():
         [torch.full((4000, 1, 1), 1e-6)]), "embedding": nn.Embedding(900, 8)}).bfloat16()
     model.register_buffer("table", torch.arange(6.))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    copy = redrawn(model)
+    copy = draw_weights(model)
     state = copy.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(t.dtype == torch.float64 for t in state.values() if t.is_floating_point()) and not copy.training
@@ -213,14 +214,14 @@ def test_everything_is_drawn_of_order_one_and_the_model_stays():
     for name in ("norm.weight", "norm.running_var"):
         assert 0.5 <= state[name].min() < 0.6 and 1.4 < state[name].max() <= 1.5
     assert torch.equal(state["table"], before["table"].double())  # a constant of the network
-    assert torch.equal(redrawn(model).state_dict()["conv.weight"], state["conv.weight"])
-    assert not torch.equal(redrawn(model, seed=1).state_dict()["conv.weight"], state["conv.weight"])
+    assert torch.equal(draw_weights(model).state_dict()["conv.weight"], state["conv.weight"])
+    assert not torch.equal(draw_weights(model, seed=1).state_dict()["conv.weight"], state["conv.weight"])
 
 
 def test_tied_tensors_stay_tied_when_drawn():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
-    copy = redrawn(model)
+    copy = draw_weights(model)
     assert copy[0].weight is copy[1].weight and copy[0].weight is not model[0].weight
 
 
@@ -230,6 +231,6 @@ def test_a_fresh_network_is_no_witness_and_a_redrawn_one_is():
     groups = permutation_groups(model, x)
     forgotten = {"conv1": groups["conv1"]._replace(entries=tuple(
         entry for entry in groups["conv1"].entries if not entry.tensor.startswith("norm1")))}
-    assert function_change(forgotten, shuffles(forgotten), model, x) < 1e-4
+    assert function_change(forgotten, derangements(forgotten), model, x) < 1e-4
     with pytest.raises(ValueError, match="permuting group 'conv1'"):
         check_function(forgotten, model, x)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from permask_core.data.measured import measured_torchvision_groups
-from permask_core.matching import function_change, permutation_groups, redrawn, shuffles
+from permask_core.matching import derangements, draw_weights, function_change, permutation_groups
 from permask_core.models.vision import torchvision
 from tests.hypotheses import LONG
 
@@ -33,7 +33,7 @@ def test_a_torchvision_model_is_followed_and_keeps_its_function(name):
     x = torch.randn(1, 3, row["side"], row["side"], dtype=torch.float64)
     groups = permutation_groups(model, x.float())
     assert len(groups) == row["groups"] and sum(group.size for group in groups.values()) == row["units"]
-    model, permutations = redrawn(model), shuffles(groups)
+    model, permutations = draw_weights(model), derangements(groups)
     assert function_change(groups, permutations, model, x) < 1e-9
     outer = [name for name, group in groups.items() if group.within is None]
     one = outer[len(outer) // 2]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from permask_core.matching import permutation_groups
-from permask_core.models import build_model, evaluating
+from permask_core.models import build_model, evaluation_mode
 from permask_core.models.imagenet import ScaledDenseNet
 from permask_core.models.vision import torchvision
 from permask_core.pruning import prunable_weights
@@ -38,7 +38,7 @@ def test_at_width_1_they_are_torchvisions(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == NAMES[name]
     assert list(model.state_dict()) == list(theirs.state_dict()) and model.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, 40, 33)
-    with evaluating(model, theirs):
+    with evaluation_mode(model, theirs):
         assert model(x).std() > 0 and torch.equal(model(x), theirs(x))
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from permask_core.data.splits import Split
 from permask_core.matching import permutation_groups
-from permask_core.models import build_model, evaluating, extras
+from permask_core.models import build_model, evaluation_mode, extras
 from permask_core.models.vision import torchvision  # noqa: F401 - before transformers, which loads what is asked for, imports it
 from permask_core.pruning import prunable_weights
 from permask_core.training import Recipe, evaluate, fit
@@ -87,7 +87,7 @@ def test_they_are_transformers_with_padding_left_out(name, small):
     assert list(model.state_dict()) == list(theirs.state_dict())
     theirs.load_state_dict(model.state_dict())
     x, _ = texts(20)
-    with evaluating(model, theirs):
+    with evaluation_mode(model, theirs):
         logits = model(x)
         assert logits.shape == (len(x), 2) and torch.equal(logits, theirs(x, attention_mask=(x != 0).long()).logits)
         assert not torch.allclose(logits, theirs(x).logits, atol=1e-2)

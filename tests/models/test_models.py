@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import permask_core
-from permask_core.models import build_model, evaluating
+from permask_core.models import build_model, evaluation_mode
 from permask_core.models.vision import torchvision
 from tests.hypotheses import examples
 
@@ -106,7 +106,7 @@ def test_networks_of_other_libraries_reach_a_new_process(tmp_path):
     models.append(build_model("bert", (8,), 4, source=tmp_path, pretrained=False))
     code = "import pickle, sys; [print(model.eval()(x).tolist()) for model, x in pickle.load(open(sys.argv[1], 'rb'))]"
     inputs = [torch.randn(1, *shape)] * 4 + [torch.arange(8)[None]]
-    with evaluating(*models):
+    with evaluation_mode(*models):
         outputs = [str(model(x).tolist()) for model, x in zip(models, inputs)]
     (tmp_path / "models").write_bytes(pickle.dumps(list(zip(models, inputs))))
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "models"], capture_output=True, text=True,
@@ -118,7 +118,7 @@ def test_evaluating_restores_every_modules_mode_after_an_error_too():
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
     model[1][0].eval()
     modes = [module.training for module in model.modules()]
-    with pytest.raises(ZeroDivisionError), evaluating(model):
+    with pytest.raises(ZeroDivisionError), evaluation_mode(model):
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
         1 / 0  # noqa: B018
     assert [module.training for module in model.modules()] == modes and torch.is_grad_enabled()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import permask_core
 from permask_core.matching import permutation_groups
-from permask_core.models import build_model, evaluating
+from permask_core.models import build_model, evaluation_mode
 from permask_core.models.vision import torchvision
 from permask_core.pruning import prunable_weights
 
@@ -138,7 +138,7 @@ def test_at_width_1_they_are_torchvisions(name):
     assert parameters(model) == published
     assert model.load_state_dict(theirs.state_dict()) and list(model.state_dict()) == list(theirs.state_dict())
     x = torch.randn(2, 3, 40, 33)
-    with evaluating(model):
+    with evaluation_mode(model):
         assert torch.equal(model(x), theirs(x))
 
 

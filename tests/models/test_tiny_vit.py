@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from permask_core.matching import permutation_groups
-from permask_core.models import build_model, evaluating, extras
+from permask_core.models import build_model, evaluation_mode, extras
 from permask_core.models.tiny_vit import tiny_vit
 
 timms = tiny_vit.tiny_vit_5m_224
@@ -33,7 +33,7 @@ def test_it_starts_and_computes_as_timms_with_windows_that_fit_the_image(height,
             if tensor.is_floating_point() and len(tensor.unique()) == 1:  # norms, biases and those of attention
                 tensor.copy_(torch.rand_like(tensor) + 0.5)
     theirs.load_state_dict(state)
-    with evaluating(model, theirs):
+    with evaluation_mode(model, theirs):
         assert model(x).std() > 0 and torch.equal(model(x), theirs(x))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from permask_core.matching import permutation_groups
-from permask_core.models import build_model, evaluating
+from permask_core.models import build_model, evaluation_mode
 from permask_core.models.vision import torchvision
 from permask_core.pruning import prunable_weights
 
@@ -33,7 +33,7 @@ def test_with_the_same_seed_it_starts_as_torchvisions_and_computes_the_same():
     assert all(torch.equal(state[key], tensor) for key, tensor in theirs.state_dict().items())
     torch.nn.init.normal_(theirs.heads.head.weight)  # it starts at zero, and so would the outputs
     model.load_state_dict(theirs.state_dict())
-    with evaluating(model, theirs):
+    with evaluation_mode(model, theirs):
         assert model(x).std() > 0 and torch.equal(model(x), theirs(x))
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, written_whole
+from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, write_whole
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,7 +121,7 @@ def test_no_such_file(tmp_path, name):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "kept").write_text("old")
-    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "kept") as temporary:
+    with pytest.raises(ZeroDivisionError), write_whole(tmp_path / "kept") as temporary:
         temporary.write_text("half")
         1 / 0  # noqa: B018
     assert [path.name for path in tmp_path.iterdir()] == ["kept"] and (tmp_path / "kept").read_text() == "old"

@@ -313,7 +313,7 @@ def test_a_registered_network_is_a_source(monkeypatch):
     monkeypatch.setattr(Store, "stage", lambda self, name, compute, *, modules, **parameters: taken.setdefault(
         name, (modules, parameters)) and 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        permuted_masks.dense(permuted_masks.Experiment(model="lenet5"), Store("nowhere"), 0, "a")
+        permuted_masks.train_dense(permuted_masks.Experiment(model="lenet5"), Store("nowhere"), 0, "a")
     modules, parameters = taken["dense"]
     assert modules == ["permask_core.models.feedforward"] and "options" not in parameters
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from permask_core.masks import apply_masks
-from permask_core.models import build_model, evaluating
+from permask_core.models import build_model, evaluation_mode
 from permask_core.sparse import FanInLinear, FanInPointwise, condense
 from permask_core.sparse.dynamic import constant_fan_in_masks
 
@@ -30,9 +30,9 @@ def assert_condensed(model, masks, x, left=()):
     assert set(reasons) == set(left) and all(reasons.values())
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    with evaluating(condensed):
+    with evaluation_mode(condensed):
         found = condensed(x)
-    with evaluating(masked := apply_masks(copy.deepcopy(model), masks)):
+    with evaluation_mode(masked := apply_masks(copy.deepcopy(model), masks)):
         wanted = masked(x)
     assert found.dtype == wanted.dtype
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -69,7 +69,7 @@ def assert_trains_and_loads(model, masks, condensed, x):
     file.seek(0)
     other, _ = condense(model, {name: mask.roll(1, 1) for name, mask in masks.items()})
     other.load_state_dict(torch.load(file, weights_only=True))
-    with evaluating(condensed, other):
+    with evaluation_mode(condensed, other):
         assert torch.equal(condensed(x), other(x)) and condensed(x).isfinite().all()
 
 

@@ -10,7 +10,7 @@ from permask_core.data import Split
 from permask_core.models import build_model
 from permask_core.sparse import condense
 from permask_core.training import Recipe, batched, evaluate, fit, loop
-from permask_core.training.batched import Batch, evaluate_together, fastest, fit_together, ways
+from permask_core.training.batched import Batch, backends, evaluate_batched, fastest, fit_batched
 
 CLOSE = {"rtol": 0, "atol": 1e-6}  # after twenty steps in float64
 SEEDS = [3, 3, 5]  # two of them share their batches
@@ -52,12 +52,12 @@ RECIPES = {"sgd": Recipe(4, 0.1, batch_size=32),
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("way", ["grouped", "vmap", "alone"])
 @pytest.mark.parametrize("name", ["resnet8", "lenet5", "mlp"])
-def test_each_network_trains_as_it_does_alone(images, name, way, recipe):
+def test_each_network_trains_as_it_does_alone(images, name, backend, recipe):
     models, wanted = networks(name), ("init", "epoch 2", "step 20")
     masks = some_masks(models)
     alone = [fit(model, images, recipe, seed=seed, masks=own, checkpoints=wanted)
              for model, seed, own in zip(copy.deepcopy(models), SEEDS, masks)]
-    found = fit_together(models, images, recipe, seeds=SEEDS, masks=masks, checkpoints=wanted, way=way)
+    found = fit_batched(models, images, recipe, seeds=SEEDS, masks=masks, checkpoints=wanted, backend=backend)
     assert len(found) == 3
     for model, own, one, other in zip(models, masks, found, alone):
         assert_same(one, other)
@@ -69,26 +69,26 @@ def test_each_network_trains_as_it_does_alone(images, name, way, recipe):
 
 
 @pytest.mark.parametrize("way", ["grouped", "vmap"])
-def test_in_bf16_the_weights_stay_float32(way):
+def test_in_bf16_the_weights_stay_float32(backend):
     images = Split(torch.randn(64, 3, 8, 8), torch.arange(64) % 10)
     models = [model.float() for model in networks("resnet8")]
     recipe = Recipe(2, 0.05, batch_size=32, precision="bf16")
     alone = [fit(model, images, recipe, seed=0) for model in copy.deepcopy(models)]
-    found = fit_together(models, images, recipe, seeds=[0] * 3, way=way)
+    found = fit_batched(models, images, recipe, seeds=[0] * 3, backend=backend)
     for one, other in zip(found, alone):
         assert all(tensor.dtype != torch.bfloat16 for tensor in one.state.values())
         assert one.losses == pytest.approx(other.losses, rel=0.05)
 
 
 def test_only_what_fits_together_is_in_a_batch_of_its_own(images):
-    assert ways(networks("resnet8")[0]) == ["grouped", "vmap", "alone"]
-    assert ways(build_model("vit_b_16", (3, 32, 32), 10, width=0.05, seed=0)) in (["vmap", "alone"], ["alone"])
+    assert backends(networks("resnet8")[0]) == ["grouped", "vmap", "alone"]
+    assert backends(build_model("vit_b_16", (3, 32, 32), 10, width=0.05, seed=0)) in (["vmap", "alone"], ["alone"])
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Dropout(0.5), nn.Linear(8, 10))
-    assert ways(model) == ["alone"]
+    assert backends(model) == ["alone"]
     around = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(128, 10))
-    assert ways(around) == ["vmap", "alone"]
+    assert backends(around) == ["vmap", "alone"]
     condensed, _ = condense(*_constant_fan_in())
-    assert ways(condensed) == ["alone"]
+    assert backends(condensed) == ["alone"]
 
 
 def _constant_fan_in():
@@ -102,7 +102,7 @@ def test_networks_with_dropout_are_trained_alone(images):
     models = [nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Dropout(0.5), nn.Linear(8, 10)).double()
               for _ in range(2)]
     alone = [fit(model, images, RECIPES["sgd"], seed=seed) for model, seed in zip(copy.deepcopy(models), (0, 1))]
-    for one, other in zip(fit_together(models, images, RECIPES["sgd"], seeds=[0, 1]), alone):
+    for one, other in zip(fit_batched(models, images, RECIPES["sgd"], seeds=[0, 1]), alone):
         assert_same(one, other)
 
 
@@ -143,17 +143,17 @@ def test_a_compiled_batch_trains_to_the_same_numbers(images, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compiled)
     models = networks("resnet8", 2)
-    plain = fit_together(copy.deepcopy(models), images, RECIPES["sgd"], seeds=[0, 1], way="grouped")
-    for one, other in zip(fit_together(models, images, RECIPES["sgd"], seeds=[0, 1], way="grouped", compiled=True),
+    plain = fit_batched(copy.deepcopy(models), images, RECIPES["sgd"], seeds=[0, 1], backend="grouped")
+    for one, other in zip(fit_batched(models, images, RECIPES["sgd"], seeds=[0, 1], backend="grouped", compiled=True),
                           plain):
         assert_same(one, other)
     assert asked == {"mode": "default"}
 
 
 @pytest.mark.parametrize("way", ["grouped", "vmap", "alone"])
-def test_evaluations_are_those_of_each_network(images, way):
+def test_evaluations_are_those_of_each_network(images, backend):
     models = networks("resnet8")
-    found = evaluate_together(models, images, way=way, batch_size=50)
+    found = evaluate_batched(models, images, backend=backend, batch_size=50)
     for one, model in zip(found, models):
         expected = evaluate(model, images)
         assert one.accuracy == pytest.approx(expected.accuracy) and one.loss == pytest.approx(expected.loss)
@@ -162,7 +162,7 @@ def test_evaluations_are_those_of_each_network(images, way):
 
 def test_a_run_that_was_interrupted_goes_on(images, tmp_path, monkeypatch):
     models, recipe = networks("resnet8"), RECIPES["sgd"]
-    whole = fit_together(copy.deepcopy(models), images, recipe, seeds=SEEDS, way="grouped")
+    whole = fit_batched(copy.deepcopy(models), images, recipe, seeds=SEEDS, backend="grouped")
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
     passes, forward = iter(range(7)), Batch.forward
 
@@ -173,34 +173,34 @@ def test_a_run_that_was_interrupted_goes_on(images, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Batch, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fit_together(copy.deepcopy(models), images, recipe, seeds=SEEDS, way="grouped", resume=tmp_path / "run")
+        fit_batched(copy.deepcopy(models), images, recipe, seeds=SEEDS, backend="grouped", resume=tmp_path / "run")
     steps = []
     monkeypatch.setattr(Batch, "forward", lambda self, x: steps.append(1) or forward(self, x))
-    found = fit_together(copy.deepcopy(models), images, recipe, seeds=SEEDS, way="grouped", resume=tmp_path / "run")
+    found = fit_batched(copy.deepcopy(models), images, recipe, seeds=SEEDS, backend="grouped", resume=tmp_path / "run")
     assert len(steps) == 20 - 7
     for one, other in zip(found, whole):
         assert one.losses == other.losses
         torch.testing.assert_close(one.state, other.state, rtol=0, atol=0)
     with pytest.raises(ValueError, match="is of a run with seed"):
-        fit_together(copy.deepcopy(models), images, recipe, seeds=[3, 3, 4], way="grouped", resume=tmp_path / "run")
+        fit_batched(copy.deepcopy(models), images, recipe, seeds=[3, 3, 4], backend="grouped", resume=tmp_path / "run")
 
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"seeds": [0]}, "got 3 models, 1 seeds and 3 masks: expected as many"),
     ({"masks": [None]}, "got 3 models, 3 seeds and 1 masks"),
-    ({"way": "fast"}, "unknown way 'fast': expected one of grouped, vmap, alone"),
-    ({"seeds": [0, 1, -1], "way": "vmap"}, "seed is -1: expected an integer of at least 0"),
-    ({"recipe": Recipe(4, sparse_opt=True, batch_size=32), "way": "grouped"}, "expected one where there are"),
+    ({"backend": "fast"}, "unknown backend 'fast': expected one of grouped, vmap, alone"),
+    ({"seeds": [0, 1, -1], "backend": "vmap"}, "seed is -1: expected an integer of at least 0"),
+    ({"recipe": Recipe(4, sparse_opt=True, batch_size=32), "backend": "grouped"}, "expected one where there are"),
     ({"models": []}, "got 0 models"),
-    ({"models": [*networks("resnet8", 2), *networks("mlp", 1)], "way": "vmap"}, "3 models of 2 architectures"),
-    ({"models": [nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 3)], "way": "grouped"}, "3 models of 2 architectures"),
-    ({"models": [nn.Dropout(0.5)] * 3, "way": "vmap"}, "way is 'vmap' for a Dropout: expected none"),
+    ({"models": [*networks("resnet8", 2), *networks("mlp", 1)], "backend": "vmap"}, "3 models of 2 architectures"),
+    ({"models": [*map(nn.Linear, (2, 2, 2), (2, 2, 3))], "backend": "grouped"}, "3 models of 2 architectures"),
+    ({"models": [nn.Dropout(0.5)] * 3, "backend": "vmap"}, "backend is 'vmap' for a Dropout: expected none"),
 ])
 def test_what_does_not_fit_is_refused(images, change, said):
     given = {"models": networks("resnet8"), "recipe": RECIPES["sgd"], "seeds": SEEDS, **change}
     models, recipe = given.pop("models"), given.pop("recipe")
     with pytest.raises(ValueError, match=said):
-        fit_together(models, images, recipe, **given)
+        fit_batched(models, images, recipe, **given)
 
 
 @pytest.mark.parametrize("seed", [0, [0], [0, 1, 2], []])

@@ -15,7 +15,7 @@ from torch import nn
 from permask_core.data.splits import Split
 from permask_core.models import build_model
 from permask_core.training import Recipe, evaluate, fit, predict
-from permask_core.training.distillation import Distillation, Taught, distil, distillation_loss
+from permask_core.training.distillation import Distillation, TeacherSplit, distil, distillation_loss
 
 RECIPE = Recipe(epochs=2, lr=0.1, batch_size=100)
 
@@ -208,7 +208,7 @@ def test_an_interrupted_student_ends_in_the_same_bits_and_knows_its_teacher(digi
 def test_a_split_has_a_teacher_or_its_logits(digits, teacher):
     for parts in ({}, {"teacher": teacher, "logits": torch.zeros(len(digits.train), 10)}):
         with pytest.raises(ValueError, match="expected a teacher or its logits, one of the two"):
-            Taught(digits.train, **parts)
+            TeacherSplit(digits.train, **parts)
 
 
 def test_a_teacher_that_does_not_fit_is_refused_before_training(digits, pictures, teacher):

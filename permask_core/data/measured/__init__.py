@@ -24,7 +24,7 @@ def measured_cifar_sized():
     Returns
     -------
     dict or None
-        ``command``, ``commit``, ``versions``, ``device``, ``machine``, ``settings``; ``together`` (networks at once at
+        ``command``, ``commit``, ``versions``, ``device``, ``machine``, ``settings``; ``batched`` (networks at once at
         most), ``pieces`` (of the work: ``seconds``, ``commit`` and ``device`` of each), their ``seconds`` in all, the
         ``epochs`` of training, the ``images`` of an epoch, and ``rows`` as
         :func:`permask_core.experiments.permuted_masks.run` returns them. None if it has not been run.

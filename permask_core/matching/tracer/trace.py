@@ -27,7 +27,7 @@ from permask_core.matching.groups import Entry, Fixed, Group, Groups, Tap
 from permask_core.matching.tracer.rules import KERNEL, RULES, pointwise
 from permask_core.matching.tracer.symmetry import Site, orbits
 from permask_core.matching.tracer.values import Algebra, Bundle, NotFollowed, Value, value_of
-from permask_core.models import evaluating
+from permask_core.models import evaluation_mode
 
 BY_HAND = ("groups can be written by hand, as a dict of permask_core.matching.Group, and tested with "
            "permask_core.matching.check_function")
@@ -70,7 +70,7 @@ def permutation_groups(model, example_input, *, check=False):
     fixed, they reach the network's output:
         2.weight[0] (2), 2.bias[0] (2)
     """
-    with evaluating(model):
+    with evaluation_mode(model):
         follower = _Follower(model, _exported(model, *arguments(example_input)))
     follower.run()
     groups = follower.groups()

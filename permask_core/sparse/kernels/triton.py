@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from permask_core.runs.files import written_whole
+from permask_core.runs.files import write_whole
 from permask_core.sparse.kernels.transposing import kept
 
 TUNE = "PERMASK_TUNE"  # an environment variable: 1 has plans measured
@@ -170,7 +170,7 @@ def _plan(kind, run, x, batch, listed, n, inputs):
         plans = [plan for plan in _candidates(batch, listed) if kind != "by value" or not plan.tiled]
         _measured[key] = min(plans, key=lambda plan: triton.testing.do_bench(lambda: run(plan), 5, 20))
         _plans_file().parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(_plans_file()) as path:
+        with write_whole(_plans_file()) as path:
             path.write_text(json.dumps(_measured, indent=1))
     return Plan(*_measured[key])
 

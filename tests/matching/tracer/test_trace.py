@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 from permask_core.matching import (
     Entry,
     check_function,
+    derangements,
+    draw_weights,
     function_change,
     permutation_groups,
-    redrawn,
-    shuffles,
 )
 from permask_core.models import build_model
 from tests.hypotheses import examples
@@ -78,7 +78,7 @@ def assert_kept(model, x, idle=()):
     x = pytree.tree_map(lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t, x)
     state, left = model.state_dict(keep_vars=True), {}
     for seed in range(6):
-        net, permutations = redrawn(model, seed=seed), shuffles(groups, seed=seed)
+        net, permutations = draw_weights(model, seed=seed), derangements(groups, seed=seed)
         with torch.no_grad():
             for name, tensor in net.named_parameters():
                 tensor.mul_(10 if name.endswith("bias") else 1)  # otherwise a small group of them does little

@@ -3,7 +3,7 @@
 The plain loop is the one of benchmarks/training.py: CIFAR-sized images one by one through PIL and torchvision's crops
 and mirror images, in a DataLoader (with pinned memory and eight worker processes that stay, where there is a GPU), with
 the batches, precision and optimizer of fit. It trains one network; k networks one after the other take k times as long.
-Beside it are `fit_together` for k networks with seeds of their own, in each of its ways, plain and compiled, and `fit`
+Beside it are `fit_batched` for k networks with seeds of their own, in each of its ways, plain and compiled, and `fit`
 alone. A way that fails is told and does not stop the others.
 
 A run is one epoch of each network. The sides take turns; ratios are of the medians. Run it with
@@ -25,7 +25,7 @@ from permask_core.data import load_dataset
 from permask_core.models import build_model
 from permask_core.runs.processes import default_device
 from permask_core.runs.store import commit, device_name, versions
-from permask_core.training.batched import fastest, fit_together, ways
+from permask_core.training.batched import backends, fastest, fit_batched
 from permask_core.training.loop import PRECISIONS, Recipe, as_split, fit
 
 # Network, width and images of an epoch: what the experiments train, and on a CPU what they train there.
@@ -50,21 +50,21 @@ def sides(network, width, n, k, recipe, readers, device):
     def made(count):
         return [build_model(network.split()[0], shape, 10, width=width, seed=seed) for seed in range(count)]
 
-    def together(way, compiled):
+    def together(backend, compiled):
         models = made(k)
-        return lambda: fit_together(models, split, recipe, seeds=range(k), way=way, compiled=compiled, device=device,
-                                    description=None)
+        return lambda: fit_batched(models, split, recipe, seeds=range(k), backend=backend, compiled=compiled,
+                                   device=device, description=None)
 
-    on_gpu, known = device.type == "cuda", ways(made(1)[0])[:-1]
+    on_gpu, known = device.type == "cuda", backends(made(1)[0])[:-1]
     split = split.to(device) if on_gpu else split
     single, = made(1)
     found = {"fit": (1, lambda: fit(single, split, recipe, seed=0, device=device, description=None))}
     if shape[-1] == 32:
         theirs, loader = *made(1), plain_loader(random_split(n), recipe.batch_size, readers, device)
         found = {"plain loop": (1, lambda: plain_loop(theirs, loader, recipe, device))} | found
-    for way in known:
+    for backend in known:
         for compiled in ([False, True] if on_gpu else [False]):
-            found[way + " compiled" * compiled] = k, together(way, compiled)
+            found[backend + " compiled" * compiled] = k, together(backend, compiled)
     return found, fastest(made(2), as_split(split), device)
 
 
