@@ -113,7 +113,7 @@ class Queue(Store):
         wanted = [self.wanted.pop(path) for path in paths]
         first, models = wanted[0], [one.model for one in wanted]
         name = hashlib.sha256(" ".join(path.stem for path in paths).encode()).hexdigest()[:20]
-        file = self.folder / "together" / f"{name}.unfinished"
+        file = self.folder / "batched" / f"{name}.unfinished"
         file.parent.mkdir(parents=True, exist_ok=True)
         for begun in file.parent.glob(f"{file.name}*"):
             discard_damaged(begun)
@@ -162,7 +162,7 @@ def run_batched(rows, jobs, store, most):
     most : int
         Networks that are trained at once.
     """
-    check_integer("together", most, 1)
+    check_integer("batched", most, 1)
     queue, found, waiting = Queue(store, most), {}, {}
     try:
         while len(found) < len(jobs):

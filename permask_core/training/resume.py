@@ -89,12 +89,12 @@ def describe(value):
         return digest({"": value})
     if is_dataclass(value):
         parts = {**vars(value), **({"sizes": value.sizes} if hasattr(value, "sizes") else {})}
-        return {name: describe(part) for name, part in parts.items() if name not in ("root", "workers", "attributes")}
+        return {name: describe(part) for name, part in parts.items() if name not in ("root", "readers", "attributes")}
     return value
 
 
 def fingerprint(*values):
-    """A short hash of what data are, as :func:`described` says it."""
+    """A short hash of what data are, as :func:`describe` says it."""
     return hashlib.sha256(json.dumps([describe(value) for value in values], sort_keys=True).encode()).hexdigest()[:16]
 
 

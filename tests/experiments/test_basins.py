@@ -101,7 +101,7 @@ def test_a_batchnorm_without_statistics_is_refused_before_any_training(correctio
     def without(experiment, *_):
         return torch.nn.Sequential(torch.nn.BatchNorm1d(2, track_running_stats=False))
 
-    monkeypatch.setattr(basins, "network", without)
+    monkeypatch.setattr(basins, "build_network", without)
     store = Store(tmp_path)
     with pytest.raises(ValueError, match="BatchNorm '0' keeps no running statistics"):
         basins.run(TINY, store, seeds=[0], sparsities=[0], correction=correction)

@@ -285,7 +285,7 @@ def test_dense_has_no_sparsity_and_the_others_have_one(tmp_path):
 
 @pytest.mark.parametrize("name, options", [
     ("cifar10-resnet18", {"verify": False}), ("cifar100-resnet18", {"verify": False}),
-    ("imagenet-resnet50", {"image_size": 32, "workers": 0}), ("imagenet-vit_b_16", {"image_size": 32, "workers": 0})])
+    ("imagenet-resnet50", {"image_size": 32, "readers": 0}), ("imagenet-vit_b_16", {"image_size": 32, "readers": 0})])
 def test_published_networks_train_on_files_in_the_published_formats(name, options, tmp_path):
     dataset = name.split("-")[0]
     if dataset == "imagenet":

@@ -34,7 +34,7 @@ def faults(_injected=(), _known=None, **values):
     ("widths", [[0], [-1], [True], 1.0]), ("matchings", [["wieghts"], "weights", ["weights", "weights"]]),
     ("precision", ["float16", 32]), ("imp", ["prune"]), ("points", [1, 2.5, "7"]), ("download", ["yes", 1]),
     ("recipe", [[1], "epochs", {1: 2}]), ("alpha", [-0.1, 1.1]), ("temperatures", [[0], [1, 1]]), ("workers", [0, 1.0]),
-    ("together", [0]), ("warmup", [-1, float("inf")]), ("runs", ["", 3]), ("output", [False]),
+    ("batched", [0]), ("warmup", [-1, float("inf")]), ("runs", ["", 3]), ("output", [False]),
 ])
 def test_what_a_parameter_cannot_be_is_refused_with_the_right_form(name, values):
     for value in values:

@@ -421,7 +421,7 @@ def test_what_the_data_are_decides_and_where_they_lie_never(tmp_path, name):
     assert one == key("other", 0) and one["data"] != key("third", 1)["data"]
     assert one.keys() == {"dataset", "lr", "data", "modules"}
     if name in ("imagenet", "celeba"):  # how many processes read decides about nothing, how large images are does
-        assert one == key("one", 0, workers=0) and one != key("one", 0, image_size=32)
+        assert one == key("one", 0, readers=0) and one != key("one", 0, image_size=32)
 
 
 def test_results_of_one_folder_are_not_served_for_another(tmp_path):
@@ -430,7 +430,7 @@ def test_results_of_one_folder_are_not_served_for_another(tmp_path):
     for seed in (0, 1):
         write_imagenet(tmp_path / str(seed), train=4, val=2, size=40, seed=seed)
         experiment = dataclasses.replace(TINY, dataset="imagenet", root=str(tmp_path / str(seed)), batch_size=4,
-                                         options={"image_size": 8, "workers": 0})
+                                         options={"image_size": 8, "readers": 0})
         found += run(experiment, store, seeds=[0], sparsities=[0.5], methods=["dense"])
     assert store.computed == 2 and found[0]["data"] != found[1]["data"]
     assert found[0]["loss"] != found[1]["loss"]

@@ -27,12 +27,12 @@ def batches(monkeypatch):
         calls.append(len(models))
         return whole(models, *given, **options)
 
-    monkeypatch.setattr(queue, "fit_together", spy)
+    monkeypatch.setattr(queue, "fit_batched", spy)
     return calls
 
 
 @pytest.mark.parametrize("model", ["mlp", "resnet8"])
-def test_an_experiment_together_is_that_one_by_one(tmp_path, batches, model):
+def test_a_batched_experiment_is_that_one_by_one(tmp_path, batches, model):
     experiment = dataclasses.replace(TINY, model=model, width=0.1 if model == "mlp" else 0.125)
     one_by_one, at_once = Store(tmp_path / "alone"), Store(tmp_path / "batched")
     alone = permuted_masks.run(experiment, one_by_one, **GRID)
@@ -66,7 +66,7 @@ def test_the_seconds_of_a_batch_are_shared_among_its_networks(tmp_path, monkeypa
         clock[0] += 2
         return whole(*given, **options)
 
-    monkeypatch.setattr(queue, "fit_together", slow)
+    monkeypatch.setattr(queue, "fit_batched", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     rows = permuted_masks.run(TINY, Store(tmp_path), seeds=[0, 1], sparsities=[0.5], methods=["dense"], batched=4)
     assert [row["seconds"] for row in rows] == [1, 1]
@@ -95,12 +95,12 @@ def test_a_training_killed_before_it_is_stored_is_not_done_again(tmp_path, monke
     whole = permuted_masks.run(TINY, Store(tmp_path / "whole"), **GRID, methods=["dense"], batched=100)
     store, steps, forward = Store(tmp_path / "killed"), [], Batch.forward
     monkeypatch.setattr(Batch, "forward", lambda self, x: steps.append(self.training) or forward(self, x))
-    monkeypatch.setattr(queue, "evaluate_together", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(queue, "evaluate_batched", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         permuted_masks.run(TINY, store, **GRID, methods=["dense"], batched=100)
     trained = sum(steps)
     assert trained and len(list((tmp_path / "killed" / "batched").iterdir())) == 1
-    monkeypatch.setattr(queue, "evaluate_together", evaluate_batched)
+    monkeypatch.setattr(queue, "evaluate_batched", evaluate_batched)
     again = permuted_masks.run(TINY, store, **GRID, methods=["dense"], batched=100)
     assert without_seconds(again) == without_seconds(whole)
     assert sum(steps) == trained
@@ -135,8 +135,8 @@ from permask_core.runs.store import Store
 from tests.experiments.test_queue import GRID, TINY
 
 torch.set_num_threads(1)
-whole, alone, trained = queue.fit_together, queue.fit, []
-queue.fit_together = lambda models, *given, **more: trained.extend([len(models)]) or whole(models, *given, **more)
+whole, alone, trained = queue.fit_batched, queue.fit, []
+queue.fit_batched = lambda models, *given, **more: trained.extend([len(models)]) or whole(models, *given, **more)
 if sys.argv[2] == "1":
     queue.fit = lambda *given, **more: trained.append(1) or alone(*given, **more)
 print("ready", flush=True)

@@ -21,7 +21,7 @@ from permask_core.runs.store import Store
 
 TINY = Experiment(width=0.3, epochs=4, checkpoints=(0, 1), rewind=1, matched_at=4, imp_rewind=1, imp_epochs=1,
                   imp_rate=0.5)
-GRID = {"seeds": [0, 1], "members": 2, "target": 0.8, "methods": METHODS}
+GRID = {"seeds": [0, 1], "members": 2, "sparsity": 0.8, "methods": METHODS}
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +155,12 @@ def test_the_cost_leaves_out_epochs_that_nobody_looks_at():
     ({"members": True}, "members is True"),
     ({"methods": "lth"}, "methods is 'lth': expected a list"), ({"seeds": [0, 0]}, r"seeds is \[0, 0\].* once"),
     ({"seeds": []}, r"seeds is \[\]: expected a list with at least one value"),
-    ({"target": 1.0}, "sparsity is 1.0|1.0"), ({"workers": 0}, "workers is 0"),
+    ({"sparsity": 1.0}, "sparsity is 1.0|1.0"), ({"workers": 0}, "workers is 0"),
 ])
 def test_nothing_is_trained_before_what_is_wrong_is_said(tmp_path, changes, message):
     store = Store(tmp_path / "runs")
     with pytest.raises(ValueError, match=message):
         run(TINY, store, **{**GRID, **changes})
     assert not store.folder.exists()
-    with pytest.raises(ValueError, match="number is 100"):
+    with pytest.raises(ValueError, match="member is 100"):
         train_member(TINY, store, 0, SPAN, 0.8, "lth")

@@ -243,7 +243,7 @@ from pathlib import Path
 from permask_core.experiments import dynamic_sparsity, extreme_labels, permuted_masks
 from permask_core.runs import store
 
-PACKAGE = Path(store.__file__).parent
+PACKAGE = Path(store.__file__).parents[1]
 store._device = lambda: sys.argv[1]
 
 
@@ -287,9 +287,11 @@ ALL = ["mlp", "resnet20", "dst", "script"]
 
 
 def test_docstrings_and_comments_may_change_and_code_may_not(edits):
-    found = edits("cpu", "training:docstring", "training:comment", "training:code", "lottery:code", "dst:code")
-    assert found == {"training:docstring": [], "training:comment": [], "training:code": ALL,
-                     "lottery:code": ["mlp", "resnet20", "script"], "dst:code": ["dst", "script"]}
+    found = edits("cpu", "training/loop:docstring", "training/loop:comment", "training/loop:code",
+                  "experiments/permuted_masks:code", "experiments/dynamic_sparsity:code")
+    assert found == {"training/loop:docstring": [], "training/loop:comment": [], "training/loop:code": ALL,
+                     "experiments/permuted_masks:code": ["mlp", "resnet20", "script"],
+                     "experiments/dynamic_sparsity:code": ["dst", "script"]}
 
 
 def test_a_stage_depends_on_what_it_uses(edits):

@@ -50,7 +50,7 @@ RECIPES = {"sgd": Recipe(4, 0.1, batch_size=32),
 # ---- Together as alone -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize("way", ["grouped", "vmap", "alone"])
+@pytest.mark.parametrize("backend", ["grouped", "vmap", "alone"])
 @pytest.mark.parametrize("name", ["resnet8", "lenet5", "mlp"])
 def test_each_network_trains_as_it_does_alone(images, name, backend, recipe):
     models, wanted = networks(name), ("init", "epoch 2", "step 20")
@@ -68,7 +68,7 @@ def test_each_network_trains_as_it_does_alone(images, name, backend, recipe):
                            found[1].state["conv1.weight" if name != "mlp" else "fc1.weight"])
 
 
-@pytest.mark.parametrize("way", ["grouped", "vmap"])
+@pytest.mark.parametrize("backend", ["grouped", "vmap"])
 def test_in_bf16_the_weights_stay_float32(backend):
     images = Split(torch.randn(64, 3, 8, 8), torch.arange(64) % 10)
     models = [model.float() for model in networks("resnet8")]
@@ -150,7 +150,7 @@ def test_a_compiled_batch_trains_to_the_same_numbers(images, monkeypatch):
     assert asked == {"mode": "default"}
 
 
-@pytest.mark.parametrize("way", ["grouped", "vmap", "alone"])
+@pytest.mark.parametrize("backend", ["grouped", "vmap", "alone"])
 def test_evaluations_are_those_of_each_network(images, backend):
     models = networks("resnet8")
     found = evaluate_batched(models, images, backend=backend, batch_size=50)
