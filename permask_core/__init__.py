@@ -3,8 +3,8 @@
 The rooms, ground floor first (a module imports only from rooms below its own, or from its own):
 
 0. ``runs``, ``models``
-1. ``masks``, ``data``, ``matching``
-2. ``pruning``, ``sparse``
+1. ``masks``, ``data``
+2. ``pruning``, ``matching``, ``sparse``
 3. ``training``
 4. ``evaluation``
 5. ``experiments``, ``display``

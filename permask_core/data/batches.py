@@ -1,0 +1,141 @@
+"""Batches of anybody's: what goes into a network, what its answer is compared with, and the logits in its answer.
+
+Data are a split, a tensor of inputs, a tuple of tensors (inputs, targets), or any iterable of batches, such as a
+DataLoader. A batch is a tensor of inputs, a tuple or list of inputs and targets, or a dict of named inputs, in which
+the targets are called as :data:`TARGETS` says. Inputs are a tensor, a tuple (several arguments) or a dict (arguments by
+name).
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+TARGETS = ("labels", "label", "targets", "target", "y")  # the names of the targets in a batch that is a dict
+
+
+def batches_of(data, device=None, *, batch_size=1000):
+    """The batches of some data in their order, not augmented.
+
+    Parameters
+    ----------
+    data : Split, torch.Tensor, tuple of torch.Tensor, or iterable of batches
+    device : torch.device or str, optional
+        Where the batches go; by default they remain where they are.
+    batch_size : int
+        Of a split or of tensors; an iterable has batches of its own.
+
+    Yields
+    ------
+    (inputs, targets)
+        ``targets`` is None in a batch that has none.
+
+    Raises
+    ------
+    ValueError
+        If the data are of another kind or empty, or the tensors of a tuple differ in length.
+
+    Examples
+    --------
+    >>> [(len(x), y) for x, y in batches_of(torch.zeros(5, 3), batch_size=2)]
+    [(2, None), (2, None), (1, None)]
+    """
+    check_data(data)
+    if hasattr(data, "batches"):
+        found = data.batches(torch.arange(len(data)).split(batch_size), device or "cpu")
+    elif isinstance(data, torch.Tensor):
+        found = data.split(batch_size)
+    elif isinstance(data, tuple):
+        found = zip(*(tensor.split(batch_size) for tensor in data))
+    else:
+        found = data
+    empty = True
+    for batch in found:
+        inputs, targets = take_apart(batch)
+        yield to_device(inputs, device), to_device(targets, device)
+        empty = False
+    if empty:
+        raise ValueError(f"a {type(data).__name__} without batches: expected at least one input")
+
+
+def check_data(data):
+    """Raise ValueError unless :func:`batches_of` can take the data; their batches are not looked at."""
+    if isinstance(data, tuple):
+        if len(data) < 2 or not all(isinstance(part, torch.Tensor) for part in data):
+            raise ValueError(f"got a tuple of {', '.join(type(part).__name__ for part in data) or 'nothing'}: expected "
+                             "tensors, (inputs, targets), or a list of batches")
+        if len({len(part) for part in data}) > 1:
+            raise ValueError(f"got {' and '.join(str(len(part)) for part in data)} inputs and targets: expected as "
+                             "many of each")
+    elif not isinstance(data, Iterable) and not hasattr(data, "batches") or isinstance(data, (str, bytes, Mapping)):
+        raise ValueError(f"got {type(data).__name__}: expected a split, as data.train, tensors (inputs, targets), or an "
+                         "iterable of batches such as a DataLoader")
+
+
+def take_apart(batch):
+    """The inputs and the targets of a batch; the targets are None if it has none."""
+    if isinstance(batch, torch.Tensor):
+        return batch, None
+    if isinstance(batch, Mapping):
+        named = [name for name in TARGETS if name in batch]
+        if len(named) > 1:
+            raise ValueError(f"a batch has {' and '.join(named)}: expected one of {', '.join(TARGETS)}")
+        return ({name: value for name, value in batch.items() if name not in named},
+                batch[named[0]] if named else None)
+    if isinstance(batch, (tuple, list)) and batch:
+        inputs, *targets = batch
+        return inputs, targets[0] if len(targets) == 1 else tuple(targets) or None
+    raise ValueError(f"a batch is {type(batch).__name__}: expected a tensor, a tuple of inputs and targets, or a dict")
+
+
+def call(model, inputs):
+    """What a model answers to inputs: a tensor, a tuple of arguments or a dict of named ones."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def logits_of(output):
+    """The logits in a model's output: the tensor itself, what is called ``logits``, or the first tensor.
+
+    Raises
+    ------
+    ValueError
+        If there is no tensor.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    found = named if named is not None else next((one for one in values if isinstance(one, torch.Tensor)), None)
+    if not isinstance(found, torch.Tensor):
+        raise ValueError(f"the model's output is {type(output).__name__}: expected a tensor, an object with .logits, or "
+                         "a tuple or dict of tensors; forward=lambda model, inputs: ... can choose one")
+    return found
+
+
+def count(inputs):
+    """How many examples there are in a batch: the length of its first tensor."""
+    if isinstance(inputs, torch.Tensor):
+        return len(inputs)
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return next(count(one) for one in values if isinstance(one, (torch.Tensor, Mapping, tuple, list)))
+
+
+def to_device(values, device):
+    """Tensors, and those in tuples, lists and dicts, on a device; anything else as it is."""
+    return _each(values, lambda tensor: tensor.to(device, non_blocking=True)) if device is not None else values
+
+
+def parts_of(values, n):
+    """The rows of a batch in n parts that are as equal as possible, as :meth:`torch.Tensor.tensor_split` makes them."""
+    return [_each(values, lambda tensor, i=i: tensor.tensor_split(n)[i]) for i in range(n)]
+
+
+def _each(values, change):
+    if isinstance(values, torch.Tensor):
+        return change(values)
+    if isinstance(values, Mapping):
+        return {name: _each(value, change) for name, value in values.items()}
+    if isinstance(values, (tuple, list)):
+        return tuple(_each(value, change) for value in values)
+    return values
