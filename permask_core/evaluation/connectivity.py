@@ -28,7 +28,8 @@ from permask_core.matching.batchnorm import resettable
 from permask_core.matching.weights import STATISTICS, check_pair
 from permask_core.models import evaluation_mode
 from permask_core.runs.checks import check_integer
-from permask_core.training.loop import as_split, evaluate
+from permask_core.training.loop import evaluate
+from permask_core.training.streams import as_split
 
 CORRECTIONS = ("none", "reset", "repair")
 MEMORY = 2**23  # bytes of weights and activations at once: about what a processor's caches hold; more is slower there

@@ -27,7 +27,8 @@ from permask_core.sparse import FanInLinear
 from permask_core.sparse.dynamic import METHODS, Rewiring, Topology, constant_fan_in_masks
 from permask_core.sparse.optim import SparseOpt
 from permask_core.training import loop
-from permask_core.training.loop import Recipe, checkpoint_step, evaluate, fit, learning_rate
+from permask_core.training.loop import evaluate, fit
+from permask_core.training.recipe import Recipe, checkpoint_step, learning_rate
 
 RECIPE = Recipe(epochs=2, lr=0.2, momentum=0.8, weight_decay=1e-2, batch_size=100)
 
@@ -183,7 +184,7 @@ def test_a_run_that_diverges_raises(digits, net):
     ({"masks": {}}, "masks are empty"),
     ({"processes": 0}, "processes is 0: expected an integer of at least 1"), ({"processes": 1.5}, "processes is 1.5"),
     ({"processes": "2"}, "processes is '2'"), ({"processes": None}, "processes is None"),
-    ({"processes": 38}, "the last of the batches of 100 has 37 images: expected at least 38"),
+    ({"processes": 38}, "the last batch of an epoch has 37 examples: expected at least 38"),
     ({"seed": -1}, "seed is -1: expected an integer of at least 0"), ({"seed": 1.0}, "seed is 1.0"),
 ])
 def test_bad_arguments_are_refused_before_training(digits, net, options, message):
@@ -196,7 +197,7 @@ def test_bad_arguments_are_refused_before_training(digits, net, options, message
 @pytest.mark.parametrize("images, accumulate, found", [(137, 38, 37), (1400, 101, 100), (100, 101, 100)])
 def test_a_last_batch_with_fewer_images_than_parts_is_refused(digits, net, images, accumulate, found):
     data = digits.train.x[:images], digits.train.y[:images]
-    with pytest.raises(ValueError, match=f"of 100 has {found} images: expected at least {accumulate}, one for each of "
+    with pytest.raises(ValueError, match=f"has {found} examples: expected at least {accumulate}, one for each of "
                                          f"1 processes x accumulate {accumulate}"):
         fit(net, data, replace(RECIPE, accumulate=accumulate), seed=0)
     assert len(fit(net, data, replace(RECIPE, accumulate=found), seed=0).losses) == 2
@@ -261,7 +262,7 @@ def test_evaluating_another_state_leaves_the_model(digits):
 
 
 def test_an_empty_split_is_refused(trained, digits):
-    with pytest.raises(ValueError, match="the split is empty"):
+    with pytest.raises(ValueError, match="got an empty Split|got an empty tuple"):
         evaluate(trained, (digits.test.x[:0], digits.test.y[:0]))
 
 
@@ -681,7 +682,7 @@ import time
 
 import torch
 
-from permask_core.training import loop
+from permask_core.training import Recipe, loop
 from permask_core.data import load_dataset
 from permask_core.models import build_model
 
@@ -689,7 +690,7 @@ torch.set_num_threads(1)
 loop.SAVE_SECONDS = 0
 model = build_model("mlp", (1, 8, 8), 10, width=0.1, seed=3)
 model.register_forward_hook(lambda *_: time.sleep(0.01))
-loop.fit(model, load_dataset("digits").train, loop.Recipe(20, batch_size=100), seed=1, resume=sys.argv[1])
+loop.fit(model, load_dataset("digits").train, Recipe(20, batch_size=100), seed=1, resume=sys.argv[1])
 """
 
 
@@ -721,7 +722,7 @@ def test_what_is_no_split_is_refused(digits, net, what):
     x, y = digits.train.x, digits.train.y
     data = {"dataset": digits, "numpy": (x.numpy(), y.numpy()), "inputs": x}[what]
     for use in (lambda: fit(net, data, RECIPE, seed=0), lambda: evaluate(net, data)):
-        with pytest.raises(ValueError, match="got .* to train on or evaluate: expected a split, as data.train"):
+        with pytest.raises(ValueError, match="expected a split, as data.train|the batches have no targets"):
             use()
 
 
