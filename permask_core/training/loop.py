@@ -26,7 +26,7 @@ from permask_core.runs.processes import check_agreement, default_device, launch,
 from permask_core.runs.progress import progress
 from permask_core.sparse.dynamic import Rewiring, Topology
 from permask_core.sparse.fan_in import FanInLinear
-from permask_core.sparse.optim import SparseOpt
+from permask_core.sparse.optim import scale_gradients
 from permask_core.training.resume import (
     Run,
     describe,
@@ -294,7 +294,7 @@ def _train(fabric, model, train, job, resume, description):
     weights = [parameters[name] for name in masks]
     optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe)
     if recipe.sparse_opt:
-        optimizer = SparseOpt(optimizer, model, masks)
+        scale_gradients(optimizer, model, masks)
 
     # Each process adds to a place of its own, so that a run that is resumed adds in the same order.
     networks = [len(job.seed)] if isinstance(job.seed, list) else []
