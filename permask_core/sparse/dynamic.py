@@ -391,7 +391,9 @@ class _FanInLayer:
 class Topology:
     """The connections of a model in training: those of weights under masks and of FanInLinear layers.
 
-    In a training loop, :meth:`step` takes the place of the optimizer's step and of applying masks.
+    In a training loop, :meth:`step` takes the place of the optimizer's step and of applying masks. SRigL sees inputs
+    and output gradients of FanInLinear layers through hooks, which are there in the steps that rewire alone; so a model
+    that ``torch.compile`` has made needs ``torch._dynamo.config.skip_nnmodule_hook_guards = False``.
 
     Parameters
     ----------
@@ -482,8 +484,8 @@ class Topology:
         self._watch(1)
 
     def restore(self, masks, fan_in, done=0):
-        """Go on from these ``masks``, this history ``fan_in`` and so many steps ``done``; FanInLinear layers are in the
-        model's state, which has to be loaded before."""
+        """Go on from these ``masks``, this history ``fan_in`` and so many steps ``done``. The model's state, of which
+        FanInLinear layers are a part, is loaded after the topology is made and before this."""
         for name, mask in masks.items():
             self.masks[name].copy_(mask)
         self.fan_in, self.done = dict(fan_in), done
@@ -582,8 +584,8 @@ class Topology:
             keep, grow = layer.set_step(active, fraction, generator)
         elif not layer.has_gradients():
             raise RuntimeError(f"{name!r} has no gradients to grow by: expected the forward and backward passes of "
-                               f"step {step} since the last call of step(), or inside watching({step}), and "
-                               "optimizer.zero_grad() after them")
+                               f"step {step} since the last call of step(), or inside watching({step}), "
+                               "optimizer.zero_grad() after them, and a compiled model to see hooks")
         elif self.rewiring.method == "rigl":
             keep, grow = rigl_step(active, layer.scores, fraction)
         else:

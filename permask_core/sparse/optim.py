@@ -12,8 +12,8 @@ from permask_core.sparse.fan_in import FanInLinear
 
 
 def scale_gradients(optimizer, model, masks=None):
-    """SparseOpt: from now on, before each step of an optimizer, multiply the gradient of each row i of a masked weight by
-    sqrt(1 - s_i) / sqrt(1 - s), with s_i the row's sparsity and s its mean over the layer's rows.
+    """SparseOpt: from now on, before each step of an optimizer, multiply the gradient of each row i of a masked weight
+    by sqrt(1 - s_i) / sqrt(1 - s), with s_i the row's sparsity and s its mean over the layer's rows.
 
     The factor is 1 where all rows have as many connections: a dense layer, or constant fan-in without ablation. Rows of
     a :class:`~permask_core.sparse.FanInLinear` are scaled as they would be under its mask. The method is meant for SGD.
