@@ -495,7 +495,7 @@ def test_code_that_two_processes_compiled_and_kept_is_told_apart_by_a_third(tmp_
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_processes_that_keep_code_at_once_never_load_each_others(tmp_path, monkeypatch, order):
     """Both have read the list before either has written, and one is killed before it is listed."""
-    kept = pytest.importorskip("permask_core.sparse.kernels.simd").Kept
+    kept = pytest.importorskip("permask_core.sparse.kernels.simd").CodeFile
     files = [kept(str(tmp_path), "loop", "stamp") for _ in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(kept, "_load_index", lambda self: {})
@@ -513,3 +513,39 @@ def test_two_processes_that_keep_code_at_once_never_load_each_others(tmp_path, m
     assert newer.load(("key", 0)) is None  # not the code of the older source
     newer.save(("key", 0), "newer code")
     assert newer.load(("key", 0)) == "newer code"
+
+
+@pytest.mark.parametrize("change", ["numbers", "files", "dispatcher"])
+def test_a_numba_that_keeps_code_in_another_way_keeps_none_and_says_so_once(monkeypatch, change):
+    simd = pytest.importorskip("permask_core.sparse.kernels.simd")
+    if change == "numbers":
+        class Numbered(simd.FunctionIdentity):
+            """Which counts by another name."""
+
+            @classmethod
+            def from_function(cls, function):
+                made = super().from_function(function)
+                made.unique_id = 1
+                return made
+
+        monkeypatch.setattr(simd, "FunctionIdentity", Numbered)
+    elif change == "files":
+        monkeypatch.setattr(simd, "PRIVATE", (*simd.PRIVATE, "_is_gone"))
+    else:
+        njit = simd.njit
+        monkeypatch.setattr(simd, "njit", lambda cache=False, **options: (lambda _: object()) if cache else njit(
+            cache=False, **options))
+
+    def add(a, b):
+        return a + b
+
+    simd._keeps_code.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="compiled in every process: how numba .* keeps compiled code") as caught:
+            functions = [simd._compile(add, parallel=False) for _ in range(2)]
+    finally:
+        simd._keeps_code.cache_clear()
+    assert len(caught) == 1
+    assert all(function(2, 3) == 5 and function.stats.cache_path is None for function in functions)
+    monkeypatch.undo()
+    assert simd._keeps_code() and simd._compile(simd.put.py_func).stats.cache_path
