@@ -255,7 +255,7 @@ def _checked(model, train, recipe, seed, loss, masks, rewiring, checkpoints, pro
     if rewiring is not None and not isinstance(rewiring, Rewiring):
         raise ValueError(f"rewiring is {rewiring!r}: expected a Rewiring, as Rewiring('set')")
     if rewiring:
-        Topology(model, masks, rewiring, steps=recipe.epochs * steps_per_epoch, seed=seed)
+        Topology(copy.deepcopy(model), masks, rewiring, steps=recipe.epochs * steps_per_epoch, seed=seed)  # masks it
         if processes > 1 and any(isinstance(module, FanInLinear) for module in model.modules()):
             raise ValueError(f"processes is {processes}, with rewiring and FanInLinear layers: expected 1, or masks "
                              "instead, because the engine that averages gradients holds their shapes fixed")
