@@ -40,7 +40,7 @@ class Rewiring:
 
     method: str  # "set", "rigl" or "srigl"
     every: int = 100  # steps from one rewiring to the next (Delta T)
-    until: float = 0.75  # fraction of all steps from which on the connections stay
+    until: float = 0.75  # fraction of all steps after which connections no longer move
     fraction: float = 0.3  # of a layer's connections, dropped at first (alpha); falls to 0 along a half cosine
     min_salient: float | None = 0.3  # SRigL: salient weights a neuron needs, of its fan-in; None: no neuron is ablated
     unablated: tuple[str, ...] | None = None  # SRigL: layers that keep all their neurons; by default the model's last
@@ -112,6 +112,16 @@ def set_step(active, fraction, generator=None):
     ------
     ValueError
         If the fraction is out of range.
+
+    References
+    ----------
+    Mocanu et al., Nature Communications 2018.
+
+    Examples
+    --------
+    >>> active = Connections(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0.9, 0.1]), (1, 2))
+    >>> set_step(active, 0.5)  # the only place that is free is the one of the connection that was dropped
+    (tensor([ True, False]), tensor([[0, 1]]))
     """
     n_drop = _drop_count(fraction, len(active.rows))
     keep = _largest(active.magnitudes, len(active.rows) - n_drop)
@@ -122,8 +132,8 @@ def set_step(active, fraction, generator=None):
 
 
 def set_rows_step(layer, fraction, generator=None):
-    """SET within each row of a :class:`~permask_core.sparse.FanInLinear`, whose fan-in k stays: as :func:`set_step`,
-    but floor(fraction k) connections of every active neuron.
+    """SET within each row of a :class:`~permask_core.sparse.FanInLinear`, which keeps its fan-in k: :func:`set_step`,
+    with floor(fraction k) connections of every active neuron.
 
     Parameters
     ----------
@@ -140,6 +150,12 @@ def set_rows_step(layer, fraction, generator=None):
     References
     ----------
     Ullah et al., "Navigating Extremes", NeurIPS 2024.
+
+    Examples
+    --------
+    >>> keep, grow = set_rows_step(FanInLinear(9, 4, fan_in=4), 0.5)
+    >>> keep.sum(1).tolist(), grow[:, 0].tolist()
+    ([2, 2, 2, 2], [0, 0, 1, 1, 2, 2, 3, 3])
     """
     (n, k), indices = layer.values.shape, layer.indices
     n_drop = _drop_count(fraction, k)
@@ -178,6 +194,13 @@ def rigl_step(active, scores, fraction):
     References
     ----------
     Evci et al., ICML 2020, algorithm 1; connections that were just dropped compete, as in their code.
+
+    Examples
+    --------
+    >>> active = Connections(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0.9, 0.1]), (2, 2))
+    >>> gradient = torch.tensor([[0.0, 1.0], [3.0, -4.0]])
+    >>> rigl_step(active, lambda start, stop: gradient[start:stop].abs(), 0.5)
+    (tensor([ True, False]), tensor([[1, 1]]))
     """
     n_drop = _drop_count(fraction, len(active.rows))
     keep = _largest(active.magnitudes, len(active.rows) - n_drop)
@@ -217,6 +240,13 @@ def srigl_step(active, scores, fraction, budget, min_salient=None):
     References
     ----------
     Lasby et al., ICLR 2024, section 3, and their code.
+
+    Examples
+    --------
+    >>> active = Connections(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0.9, 0.1]), (2, 2))
+    >>> gradient = torch.tensor([[0.0, 1.0], [3.0, -4.0]])
+    >>> srigl_step(active, lambda start, stop: gradient[start:stop].abs(), 0.5, budget=2)  # one for each neuron
+    (tensor([ True, False]), tensor([[1, 1]]))
     """
     (rows, columns, magnitudes, shape), (n_out, n_in) = active, active.shape
     n_drop = _drop_count(fraction, len(rows))
@@ -348,8 +378,8 @@ class _FanInLayer:
 
     def active(self):
         rows = self.module.rows.repeat_interleave(self.module.fan_in)
-        return Connections(rows, self.module.indices.flatten().long(), self.module.values.detach().flatten().abs(),
-                      self.shape)
+        magnitudes = self.module.values.detach().flatten().abs()
+        return Connections(rows, self.module.indices.flatten().long(), magnitudes, self.shape)
 
     def set_step(self, active, fraction, generator):
         return set_rows_step(self.module, fraction, generator)
@@ -562,8 +592,8 @@ class Topology:
     def rewire(self, step, optimizer=None):
         """Move the connections, with the gradients of this step where the method needs them.
 
-        Dropped and grown weights are 0 afterwards, and so is the optimizer's state for them; what is kept stays
-        untouched. Of several processes the first decides.
+        Dropped and grown weights are 0 afterwards, and so is the optimizer's state for them; what is kept does
+        not change. Of several processes the first decides.
 
         Raises
         ------
