@@ -215,7 +215,7 @@ def find_ticket(experiment, store, seed, sparsity):
 
             def train_round(unfinished):
                 run, _ = fitted(store, build_network(experiment, state), data(experiment).train, recipe, seed=2 * seed,
-                                masks=masks, processes=experiment.processes, resume=unfinished,
+                                masks=masks or None, processes=experiment.processes, resume=unfinished,
                                 description=f"pruning round {rounds}, seed {seed}")
                 return run.state, {"sparsity": sparsity_of(masks)}
 
@@ -305,12 +305,11 @@ def train_sparse(experiment, store, seed, sparsity, method, by=None, *, condense
             model = build_sparse_network(experiment, states[experiment.rewind], masks)
         achieved = sparsity_of(masks)
         if condensed:
-            model, left = condense(model, masks)
-            masks = {name: masks[name] for name in left} or None
+            model, masks, _ = condense(model, masks)
         _, evaluation = fitted(
             store, model, data(experiment).train,
             experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr), seed=10_000 + seed,
-            test=data(experiment).test, masks=masks, processes=experiment.processes, resume=unfinished,
+            test=data(experiment).test, masks=masks or None, processes=experiment.processes, resume=unfinished,
             description=f"{method} {by or ''} at {100 * sparsity:g} %, seed {seed}")
         return model.state_dict(), {**evaluation._asdict(), "achieved": achieved}
 
