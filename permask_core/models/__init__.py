@@ -14,7 +14,7 @@ MODELS = {
     "vit_b_16": "transformer", "tiny_vit_5m": "transformer", "bert": "language", "distilbert": "language"}
 OF_TEXTS = ("bert", "distilbert")
 
-__all__ = ["MODELS", "build_model", "evaluating", "module_of"]
+__all__ = ["MODELS", "build_model", "device_of", "evaluation_mode", "module_of"]
 
 
 def module_of(name):
@@ -93,3 +93,11 @@ def evaluation_mode(*models):
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def device_of(model):
+    """Where a model's first parameter is, or its first buffer; the CPU if it has none."""
+    import torch
+
+    return next((tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors),
+                torch.device("cpu"))
