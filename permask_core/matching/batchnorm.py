@@ -77,6 +77,12 @@ def reset_batchnorm(model, batches):
     layers = resettable(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no BatchNorm: there is nothing to reset")
+    recompute_statistics(model, layers, batches)
+    return model
+
+
+def recompute_statistics(model, layers, batches):
+    """Recompute the statistics of these BatchNorms of the model, {name: layer}; the names of those that it calls."""
     moments, n = {name: _Moments() for name in layers}, 0
 
     def read(name, layer, given, output):
@@ -93,7 +99,7 @@ def reset_batchnorm(model, batches):
             layer.running_var.copy_(moments[name].squares / max(moments[name].n - 1, 1))
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(n)
-    return model
+    return [name for name in layers if moments[name].n]
 
 
 def resettable(model):
