@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "masks": ("apply_masks", "load_masks", "save_masks", "sparsity"),
     "pruning": ("magnitude_masks", "prunable_weights"),
-    "matching": ("match_activations", "match_weights", "permutation_groups", "permute"),
+    "matching": ("align", "match_activations", "match_weights", "permutation_groups", "permute"),
     "sparse": ("FanInLinear", "condense"),
     "training": ("Recipe", "evaluate", "fit"),
 }

@@ -20,10 +20,10 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from permask_core.data.batches import batches_of
 from permask_core.data.splits import in_order
 from permask_core.evaluation.statistics import as_labels
 from permask_core.matching import interpolate, repair, reset_batchnorm
-from permask_core.matching.activations import inputs
 from permask_core.matching.batchnorm import resettable
 from permask_core.matching.weights import STATISTICS, check_pair
 from permask_core.models import evaluation_mode
@@ -87,7 +87,7 @@ def mixtures(model, states, weights, split, *, batches=None):
                          "all finite")
     split = _checked_split(split, model)
     if batches is not None:
-        batches = list(inputs(batches))
+        batches = list(batches_of(batches))
         found = [evaluate(reset_batchnorm(_with(model, mixed(states, row)), batches), split) for row in weights]
         return Values(np.array([one.loss for one in found]), np.array([1 - one.accuracy for one in found]))
     return _at_once(model, states, weights, split)
@@ -317,7 +317,7 @@ def line(model, source, target, split, *, points=25, correction="none", batches=
     alphas = np.linspace(0, 1, points)
     if correction == "none":
         return Line(alphas, *mixtures(model, [source, target], np.stack([1 - alphas, alphas], 1), split))
-    split, batches = _checked_split(split, model), list(inputs(batches))
+    split, batches = _checked_split(split, model), list(batches_of(batches))
     found = [evaluate(between(model, source, target, float(alpha), correction=correction, batches=batches), split)
              for alpha in alphas]
     return Line(alphas, np.array([one.loss for one in found]), np.array([1 - one.accuracy for one in found]))

@@ -1,8 +1,8 @@
 """One training loop for every experiment: batches, backward, step, on one process or several.
 
 Everything random about a run comes from its seed: the same seed gives the same batches in the same order, whatever the
-masks, so that runs that share a checkpoint and a seed differ in nothing but the mask. A step is taken by one object: the
-optimizer alone, with masks after it, or a topology that moves connections.
+masks, so that runs that share a checkpoint and a seed differ in nothing but the mask. A step is taken by one object:
+the optimizer alone, with masks after it, or a topology that moves connections.
 """
 
 import copy
