@@ -9,6 +9,7 @@ import math
 import torch
 
 from permask_core.data.splits import Split
+from permask_core.models.extras import check_extra
 
 
 def digits(seed=0, test_size=360, noise=0.0, copies=1, channels=1):
@@ -41,6 +42,7 @@ def digits(seed=0, test_size=360, noise=0.0, copies=1, channels=1):
         raise ValueError(f"copies is {copies!r}: expected an integer of at least 1")
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels!r}: expected 1 or 3")
+    check_extra("digits", "sklearn", "data")
     # Takes a second, which a process that only looks for finished stages need not spend.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

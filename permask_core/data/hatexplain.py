@@ -20,6 +20,7 @@ import torch
 from permask_core.data.attributes import Attribute, check_attributes
 from permask_core.data.root import check_there, data_root, some
 from permask_core.data.splits import Split
+from permask_core.models.extras import check_extra
 
 POSTS, DIVISIONS = "dataset.json", "post_id_divisions.json"
 TOXIC = {"hatespeech": 1, "offensive": 1, "normal": 0}
@@ -149,10 +150,9 @@ def _texts(value):
 
 
 def _tokenizer(name, length):
-    try:
-        from transformers import AutoTokenizer  # takes seconds, which whoever needs no text should not wait
-    except ImportError as error:
-        raise ImportError('HateXplain needs the package transformers: pip install "permask[text]"') from error
+    check_extra("hatexplain", "transformers", "text")
+    from transformers import AutoTokenizer  # takes seconds, which whoever needs no text should not wait
+
     try:
         made = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises what the files lead it to

@@ -9,7 +9,6 @@ twice.
 
 import ast
 import hashlib
-import importlib.util
 import inspect
 import json
 import os
@@ -18,16 +17,16 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, write_whole
 
-LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn")
-OPTIONAL = ("timm", "transformers")
+# Those that are installed count: no result depends on another.
+LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn", "timm", "transformers")
 POLICIES = ("recompute", "keep")
 HERE = Path(__file__).parents[1]  # permask_core
 
@@ -260,9 +259,12 @@ def plain(value):
 
 @cache
 def versions():
-    """Versions of Python and of the libraries that decide about numbers, as a dict."""
-    installed = [name for name in OPTIONAL if importlib.util.find_spec(name)]
-    return {"python": platform.python_version(), **{name: version(name) for name in (*LIBRARIES, *installed)}}
+    """Versions of Python and of the libraries that decide about numbers, those that are installed, as a dict."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def commit():
