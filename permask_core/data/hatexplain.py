@@ -21,6 +21,7 @@ from permask_core.data.attributes import Attribute, check_attributes
 from permask_core.data.root import check_there, data_root, some
 from permask_core.data.splits import Split
 from permask_core.models.extras import check_extra
+from permask_core.runs.checks import check_integer
 
 POSTS, DIVISIONS = "dataset.json", "post_id_divisions.json"
 TOXIC = {"hatespeech": 1, "offensive": 1, "normal": 0}
@@ -69,8 +70,7 @@ def hatexplain(root=None, tokenizer="bert-base-uncased", length=128, attributes=
         and padding.
     """
     check_attributes(attributes, ATTRIBUTES)
-    if not isinstance(length, int) or length < 3:
-        raise ValueError(f"length is {length!r}: expected an integer of at least 3")
+    check_integer("length", length, 3)
     judged = _judged(check_files(root))  # first: a tokenizer that is not at hand is looked for on the hub, slowly
     tokenizer = _tokenizer(tokenizer, length)
     train, test = (_split(posts, tokenizer, length, attributes) for posts in judged)

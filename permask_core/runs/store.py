@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, write_whole
+from permask_core.runs.files import load_tensors, locked, plain, read_record, save_tensors, write_whole
 
 # Those that are installed count: no result depends on another.
 LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn", "timm", "transformers")
@@ -174,7 +174,7 @@ class Store:
         result = {**result, "seconds": own, **({"kept": self._kept} if self._kept else {})}
         self._kept = outer | self._kept  # another dict: the record has its own
         try:
-            json.dumps(result)
+            json.dumps(result, default=plain)
         except TypeError as error:
             raise ValueError(f"the record of the stage {name!r} cannot be written as JSON: {error}") from error
         save_tensors(path, tensors, {**identity, "commit": commit(), "result": result})
@@ -248,13 +248,6 @@ def check_folder(folder, settings):
     with write_whole(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
     return path.parent
-
-
-def plain(value):
-    """A dataclass as a dict, for :func:`json.dumps`."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: getattr(value, name) for name in value.__dataclass_fields__}
-    raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
 @cache
