@@ -26,7 +26,9 @@ from permask_core.models import build_model
 from permask_core.runs.processes import default_device
 from permask_core.runs.store import commit, device_name, versions
 from permask_core.training.batched import backends, fastest, fit_batched
-from permask_core.training.loop import PRECISIONS, Recipe, as_split, fit
+from permask_core.training.loop import fit
+from permask_core.training.recipe import PRECISIONS, Recipe
+from permask_core.training.streams import as_split
 
 # Network, width and images of an epoch: what the experiments train, and on a CPU what they train there.
 NETWORKS = {"cuda": [("resnet20", 1, 25_600), ("resnet20", 4, 12_800)],

@@ -33,7 +33,8 @@ from permask_core.models import build_model
 from permask_core.models.vision import torchvision
 from permask_core.runs.processes import default_device
 from permask_core.runs.store import commit, device_name, versions
-from permask_core.training.loop import OPTIMIZERS, PRECISIONS, Recipe, fit
+from permask_core.training.loop import fit
+from permask_core.training.recipe import OPTIMIZERS, PRECISIONS, Recipe
 
 CLASSES, SIDE = 10, 32
 LOADERS = "loaders alone"

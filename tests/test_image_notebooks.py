@@ -231,6 +231,6 @@ def test_errors_come_before_any_training(preset, changes, error, message, data, 
 def test_a_last_batch_too_small_for_the_processes_is_refused_before_any_starts(data, tmp_path):
     chosen = presets.preset("cifar10-resnet20", rewinds=[1], epochs=2, widths=[0.25], root=str(data), batch_size=33,
                             processes=2, options={"verify": False}, sparsities=[0.5])
-    with pytest.raises(ValueError, match="the last of the batches of 33 has 1 images: expected at least 2, one for"):
+    with pytest.raises(ValueError, match="the last batch of an epoch has 1 examples: expected at least 2, one for"):
         run(chosen.experiment, Store(tmp_path / "runs"), seeds=[0], sparsities=[0.5])
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+EXPECTED = ("expected a split, as data.train, a tuple of tensors (inputs, targets), or an iterable of batches such as "
+            "a DataLoader")
 TARGETS = ("labels", "label", "targets", "target", "y")  # the names of the targets in a batch that is a dict
 
 
@@ -40,6 +42,8 @@ def batches_of(data, device=None, *, batch_size=1000):
     [(2, None), (2, None), (1, None)]
     """
     check_data(data)
+    if hasattr(data, "__len__") and not len(data[0] if isinstance(data, tuple) else data):
+        raise ValueError(f"got an empty {type(data).__name__}: expected at least one input")
     if hasattr(data, "batches"):
         found = data.batches(torch.arange(len(data)).split(batch_size), device or "cpu")
     elif isinstance(data, torch.Tensor):
@@ -48,27 +52,24 @@ def batches_of(data, device=None, *, batch_size=1000):
         found = zip(*(tensor.split(batch_size) for tensor in data))
     else:
         found = data
-    empty = True
+    batch = None
     for batch in found:
         inputs, targets = take_apart(batch)
         yield to_device(inputs, device), to_device(targets, device)
-        empty = False
-    if empty:
-        raise ValueError(f"a {type(data).__name__} without batches: expected at least one input")
+    if batch is None:
+        raise ValueError(f"got a {type(data).__name__} without batches: expected at least one input")
 
 
 def check_data(data):
     """Raise ValueError unless :func:`batches_of` can take the data; their batches are not looked at."""
     if isinstance(data, tuple):
         if len(data) < 2 or not all(isinstance(part, torch.Tensor) for part in data):
-            raise ValueError(f"got a tuple of {', '.join(type(part).__name__ for part in data) or 'nothing'}: expected "
-                             "tensors, (inputs, targets), or a list of batches")
+            parts = ", ".join(type(part).__name__ for part in data) or "nothing"
+            raise ValueError(f"got a {type(data).__name__} of {parts}: {EXPECTED}")
         if len({len(part) for part in data}) > 1:
-            raise ValueError(f"got {' and '.join(str(len(part)) for part in data)} inputs and targets: expected as "
-                             "many of each")
+            raise ValueError(f"got {len(data[0])} inputs and {len(data[1])} labels: expected as many of each")
     elif not isinstance(data, Iterable) and not hasattr(data, "batches") or isinstance(data, (str, bytes, Mapping)):
-        raise ValueError(f"got {type(data).__name__}: expected a split, as data.train, tensors (inputs, targets), or an "
-                         "iterable of batches such as a DataLoader")
+        raise ValueError(f"got {type(data).__name__}: {EXPECTED}")
 
 
 def take_apart(batch):
@@ -108,8 +109,8 @@ def logits_of(output):
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     found = named if named is not None else next((one for one in values if isinstance(one, torch.Tensor)), None)
     if not isinstance(found, torch.Tensor):
-        raise ValueError(f"the model's output is {type(output).__name__}: expected a tensor, an object with .logits, or "
-                         "a tuple or dict of tensors; forward=lambda model, inputs: ... can choose one")
+        raise ValueError(f"the model's output is {type(output).__name__}: expected a tensor, an object with .logits, "
+                         "or a tuple or dict of tensors; forward=lambda model, inputs: ... chooses one")
     return found
 
 
@@ -127,7 +128,7 @@ def to_device(values, device):
 
 
 def parts_of(values, n):
-    """The rows of a batch in n parts that are as equal as possible, as :meth:`torch.Tensor.tensor_split` makes them."""
+    """The rows of a batch in n parts that are as equal as possible, as :meth:`torch.Tensor.tensor_split` has them."""
     return [_each(values, lambda tensor, i=i: tensor.tensor_split(n)[i]) for i in range(n)]
 
 

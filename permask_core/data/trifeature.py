@@ -175,7 +175,7 @@ def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape
     if correlated is not None and correlated not in free:
         raise ValueError(f"correlated is {correlated!r}: expected {' or '.join(free)}, which the label leaves "
                          "open")
-    index = torch.arange(n_train + n_test).tensor_split([n_train])
+    index = torch.arange(n_train + n_test).split([int(n_train), int(n_test)])
     kinds = [attributes(n, seed) for n in (n_train, n_test)]
     if correlated:
         kinds[0] = matched(kinds[0], index[0], leading, correlated, match, seed)

@@ -18,7 +18,8 @@ from permask_core.models import MODELS, build_model
 from permask_core.runs.checks import check_work
 from permask_core.runs.processes import default_device
 from permask_core.training.distillation import Distillation, distil
-from permask_core.training.loop import Recipe, evaluate, fit, predict
+from permask_core.training.loop import evaluate, fit, predict
+from permask_core.training.recipe import Recipe
 
 ROLES = ("teacher", "student", "distilled")
 

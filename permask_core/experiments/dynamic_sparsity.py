@@ -24,7 +24,8 @@ from permask_core.pruning import check_sparsity, erk_densities, prunable_weights
 from permask_core.runs.checks import check_integer, check_lists, check_one_of, check_work
 from permask_core.sparse.dynamic import Rewiring, constant_fan_in_masks
 from permask_core.sparse.initialisation import sparse_init
-from permask_core.training.loop import Recipe, evaluate, fit
+from permask_core.training.loop import evaluate, fit
+from permask_core.training.recipe import Recipe
 
 METHODS = ("dense", "random", "fan_in", "set", "rigl", "srigl", "srigl+ablation")
 UNEQUAL = ("random", "set", "rigl")  # methods whose neurons may differ in fan-in

@@ -34,7 +34,8 @@ from permask_core.runs.processes import default_device
 from permask_core.runs.progress import progress
 from permask_core.sparse import condense
 from permask_core.sparse.initialisation import scale_to_fan_in
-from permask_core.training.loop import Recipe, predict
+from permask_core.training.loop import predict
+from permask_core.training.recipe import Recipe
 
 METHODS = ("dense", "lth", "permuted", "naive", "random")  # what is compared unless more is asked for
 KNOWN_METHODS = (*METHODS, "pruned")

@@ -3,6 +3,7 @@
 import inspect
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import chain
 
 from permask_core.runs.checks import check_integer
 
@@ -16,7 +17,7 @@ MODELS = {
     "vit_b_16": "transformer", "tiny_vit_5m": "transformer", "bert": "language", "distilbert": "language"}
 OF_TEXTS = ("bert", "distilbert")
 
-__all__ = ["MODELS", "build_model", "evaluating", "module_of"]
+__all__ = ["MODELS", "build_model", "device_of", "evaluating", "module_of"]
 
 
 def module_of(name):
@@ -78,6 +79,13 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(tuple(input_shape), classes, **options)
+
+
+def device_of(model):
+    """Where a model's first tensor is."""
+    import torch
+
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 @contextmanager

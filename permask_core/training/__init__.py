@@ -1,5 +1,7 @@
 """Training: one loop for every experiment, many networks as one, students of teachers, output layers of many labels."""
 
-from permask_core.training.loop import Evaluation, FitResult, Recipe, evaluate, fit, learning_rate, predict, throughput
+from permask_core.training.loop import Evaluation, FitResult, cross_entropy, evaluate, fit, predict, throughput
+from permask_core.training.recipe import Recipe, learning_rate
 
-__all__ = ["Evaluation", "FitResult", "Recipe", "evaluate", "fit", "learning_rate", "predict", "throughput"]
+__all__ = ["Evaluation", "FitResult", "Recipe", "cross_entropy", "evaluate", "fit", "learning_rate", "predict",
+           "throughput"]

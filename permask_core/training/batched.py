@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from permask_core.data.splits import in_order
 from permask_core.models import evaluation_mode
+from permask_core.runs.checks import check_integer
 from permask_core.runs.processes import default_device
-from permask_core.training.loop import Evaluation, FitResult, as_split, evaluate, fit, memory_format
+from permask_core.training.loop import Evaluation, FitResult, evaluate, fit, fit_stream, memory_format
+from permask_core.training.streams import SeveralStreams, as_split
 
 BACKENDS = ("grouped", "vmap", "alone")
 SMALL = 250_000  # multiplications for an image up to which a CPU, too, spends more on calls than on numbers
@@ -27,8 +29,7 @@ SMALL = 250_000  # multiplications for an image up to which a CPU, too, spends m
 class Batch(nn.Module):
     """Networks of one architecture as one, from ``x`` [n, k, ...] to logits [n, k, classes].
 
-    Its parameters and buffers are copies of theirs, stacked along a first axis, under ``inner`` and their own names. A
-    list of k seeds for :func:`~permask_core.training.fit` gives each network the batches of its own.
+    Its parameters and buffers are copies of theirs, stacked along a first axis, under ``inner`` and their own names.
 
     Parameters
     ----------
@@ -71,6 +72,9 @@ class Batch(nn.Module):
                 own.__class__ = GROUPED.get(type(own), type(own))
 
     def forward(self, x):
+        if x.ndim < 2 or x.shape[1] != self.members:
+            raise ValueError(f"the inputs have shape {list(x.shape)}: expected [n, {self.members}, ...], an axis for "
+                             "the networks")
         if self.backend == "grouped":
             x = x.flatten(1, 2)  # [n, k * channels, ...]
             x = x.contiguous(memory_format=memory_format(self.inner, x.device)) if x.ndim == 4 else x
@@ -131,8 +135,8 @@ def architecture(model):
 
 
 def fastest(models, train, device):
-    """The way of :func:`fit_batched` where none is given: on a CPU alone, except for the smallest networks; on a GPU
-    grouped, where that gives what the networks give alone."""
+    """The backend of :func:`fit_batched` where none is given: on a CPU alone, except for the smallest networks; on a
+    GPU grouped, where that gives what the networks give alone."""
     known = backends(models[0])
     x, _ = next(iter(train.batches([torch.arange(min(2, len(train)))], device)))
     if torch.device(device).type == "cpu" and _multiplications(models[0], x) > SMALL or len(models) == 1:
@@ -195,25 +199,29 @@ def fit_batched(models, train, recipe, *, seeds, masks=None, checkpoints=(), bac
 
     Returns
     -------
-    list of Fit
+    list of FitResult
         One of each network.
 
     Raises
     ------
     ValueError
         As :func:`~permask_core.training.fit` does; if models, seeds and masks are not as many, the models are not of
-        one architecture, or the way cannot train them.
+        one architecture, or the backend cannot train them.
     FloatingPointError
         If the loss of an epoch, or a weight at the end, is not finite in one of the networks.
     """
-    models, seeds = list(models), list(seeds)
+    models, seeds = list(models), [*seeds]
     masks = list(masks) if masks is not None else [None] * len(models)
     if not models or not len(models) == len(seeds) == len(masks):
         raise ValueError(f"got {len(models)} models, {len(seeds)} seeds and {len(masks)} masks: expected as many of "
                          "each, at least one")
+    for seed in seeds:
+        check_integer("seed", seed, 0)
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
     train, device = as_split(train), torch.device(device or default_device())
+    if recipe.sparse_opt and backend not in (None, "alone"):
+        raise ValueError(f"backend is {backend!r} with sparse_opt: expected 'alone'")
     backend = backend or ("alone" if recipe.sparse_opt else fastest(models, train, device))
     if backend == "alone":
         places = [f"{resume}.{i}" if resume else None for i in range(len(models))]
@@ -223,8 +231,14 @@ def fit_batched(models, train, recipe, *, seeds, masks=None, checkpoints=(), bac
     batch = Batch(models, backend)
     if compiled:
         batch.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
-    run = fit(batch, train, recipe, seed=seeds, masks=_stacked_masks(models[0], masks), checkpoints=checkpoints,
-              device=device, resume=resume, description=description and f"{description}, {len(models)} networks")
+
+    def loss(logits, targets):  # [n, networks, classes] and [n, networks]: the mean of each network
+        return F.cross_entropy(logits.transpose(1, 2), targets, label_smoothing=recipe.label_smoothing,
+                               reduction="none").mean(0)
+
+    run = fit_stream(batch, SeveralStreams(train, recipe.batch_size, seeds), recipe, loss=loss, networks=len(models),
+                     masks=_stacked_masks(models[0], masks), checkpoints=checkpoints, device=device, resume=resume,
+                     description=description and f"{description}, {len(models)} networks")
     states, kept = batch.split(run.state), {name: batch.split(state) for name, state in run.checkpoints.items()}
     for model, state in zip(models, states):
         model.to(device).load_state_dict(state)

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from permask_core.models import evaluation_mode
 from permask_core.runs.processes import default_device
-from permask_core.training.loop import as_split, autocast, fit, predict
+from permask_core.training.loop import fit, predict
+from permask_core.training.recipe import autocast
+from permask_core.training.streams import as_split
 
 
 def distillation_loss(student_logits, teacher_logits, labels, *, temperature, alpha=0.8, scale_by_t2=True):

@@ -1,35 +1,35 @@
-"""One training loop for every experiment: batches, weights under masks, checkpoints, on one process or several.
+"""One training loop for every experiment: batches, backward, step, on one process or several.
 
 Everything random about a run comes from its seed: the same seed gives the same batches in the same order, whatever the
-masks, so that runs that share a checkpoint and a seed differ in nothing but the mask.
+masks, so that runs that share a checkpoint and a seed differ in nothing but the mask. What happens around a step beside
+the optimizer is a :class:`Hook`: masks, rewiring, checkpoints.
 """
 
 import copy
 import json
-import math
 import tempfile
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from permask_core.data import Split
-from permask_core.data.splits import in_order, mix_seed
+from permask_core.data.batches import batches_of, call, count, logits_of
+from permask_core.data.splits import Split, mix_seed
 from permask_core.masks import apply_masks, check_fit
-from permask_core.models import evaluation_mode
-from permask_core.runs.processes import check_agreement, default_device, launch, of_first
+from permask_core.models import device_of, evaluation_mode
+from permask_core.runs.checks import check_integer
+from permask_core.runs.processes import Alone, default_device, launch, of_first
 from permask_core.runs.progress import progress
 from permask_core.sparse.dynamic import Rewiring, Topology
 from permask_core.sparse.fan_in import FanInLinear
 from permask_core.sparse.optim import SparseOpt
+from permask_core.training.recipe import OPTIMIZERS, autocast, checkpoint_step, learning_rate
 from permask_core.training.resume import (
     Run,
-    describe,
     digest,
     find_run,
     load_run,
@@ -37,73 +37,10 @@ from permask_core.training.resume import (
     restore_optimizer,
     save_run,
 )
+from permask_core.training.streams import stream_of
 
 SAVE_SECONDS = 60  # between two saves of a run that can be resumed
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: an optimizer, a learning rate that follows a schedule, and how a step is computed."""
-
-    epochs: int = 20
-    lr: float = 0.1  # peak learning rate
-    momentum: float = 0.9  # of SGD; the first beta of AdamW
-    weight_decay: float = 5e-4  # on all parameters
-    batch_size: int = 128  # images in a step, over all processes
-    schedule: str = "cosine"  # "cosine" to 0, "step": a tenth after every step_epochs, or "constant"
-    step_epochs: int = 30
-    warmup: float = 0.0  # epochs over which the learning rate first rises linearly; a cosine begins after them
-    label_smoothing: float = 0.0
-    optimizer: str = "sgd"  # or "adamw"
-    accumulate: int = 1  # parts of a batch, one after the other; BatchNorm sees one part at a time
-    precision: str = "float32"  # or "bf16": autocast, the weights stay float32
-    sparse_opt: bool = False  # gradients under masks scaled to the sparsity of their neuron (SparseOpt)
-
-    def __post_init__(self):
-        for name, kind, expected, fits in (
-            ("epochs", int, "an integer of at least 1", lambda v: v >= 1),
-            ("lr", (int, float), "a number above 0", lambda v: 0 < v < math.inf),
-            ("momentum", (int, float), "a number in [0, 1)", lambda v: 0 <= v < 1),
-            ("weight_decay", (int, float), "a number of at least 0", lambda v: 0 <= v < math.inf),
-            ("batch_size", int, "an integer of at least 1", lambda v: v >= 1),
-            ("schedule", str, f"one of {', '.join(SCHEDULES)}", lambda v: v in SCHEDULES),
-            ("step_epochs", int, "an integer of at least 1", lambda v: v >= 1),
-            ("warmup", (int, float), "a number of epochs below epochs", lambda v: 0 <= v < self.epochs),
-            ("label_smoothing", (int, float), "a number in [0, 1)", lambda v: 0 <= v < 1),
-            ("optimizer", str, f"one of {', '.join(OPTIMIZERS)}", lambda v: v in OPTIMIZERS),
-            ("accumulate", int, "an integer of at least 1", lambda v: v >= 1),
-            ("precision", str, f"one of {', '.join(PRECISIONS)}", lambda v: v in PRECISIONS),
-            ("sparse_opt", bool, "True or False", lambda v: True),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, kind) or not fits(value):
-                raise ValueError(f"{name} is {value!r}: expected {expected}")
-
-    def __str__(self):
-        return ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
-
-
-SCHEDULES = {
-    "cosine": lambda recipe, epoch: (1 + math.cos(math.pi * (epoch - recipe.warmup)
-                                                  / (recipe.epochs - recipe.warmup))) / 2,
-    "step": lambda recipe, epoch: 0.1 ** (epoch // recipe.step_epochs),
-    "constant": lambda recipe, epoch: 1.0,
-}
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
-OPTIMIZERS = {
-    "sgd": lambda weights, recipe: torch.optim.SGD(
-        weights, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True),
-    "adamw": lambda weights, recipe: torch.optim.AdamW(
-        weights, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay, fused=True),
-}
-
-
-def learning_rate(recipe, step, steps_per_epoch):
-    """The learning rate of a step, counted from 0."""
-    epoch = step / steps_per_epoch
-    if epoch < recipe.warmup:
-        return recipe.lr * min(1, (step + 1) / (recipe.warmup * steps_per_epoch))
-    return recipe.lr * SCHEDULES[recipe.schedule](recipe, epoch)
+IGNORED = -100  # a target that does not count, as for torch's cross-entropy
 
 
 class FitResult(NamedTuple):
@@ -118,25 +55,27 @@ class FitResult(NamedTuple):
     fan_in: dict[str, torch.Tensor] | None = None
 
 
-def fit(model, train, recipe, *, seed, loss=None, masks=None, rewiring=None, checkpoints=(), device=None, processes=1,
-        resume=None, description="training"):
+def fit(model, train, recipe, *, seed, loss=None, forward=None, masks=None, rewiring=None, checkpoints=(), device=None,
+        processes=1, resume=None, description="training"):
     """Train a model in place.
 
     Parameters
     ----------
     model : torch.nn.Module
         Starts from the weights it has; is left trained, on the device.
-    train : Split or (torch.Tensor, torch.Tensor)
-        What :func:`permask_core.data.load_dataset` gives, or inputs [n, ...] and labels [n].
+    train : Split, (torch.Tensor, torch.Tensor) or iterable of batches
+        What :func:`permask_core.data.load_dataset` gives, inputs [n, ...] and targets [n, ...], or batches with targets
+        as :mod:`permask_core.data.batches` has them: a DataLoader, whose batch size and order hold then.
     recipe : Recipe
-    seed : int or list of int
+    seed : int
         Of the order of the data, of augmentation, of dropout and of random growth; the global random state comes back
-        afterwards. A list for a :class:`permask_core.training.batched.Batch`: one seed of each of its networks, which
-        then gets its batches; losses are lists of as many.
+        afterwards. A DataLoader that shuffles does so by this seed.
     loss : callable, optional
-        ``loss(logits, targets)``, a mean over the images of a batch, where ``targets`` are what the split's batches
-        have beside their inputs; by default the cross-entropy. A run is found again by the loss's name, or by the
-        ``repr`` of one that has settings.
+        ``loss(logits, targets)``, a mean over the examples of a batch; by default the cross-entropy of
+        :func:`cross_entropy`. A run is found again by the loss's name, or by the ``repr`` of one that has settings.
+    forward : callable, optional
+        ``forward(model, inputs)`` gives what the loss gets; by default the model is called with the inputs (a tensor, a
+        tuple of arguments, a dict of named ones), and the logits in its output are taken.
     masks : Masks, optional
         Applied before the first step and after every one: momentum and weight decay would revive weights otherwise.
     rewiring : Rewiring, optional
@@ -150,8 +89,8 @@ def fit(model, train, recipe, *, seed, loss=None, masks=None, rewiring=None, che
     processes : int
         That share each batch, each on a device of its own where there are several. With more than one, they are
         started by this call, so that a script must call it below ``if __name__ == "__main__":``; in processes that
-        ``torchrun`` has started, as many as given here, they join. Gradients are averaged over all images of the
-        batch; BatchNorm sees the images of its own process, and its statistics are those of the first.
+        ``torchrun`` has started, as many as given here, they join. Gradients are averaged over all examples of the
+        batch; BatchNorm sees the examples of its own process, and its statistics are those of the first.
     resume : path-like, optional
         A file to which the run is saved every minute and at the end. Where it exists, the run goes on from there, and
         on the same CPU, in one or two processes, ends in the same bits as one that was never interrupted. (The sum
@@ -161,265 +100,339 @@ def fit(model, train, recipe, *, seed, loss=None, masks=None, rewiring=None, che
 
     Returns
     -------
-    Fit
+    FitResult
         States are copies, on the CPU.
 
     Raises
     ------
     ValueError
         If masks do not fit, a recipe smooths labels beside a loss of its own, a checkpoint has no such name or lies
-        behind the end, there are fewer images than a batch or fewer in the last batch than parts of a batch, there is
-        nothing to rewire, processes disagree about what to train, or the file to resume from is of a run with other
-        settings; before any training.
+        behind the end, there are fewer examples than a batch or fewer in the last batch than parts of a batch, one
+        example alone would meet a BatchNorm, there is nothing to rewire, processes disagree about what to train, or the
+        file to resume from is of a run with other settings; before any training. If targets are no classes of the
+        logits, or a parameter of several processes gets no gradient; in the first step.
     FloatingPointError
         If the loss of an epoch, or a weight at the end, is not finite.
     RuntimeError
         If one of several processes failed, with its message.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(4, 2)
+    >>> data = torch.randn(64, 4), torch.randint(2, (64,))
+    >>> result = fit(model, data, Recipe(epochs=3, batch_size=16), seed=0, device="cpu", description=None)
+    >>> len(result.losses)
+    3
     """
-    train = as_split(train)
-    if isinstance(checkpoints, str):
-        raise ValueError(f"checkpoints is {checkpoints!r}: expected a list of names")
-    job = _checked(model, train, recipe, seed, loss, masks, rewiring, checkpoints, processes)
-    if processes > 1 or resume:
-        job = job._replace(identity=_identity(model, train, job, processes))
-    if processes == 1:
-        model.to(device or default_device())
-        return _train(None, model, train, job, resume, description)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(resume or Path(folder, "run.safetensors")).absolute()
-        find_run(path, job.identity)  # what is wrong with it is said before any process starts
-        launch(_train, processes, device, model.cpu(), train, job, path, description)
-        run = of_first(load_run, path, job.identity)
-    model.load_state_dict(run.state)
-    model.to(device or default_device()).train()
-    kept = {name: run.checkpoints[name] for name in job.wanted}
-    return FitResult(run.state, kept, run.losses, *((run.masks or None, run.fan_in) if rewiring else (masks, None)))
+    check_integer("seed", seed, 0)
+    stream = stream_of(train, recipe.batch_size, int(seed))
+    return fit_stream(model, stream, recipe, loss=loss, forward=forward, masks=masks, rewiring=rewiring,
+                      checkpoints=checkpoints, device=device, processes=processes, resume=resume,
+                      description=description)
 
 
-def as_split(data):
-    """A split as it is, or one made of inputs and labels, as many of each; ValueError for anything else."""
-    if isinstance(data, Split) and len(data.x) != len(data.y):
-        raise ValueError(f"got {len(data.x)} inputs and {len(data.y)} labels: expected as many of each")
-    if hasattr(data, "batches"):
-        return data
-    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, torch.Tensor) for part in data):
-        return as_split(Split(*data))
-    raise ValueError(f"got {type(data).__name__} to train on or evaluate: expected a split, as data.train, or two "
-                     "tensors, inputs and labels")
+def cross_entropy(logits, targets, *, label_smoothing=0.0, reduction="mean"):
+    """The cross-entropy in nats of logits [n, classes, ...], or [n, ..., classes], and classes [n, ...]; targets of
+    -100 do not count.
+
+    Raises
+    ------
+    ValueError
+        If the targets are no integers, or their shape is not that of the logits without the classes.
+    """
+    return F.cross_entropy(by_class(logits, targets), targets, label_smoothing=label_smoothing, reduction=reduction)
 
 
-class _Job(NamedTuple):
+def by_class(logits, targets):
+    """The logits as [n, classes, ...], for targets [n, ...]; ValueError if these do not fit."""
+    if targets is None:
+        raise ValueError("the batches have no targets: expected (inputs, targets), or dicts with labels")
+    if not isinstance(targets, torch.Tensor) or targets.is_floating_point() or targets.is_complex():
+        kind = targets.dtype if isinstance(targets, torch.Tensor) else type(targets).__name__
+        raise ValueError(f"the targets are {kind}: expected integers, the classes; a network with other targets has a "
+                         "loss and a metric of its own")
+    if logits.ndim > 1 and logits.shape[:1] + logits.shape[2:] == targets.shape:
+        return logits
+    if logits.ndim > 1 and logits.shape[:-1] == targets.shape:
+        return logits.movedim(-1, 1)
+    raise ValueError(f"the targets have shape {list(targets.shape)} and the logits {list(logits.shape)}: expected "
+                     "those of the logits without the axis of the classes, which is the second or the last")
+
+
+# ---- Around a step ---------------------------------------------------------------------------------------------------
+
+class Hook:
+    """What happens around a step beside the optimizer. Steps are counted from 1."""
+
+    def before_step(self, step):
+        """Before the forward and backward passes."""
+
+    def after_backward(self, step, optimizer):
+        """With the gradients of the whole batch. True if the optimizer must not take this step."""
+
+    def after_step(self, step):
+        """With the new weights."""
+
+
+class MaskHook(Hook):
+    """Sets the masked weights to zero again after each step."""
+
+    def __init__(self, model, masks):
+        self.masks, parameters = masks, dict(model.named_parameters())
+        self.weights = [parameters[name] for name in masks]
+        self.keep = [mask.to(weight.device, weight.dtype) for weight, mask in zip(self.weights, masks.values())]
+
+    @torch.no_grad()
+    def after_step(self, step):
+        torch._foreach_mul_(self.weights, self.keep)
+
+
+class RewiringHook(Hook):
+    """Moves the connections of a topology in place of the optimizer's step where that is due."""
+
+    def __init__(self, model, topology):
+        self.model, self.topology = model, topology
+        self.applied = MaskHook(model, topology.masks) if topology.masks else Hook()
+
+    def before_step(self, step):
+        self.watch = self.topology.watching(step)
+        self.watch.__enter__()
+
+    def after_backward(self, step, optimizer):
+        self.watch.__exit__(None, None, None)
+        if self.topology.due(step):
+            self.topology.rewire(step, optimizer)
+            self.applied = MaskHook(self.model, self.topology.masks) if self.topology.masks else Hook()
+            return True
+
+    def after_step(self, step):
+        self.applied.after_step(step)
+
+
+class CheckpointHook(Hook):
+    """Keeps the states that are asked for, ``wanted``: steps by name."""
+
+    def __init__(self, model, wanted):
+        self.model, self.wanted, self.kept = model, wanted, {}
+
+    def after_step(self, step):
+        self.kept |= {name: _on_cpu(self.model.state_dict()) for name, at in self.wanted.items() if at == step}
+
+
+# ---- The loop --------------------------------------------------------------------------------------------------------
+
+class _Plan(NamedTuple):
     """What decides about a run."""
 
-    recipe: Recipe
-    seed: int | list  # a list for networks that are trained together
-    loss: object  # a function of logits and targets, or None for the recipe's cross-entropy
+    recipe: object
+    stream: object
+    loss: object
+    forward: object
     masks: dict | None
     rewiring: Rewiring | None
     wanted: dict[str, int]  # steps at which checkpoints are taken, by name
-    steps_per_epoch: int
-    identity: dict  # all of it in short, by what a reader calls it; empty where nobody compares it
+    networks: int | None = None  # how many are trained at once, each with a loss of its own
+    identity: dict = {}  # all of it in short, by what a reader calls it; empty where nobody compares it
 
 
-def _checked(model, train, recipe, seed, loss, masks, rewiring, checkpoints, processes):
-    if not isinstance(processes, int) or processes < 1:
-        raise ValueError(f"processes is {processes!r}: expected an integer of at least 1")
-    together = isinstance(seed, list)
-    for one in seed if together else [seed]:
-        if not isinstance(one, int) or not 0 <= one < 2 ** 63:
-            raise ValueError(f"seed is {one!r}: expected an integer of at least 0 and below 2**63")
-    members = getattr(model, "members", None)  # of a permask_core.training.batched.Batch
-    if (len(seed) if together else None) != members:
-        raise ValueError(f"seed is {seed!r} for {members or 'no'} networks of a Batch: expected a list of as many for "
-                         "a Batch, and one integer for any other model")
-    if together and (processes > 1 or loss or rewiring or recipe.sparse_opt):
-        raise ValueError(f"seed is {seed}: expected one where there are several processes, a loss of its own, rewiring "
-                         "or sparse_opt")
-    if loss and recipe.label_smoothing:
+def fit_stream(model, stream, recipe, *, loss=None, forward=None, masks=None, rewiring=None, checkpoints=(),
+               device=None, processes=1, resume=None, description="training", networks=None):
+    """:func:`fit` on the batches of a stream; with ``networks`` the loss is a tensor of as many, and losses are lists.
+
+    See :mod:`permask_core.training.streams`. Parameters, results and errors are those of :func:`fit`.
+    """
+    check_integer("processes", processes, 1)
+    if isinstance(checkpoints, str):
+        raise ValueError(f"checkpoints is {checkpoints!r}: expected a list of names")
+    wanted = {name: checkpoint_step(name, stream.steps) for name in checkpoints}
+    plan = _Plan(recipe, stream, loss, forward, masks, rewiring, wanted, networks)
+    _check(model, plan, processes)
+    if processes > 1 or resume:
+        plan = plan._replace(identity=_identity(model, plan, processes))
+    if processes == 1:
+        model.to(device or default_device())
+        return _train(Alone(), model, plan, resume, description)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(resume or Path(folder, "run.safetensors")).absolute()
+        find_run(path, plan.identity)  # what is wrong with it is said before any process starts
+        launch(_train, processes, device, model.cpu(), plan, path, description)
+        run = of_first(load_run, path, plan.identity)
+    model.load_state_dict(run.state)
+    model.to(device or default_device()).train()
+    kept = {name: run.checkpoints[name] for name in wanted}
+    return FitResult(run.state, kept, run.losses, *((run.masks or None, run.fan_in) if rewiring else (masks, None)))
+
+
+def _check(model, plan, processes):
+    recipe, stream, total = plan.recipe, plan.stream, plan.recipe.epochs * plan.stream.steps
+    if plan.loss and plan.networks is None and recipe.label_smoothing:
         raise ValueError(f"label_smoothing is {recipe.label_smoothing} beside a loss of its own: expected 0")
-    n, parts = len(train), processes * recipe.accumulate
-    if n < recipe.batch_size:
-        raise ValueError(f"got {n} images: expected at least a batch of {recipe.batch_size}")
-    last = n % recipe.batch_size or recipe.batch_size
-    if last < parts:
-        raise ValueError(f"the last of the batches of {recipe.batch_size} has {last} images: expected at least "
+    parts = processes * recipe.accumulate
+    if stream.last is not None and stream.last < parts:
+        raise ValueError(f"the last batch of an epoch has {stream.last} examples: expected at least "
                          f"{parts}, one for each of {processes} processes x accumulate {recipe.accumulate}")
-    steps_per_epoch = math.ceil(n / recipe.batch_size)
-    wanted = {name: checkpoint_step(name, steps_per_epoch) for name in checkpoints}
-    for name, step in wanted.items():
-        if step > recipe.epochs * steps_per_epoch:
+    norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if norms and stream.last is not None and stream.last // parts == 1:
+        raise ValueError(f"the last batch of an epoch has {stream.last} examples in {parts} parts: {norms[0]!r} cannot "
+                         "normalise a part of one; expected another batch_size, or a loader with drop_last=True")
+    for name, step in plan.wanted.items():
+        if step > total:
             raise ValueError(f"checkpoint {name!r} lies behind the end: the run has {recipe.epochs} epochs of "
-                             f"{steps_per_epoch} steps")
-    if masks is not None:
-        check_fit(masks, dict(model.named_parameters()))
-    if rewiring is not None and not isinstance(rewiring, Rewiring):
-        raise ValueError(f"rewiring is {rewiring!r}: expected a Rewiring, as Rewiring('set')")
-    if rewiring:
-        Topology(model, masks, rewiring, steps=recipe.epochs * steps_per_epoch, seed=seed)
+                             f"{stream.steps} steps")
+    if plan.masks is not None:
+        check_fit(plan.masks, dict(model.named_parameters()))
+    if plan.rewiring is not None and not isinstance(plan.rewiring, Rewiring):
+        raise ValueError(f"rewiring is {plan.rewiring!r}: expected a Rewiring, as Rewiring('set')")
+    if plan.rewiring:
+        Topology(model, plan.masks, plan.rewiring, steps=total, seed=stream.seed)
         if processes > 1 and any(isinstance(module, FanInLinear) for module in model.modules()):
             raise ValueError(f"processes is {processes}, with rewiring and FanInLinear layers: expected 1, or masks "
                              "instead, because the engine that averages gradients holds their shapes fixed")
-    return _Job(recipe, seed, loss, masks, rewiring, wanted, steps_per_epoch, {})
 
 
-def _identity(model, train, job, processes):
-    data = {f"data.{name}": value for name, value in describe(train).items()}
-    loss = {"loss": getattr(job.loss, "__qualname__", repr(job.loss))} if job.loss else {}
-    identity = {**asdict(job.recipe), "seed": job.seed, "checkpoints": job.wanted, "processes": processes,
-                "images": len(train), **data, **loss, "masks": digest(job.masks or {}),
-                "rewiring": asdict(job.rewiring) if job.rewiring else None,
+def _identity(model, plan, processes):
+    named = {name: getattr(one, "__qualname__", repr(one)) for name, one in (("loss", plan.loss),
+                                                                             ("forward", plan.forward)) if one}
+    identity = {**asdict(plan.recipe), **plan.stream.identity(), "checkpoints": plan.wanted, "processes": processes,
+                **named, "masks": digest(plan.masks or {}),
+                "rewiring": asdict(plan.rewiring) if plan.rewiring else None,
                 "initial weights": digest(model.state_dict())}
     return json.loads(json.dumps(identity))
 
 
-def _train(fabric, model, train, job, resume, description):
-    """Train where the model is, alone or as one of the processes that ``fabric`` (Lightning's) has joined."""
-    recipe, rank, ranks = job.recipe, *((fabric.global_rank, fabric.world_size) if fabric else (0, 1))
-    if fabric:
-        check_agreement(job.identity)
-    run = of_first(find_run, resume, job.identity) if fabric else find_run(resume, job.identity)
-    device = fabric.device if fabric else next(model.parameters()).device
-    on_gpu = device.type == "cuda"
+def _train(team, model, plan, path, description):
+    """Train where the model is: alone, or as one of the processes of a ``team``."""
+    team.check_agreement(plan.identity)
+    recipe, device = plan.recipe, team.device or device_of(model)
     order = memory_format(model.to(device).train(), device)
     for parameter in model.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=order)
-    train = train.to(device)
-    if job.masks:
-        apply_masks(model, job.masks)
-    parameters = dict(model.named_parameters())
-    steps = recipe.epochs * job.steps_per_epoch
-    topology = Topology(model, job.masks, job.rewiring, steps=steps, seed=job.seed) if job.rewiring else None
-    masks = topology.masks if topology else {name: mask.to(device) for name, mask in (job.masks or {}).items()}
-    weights = [parameters[name] for name in masks]
-    optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe)
-    if recipe.sparse_opt:
-        optimizer = SparseOpt(optimizer, model, masks)
-
-    # Each process adds to a place of its own, so that a run that is resumed adds in the same order.
-    networks = [len(job.seed)] if isinstance(job.seed, list) else []
-    kept, losses, done, totals = {}, [], 0, torch.zeros(ranks, *networks, device=device)
-    if run:
-        model.load_state_dict(run.state)
-        restore_optimizer(optimizer, parameters, run.optimizer)
-        kept = {name: run.checkpoints[name] for name in job.wanted if name in run.checkpoints}
-        losses, done = run.losses, run.done
-        totals[rank] = run.totals[rank]
-        if topology:
-            topology.restore(run.masks, run.fan_in)
-    keep = [mask.to(weight.dtype) for weight, mask in zip(weights, masks.values())]
-    network = fabric.setup_module(model, move_to_device=False) if fabric else model
-    saved = time.monotonic()
-
-    def summed(value):
-        return fabric.all_reduce(value, reduce_op="sum") if fabric else value
-
-    def first_says(yes):  # alone, without a word to the device, which would have to finish its work first
-        return summed(torch.tensor(float(yes and rank == 0), device=device)).item() > 0 if fabric else yes
-
-    def keep_checkpoints():
-        for name in [name for name, step in job.wanted.items() if step == done]:
-            kept[name] = _copied(model)
-
-    def save():
-        whole = summed(totals.clone())
-        if rank == 0:
-            moved = (_on_cpu(topology.masks), topology.fan_in) if topology else ({}, {})
-            run = Run(_copied(model), kept, losses, optimizer_state(optimizer, parameters), whole, done, *moved)
-            save_run(resume, run, job.identity)
-
-    if done == 0:
-        keep_checkpoints()
-    dropout_seed = mix_seed(job.seed[0] if networks else job.seed, rank)
-    batches = _batches(train, job, done, device, rank, ranks)
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        for size, parts in progress(batches, description if rank == 0 else None,
-                                    total=steps - done):
+    state = _State(team, model, plan, path)
+    optimizer, hooks, stream = state.optimizer, state.hooks, plan.stream.to(device)
+    network, steps = team.wrap(model), recipe.epochs * stream.steps
+    batches = stream.batches(recipe.epochs, state.done, device, team.ranks * recipe.accumulate,
+                             slice(team.rank, None, team.ranks))
+    dropout_seed = mix_seed(stream.seed, team.rank)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for size, parts in progress(batches, description if team.rank == 0 else None, total=steps - state.done):
+            step = state.done + 1
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, done, job.steps_per_epoch)
-            # Of the step alone, so that a run that was interrupted needs no memory of the steps before.
-            # Not by torch.manual_seed, which spends a millisecond on devices that are not there.
-            torch.default_generator.manual_seed(dropout_seed + done)
-            if on_gpu:
-                torch.cuda.manual_seed(dropout_seed + done)
+                group["lr"] = learning_rate(recipe, state.done, stream.steps)
+            _seed_dropout(dropout_seed + state.done, device)
             optimizer.zero_grad()
-            with topology.watching(done + 1) if topology else nullcontext():
-                for i, (x, targets) in enumerate(parts, 1):
-                    share = ranks * len(x) / size  # a mean over processes follows
-                    silent = fabric.no_backward_sync(network, enabled=i < len(parts)) if fabric else nullcontext()
-                    with silent:
-                        totals[rank] += _backward(fabric, network, x, targets, job, share, order) * len(x)
-            if topology and topology.due(done + 1):
-                topology.rewire(done + 1, optimizer)
-                keep = [mask.to(weight.dtype) for weight, mask in zip(weights, masks.values())]
-            else:
+            for hook in hooks:
+                hook.before_step(step)
+            for i, (inputs, targets) in enumerate(parts, 1):
+                loss = _loss(network, inputs, targets, plan, order, device)
+                n = count(inputs)
+                with team.accumulating(network, more=i < len(parts)):
+                    (loss.sum() * (team.ranks * n / size)).backward()  # a mean over processes follows
+                state.totals[team.rank] += loss.detach() * n
+            if step == 1 and team.ranks > 1:
+                _check_gradients(model)
+            if not any([hook.after_backward(step, optimizer) for hook in hooks]):
                 optimizer.step()
-                if weights:
-                    with torch.no_grad():
-                        torch._foreach_mul_(weights, keep)
-            done += 1
-            keep_checkpoints()
-            if done % job.steps_per_epoch == 0:
-                losses.append((summed(totals).sum(0).double() / len(train)).tolist())
-                totals = torch.zeros_like(totals)
-                if not np.isfinite(losses[-1]).all():
-                    raise FloatingPointError(f"the training loss is {losses[-1]} in epoch {len(losses)}: try a smaller "
-                                             f"learning rate than {recipe.lr}")
-            if resume and first_says(time.monotonic() - saved >= SAVE_SECONDS):
-                save()
-                saved = time.monotonic()
+            for hook in hooks:
+                hook.after_step(step)
+            state.advance(size)
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():  # the last step may do what no loss has seen
             raise FloatingPointError(f"{name!r} is not finite after the last step: try a smaller learning rate than "
                                      f"{recipe.lr}")
-    if resume:
-        save()
-    if not fabric:
-        moved = (_on_cpu(topology.masks) or None, topology.fan_in) if topology else (job.masks, None)
-        return FitResult(_copied(model), kept, losses, *moved)
+    return state.finish()
 
 
-def _backward(fabric, network, x, targets, job, share, order):
-    """The loss of a part of a batch, whose gradients, times ``share``, are added to those of the weights."""
-    recipe = job.recipe
-    with autocast(x.device, recipe.precision):
-        logits = network(x.contiguous(memory_format=order) if x.ndim == 4 else x)
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    if isinstance(job.seed, list):  # [n, networks, classes]; the gradient of a sum is each one's own
-        loss = F.cross_entropy(logits.transpose(1, 2), targets, label_smoothing=recipe.label_smoothing,
-                               reduction="none").mean(0)
-        (loss.sum() * share).backward()
-        return loss.detach()
-    loss = (job.loss(logits, targets) if job.loss else
-            F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing))
-    fabric.backward(loss * share) if fabric else (loss * share).backward()
-    return loss.detach()
+def _loss(network, inputs, targets, plan, order, device):
+    if isinstance(inputs, torch.Tensor) and inputs.ndim == 4:
+        inputs = inputs.contiguous(memory_format=order)
+    with autocast(device, plan.recipe.precision):
+        output = _answer(network, inputs, plan.forward)
+    if isinstance(output, torch.Tensor) and output.dtype.itemsize < 4:
+        output = output.float()
+    if plan.loss:
+        return plan.loss(output, targets)
+    return cross_entropy(output, targets, label_smoothing=plan.recipe.label_smoothing)
 
 
-def autocast(device, precision):
-    """The context in which a network computes in a recipe's precision."""
-    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "float32")
+def _seed_dropout(seed, device):
+    """Of the step alone, so that a run that was interrupted needs no memory of the steps before. Not by
+    torch.manual_seed, which spends a millisecond on devices that are not there."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
-def _batches(train, job, done, device, rank, ranks):
-    """From step ``done`` on: the size of each batch, and the parts of it that are this process's, as (x, y); of
-    networks that are trained together with one more axis, [n, networks, ...]."""
-    if isinstance(job.seed, list):
-        seeds = sorted({*job.seed})
-        at = torch.tensor([seeds.index(seed) for seed in job.seed], device=device)
-        streams = [_batches(train, job._replace(seed=seed), done, device, rank, ranks) for seed in seeds]
-        for several in zip(*streams):
-            yield several[0][0], [tuple(torch.stack(parts, 1)[:, at] for parts in zip(*those))
-                                  for those in zip(*(parts for _, parts in several))]
-        return
-    recipe, order = job.recipe, torch.Generator().manual_seed(job.seed)
-    for epoch in range(recipe.epochs):
-        batches = torch.randperm(len(train), generator=order).split(recipe.batch_size)
-        batches = batches[max(0, done - epoch * job.steps_per_epoch):]
-        own = [part for batch in batches for part in batch.tensor_split(ranks * recipe.accumulate)[rank::ranks]]
-        stream = train.batches(own, device, augmented=(job.seed, epoch)) if own else None
-        for batch in batches:
-            yield len(batch), [next(stream) for _ in range(recipe.accumulate)]
+def _check_gradients(model):
+    without = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    if without:
+        raise ValueError(f"{', '.join(map(repr, without))} got no gradient: expected that the loss uses every "
+                         "parameter where several processes train; requires_grad_(False) leaves one out")
+
+
+class _State:
+    """How far a run is: what its file holds, and what the loop goes on with."""
+
+    def __init__(self, team, model, plan, path):
+        self.team, self.model, self.plan, self.path = team, model, plan, path
+        steps, device = plan.recipe.epochs * plan.stream.steps, device_of(model)
+        run = team.of_first(find_run, path, plan.identity)
+        if plan.masks:
+            apply_masks(model, plan.masks)
+        self.topology = plan.rewiring and Topology(model, plan.masks, plan.rewiring, steps=steps, seed=plan.stream.seed)
+        masks = self.topology.masks if self.topology else {
+            name: mask.to(device) for name, mask in (plan.masks or {}).items()}
+        self.parameters = dict(model.named_parameters())
+        self.optimizer = OPTIMIZERS[plan.recipe.optimizer](model.parameters(), plan.recipe)
+        if plan.recipe.sparse_opt:
+            self.optimizer = SparseOpt(self.optimizer, model, masks)
+        self.losses, self.done, self.saved, self.seen = [], 0, time.monotonic(), 0
+        # Each process adds to an entry of its own, so that a run that is resumed adds in the same order.
+        self.totals = torch.zeros(team.ranks, *[plan.networks] * (plan.networks is not None), device=device)
+        self.checkpoints = CheckpointHook(model, plan.wanted)
+        if run:
+            model.load_state_dict(run.state)
+            restore_optimizer(self.optimizer, self.parameters, run.optimizer)
+            self.checkpoints.kept = {name: run.checkpoints[name] for name in plan.wanted if name in run.checkpoints}
+            self.losses, self.done, self.seen = run.losses, run.done, run.seen
+            self.totals[team.rank] = run.totals[team.rank]
+            if self.topology:
+                self.topology.restore(run.masks, run.fan_in)
+        else:
+            self.checkpoints.after_step(0)
+        sparse = [RewiringHook(model, self.topology)] if self.topology else [MaskHook(model, masks)] if masks else []
+        self.hooks = [*sparse, self.checkpoints]
+
+    def advance(self, size):
+        """Count a step; at the end of an epoch its loss, and the file once a minute."""
+        self.done += 1
+        self.seen += size
+        if self.done % self.plan.stream.steps == 0:
+            loss = self.team.sum(self.totals).sum(0).double() / self.seen
+            if not loss.isfinite().all():
+                raise FloatingPointError(f"the training loss is {loss.tolist()} in epoch {len(self.losses) + 1}: try a "
+                                         f"smaller learning rate than {self.plan.recipe.lr}")
+            self.losses.append(loss.tolist())
+            self.totals, self.seen = torch.zeros_like(self.totals), 0
+        if self.path and self.team.agree(time.monotonic() - self.saved >= SAVE_SECONDS):
+            self.save()
+            self.saved = time.monotonic()
+
+    def save(self):
+        totals = self.team.sum(self.totals)
+        if self.team.rank == 0:
+            moved = (_on_cpu(self.topology.masks), self.topology.fan_in) if self.topology else ({}, {})
+            save_run(self.path, Run(_on_cpu(self.model.state_dict()), self.checkpoints.kept, self.losses,
+                                    optimizer_state(self.optimizer, self.parameters), totals, self.done, *moved,
+                                    seen=self.seen), self.plan.identity)
+
+    def finish(self):
+        if self.path:
+            self.save()
+        moved = self.plan.masks, None
+        if self.topology:
+            moved = _on_cpu(self.topology.masks) or None, self.topology.fan_in
+        return FitResult(_on_cpu(self.model.state_dict()), self.checkpoints.kept, self.losses, *moved)
 
 
 def memory_format(model, device):
@@ -460,99 +473,102 @@ def throughput(model, input_shape, recipe, *, classes=10, steps=2, device=None):
     return steps * recipe.batch_size / seconds(steps)
 
 
-def checkpoint_step(name, steps_per_epoch):
-    """The number of steps after which a checkpoint called ``init``, ``epoch K`` or ``step K`` is taken.
-
-    Raises
-    ------
-    ValueError
-        If the name is none of these.
-    """
-    kind, _, count = name.partition(" ")
-    if name == "init":
-        return 0
-    if kind in ("epoch", "step") and count.isdecimal():
-        return int(count) * (steps_per_epoch if kind == "epoch" else 1)
-    raise ValueError(f"unknown checkpoint {name!r}: expected 'init', 'epoch K' or 'step K'")
-
-
-def _copied(model):
-    return _on_cpu(model.state_dict())
-
-
 def _on_cpu(tensors):
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
 class Evaluation(NamedTuple):
-    """``accuracy`` in [0, 1] and mean cross-entropy ``loss`` in nats."""
+    """``accuracy`` in [0, 1] and mean cross-entropy ``loss`` in nats, over the targets that are not -100."""
 
     accuracy: float
     loss: float
 
 
-def evaluate(model, split, *, state=None, batch_size=1000):
-    """Accuracy and loss on a split.
+def evaluate(model, data, *, state=None, batch_size=1000, metric=None, forward=None):
+    """Accuracy and loss on some data, or a metric of one's own.
 
     Parameters
     ----------
     model : torch.nn.Module
         Evaluated where it is, in evaluation mode.
-    split : Split or (torch.Tensor, torch.Tensor)
+    data : Split, (torch.Tensor, torch.Tensor) or iterable of batches
         As for :func:`fit`.
     state : dict of str to torch.Tensor, optional
-        Weights to evaluate instead of the model's own, which stay.
+        Weights to evaluate instead of the model's own, which are left alone.
     batch_size : int
+        Of a split or of tensors.
+    metric : callable, optional
+        ``metric(outputs, targets)`` of all examples, on the CPU; what it returns is returned.
+    forward : callable, optional
+        As for :func:`fit`.
 
     Returns
     -------
     Evaluation
+        Or what ``metric`` returns.
 
     Raises
     ------
     ValueError
-        If the split is empty.
+        If there are no data or no targets, or these are not the classes of the logits and no metric is given.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(1, 1)
+    >>> x = torch.arange(4.0)[:, None]
+    >>> round(evaluate(model, (x, model(x).detach()), metric=F.mse_loss).item(), 6)
+    0.0
     """
-    model, batches = _to_evaluate(model, split, state, batch_size)
-    hits = loss = n = 0
+    model, found, hits, loss, n = _with(model, state), [], 0, 0, 0
     with evaluation_mode(model):
-        for x, y in batches:
-            logits = model(x)
-            hits += (logits.argmax(1) == y).sum().item()
-            loss += F.cross_entropy(logits, y, reduction="sum").item()
-            n += len(y)
+        for inputs, targets in batches_of(data, device_of(model), batch_size=batch_size):
+            output = _answer(model, inputs, forward)
+            if metric is not None:
+                found.append((output.cpu(), targets.cpu()))
+                continue
+            logits = by_class(output, targets)
+            hits += ((logits.argmax(1) == targets) & (targets != IGNORED)).sum().item()
+            loss += F.cross_entropy(logits, targets, reduction="sum").item()
+            n += (targets != IGNORED).sum().item()
+    if metric is not None:
+        return metric(*map(torch.cat, zip(*found)))
+    if not n:
+        raise ValueError(f"every target is {IGNORED}, which does not count: expected at least one class")
     return Evaluation(hits / n, loss / n)
 
 
-def predict(model, split, *, state=None, batch_size=1000):
-    """The logits of a split's inputs from first to last, none of them augmented.
+def predict(model, data, *, state=None, batch_size=1000, forward=None):
+    """The logits of the inputs from first to last, none of them augmented.
 
     Parameters
     ----------
-    model, split, state, batch_size
-        As for :func:`evaluate`.
+    model, data, state, batch_size, forward
+        As for :func:`evaluate`; targets are not needed.
 
     Returns
     -------
     torch.Tensor
-        [n, classes], on the CPU.
+        [n, classes], or [n, ...] as the network has them, on the CPU.
 
     Raises
     ------
     ValueError
-        If the split is empty.
+        If there are no data.
     """
-    model, batches = _to_evaluate(model, split, state, batch_size)
+    model = _with(model, state)
     with evaluation_mode(model):
-        return torch.cat([model(x).cpu() for x, _ in batches])
+        return torch.cat([_answer(model, inputs, forward).cpu() for inputs, _ in
+                          batches_of(data, device_of(model), batch_size=batch_size)])
 
 
-def _to_evaluate(model, split, state, batch_size):
-    """The model with the weights of ``state``, if there are any, and the split's batches where the model is."""
-    split = as_split(split)
-    if len(split) == 0:
-        raise ValueError("the split is empty: expected at least one input")
+def _with(model, state):
     if state is not None:
         model = copy.deepcopy(model)
         model.load_state_dict(state)
-    return model, split.batches(in_order(split, batch_size), next(model.parameters()).device)
+    return model
+
+
+def _answer(model, inputs, forward):
+    return forward(model, inputs) if forward else logits_of(call(model, inputs))

@@ -13,9 +13,9 @@ from permask_core.runs.files import digest, load_tensors, save_tensors
 
 class Run(NamedTuple):
     """A run of which ``done`` steps are done: its ``state``, its ``checkpoints`` by name, the mean ``losses`` of the
-    epochs that are finished, the ``optimizer``'s state named "weight/quantity", and ``totals`` [processes], each one's
-    sum of the losses of the epoch that is not. Where connections move, also the present ``masks`` and the history
-    ``fan_in``, or the states of the ``generators`` that draw them."""
+    epochs that are finished, the ``optimizer``'s state named "weight/quantity", ``totals`` [processes], each one's sum
+    of the losses of the epoch that is not, and the examples ``seen`` in it. Where connections move, also the present
+    ``masks`` and the history ``fan_in``, or the states of the ``generators`` that draw them."""
 
     state: dict[str, torch.Tensor]
     checkpoints: dict[str, dict[str, torch.Tensor]]
@@ -26,6 +26,7 @@ class Run(NamedTuple):
     masks: dict[str, torch.Tensor] = {}
     fan_in: dict[str, torch.Tensor] = {}
     generators: dict[str, torch.Tensor] = {}
+    seen: int = 0
 
 
 _MOVING = ("masks", "fan_in", "generators")
@@ -39,7 +40,7 @@ def save_run(path, run, identity):
     for kind in ("optimizer", *_MOVING):
         tensors |= {f"{kind}/{name}": tensor for name, tensor in getattr(run, kind).items()}
     save_tensors(path, {**tensors, "totals": run.totals},
-                 {"kind": "run", "identity": identity, "losses": run.losses, "done": run.done})
+                 {"kind": "run", "identity": identity, "losses": run.losses, "done": run.done, "seen": run.seen})
 
 
 def load_run(path, identity):
@@ -70,7 +71,8 @@ def load_run(path, identity):
         elif kind == "checkpoint":
             checkpoint, _, key = rest.partition("/")
             checkpoints.setdefault(checkpoint, {})[key] = tensor
-    return Run(checkpoints=checkpoints, losses=record["losses"], totals=tensors["totals"], done=record["done"], **parts)
+    return Run(checkpoints=checkpoints, losses=record["losses"], totals=tensors["totals"], done=record["done"],
+               seen=record.get("seen", 0), **parts)
 
 
 def find_run(path, identity):

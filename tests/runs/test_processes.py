@@ -57,6 +57,17 @@ def with_batchnorm():
     return nn.Sequential(nn.Flatten(), *layers).double()
 
 
+class WithUnused(nn.Module):
+    """A network with a layer that nothing goes through."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = net(), nn.Linear(2, 2).double()
+
+    def forward(self, x):
+        return self.used(x)
+
+
 def with_dropout():
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 10)).double()
@@ -126,6 +137,7 @@ def main(folder, rank):
     mine = disagreements(rank)
     found |= {f"other {name}": refused(**mine.get(name, {})) for name in disagreements(1)}
     found["3 processes"] = refused(processes=3)
+    found["unused"] = refused(model=WithUnused(), masks=None)
     found["long"] = trained(LONG)
     torch.save(found, folder / f"{rank}.pt")
 
@@ -228,6 +240,10 @@ def test_a_rank_that_disagrees_stops_all_before_training(ranks, name):
 
 def test_another_number_of_processes_than_torchruns_is_refused(ranks):
     assert all(rank["3 processes"] == "processes is 3: expected 2, the number that torchrun started" for rank in ranks)
+
+
+def test_a_parameter_without_a_gradient_is_named(ranks):
+    assert all(rank["unused"].startswith("'unused.weight', 'unused.bias' got no gradient") for rank in ranks)
 
 
 def test_a_file_of_other_settings_is_refused_in_every_process(ranks):

@@ -10,7 +10,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -27,7 +29,8 @@ from permask_core.sparse import FanInLinear
 from permask_core.sparse.dynamic import METHODS, Rewiring, Topology, constant_fan_in_masks
 from permask_core.sparse.optim import SparseOpt
 from permask_core.training import loop
-from permask_core.training.loop import Recipe, checkpoint_step, evaluate, fit, learning_rate
+from permask_core.training.loop import evaluate, fit, predict
+from permask_core.training.recipe import Recipe, checkpoint_step, learning_rate
 
 RECIPE = Recipe(epochs=2, lr=0.2, momentum=0.8, weight_decay=1e-2, batch_size=100)
 
@@ -183,7 +186,7 @@ def test_a_run_that_diverges_raises(digits, net):
     ({"masks": {}}, "masks are empty"),
     ({"processes": 0}, "processes is 0: expected an integer of at least 1"), ({"processes": 1.5}, "processes is 1.5"),
     ({"processes": "2"}, "processes is '2'"), ({"processes": None}, "processes is None"),
-    ({"processes": 38}, "the last of the batches of 100 has 37 images: expected at least 38"),
+    ({"processes": 38}, "the last batch of an epoch has 37 examples: expected at least 38"),
     ({"seed": -1}, "seed is -1: expected an integer of at least 0"), ({"seed": 1.0}, "seed is 1.0"),
 ])
 def test_bad_arguments_are_refused_before_training(digits, net, options, message):
@@ -196,7 +199,7 @@ def test_bad_arguments_are_refused_before_training(digits, net, options, message
 @pytest.mark.parametrize("images, accumulate, found", [(137, 38, 37), (1400, 101, 100), (100, 101, 100)])
 def test_a_last_batch_with_fewer_images_than_parts_is_refused(digits, net, images, accumulate, found):
     data = digits.train.x[:images], digits.train.y[:images]
-    with pytest.raises(ValueError, match=f"of 100 has {found} images: expected at least {accumulate}, one for each of "
+    with pytest.raises(ValueError, match=f"has {found} examples: expected at least {accumulate}, one for each of "
                                          f"1 processes x accumulate {accumulate}"):
         fit(net, data, replace(RECIPE, accumulate=accumulate), seed=0)
     assert len(fit(net, data, replace(RECIPE, accumulate=found), seed=0).losses) == 2
@@ -261,7 +264,7 @@ def test_evaluating_another_state_leaves_the_model(digits):
 
 
 def test_an_empty_split_is_refused(trained, digits):
-    with pytest.raises(ValueError, match="the split is empty"):
+    with pytest.raises(ValueError, match="got an empty Split|got an empty tuple"):
         evaluate(trained, (digits.test.x[:0], digits.test.y[:0]))
 
 
@@ -681,7 +684,7 @@ import time
 
 import torch
 
-from permask_core.training import loop
+from permask_core.training import Recipe, loop
 from permask_core.data import load_dataset
 from permask_core.models import build_model
 
@@ -689,7 +692,7 @@ torch.set_num_threads(1)
 loop.SAVE_SECONDS = 0
 model = build_model("mlp", (1, 8, 8), 10, width=0.1, seed=3)
 model.register_forward_hook(lambda *_: time.sleep(0.01))
-loop.fit(model, load_dataset("digits").train, loop.Recipe(20, batch_size=100), seed=1, resume=sys.argv[1])
+loop.fit(model, load_dataset("digits").train, Recipe(20, batch_size=100), seed=1, resume=sys.argv[1])
 """
 
 
@@ -721,7 +724,7 @@ def test_what_is_no_split_is_refused(digits, net, what):
     x, y = digits.train.x, digits.train.y
     data = {"dataset": digits, "numpy": (x.numpy(), y.numpy()), "inputs": x}[what]
     for use in (lambda: fit(net, data, RECIPE, seed=0), lambda: evaluate(net, data)):
-        with pytest.raises(ValueError, match="got .* to train on or evaluate: expected a split, as data.train"):
+        with pytest.raises(ValueError, match="expected a split, as data.train|the batches have no targets"):
             use()
 
 
@@ -762,3 +765,172 @@ def test_the_order_in_memory(layer, broken):
     expected = torch.contiguous_format if broken else torch.channels_last
     assert loop.memory_format(model, "cpu") == expected
     assert loop.memory_format(model, "cuda") == torch.channels_last
+
+
+# ---- Anybody's data --------------------------------------------------------------------------------------------------
+
+def examples(n=44):
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(n, 6, generator=generator), torch.randint(3, (n,), generator=generator)
+
+
+def small():
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
+def test_a_list_of_batches_is_trained_on_in_its_order():
+    """Against the loop that everybody writes."""
+    x, y = examples()
+    batches, recipe = list(zip(x.split(11), y.split(11))), Recipe(3, 0.1, schedule="constant")
+    ours, theirs = small().eval(), small().eval()  # fit itself turns dropout on
+    for model in (ours, theirs):
+        model[2].p = 0.0
+    run = fit(ours, batches, recipe, seed=0, device="cpu", description=None)
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.1, 0.9, weight_decay=5e-4)
+    losses = []
+    for _ in range(3):
+        for inputs, targets in batches:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(theirs(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    torch.testing.assert_close(run.state, theirs.state_dict())
+    assert run.losses == pytest.approx([sum(losses[i:i + 4]) / 4 for i in (0, 4, 8)], rel=1e-5)
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Examples to which the global generator adds noise, as augmentation does."""
+
+    def __len__(self):
+        return 44
+
+    def __getitem__(self, index):
+        return examples()[0][index] + torch.randn(6), examples()[1][index]
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()])
+def test_a_loader_that_shuffles_repeats_itself_and_goes_on(tmp_path, monkeypatch, generator):
+    loader = torch.utils.data.DataLoader(Noisy(), batch_size=10, shuffle=True, generator=generator)
+    recipe, options = Recipe(3, 0.05), {"device": "cpu", "description": None}
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    whole, again, other = (fit(small(), loader, recipe, seed=seed, **options) for seed in (1, 1, 2))
+    assert same(whole.state, again.state) and not same(whole.state, other.state)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    for steps in (3, 6):
+        model, left = small(), iter(range(steps))
+
+        def interrupt(*_, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        model.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, loader, recipe, seed=1, resume=tmp_path / "run", **options)
+    resumed = fit(small(), loader, recipe, seed=1, resume=tmp_path / "run", **options)
+    assert same(resumed.state, whole.state) and resumed.losses == whole.losses
+    if generator is None:
+        torch.manual_seed(7)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class Named(nn.Module):
+    """As a model of transformers: inputs by name, an output with logits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, values, weights):
+        return SimpleNamespace(logits=self.layer(values * weights), loss=None)
+
+
+def test_batches_may_be_dicts_and_inputs_several():
+    x, y = examples()
+    named = [{"values": a, "weights": a.abs(), "labels": b} for a, b in zip(x.split(11), y.split(11))]
+    several = [((batch["values"], batch["weights"]), batch["labels"]) for batch in named]
+    runs = [fit(Named(), data, Recipe(2, 0.1), seed=0, device="cpu", description=None) for data in (named, several)]
+    assert same(runs[0].state, runs[1].state) and runs[0].losses[1] < runs[0].losses[0]
+    model = Named()
+    expected = model.layer(x * x.abs())
+    assert torch.allclose(predict(model, named), expected) and torch.allclose(predict(model, several), expected)
+    assert evaluate(model, named).loss == pytest.approx(F.cross_entropy(expected, y).item(), rel=1e-5)
+    chosen = evaluate(model, several, forward=lambda model, inputs: -model(*inputs).logits)
+    assert chosen.loss == pytest.approx(F.cross_entropy(-expected, y).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_dense_labels_are_counted_one_by_one_and_ignored_ones_not(last):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(7, 4, 5, 6, generator=generator)
+    labels = torch.randint(4, (7, 5, 6), generator=generator)
+    labels[:, 0] = -100
+    model = nn.Identity() if not last else nn.Sequential(nn.Flatten(0, 0), Last())
+    found = evaluate(model, (images, labels), batch_size=3)
+    kept = labels != -100
+    assert found.accuracy == pytest.approx((images.argmax(1) == labels)[kept].double().mean().item())
+    assert found.loss == pytest.approx(F.cross_entropy(images, labels).item(), rel=1e-5)
+
+
+class Last(nn.Module):
+    def forward(self, x):
+        return x.movedim(1, -1)
+
+
+@pytest.mark.parametrize("targets, expected", [
+    (torch.zeros(7, 5), r"targets have shape \[7, 5\] and the logits \[7, 3\]"), (torch.zeros(7), "are torch.float32"),
+    (None, "no targets"),
+])
+def test_targets_that_are_no_classes_are_refused(targets, expected):
+    targets = targets if targets is None or targets.ndim == 1 else targets.long()
+    data = torch.zeros(7, 3) if targets is None else (torch.zeros(7, 3), targets)
+    with pytest.raises(ValueError, match=expected):
+        evaluate(nn.Identity(), data)
+
+
+def test_regression_has_a_loss_and_a_metric_of_its_own():
+    x, _ = examples(200)
+    slope = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, 1.0])
+    y = (x @ slope)[:, None] + 1
+    torch.manual_seed(0)
+    model = nn.Linear(6, 1)
+    fit(model, (x, y), Recipe(40, 0.1, weight_decay=0.0, batch_size=50), seed=0, loss=F.mse_loss, device="cpu",
+        description=None)
+    assert torch.allclose(model.weight, slope[None], atol=1e-3)  # planted
+    assert evaluate(model, (x, y), metric=F.mse_loss, batch_size=30) < 1e-5
+    with pytest.raises(ValueError, match="expected integers, the classes; a network with other targets has a loss"):
+        fit(model, (x, y), Recipe(1, batch_size=50), seed=0, description=None)
+
+
+@pytest.mark.parametrize("data", ["tensors", "loader"])
+def test_an_example_alone_meets_no_batchnorm(data):
+    x, y = examples(41)
+    given = (x, y) if data == "tensors" else torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), batch_size=10)
+    model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="the last batch of an epoch has 1 examples in 1 parts: '1' cannot normalise"):
+        fit(model, given, Recipe(1, batch_size=10), seed=0, description=None)
+    assert same(start, model.state_dict())
+
+
+@pytest.mark.parametrize("data, expected", [
+    (torch.zeros(4, 6), r"got inputs \[4, 6\] without targets"), (iter([]), "an unknown number of batches"),
+    ([torch.zeros(4, 6)], "a batch has no targets"),
+])
+def test_data_that_cannot_be_trained_on_are_refused(data, expected):
+    with pytest.raises(ValueError, match=expected):
+        fit(small(), data, Recipe(1), seed=0, description=None)
+
+
+def test_numpys_numbers_are_numbers():
+    x, y = examples()
+    recipe = Recipe(np.int64(2), np.float32(0.1), batch_size=np.int32(11))
+    assert type(recipe.epochs) is int and type(recipe.lr) is float
+    run = fit(small(), (x, y), recipe, seed=np.int64(3), device="cpu", description=None)
+    again = fit(small(), (x, y), Recipe(2, float(np.float32(0.1)), batch_size=11), seed=3, device="cpu",
+                description=None)
+    assert same(run.state, again.state)

@@ -89,8 +89,8 @@ def published_functional_diversity():
     list of dict
         ``setting`` (network/dataset), ``width`` (a factor), ``sparsity`` (a fraction; of dense networks that of the
         table), ``method`` ("pruned" is its IMP), test ``accuracy`` and its ``accuracy_spread`` (what stands behind its
-        ±), and the measures of :class:`permask_core.diversity.Diversity`: ``ensemble``, ``disagreement``, ``kl`` and
-        ``js``, None for dense. Accuracies are in [0, 1], divergences in nats.
+        ±), and the measures of :class:`permask_core.evaluation.diversity.Diversity`: ``ensemble``, ``disagreement``,
+        ``kl`` and ``js``, None for dense. Accuracies are in [0, 1], divergences in nats.
 
     References
     ----------
