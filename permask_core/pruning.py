@@ -4,6 +4,7 @@ Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019; Renda et al., "C
 Neural Network Pruning", ICLR 2020; Mocanu et al. 2018 and Evci et al. 2020 for the Erdős-Rényi(-Kernel) densities.
 """
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def prunable_weights(model, *, shortcuts=False):
 
 def check_sparsity(value):
     """Raise ValueError unless ``value`` is a number in (0, 1)."""
-    if not isinstance(value, (int, float)) or not 0 < value < 1:
+    if not isinstance(value, Real) or not 0 < value < 1:
         raise ValueError(f"sparsity is {value!r}: expected a number in (0, 1), the fraction of zeros")
 
 
@@ -140,7 +141,7 @@ def random_masks(shapes, densities, *, seed):
     """
     if not isinstance(densities, dict):
         densities = dict.fromkeys(shapes, densities)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     masks = {}
     for name, tensor in shapes.items():
         if name not in densities or not 0 <= densities[name] <= 1:

@@ -43,7 +43,7 @@ def setup_cell(url: str) -> nbformat.NotebookNode:
         "# On a notebook service: install the library. Elsewhere it is there already, and this does nothing.\n"
         "import importlib.util\n\n"
         'if importlib.util.find_spec("permask_core") is None:\n'
-        f"    %pip install --quiet git+{url}"
+        f'    %pip install --quiet "permask[book] @ git+{url}"'
     )
     return nbformat.v4.new_code_cell(source, id="setup", metadata={"tags": TAGS})
 

@@ -17,6 +17,7 @@ from permask_core.data.attributes import attribute, check_attributes
 from permask_core.data.folders import Folder, check_image_size, count_readers
 from permask_core.data.imagenet import MEAN, SD
 from permask_core.data.root import data_root, published_files, some
+from permask_core.runs.checks import check_integer
 
 ATTRIBUTES, PARTITION, IMAGES = "list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"
 TRAIN, VALIDATION, TEST = 0, 1, 2
@@ -81,8 +82,7 @@ def celeba(root=None, label="Smiling", attributes=("Young", "Male"), balanced=Tr
     """
     check_image_size(image_size)
     readers = count_readers(readers)
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed is {seed!r}: expected an integer of at least 0")
+    check_integer("seed", seed, 0)
     folder = data_root(root) / "celeba"
     _published(folder, download, verify)
     names, has = _attributes(folder / ATTRIBUTES, label, attributes)

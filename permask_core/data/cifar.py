@@ -15,6 +15,7 @@ import torch
 
 from permask_core.data.root import data_root, published_files
 from permask_core.data.splits import Split, channel_moments
+from permask_core.runs.checks import is_integer
 
 
 def cifar10(root=None, download=False, verify=True):
@@ -105,7 +106,7 @@ def _batch(path, key, classes):
         found = f"{len(labels)} of them" if isinstance(labels, (list, np.ndarray)) else type(labels).__name__
         raise ValueError(f"{key!r} in {path} is {found}: expected a list of one for each of the {len(images)} images")
     for label in labels:
-        if not isinstance(label, (int, np.integer)) or not 0 <= label < classes:
+        if not is_integer(label) or not 0 <= label < classes:
             raise ValueError(f"{key!r} in {path} has the label {label!r}: expected integers from 0 to {classes - 1}")
     return images, np.array(labels, np.int64)
 

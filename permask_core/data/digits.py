@@ -5,10 +5,13 @@ test part).
 """
 
 import math
+from numbers import Real
 
 import torch
 
 from permask_core.data.splits import Split
+from permask_core.models.extras import check_extra
+from permask_core.runs.checks import check_integer
 
 
 def digits(seed=0, test_size=360, noise=0.0, copies=1, channels=1):
@@ -33,14 +36,13 @@ def digits(seed=0, test_size=360, noise=0.0, copies=1, channels=1):
     (Split, Split, tuple of int, int)
         Training and test split, float32 images of [channels, 8, 8]; that shape; and the number of classes.
     """
-    if not isinstance(test_size, int) or not 10 <= test_size <= 1787:
-        raise ValueError(f"test_size is {test_size!r}: expected an integer from 10 to 1787")
-    if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+    check_integer("test_size", test_size, 10, 1787)
+    check_integer("copies", copies, 1)
+    if not isinstance(noise, Real) or not 0 <= noise < math.inf:
         raise ValueError(f"noise is {noise!r}: expected a standard deviation of at least 0")
-    if not isinstance(copies, int) or copies < 1:
-        raise ValueError(f"copies is {copies!r}: expected an integer of at least 1")
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels!r}: expected 1 or 3")
+    check_extra("digits", "sklearn", "data")
     # Takes a second, which a process that only looks for finished stages need not spend.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -48,7 +50,7 @@ def digits(seed=0, test_size=360, noise=0.0, copies=1, channels=1):
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=test_size, stratify=y, random_state=seed)
     mean, sd = x_train.mean(), x_train.std()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
 
     def split(images, labels, times):
         images = torch.from_numpy((images - mean) / sd).float().view(-1, 1, 8, 8).repeat(times, 1, 1, 1)

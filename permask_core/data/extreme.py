@@ -10,6 +10,7 @@ Ullah et al., "Navigating Extremes: Dynamic Sparsity in Large Output Spaces", Ne
 import math
 import os
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 
+from permask_core.runs.checks import check_integer, is_integer
 from permask_core.runs.progress import progress
 
 
@@ -103,14 +105,13 @@ def planted(n_labels=10_000, *, n_train=30_000, n_test=2_000, n_features=128, n_
     """
     for name, value in (("n_labels", n_labels), ("n_train", n_train), ("n_test", n_test), ("n_features", n_features),
                         ("n_clusters", n_clusters), ("per_set", per_set), ("most", most)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}: expected an integer of at least 1")
+        check_integer(name, value, 1)
     for name, value in (("noise", noise), ("zipf", zipf)):
-        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if not isinstance(value, Real) or not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value!r}: expected a number of at least 0")
-    if not isinstance(seed, int) or not 0 <= seed < 2 ** 63:
+    if not is_integer(seed) or not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed!r}: expected an integer of at least 0 and below 2**63")
-    drawn = torch.Generator().manual_seed(seed)
+    drawn = torch.Generator().manual_seed(int(seed))
     clusters = torch.randint(n_clusters, (n_labels,), generator=drawn)
     common = torch.randint(n_features, (n_clusters, per_set), generator=drawn, dtype=torch.int32)
     own = torch.randint(n_features, (n_labels, per_set), generator=drawn, dtype=torch.int32)

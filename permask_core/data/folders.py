@@ -15,6 +15,7 @@ import torch
 
 from permask_core.data.attributes import Attribute
 from permask_core.data.splits import mix_seed, standardise
+from permask_core.runs.checks import check_integer
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +106,7 @@ def open_image(path):
 
 def check_image_size(image_size):
     """Raise ValueError unless it is an integer of at least 1."""
-    if not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"image_size is {image_size!r}: expected an integer of at least 1")
+    check_integer("image_size", image_size, 1)
 
 
 def count_readers(readers=None):
@@ -120,8 +120,7 @@ def count_readers(readers=None):
     if readers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         readers = min(8, cores)
-    if not isinstance(readers, int) or readers < 0:
-        raise ValueError(f"readers is {readers!r}: expected an integer of at least 0")
+    check_integer("readers", readers, 0)
     return readers
 
 

@@ -20,6 +20,8 @@ import torch
 from permask_core.data.attributes import Attribute, check_attributes
 from permask_core.data.root import check_there, data_root, some
 from permask_core.data.splits import Split
+from permask_core.models.extras import check_extra
+from permask_core.runs.checks import check_integer
 
 POSTS, DIVISIONS = "dataset.json", "post_id_divisions.json"
 TOXIC = {"hatespeech": 1, "offensive": 1, "normal": 0}
@@ -68,8 +70,7 @@ def hatexplain(root=None, tokenizer="bert-base-uncased", length=128, attributes=
         and padding.
     """
     check_attributes(attributes, ATTRIBUTES)
-    if not isinstance(length, int) or length < 3:
-        raise ValueError(f"length is {length!r}: expected an integer of at least 3")
+    check_integer("length", length, 3)
     judged = _judged(check_files(root))  # first: a tokenizer that is not at hand is looked for on the hub, slowly
     tokenizer = _tokenizer(tokenizer, length)
     train, test = (_split(posts, tokenizer, length, attributes) for posts in judged)
@@ -149,10 +150,9 @@ def _texts(value):
 
 
 def _tokenizer(name, length):
-    try:
-        from transformers import AutoTokenizer  # takes seconds, which whoever needs no text should not wait
-    except ImportError as error:
-        raise ImportError('HateXplain needs the package transformers: pip install "permask[text]"') from error
+    check_extra("hatexplain", "transformers", "text")
+    from transformers import AutoTokenizer  # takes seconds, which whoever needs no text should not wait
+
     try:
         made = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises what the files lead it to

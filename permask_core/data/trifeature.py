@@ -10,12 +10,14 @@ NeurIPS 2020, arXiv 2006.12433. It fixes the names, the colours and the lengths;
 """
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 
 from permask_core.data.attributes import attribute
 from permask_core.data.splits import Split, channel_moments
+from permask_core.runs.checks import check_integer, is_integer
 
 # The source's lengths, in pixels of its images: the image, the square a shape is drawn in, a texture's period.
 IMAGE, TEMPLATE, PERIOD = 224, 128, 10
@@ -162,9 +164,9 @@ def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape
     if label not in CLASSES:
         raise ValueError(f"label is {label!r}: expected one of {', '.join(CLASSES)}")
     for name, n in (("n_train", n_train), ("n_test", n_test)):
-        if not isinstance(n, int) or n < CLASSES[label]:
+        if not is_integer(n) or n < CLASSES[label]:
             raise ValueError(f"{name} is {n!r}: expected an integer of at least {CLASSES[label]}, one a class")
-    if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+    if not isinstance(noise, Real) or not 0 <= noise < math.inf:
         raise ValueError(f"noise is {noise!r}: expected a standard deviation of at least 0")
     if not isinstance(augment, bool):
         raise ValueError(f"augment is {augment!r}: expected True or False")
@@ -173,7 +175,7 @@ def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape
     if correlated is not None and correlated not in free:
         raise ValueError(f"correlated is {correlated!r}: expected {' or '.join(free)}, which the label leaves "
                          "open")
-    index = torch.arange(n_train + n_test).split([n_train, n_test])
+    index = torch.arange(n_train + n_test).split([int(n_train), int(n_test)])
     kinds = [attributes(n, seed) for n in (n_train, n_test)]
     if correlated:
         kinds[0] = matched(kinds[0], index[0], leading, correlated, match, seed)
@@ -222,8 +224,7 @@ def attributes(n, seed=0):
     ValueError
         If ``n`` is below 1 or the seed out of range.
     """
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"n is {n!r}: expected an integer of at least 1")
+    check_integer("n", n, 1)
     order = _draws(_keys(torch.arange(-3, 0), seed), torch.arange(10)).argsort(1)  # no image has these indices
     place = torch.arange(n)
     ones, tens, hundreds = place % 10, place // 10 % 10, place // 100 % 10
@@ -260,7 +261,7 @@ def matched(kinds, index, leading, following, match, seed=0):
     ValueError
         If ``match`` is out of range.
     """
-    if not isinstance(match, (int, float)) or not 0.1 <= match <= 1:
+    if not isinstance(match, Real) or not 0.1 <= match <= 1:
         raise ValueError(f"match is {match!r}: expected a probability from 0.1, which is chance, to 1")
     # What is matched by chance counts: m = q + (1 - q) / 10.
     share = (match - 0.1) / 0.9
@@ -307,8 +308,7 @@ def draw(shape, texture, colour, index, seed=0, image_size=IMAGE):
         wrong = values[(values < 0) | (values > top)]
         if len(wrong):
             raise ValueError(f"{name} has the value {int(wrong[0])}: expected 0 to {top}")
-    if not isinstance(image_size, int) or image_size < SMALLEST_IMAGE:
-        raise ValueError(f"image_size is {image_size!r}: expected an integer of at least {SMALLEST_IMAGE}")
+    check_integer("image_size", image_size, SMALLEST_IMAGE)
     colours = _mixtures().to(index.device)
     images = torch.empty(len(index), 3, image_size, image_size, dtype=torch.uint8, device=index.device)
     for chosen in torch.arange(len(index), device=index.device).split(_per_chunk(LEVELS * image_size ** 2)):
@@ -465,7 +465,7 @@ _MATCH, _CELLS, _NOISE = 2 ** 7, 2 ** 8, 2 ** 48  # where in an image's stream t
 
 def _keys(index, seed):
     """The key of each image's stream, int64 [n]."""
-    if not isinstance(seed, int) or not 0 <= seed < 2 ** 63:
+    if not is_integer(seed) or not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed!r}: expected an integer from 0 to 2^63 - 1")
     return _mixed(_mixed(torch.tensor(seed, device=index.device)) + index * _GOLDEN)
 

@@ -1,5 +1,10 @@
 """Figures, tables and the one interactive control, in one visual style for the whole book."""
 
+from permask_core.models.extras import check_extra
+
+check_extra("permask_core.display", "matplotlib", "display")
+check_extra("permask_core.display", "ipywidgets", "display")
+
 from permask_core.display.claims import ahead, claim, evidence, read_claims
 from permask_core.display.control import explore, show
 from permask_core.display.figures import (

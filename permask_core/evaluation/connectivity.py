@@ -10,6 +10,7 @@ a plane are mixtures of a few states, and many of them are evaluated at once.
 
 import copy
 import math
+from collections.abc import Iterator
 from numbers import Real
 from typing import NamedTuple
 
@@ -20,8 +21,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from permask_core.data.batches import batches_of
-from permask_core.data.splits import in_order
+from permask_core.data.batches import batches_of, call, count, logits_of, parts_of
 from permask_core.evaluation.statistics import as_labels
 from permask_core.matching import interpolate, repair, reset_batchnorm
 from permask_core.matching.batchnorm import resettable
@@ -29,13 +29,12 @@ from permask_core.matching.weights import STATISTICS, check_pair
 from permask_core.models import evaluation_mode
 from permask_core.runs.checks import check_integer
 from permask_core.training.loop import evaluate
-from permask_core.training.streams import as_split
 
 CORRECTIONS = ("none", "reset", "repair")
 MEMORY = 2**23  # bytes of weights and activations at once: about what a processor's caches hold; more is slower there
 ON_GPU = 2**30  # the same on a GPU
 SINGLE = (_ConvNd,)  # layers that a processor computes faster one network after the other
-IMAGES = 500  # that are evaluated at once
+BATCH = 500  # inputs that are evaluated at once
 
 
 # ---- Mixtures --------------------------------------------------------------------------------------------------------
@@ -47,26 +46,29 @@ class Values(NamedTuple):
     errors: np.ndarray
 
 
-def mixtures(model, states, weights, split, *, batches=None):
+def mixtures(model, states, weights, data, *, batches=None):
     """Loss and error of networks each of which is a weighted sum of the same few.
 
-    As many are evaluated at once as fit into a bounded memory; networks with convolutions one by one on a CPU, where
-    that is faster. Of perceptrons the first layer is computed for the states alone and its answers are mixed.
+    As many are evaluated at once as fit into a bounded memory; one by one are those with convolutions on a CPU, where
+    that is faster, and those that :func:`torch.vmap` cannot run. Of perceptrons the first layer is computed for the
+    states alone and its answers are mixed.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Of the architecture; evaluated where it is, in evaluation mode. Its own weights stay, and do not matter.
+        Of the architecture; evaluated where it is, in evaluation mode. Its own weights do not matter or change.
     states : sequence of dict of str to torch.Tensor
         The ``state_dict`` of k networks.
     weights : array-like, shape [n, k]
         Row i gives network i, ``sum_j weights[i, j] * states[j]``. With a single 1 in a row it is that state, bit by
         bit.
-    split : Split or (torch.Tensor, torch.Tensor)
-        As for :func:`permask_core.training.fit`.
-    batches : iterable of torch.Tensor, optional
+    data : Split, (torch.Tensor, torch.Tensor) or iterable of batches
+        Inputs with their classes, int64 [inputs], as :func:`~permask_core.data.batches.batches_of` takes them. An
+        iterator, which can be read only once, is held in memory.
+    batches : Split, torch.Tensor or iterable of batches, optional
         Inputs on which each network's BatchNorm statistics are computed again, one network after the other
-        (:func:`~permask_core.matching.reset_batchnorm`). Without them running statistics are mixed as weights are.
+        (:func:`~permask_core.matching.reset_batchnorm`); held in memory. ``x.split(100)`` is batches as well. Without
+        them running statistics are mixed as weights are.
 
     Returns
     -------
@@ -78,25 +80,32 @@ def mixtures(model, states, weights, split, *, batches=None):
     ValueError
         If there are no states, or one does not fit the model or is not finite; if whole numbers differ that are no
         count of batches, which have no mixture; if weights have another shape or are not finite; if a mixed variance is
-        negative; if the split is empty or its labels are not those of the model's classes; or if there are no batches.
+        negative; if the data are empty or their labels are not the model's classes; or if there are no batches.
+
+    Examples
+    --------
+    >>> model = nn.Linear(2, 2)
+    >>> data = [{"input": torch.eye(2), "labels": torch.tensor([0, 1])}]
+    >>> both = [{"weight": sign * 9 * torch.eye(2), "bias": torch.zeros(2)} for sign in (-1, 1)]
+    >>> mixtures(model, both, [[1, 0], [0.5, 0.5], [0, 1]], data).losses.round(3)
+    array([9.   , 0.693, 0.   ])
     """
     check_states(states, model)
     weights = np.asarray(weights, dtype=float)
     if weights.ndim != 2 or not len(weights) or weights.shape[1] != len(states) or not np.isfinite(weights).all():
         raise ValueError(f"weights has the shape {list(weights.shape)}: expected [n, {len(states)}], at least one row, "
                          "all finite")
-    split = _checked_split(split, model)
-    if batches is not None:
-        batches = list(batches_of(batches))
-        found = [evaluate(reset_batchnorm(_with(model, mixed(states, row)), batches), split) for row in weights]
-        return Values(np.array([one.loss for one in found]), np.array([1 - one.accuracy for one in found]))
-    return _at_once(model, states, weights, split)
+    data = _check_labels(data, model)
+    if batches is None:
+        return _evaluate_together(model, states, weights, data)
+    batches = _batches(batches)
+    return _evaluate_each((reset_batchnorm(_with(model, mix(states, row)), batches) for row in weights), data)
 
 
-def mixed(states, weights):
+def mix(states, weights):
     """``sum_j weights[j] * states[j]`` as a ``state_dict``; whole numbers are those of the first state."""
-    stacked = _stacked(states, states[0])
-    return {**states[0], **{name: tensor[0] for name, tensor in _mixed(stacked, np.array([weights])).items()}}
+    stacked = _stack(states, states[0])
+    return {**states[0], **{name: tensor[0] for name, tensor in _mix(stacked, np.array([weights])).items()}}
 
 
 def check_states(states, model=None):
@@ -116,15 +125,21 @@ def check_states(states, model=None):
         _check_finite(state, [name for name, tensor in state.items() if tensor.is_floating_point()])
 
 
-def _checked_split(split, model):
-    """The split, with ValueError if it is empty or if its labels are no classes of the model."""
-    split = as_split(split)
-    if len(split) == 0:
-        raise ValueError("the split is empty: expected at least one input")
+def _check_labels(data, model):
+    """The data, to be read as often as needed; ValueError if there are none or their labels are no classes of the
+    model. Those in memory are all checked, of others the first batch."""
+    data = list(data) if isinstance(data, Iterator) else data
+    inputs, y = next(batches_of(data, next(model.parameters()).device, batch_size=BATCH))
+    if y is None:
+        raise ValueError("the data have no targets: expected inputs with their classes")
+    if not count(inputs):
+        raise ValueError("the data are empty: expected at least one input")
     with evaluation_mode(model):
-        x, _ = next(iter(split.batches([torch.arange(1)], next(model.parameters()).device)))
-        as_labels("y", split.y, model(x).shape[1])
-    return split
+        logits = logits_of(call(model, parts_of(inputs, count(inputs))[0]))
+    if logits.ndim != 2:
+        raise ValueError(f"the logits of one input have the shape {list(logits.shape)}: expected [1, classes]")
+    as_labels("y", data.y if hasattr(data, "y") else data[1] if isinstance(data, tuple) else y, logits.shape[1])
+    return data
 
 
 def _check_finite(state, names):
@@ -133,13 +148,13 @@ def _check_finite(state, names):
             raise ValueError(f"{name!r} holds NaN or infinite values: expected finite ones")
 
 
-def _stacked(states, like):
+def _stack(states, like):
     """The states' floating-point tensors by name, [k, *shape], in the type and on the device of those of ``like``."""
     return {name: torch.stack([state[name].detach().to(tensor) for state in states])
             for name, tensor in like.items() if tensor.is_floating_point()}
 
 
-def _mixed(stacked, weights):
+def _mix(stacked, weights):
     """Of each tensor the mixtures, [n, *shape]."""
     return {name: (torch.as_tensor(weights).to(tensor) @ tensor.reshape(len(tensor), -1))
             .view(len(weights), *tensor.shape[1:]) for name, tensor in stacked.items()}
@@ -147,45 +162,73 @@ def _mixed(stacked, weights):
 
 def _check_variances(stacked, weights):
     variances = {name: tensor for name, tensor in stacked.items() if name.endswith("running_var")}
-    for name, tensor in _mixed(variances, weights).items():
+    for name, tensor in _mix(variances, weights).items():
         if (tensor < 0).any():
             at = weights[int((tensor < 0).any(1).int().argmax())]
             raise ValueError(f"{name!r} is negative in the mixture {np.round(at, 3).tolist()}: away from the networks "
                              "mixed variances mean nothing; give batches, to compute them again")
 
 
-def _at_once(model, states, weights, split):
+def _evaluate_each(networks, data):
+    found = [evaluate(network, data) for network in networks]
+    return Values(np.array([one.loss for one in found]), np.array([1 - one.accuracy for one in found]))
+
+
+def _evaluate_together(model, states, weights, data):
     # A parameter of two names is one for the model, which knows it by the first.
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    stacked = {name: tensor for name, tensor in _stacked(states, model.state_dict()).items() if name in own}
+    stacked = {name: tensor for name, tensor in _stack(states, model.state_dict()).items() if name in own}
     _check_variances(stacked, weights)
-    device = next(model.parameters()).device
     losses, hits = torch.zeros(2, len(weights), dtype=torch.float64)
+    n = 0
     with evaluation_mode(model):
-        at_once = _how_many(model, stacked, split, device)
-        parts = np.array_split(np.arange(len(weights)), math.ceil(len(weights) / at_once))
-        way = _perceptrons if _is_perceptron(model) else _by_vmap if at_once > 1 else _one_by_one
-        for x, y in split.batches(in_order(split, IMAGES), device):
-            answers = way(model, stacked, x)
+        for inputs, y in batches_of(data, next(model.parameters()).device, batch_size=BATCH):
+            if n == 0:
+                method, at_once = _choose(model, stacked, inputs)
+                parts = np.array_split(np.arange(len(weights)), math.ceil(len(weights) / at_once))
+            answers = method(model, stacked, inputs)
             for rows in parts:
                 logits = answers(weights[rows]).transpose(1, 2)  # [networks, classes, inputs]
+                as_labels("y", y, logits.shape[1])
                 labels = y.expand(len(rows), -1)
                 losses[rows] += F.cross_entropy(logits, labels, reduction="none").sum(1).cpu()
                 hits[rows] += (logits.argmax(1) == labels).sum(1).cpu()
-    return Values((losses / len(split)).numpy(), (1 - hits / len(split)).numpy())
+            n += len(y)
+    return Values((losses / n).numpy(), (1 - hits / n).numpy())
 
 
-# Three ways to what mixtures answer to inputs: each gives a function from their weights [n, k] to [n, inputs, classes].
+def _choose(model, stacked, inputs):
+    """Which of the three methods below computes what the mixtures answer, and how many of them at once."""
+    if _is_perceptron(model) and isinstance(inputs, torch.Tensor):
+        return _perceptrons, _how_many(model, stacked, inputs)
+    slower = next(model.parameters()).is_cpu and any(isinstance(module, SINGLE) for module in model.modules())
+    at_once = 1 if slower else _how_many(model, stacked, inputs)
+    return (_by_vmap, at_once) if at_once > 1 and _runs_in_vmap(model, stacked, inputs) else (_one_by_one, 1)
 
-def _by_vmap(model, stacked, x):
-    several = vmap(lambda parameters: functional_call(model, parameters, (x,)))
-    return lambda weights: several(_mixed(stacked, weights))
+
+# Three methods: each gives a function from the weights of mixtures [n, k] to their logits [n, inputs, classes].
+
+def _by_vmap(model, stacked, inputs):
+    several = vmap(lambda parameters: _logits(model, parameters, inputs))
+    return lambda weights: several(_mix(stacked, weights))
 
 
-def _one_by_one(model, stacked, x):
+def _one_by_one(model, stacked, inputs):
     return lambda weights: torch.stack([
-        functional_call(model, {name: tensor[0] for name, tensor in _mixed(stacked, row[None]).items()}, (x,))
+        _logits(model, {name: tensor[0] for name, tensor in _mix(stacked, row[None]).items()}, inputs)
         for row in weights])
+
+
+def _logits(model, parameters, inputs):
+    return logits_of(call(lambda *given, **named: functional_call(model, parameters, given, named), inputs))
+
+
+def _runs_in_vmap(model, stacked, inputs):
+    try:
+        _by_vmap(model, stacked, parts_of(inputs, count(inputs))[0])(np.eye(len(next(iter(stacked.values())))))
+    except RuntimeError:  # such as of control flow that depends on values
+        return False
+    return True
 
 
 def _is_perceptron(model):
@@ -203,7 +246,7 @@ def _perceptrons(model, stacked, x):
     stacked = {key: tensor for key, tensor in stacked.items() if not key.startswith(f"{name}.")}
 
     def answers(weights):
-        parameters, x = _mixed(stacked, weights), _mixed(first, weights)[""]
+        parameters, x = _mix(stacked, weights), _mix(first, weights)[""]
         for name, layer in rest:
             if isinstance(layer, nn.ReLU):
                 x.relu_()
@@ -214,10 +257,8 @@ def _perceptrons(model, stacked, x):
     return answers
 
 
-def _how_many(model, stacked, split, device):
-    """Mixtures that fit into memory, each with its weights and what all layers answer to the inputs of a batch."""
-    if device.type == "cpu" and any(isinstance(module, SINGLE) for module in model.modules()):
-        return 1
+def _how_many(model, stacked, inputs):
+    """Mixtures that fit into memory, each with its weights and what all layers answer to a batch."""
     sizes = []
 
     def read(layer, given, output):
@@ -225,13 +266,12 @@ def _how_many(model, stacked, split, device):
 
     handles = [module.register_forward_hook(read) for module in model.modules() if not any(module.children())]
     try:
-        x, _ = next(iter(split.batches([torch.arange(1)], device)))
-        model(x)
+        call(model, parts_of(inputs, count(inputs))[0])
     finally:
         for handle in handles:
             handle.remove()
-    one = sum(tensor[0].nbytes for tensor in stacked.values()) + min(IMAGES, len(split)) * sum(sizes)
-    return max(1, (MEMORY if device.type == "cpu" else ON_GPU) // one)
+    one = sum(tensor[0].nbytes for tensor in stacked.values()) + count(inputs) * sum(sizes)
+    return max(1, (MEMORY if next(model.parameters()).is_cpu else ON_GPU) // one)
 
 
 def _with(model, state):
@@ -256,7 +296,7 @@ def between(model, source, target, alpha=0.5, *, correction="none", batches=None
     Parameters
     ----------
     model : torch.nn.Module
-        Of the architecture; it stays as it is.
+        Of the architecture; it is not changed.
     source, target : dict of str to torch.Tensor
     alpha : float
         In [0, 1]: 0 gives the source, 1 the target.
@@ -264,8 +304,9 @@ def between(model, source, target, alpha=0.5, *, correction="none", batches=None
         What is done about the statistics of the units, which shrink between networks that differ: nothing (running
         statistics are interpolated as weights are), :func:`~permask_core.matching.reset_batchnorm`, or
         :func:`~permask_core.matching.repair`.
-    batches : iterable of torch.Tensor, optional
-        Inputs for the correction.
+    batches : Split, torch.Tensor or iterable of batches, optional
+        Inputs for the correction, as :func:`~permask_core.data.batches.batches_of` takes them, or a tuple of batches
+        such as ``x.split(100)``; held in memory.
 
     Returns
     -------
@@ -282,13 +323,15 @@ def between(model, source, target, alpha=0.5, *, correction="none", batches=None
     if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha!r}: expected a number in [0, 1]")
     _check_correction(correction, model, batches)
+    if correction == "none":
+        return _with(model, interpolate(source, target, alpha))
+    batches = _batches(batches)
     if correction == "repair":
         return repair(_with(model, source), _with(model, target), batches, alpha=alpha)
-    network = _with(model, interpolate(source, target, alpha))
-    return reset_batchnorm(network, batches) if correction == "reset" else network
+    return reset_batchnorm(_with(model, interpolate(source, target, alpha)), batches)
 
 
-def line(model, source, target, split, *, points=25, correction="none", batches=None):
+def line(model, source, target, data, *, points=25, correction="none", batches=None):
     """Loss and error on the straight line between two networks.
 
     Parameters
@@ -296,8 +339,8 @@ def line(model, source, target, split, *, points=25, correction="none", batches=
     model, source, target, correction, batches
         As for :func:`between`. What is corrected is corrected at the ends too: a reset gives them statistics of other
         inputs than training did.
-    split : Split or (torch.Tensor, torch.Tensor)
-        As for :func:`permask_core.training.fit`.
+    data : Split, (torch.Tensor, torch.Tensor) or iterable of batches
+        As for :func:`mixtures`.
     points : int
         Networks that are evaluated, evenly spaced, the two ends among them; at least 3.
 
@@ -308,19 +351,18 @@ def line(model, source, target, split, *, points=25, correction="none", batches=
     Raises
     ------
     ValueError
-        As :func:`between` does, if there are too few points, if the split is empty, or if its labels are not those of
-        the model's classes.
+        As :func:`between` does, if there are too few points, if the data are empty, or if their labels are not the
+        model's classes.
     """
     check_integer("points", points, 3)
     check_states([source, target], model)
     _check_correction(correction, model, batches)
     alphas = np.linspace(0, 1, points)
     if correction == "none":
-        return Line(alphas, *mixtures(model, [source, target], np.stack([1 - alphas, alphas], 1), split))
-    split, batches = _checked_split(split, model), list(batches_of(batches))
-    found = [evaluate(between(model, source, target, float(alpha), correction=correction, batches=batches), split)
-             for alpha in alphas]
-    return Line(alphas, np.array([one.loss for one in found]), np.array([1 - one.accuracy for one in found]))
+        return Line(alphas, *mixtures(model, [source, target], np.stack([1 - alphas, alphas], 1), data))
+    data, batches = _check_labels(data, model), _batches(batches)
+    return Line(alphas, *_evaluate_each((between(model, source, target, float(alpha), correction=correction,
+                                                 batches=batches) for alpha in alphas), data))
 
 
 def barrier(alphas, values):
@@ -367,6 +409,14 @@ def check_correction(correction, model):
         raise ValueError(f"{type(model).__name__} has no BatchNorm: there is nothing to reset")
 
 
+def _batches(batches):
+    """What a correction reads, in memory. A tuple that :meth:`torch.Tensor.split` returned has batches, not inputs and
+    targets."""
+    if isinstance(batches, tuple) and len({(one.dtype, one.shape[1:]) for one in batches}) == 1:
+        batches = list(batches)
+    return list(batches_of(batches))
+
+
 def _check_correction(correction, model, batches):
     if correction in CORRECTIONS[1:] and batches is None:
         raise ValueError(f"correction is {correction!r} without batches: expected inputs to correct on")
@@ -396,7 +446,7 @@ class Plane(NamedTuple):
 
     def state(self, x, y):
         """The ``state_dict`` of the network at a point."""
-        return mixed(self.states, self.weights([[x, y]])[0])
+        return mix(self.states, self.weights([[x, y]])[0])
 
     def basis(self):
         """The two orthonormal directions of the axes, each a dict of float64 tensors, by Gram and Schmidt's method."""
@@ -455,12 +505,12 @@ def plane_through(origin, first, second):
     return Plane(states, np.array([[0.0, 0.0], [width, 0.0], [x, height]]))
 
 
-def surface(model, plane, xs, ys, split, *, batches=None):
+def surface(model, plane, xs, ys, data, *, batches=None):
     """Loss and error on a grid of a plane.
 
     Parameters
     ----------
-    model, split, batches
+    model, data, batches
         As for :func:`mixtures`. Without batches a BatchNorm's running statistics are those of the three networks,
         mixed, which far from them mean little and may become impossible; with them each point has its own.
     plane : Plane
@@ -479,7 +529,7 @@ def surface(model, plane, xs, ys, split, *, batches=None):
     columns, rows = np.meshgrid(xs, ys)
     if not rows.size:
         raise ValueError(f"the grid has {rows.shape[1]} columns and {rows.shape[0]} rows: expected at least one each")
-    found = mixtures(model, plane.states, plane.weights(np.stack([columns.ravel(), rows.ravel()], 1)), split,
+    found = mixtures(model, plane.states, plane.weights(np.stack([columns.ravel(), rows.ravel()], 1)), data,
                      batches=batches)
     return Values(*(values.reshape(rows.shape) for values in found))
 

@@ -1,14 +1,18 @@
 """Fairness of predictions: how far the rates of groups are apart, how much of that is chance, and how differently a
-model treats inputs that are alike.
+model treats similar inputs.
 
 The difference in demographic parity and that in equalized odds have the names, the order of arguments and, for two
 classes, the values of fairlearn. For several classes each class is compared with the rest, and the mean over the
 classes is taken, as by Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledge Transfer Impacts
 Fairness and Bias", TMLR 2025, arXiv 2410.08407. Everything follows from one table, how many inputs of which groups are
-of which class and put into which: a bootstrap and a permutation are other tables of the same inputs.
+of which class and put into which: a bootstrap and a permutation are other tables of the same inputs. Only where inputs
+have weights, or the metric is the caller's own, are inputs drawn one by one.
 """
 
+import itertools
 import warnings
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +20,8 @@ import torch
 from scipy import stats
 
 from permask_core.data.attributes import Attribute
-from permask_core.evaluation.statistics import as_labels, proportion_interval
+from permask_core.evaluation.statistics import as_labels, proportion_interval, wilson_interval
+from permask_core.runs.checks import check_integer
 
 UNDEFINED = ("nan", "omit", "zero")
 CHUNK = 2**22  # numbers held at once, to bound memory
@@ -24,7 +29,7 @@ CHUNK = 2**22  # numbers held at once, to bound memory
 
 # ---- Groups ----------------------------------------------------------------------------------------------------------
 
-def demographic_parity_difference(y_true, y_pred, *, sensitive_features, undefined="nan"):
+def demographic_parity_difference(y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan"):
     """How far apart groups are in the share of their inputs that is put into a class: largest minus smallest.
 
     A perfect predictor's is not 0 but how far apart the groups' shares of the class are. With two classes it is the
@@ -35,14 +40,17 @@ def demographic_parity_difference(y_true, y_pred, *, sensitive_features, undefin
     ----------
     y_true, y_pred : array-like of int, shape [n]
         Any integers: labels, not logits.
-    sensitive_features : array-like, shape [n], or Attribute
-        Each input's group, such as a number or a name. An attribute's inputs may be in several groups, and count in
-        each, or in none: those are left out.
+    sensitive_features : array-like, shape [n] or [n, features], dict of array-like or Attribute, or Attribute
+        Each input's group, such as a number or a name. Of several features, as columns or by name, the groups are all
+        intersections, ``("F", "old")``, those without an input included. An attribute's inputs may be in several
+        groups, and count in each, or in none: those are left out.
+    sample_weight : array-like of float, shape [n], optional
+        What each input counts, at least 0. An input that counts 0 is left out.
     undefined : {"nan", "omit", "zero"}
-        What to do with a group that has no input to take a rate of. Here that is only an attribute's group without any
-        input. ``nan``: the result is NaN, with a warning that says where. ``omit``: the group is left out of that
-        difference, which is NaN, with a warning, if fewer than two are left. ``zero``: fairlearn's convention, the
-        rate is 0.
+        What to do with a group that has no input to take a rate of. Here that is only an intersection, or a group of an
+        attribute, without any input. ``nan``: the result is NaN, with a warning that says where. ``omit``: the group is
+        left out of that difference, which is NaN, with a warning, if fewer than two are left. ``zero``: fairlearn's
+        convention, the rate is 0; a group without any input is left out.
 
     Returns
     -------
@@ -53,12 +61,21 @@ def demographic_parity_difference(y_true, y_pred, *, sensitive_features, undefin
     ------
     ValueError
         If the lengths differ, there is no input, fewer than two groups have one, a label is no integer, a group is
-        missing, or ``undefined`` is unknown.
+        missing, a weight is negative or not finite, or ``undefined`` is unknown.
+
+    Examples
+    --------
+    >>> about = {"sex": ["F", "F", "M", "M"], "age": ["old", "young", "old", "young"]}
+    >>> demographic_parity_difference([1, 0, 1, 0], [1, 1, 1, 0], sensitive_features=about["sex"])
+    0.5
+    >>> demographic_parity_difference([1, 0, 1, 0], [1, 1, 1, 0], sensitive_features=about)
+    1.0
     """
-    return _observed(demographic_parity_difference, _sample(y_true, y_pred, sensitive_features), undefined)
+    metric = demographic_parity_difference
+    return _observed(metric, _sample(metric, y_true, y_pred, sensitive_features, sample_weight), undefined)
 
 
-def equalized_odds_difference(y_true, y_pred, *, sensitive_features, undefined="nan"):
+def equalized_odds_difference(y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan"):
     """How far apart groups are in their true positive rate or in their false positive rate, whichever is more: largest
     minus smallest.
 
@@ -67,7 +84,7 @@ def equalized_odds_difference(y_true, y_pred, *, sensitive_features, undefined="
 
     Parameters
     ----------
-    y_true, y_pred, sensitive_features
+    y_true, y_pred, sensitive_features, sample_weight
         As of :func:`demographic_parity_difference`.
     undefined : {"nan", "omit", "zero"}
         As there. A group has no true positive rate without an input of the class, and no false positive rate if it has
@@ -83,7 +100,43 @@ def equalized_odds_difference(y_true, y_pred, *, sensitive_features, undefined="
     ValueError
         As :func:`demographic_parity_difference`.
     """
-    return _observed(equalized_odds_difference, _sample(y_true, y_pred, sensitive_features), undefined)
+    metric = equalized_odds_difference
+    return _observed(metric, _sample(metric, y_true, y_pred, sensitive_features, sample_weight), undefined)
+
+
+def group_difference(metric, y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan"):
+    """How far apart groups are in any metric: largest minus smallest, as the ``difference`` of fairlearn's MetricFrame.
+
+    Parameters
+    ----------
+    metric : callable
+        ``metric(y_true, y_pred)`` of the inputs of one group gives a number, with ``sample_weight=`` if there are
+        weights: any of scikit-learn's, or your own.
+    y_true, y_pred : array-like, shape [n, ...]
+        What the metric takes: labels, scores or probabilities.
+    sensitive_features, sample_weight
+        As of :func:`demographic_parity_difference`.
+    undefined : {"nan", "omit", "zero"}
+        As there, for a group without any input, of which the metric is not asked, and for one where it is NaN.
+
+    Returns
+    -------
+    float
+        At least 0, or NaN.
+
+    Raises
+    ------
+    ValueError
+        As :func:`demographic_parity_difference`, or if the metric does not give a number.
+
+    Examples
+    --------
+    >>> def mean_error(y_true, y_pred):
+    ...     return abs(y_true - y_pred).mean()
+    >>> group_difference(mean_error, [1.0, 2.0, 3.0], [1.5, 2.5, 3.0], sensitive_features=["a", "a", "b"])
+    0.5
+    """
+    return _observed(metric, _sample(metric, y_true, y_pred, sensitive_features, sample_weight), undefined)
 
 
 _COMPARED = {demographic_parity_difference: ("selection rate",),
@@ -91,10 +144,10 @@ _COMPARED = {demographic_parity_difference: ("selection rate",),
 
 
 class Estimate(NamedTuple):
-    """A value in [0, 1] with its interval [low, high], from ``n`` inputs if it is a rate, from ``n`` draws if it is a
-    difference between rates.
+    """A value with its interval [low, high], from ``n`` inputs if it is a rate, from ``n`` draws if it is a difference
+    between groups.
 
-    As text, it is in per cent: a table can show it as it is.
+    As text, it is in per cent: a table can show rates and their differences as they are.
     """
 
     value: float
@@ -106,8 +159,8 @@ class Estimate(NamedTuple):
         return "–" if np.isnan(self.value) else f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def difference_interval(metric, y_true, y_pred, *, sensitive_features, undefined="nan", draws=1000, confidence=0.95,
-                        seed=0):
+def difference_interval(metric, y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan", draws=1000,
+                        confidence=0.95, seed=0):
     """A difference between groups with its bootstrap interval, from samples of the inputs drawn with replacement.
 
     The interval says how much another test set of this size would move the value. A largest minus smallest grows with
@@ -118,9 +171,10 @@ def difference_interval(metric, y_true, y_pred, *, sensitive_features, undefined
     Parameters
     ----------
     metric : callable
-        :func:`demographic_parity_difference` or :func:`equalized_odds_difference`.
-    y_true, y_pred, sensitive_features, undefined
-        As of the metric.
+        :func:`demographic_parity_difference`, :func:`equalized_odds_difference`, or one of a single group, as
+        :func:`group_difference` takes it; the latter is called for each group in each draw.
+    y_true, y_pred, sensitive_features, sample_weight, undefined
+        As of the metric, or of :func:`group_difference`. An input keeps its weight.
     draws : int
         At least 1.
     confidence : float
@@ -138,27 +192,32 @@ def difference_interval(metric, y_true, y_pred, *, sensitive_features, undefined
         As the metric, or if an option is out of range.
     """
     _check_draws(draws, confidence)
-    sample = _sample(y_true, y_pred, sensitive_features)
+    sample = _sample(metric, y_true, y_pred, sensitive_features, sample_weight)
     value = _observed(metric, sample, undefined)
-    filled = sample.table > 0
-    share = sample.table[filled] / sample.table.sum()
 
-    def drawn_anew(size, generator):
-        tables = np.zeros((size, *filled.shape), dtype=np.int64)
-        tables[:, filled] = generator.multinomial(sample.table.sum(), share, size)
-        return tables
+    def resample_table(table):
+        filled, n = table > 0, table.sum()
 
-    found = _drawn(lambda tables: _differences(metric, sample, tables, undefined), drawn_anew, filled.size, draws, seed)
-    found = found[~np.isnan(found)]
+        def draw(size, generator):
+            tables = np.zeros((size, *table.shape), dtype=np.int64)
+            tables[:, filled] = generator.multinomial(n, table[filled] / n, size)
+            return tables
+
+        return draw
+
+    def resample_inputs(generator):
+        return sample.take(generator.integers(len(sample.kind), size=len(sample.kind)))
+
+    found = _draw(metric, sample, undefined, draws, seed, resample_table, resample_inputs)
     if np.isnan(value) or not len(found):
         return Estimate(value, np.nan, np.nan, len(found))
     around = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2]) - found.mean()
-    low, high = np.clip(value + around, 0, 1).tolist()
+    low, high = np.clip(value + around, 0, 1 if metric in _COMPARED else None).tolist()
     return Estimate(value, low, high, len(found))
 
 
 class Chance(NamedTuple):
-    """What a difference is where groups do not matter: its ``mean``, and ``high``, below which it stays as often as the
+    """What a difference is where groups do not matter: its ``mean``, and ``high``, below which it is as often as the
     confidence says. As text, it is in per cent, as an :class:`Estimate`."""
 
     mean: float
@@ -168,17 +227,19 @@ class Chance(NamedTuple):
         return "–" if np.isnan(self.mean) else f"{100 * self.mean:.1f}, up to {100 * self.high:.1f}"
 
 
-def chance_level(metric, y_true, y_pred, *, sensitive_features, undefined="nan", draws=1000, confidence=0.95, seed=0):
+def chance_level(metric, y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan", draws=1000,
+                 confidence=0.95, seed=0):
     """The difference that chance alone makes between groups of these sizes: that after inputs have exchanged groups.
 
     A largest minus smallest is never below 0; it grows with the number of groups and as they get smaller. For equalized
     odds inputs exchange groups within their true class: which are mistaken then does not depend on the group, while
-    each group keeps its numbers of every class. For demographic parity all inputs do.
+    each group keeps its numbers of every class. For demographic parity, and for a metric of your own, all inputs do.
 
     Parameters
     ----------
-    metric, y_true, y_pred, sensitive_features, undefined, draws, confidence, seed
-        As of :func:`difference_interval`. An input of several groups hands on all of them together.
+    metric, y_true, y_pred, sensitive_features, sample_weight, undefined, draws, confidence, seed
+        As of :func:`difference_interval`. An input of several groups passes on all of them together, and its weight
+        with them, so that no group gains or loses weight.
 
     Returns
     -------
@@ -191,42 +252,57 @@ def chance_level(metric, y_true, y_pred, *, sensitive_features, undefined="nan",
         As :func:`difference_interval`.
     """
     _check_draws(draws, confidence)
-    sample = _sample(y_true, y_pred, sensitive_features)
-    _observed(metric, sample, undefined)
-    strata = sample.table
-    if metric is demographic_parity_difference:
-        strata = np.zeros_like(strata)
-        strata[:, 0] = sample.table.sum(1)  # one stratum: the true class has no part in a selection rate
+    sample = _sample(metric, y_true, y_pred, sensitive_features, sample_weight)
+    value = _observed(metric, sample, undefined)
+    by_class = metric is equalized_odds_difference
+    strata = ([np.flatnonzero(sample.y_true == k) for k in np.unique(sample.y_true)] if by_class
+              else [np.arange(len(sample.kind))])
 
-    def exchanged(size, generator):
-        tables = np.zeros((size, *strata.shape), dtype=np.int64)
-        for k in np.flatnonzero(strata.any((0, 2))):
-            by_group, by_prediction = strata[:, k].sum(1), strata[:, k].sum(0)
-            tables[:, :, k] = stats.random_table(by_group, by_prediction).rvs(size, random_state=generator)
-        return tables
+    def exchange_in_table(table):
+        if not by_class:  # one stratum: the true class has no part in a selection rate
+            table = np.concatenate([table.sum(1, keepdims=True), np.zeros_like(table[:, 1:])], 1)
 
-    found = _drawn(lambda tables: _differences(metric, sample, tables, undefined), exchanged, strata.size, draws, seed)
+        def draw(size, generator):
+            tables = np.zeros((size, *table.shape), dtype=np.int64)
+            for k in np.flatnonzero(table.any((0, 2))):
+                by_group, by_prediction = table[:, k].sum(1), table[:, k].sum(0)
+                tables[:, :, k] = stats.random_table(by_group, by_prediction).rvs(size, random_state=generator)
+            return tables
+
+        return draw
+
+    def exchange_inputs(generator):
+        order = np.arange(len(sample.kind))
+        for inputs in strata:
+            order[inputs] = generator.permutation(inputs)
+        return sample._replace(y_true=sample.y_true[order], y_pred=sample.y_pred[order])
+
+    found = _draw(metric, sample, undefined, draws, seed, exchange_in_table, exchange_inputs)
+    if np.isnan(value) or not len(found):
+        return Chance(np.nan, np.nan)
     return Chance(float(found.mean()), float(np.quantile(found, confidence)))
 
 
-def group_table(y_true, y_pred, *, sensitive_features, positive=None, confidence=0.95):
+def group_table(y_true, y_pred, *, sensitive_features, sample_weight=None, positive=None, confidence=0.95):
     """The rates of each group with Wilson's intervals, for :func:`permask_core.display.table`.
 
     Parameters
     ----------
-    y_true, y_pred, sensitive_features
-        As of :func:`demographic_parity_difference`.
+    y_true, y_pred, sensitive_features, sample_weight
+        As of :func:`demographic_parity_difference`. The interval of a weighted rate is that of the effective number of
+        inputs, which is smaller the more the weights differ.
     positive : int, optional
-        The class whose rates are shown, told from the rest; of two classes the larger one if not given, of more none.
+        The class whose rates are shown, against the rest; of two classes the larger one if not given, of more none.
     confidence : float
         In (0, 1).
 
     Returns
     -------
     list of dict
-        One of each group: ``group`` and ``n``; with a positive class ``positives``, ``negatives``, and as Estimates
-        ``selection rate``, ``true positive rate`` and ``false positive rate``; and ``accuracy``, an Estimate of the
-        share put into the right one of all classes. A rate without an input is NaN.
+        One of each group, of those without an input too: ``group`` and ``n``; with a positive class ``positives``,
+        ``negatives``, and as Estimates ``selection rate``, ``true positive rate`` and ``false positive rate``; and
+        ``accuracy``, an Estimate of the share put into the right one of all classes. ``n``, ``positives`` and
+        ``negatives`` count inputs, whatever their weights. A rate without an input is NaN.
 
     Raises
     ------
@@ -234,80 +310,163 @@ def group_table(y_true, y_pred, *, sensitive_features, positive=None, confidence
         As :func:`demographic_parity_difference`, or if the positive class is in neither y_true nor y_pred, or the
         confidence out of range.
     """
-    sample = _sample(y_true, y_pred, sensitive_features)
+    sample = _sample(demographic_parity_difference, y_true, y_pred, sensitive_features, sample_weight)
     if positive is None and len(sample.classes) <= 2:
         positive = sample.classes[-1]
     if positive is not None and positive not in sample.classes:
         raise ValueError(f"positive is {positive!r}: expected a class of y_true or y_pred, one of "
                          f"{', '.join(map(str, sample.classes))}")
     rows = []
-    for group, *counts in zip(sample.groups, *_counts(sample.member, sample.table)):
-        n = int(counts[0].sum())
-        row, of = {"group": group, "n": n}, {}
+    for group, here in zip(sample.groups, sample.each_group()):
+        row, rates = {"group": group, "n": int(here.sum())}, {}
         if positive is not None:
-            positives, selected, hits = (int(count[sample.classes == positive][0]) for count in counts)
-            row |= {"positives": positives, "negatives": n - positives}
-            of = {"selection rate": (selected, n), "true positive rate": (hits, positives),
-                  "false positive rate": (selected - hits, n - positives)}
-        of["accuracy"] = int(counts[2].sum()), n
-        rows.append(row | {name: _proportion(*part, confidence) for name, part in of.items()})
+            true, selected = (here & (sample.classes[labels] == positive) for labels in (sample.y_true, sample.y_pred))
+            row |= {"positives": int(true.sum()), "negatives": int((here & ~true).sum())}
+            rates = {"selection rate": (selected, here), "true positive rate": (selected & true, true),
+                     "false positive rate": (selected & ~true, here & ~true)}
+        rates["accuracy"] = here & (sample.y_true == sample.y_pred), here
+        rows.append(row | {name: _rate(*part, sample.weight, confidence) for name, part in rates.items()})
     return rows
 
 
-def _proportion(part, n, confidence):
+def _rate(part, whole, weight, confidence):
+    """The share of inputs, by weight, that is in ``part``, among those in ``whole``: two bool [n]."""
+    n = int(whole.sum())
     if n == 0:
         return Estimate(np.nan, np.nan, np.nan, 0)
-    value, _, low, high, n = proportion_interval(part, n, confidence)
-    return Estimate(value, low, high, n)
+    if weight is None:
+        value, _, low, high, _ = proportion_interval(int(part.sum()), n, confidence)
+        return Estimate(value, low, high, n)
+    total = weight[whole].sum()
+    value = min(1.0, float(weight[part].sum() / total))
+    return Estimate(value, *wilson_interval(value, total**2 / (weight[whole] ** 2).sum(), confidence), n)
 
 
 class _Sample(NamedTuple):
-    """Inputs counted: ``groups`` and ``classes`` by name; the sets of groups that inputs have, ``member`` int
-    [sets, groups]; and how many have which set, true class and prediction, ``table`` int [sets, classes, classes]."""
+    """Inputs, each of some group: the ``groups`` by name; the sets of groups that inputs have, ``member`` int
+    [sets, groups]; and of each input the number of its set, ``kind``, what is true and predicted, and its weight, or
+    None for all. If a metric counts classes, true and predicted are numbers of these ``classes``, of which the metric
+    looks at ``compared``."""
 
     groups: tuple
-    classes: np.ndarray
     member: np.ndarray
-    table: np.ndarray
+    kind: np.ndarray
+    y_true: np.ndarray
+    y_pred: np.ndarray
+    weight: np.ndarray | None
+    classes: np.ndarray | None = None
+    compared: list | np.ndarray | None = None
+
+    def take(self, rows):
+        weight = None if self.weight is None else self.weight[rows]
+        return self._replace(kind=self.kind[rows], y_true=self.y_true[rows], y_pred=self.y_pred[rows], weight=weight)
+
+    def each_group(self):
+        """For one group after the other, which inputs are in it, bool [n]."""
+        return (column[self.kind] > 0 for column in self.member.T)
+
+    def table(self):
+        """How many inputs, or how much weight, of which set of groups are of which class and put into which:
+        [sets, classes, classes]."""
+        shape = len(self.member), len(self.classes), len(self.classes)
+        cell = np.ravel_multi_index((self.kind, self.y_true, self.y_pred), shape)
+        return np.bincount(cell, self.weight, minlength=np.prod(shape)).reshape(shape)
 
 
-def _sample(y_true, y_pred, sensitive_features):
-    y_true, y_pred = as_labels("y_true", y_true), as_labels("y_pred", y_pred)
+def _sample(metric, y_true, y_pred, sensitive_features, sample_weight):
+    if not callable(metric):
+        raise ValueError(f"metric is {metric!r}: expected a function, of y_true and y_pred")
+    counts = metric in _COMPARED
+    y_true, y_pred = ((as_labels if counts else _as_values)(*named) for named in (("y_true", y_true),
+                                                                                  ("y_pred", y_pred)))
     if len(y_true) != len(y_pred):
         raise ValueError(f"y_true has {len(y_true)} labels, y_pred has {len(y_pred)}: expected as many")
-    groups, member = _members(sensitive_features, len(y_true))
-    counted = member.any(1)
+    groups, member, kind = _sets_of_groups(sensitive_features, len(y_true))
+    weight = _as_weights(sample_weight, len(y_true))
+    kept = np.flatnonzero(member.any(1)[kind] & (True if weight is None else weight > 0))
+    present, kind = np.unique(kind[kept], return_inverse=True)
+    member = member[present]
     if member.any(0).sum() < 2:
         raise ValueError(f"groups of sensitive_features with an input: {member.any(0).sum()}, expected at least two")
-    member, sets = np.unique(member[counted].astype(np.int64), axis=0, return_inverse=True)
-    classes, labels = np.unique([y_true[counted], y_pred[counted]], return_inverse=True)
+    sample = _Sample(groups, member, kind, y_true[kept], y_pred[kept], None if weight is None else weight[kept])
+    if not counts:
+        return sample
+    classes, labels = np.unique([sample.y_true, sample.y_pred], return_inverse=True)
     truth, predicted = labels.reshape(2, -1)
-    shape = len(member), len(classes), len(classes)
-    cell = np.ravel_multi_index((sets.ravel(), truth, predicted), shape)
-    return _Sample(groups, classes, member, np.bincount(cell, minlength=np.prod(shape)).reshape(shape))
+    # Of two classes, both give the same where their rates are defined: the larger one is enough, and is the one whose
+    # undefined rates are fairlearn's.
+    compared = ([-1] if len(classes) <= 2 else np.unique(truth) if metric is equalized_odds_difference
+                else np.arange(len(classes)))
+    return sample._replace(y_true=truth, y_pred=predicted, classes=classes, compared=compared)
 
 
-def _members(sensitive_features, n):
-    """Names of the groups, and to which each input belongs, bool [n, groups]."""
-    if isinstance(sensitive_features, Attribute):
-        groups, member = sensitive_features.groups, sensitive_features.member.cpu().numpy()
+def _as_values(name, values):
+    values = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    if not values.ndim or not len(values):
+        raise ValueError(f"{name} has the shape {list(values.shape)}: expected [n, ...], n at least 1")
+    return values
+
+
+def _as_weights(weight, n):
+    if weight is None:
+        return None
+    weight = _as_values("sample_weight", weight)
+    if weight.shape != (n,) or weight.dtype.kind not in "biuf":
+        raise ValueError(f"sample_weight is {weight.dtype} {list(weight.shape)}: expected a number for each input, "
+                         f"[{n}]")
+    weight = weight.astype(float)
+    wrong = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
+    if len(wrong):
+        raise ValueError(f"sample_weight is {weight[wrong[0]]} for input {wrong[0]}: expected a finite number of at "
+                         "least 0")
+    return weight
+
+
+def _sets_of_groups(features, n):
+    """Names of the groups; the sets of groups that inputs have, int [sets, groups]; and each input's set, [n]."""
+    if isinstance(features, Mapping):
+        found = [_sets_of_feature(f"sensitive_features[{name!r}]", values, n) for name, values in features.items()]
+    elif isinstance(features, Attribute):
+        found = [_sets_of_feature("sensitive_features", features, n)]
+    else:
+        features = features.cpu() if isinstance(features, torch.Tensor) else features
+        table = np.asarray(features, dtype=object)  # of columns with types of their own
+        columns = [column.tolist() for column in table.T] if table.ndim == 2 and len(table) == n else [features]
+        found = [_sets_of_feature("sensitive_features", column, n) for column in columns]
+    if not found:
+        raise ValueError("sensitive_features has no features: expected at least one")
+    groups, member, kind = found[0]
+    groups = [(group,) for group in groups]
+    for more, other, number in found[1:]:  # all intersections; of the sets, only those that inputs have
+        groups = [(*one, another) for one, another in itertools.product(groups, more)]
+        present, kind = np.unique(kind * len(other) + number, return_inverse=True)
+        first, second = np.divmod(present, len(other))
+        member = (member[first][:, :, None] * other[second][:, None]).reshape(len(present), -1)
+    return tuple(groups if found[1:] else found[0][0]), member, kind
+
+
+def _sets_of_feature(name, feature, n):
+    """As :func:`_sets_of_groups`, of one feature."""
+    if isinstance(feature, Attribute):
+        groups, member = feature.groups, feature.member.cpu().numpy()
         if member.shape != (n, len(groups)) or member.dtype != bool:
-            raise ValueError(f"the member of sensitive_features is {member.dtype} {list(member.shape)}: expected bool "
+            raise ValueError(f"the member of {name} is {member.dtype} {list(member.shape)}: expected bool "
                              f"[{n}, {len(groups)}], an input of y_true a row")
-        return tuple(groups), member
-    features = sensitive_features.cpu() if isinstance(sensitive_features, torch.Tensor) else sensitive_features
-    values = np.asarray(features)
-    if values.ndim != 1:
-        raise ValueError(f"sensitive_features has the shape {list(values.shape)}: expected one group for each input "
-                         "[n], or an Attribute")
-    if len(values) != n:
-        raise ValueError(f"sensitive_features has {len(values)} inputs, y_true has {n}: expected as many")
-    objects = np.asarray(features, dtype=object)  # beside strings, numpy would make the string "nan" of a NaN
-    missing = [i for i, one in enumerate(objects) if one is None or type(one).__name__ == "NAType" or one != one]
-    if missing:
-        raise ValueError(f"sensitive_features is {objects[missing[0]]} for input {missing[0]}: expected a group")
-    groups, number = np.unique(values, return_inverse=True)
-    return tuple(groups.tolist()), number[:, None] == np.arange(len(groups))
+    else:
+        values = np.asarray(feature.cpu() if isinstance(feature, torch.Tensor) else feature)
+        if values.ndim != 1:
+            raise ValueError(f"{name} has the shape {list(values.shape)}: expected one group for each input [n], "
+                             "several [n, features], a dict of them, or an Attribute")
+        if len(values) != n:
+            raise ValueError(f"{name} has {len(values)} inputs, y_true has {n}: expected as many")
+        objects = np.asarray(feature, dtype=object)  # beside strings, numpy would make the string "nan" of a NaN
+        missing = [i for i, one in enumerate(objects) if one is None or type(one).__name__ == "NAType" or one != one]
+        if missing:
+            raise ValueError(f"{name} is {objects[missing[0]]} for input {missing[0]}: expected a group")
+        groups, number = np.unique(values, return_inverse=True)
+        groups, member = groups.tolist(), number[:, None] == np.arange(len(groups))
+    member, kind = np.unique(member.astype(np.int64), axis=0, return_inverse=True)
+    return tuple(groups), member, kind.ravel()
 
 
 def _counts(member, table):
@@ -317,78 +476,104 @@ def _counts(member, table):
 
 
 def _rates(member, table):
-    """The rates of each group and class, each [..., groups, classes]; NaN where there is no input to take one of."""
+    """The rates of each group and class, each [..., groups, classes], NaN where there is no input to take one of; and
+    how many inputs the groups have, [..., groups, 1]."""
     positives, selected, hits = _counts(member, table)
     n = positives.sum(-1, keepdims=True)
     with np.errstate(invalid="ignore"):
         return {"selection rate": selected / n, "true positive rate": hits / positives,
-                "false positive rate": (selected - hits) / (n - positives)}
+                "false positive rate": (selected - hits) / (n - positives)}, n
 
 
-def _differences(metric, sample, tables, undefined):
-    """The metric of each of some tables [..., sets, classes, classes] of a sample."""
-    rates = _rates(sample.member, tables)
-    spreads = [_spread(rates[name][..., _classes(metric, sample)], undefined) for name in _COMPARED[metric]]
+def _table_differences(metric, sample, tables, undefined):
+    """A metric that counts classes, of each of some tables [..., sets, classes, classes] of a sample."""
+    rates, n = _rates(sample.member, tables)
+    spreads = [_spread(rates[name][..., sample.compared], n, undefined) for name in _COMPARED[metric]]
     return np.max(spreads, axis=0).mean(-1)  # the larger one in each class, and only then the mean
 
 
-def _spread(rates, undefined):
-    """Largest minus smallest over the groups: rates [..., groups, classes] to [..., classes]."""
-    if undefined == "zero":
-        rates = np.nan_to_num(rates)
-    if undefined != "omit":
+def _value(metric, sample, undefined):
+    """The metric of a sample."""
+    if metric in _COMPARED:
+        return float(_table_differences(metric, sample, sample.table(), undefined))
+    n, values = (np.array(column)[:, None] for column in zip(*_by_group(metric, sample)))
+    return float(_spread(values, n, undefined)[0])
+
+
+def _by_group(metric, sample):
+    """The number of inputs of each group, and the metric of them; NaN without any."""
+    for group, here in zip(sample.groups, sample.each_group()):
+        n, value = int(here.sum()), np.nan
+        if n:
+            weights = {} if sample.weight is None else {"sample_weight": sample.weight[here]}
+            value = metric(sample.y_true[here], sample.y_pred[here], **weights)
+            if not isinstance(value, Real) and getattr(value, "ndim", None) != 0:
+                raise ValueError(f"the metric gave {value!r} for group {group!r}: expected a number")
+        yield n, float(value)
+
+
+def _spread(rates, n, undefined):
+    """Largest minus smallest over the groups: rates [..., groups, classes] of n inputs [..., groups, 1] to
+    [..., classes]."""
+    if undefined == "nan":
         return rates.max(-2) - rates.min(-2)
+    if undefined == "zero":
+        rates = np.where(np.isnan(rates) & (n > 0), 0, rates)
     defined = ~np.isnan(rates)
     largest, smallest = np.where(defined, rates, -np.inf).max(-2), np.where(defined, rates, np.inf).min(-2)
     return np.where(defined.sum(-2) >= 2, largest - smallest, np.nan)
 
 
-def _classes(metric, sample):
-    """Which classes a metric looks at. Of two, both give the same where their rates are defined: the larger one is
-    enough, and is the one whose undefined rates are fairlearn's."""
-    if len(sample.classes) <= 2:
-        return [-1]
-    in_truth = sample.table.any((0, 2)) if metric is equalized_odds_difference else np.ones(len(sample.classes), bool)
-    return np.flatnonzero(in_truth)
-
-
 def _observed(metric, sample, undefined):
-    if metric not in _COMPARED:
-        raise ValueError(f"metric is {metric!r}: expected {' or '.join(known.__name__ for known in _COMPARED)}")
     if undefined not in UNDEFINED:
         raise ValueError(f"undefined is {undefined!r}: expected one of {', '.join(UNDEFINED)}")
-    value = float(_differences(metric, sample, sample.table, undefined))
+    value = _value(metric, sample, undefined)
     if np.isnan(value):
-        warnings.warn(f"{metric.__name__} is NaN: {_undefined(metric, sample)}", stacklevel=3)
+        name = getattr(metric, "__name__", repr(metric))
+        warnings.warn(f"{name} is NaN: {_undefined(metric, sample)}", stacklevel=3)
     return value
 
 
 def _undefined(metric, sample):
-    """In words, which rates of which groups there are none of; the first three of them."""
-    rates = _rates(sample.member, sample.table)
-    positives, *_ = _counts(sample.member, sample.table)
-    found = []
-    for name in _COMPARED[metric]:
-        for k in np.arange(len(sample.classes))[_classes(metric, sample)]:
-            for group in np.flatnonzero(np.isnan(rates[name][:, k])):
-                found.append(f"group {sample.groups[group]!r} has no {name} for class {sample.classes[k]} "
-                             f"({positives[group, k]} of its {positives[group].sum()} inputs are of it)")
-    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+    """In words, which groups have no input, and which rates of the others are undefined; the first few of each."""
+    empty = [repr(group) for group, here in zip(sample.groups, sample.each_group()) if not here.any()]
+    found = [f"no input is in group {_few(empty, 10)}"] if empty else []
+    if metric in _COMPARED:
+        inputs = sample._replace(weight=None).table()
+        rates, n = _rates(sample.member, inputs)
+        positives, *_ = _counts(sample.member, inputs)
+        lacking = [f"group {sample.groups[group]!r} has no {name} for class {sample.classes[k]} ({positives[group, k]} "
+                   f"of its {n[group, 0]} inputs are of it)" for name in _COMPARED[metric]
+                   for k in np.arange(len(sample.classes))[sample.compared]
+                   for group in np.flatnonzero(np.isnan(rates[name][:, k]) & (n[:, 0] > 0))]
+    else:
+        lacking = [f"of group {group!r} ({n} inputs) it is NaN"
+                   for group, (n, value) in zip(sample.groups, _by_group(metric, sample)) if n and np.isnan(value)]
+    return "; ".join([*found, *([_few(lacking, 3, "; ")] if lacking else [])])
+
+
+def _few(names, most, between=", "):
+    return between.join(names[:most]) + (f"{between}and {len(names) - most} more" if len(names) > most else "")
 
 
 def _check_draws(draws, confidence):
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws is {draws!r}: expected an integer of at least 1")
+    check_integer("draws", draws, 1)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}: expected a number in (0, 1)")
 
 
-def _drawn(statistic, draw, size, draws, seed):
-    """A statistic of random tables, as many at once as memory allows."""
+def _draw(metric, sample, undefined, draws, seed, of_table, of_inputs):
+    """The metric, where it is defined, of random samples: of tables of counts, as many at once as memory allows, which
+    ``of_table(table)(size, generator)`` draws, or of those that ``of_inputs(generator)`` draws."""
     generator = np.random.default_rng(seed)
-    block = max(1, CHUNK // size)
-    sizes = [min(block, draws - done) for done in range(0, draws, block)]
-    return np.concatenate([statistic(draw(count, generator)) for count in sizes])
+    if metric in _COMPARED and sample.weight is None:
+        table = sample.table()
+        draw, block = of_table(table), max(1, CHUNK // table.size)
+        sizes = [min(block, draws - done) for done in range(0, draws, block)]
+        found = np.concatenate([_table_differences(metric, sample, draw(size, generator), undefined) for size in sizes])
+    else:
+        found = np.array([_value(metric, of_inputs(generator), undefined) for _ in range(draws)])
+    return found[~np.isnan(found)]
 
 
 # ---- Individuals -----------------------------------------------------------------------------------------------------
@@ -412,7 +597,7 @@ DISTANCES = {"euclidean": euclidean, "total_variation": total_variation}
 
 
 class IndividualFairness(NamedTuple):
-    """How far outputs are apart for each unit that inputs are: the smaller, the more alike inputs are treated alike.
+    """How far outputs are apart for each unit that inputs are: small if similar inputs are treated similarly.
 
     ``mean``, ``sd`` (n - 1) and the ``largest`` of the ratios of ``pairs`` pairs. Left out are ``self_pairs`` of an
     input with itself, and pairs of ``identical`` inputs, at distance 0; of the latter, ``violations`` have different
@@ -523,8 +708,8 @@ def _distance(name, distance, values):
 def _pairs(pairs, n, size, seed):
     """Yield indices of the first and second inputs of pairs, int64 [at most ``size``] each."""
     every = n * (n - 1) // 2
-    if isinstance(pairs, (str, int)):
-        if pairs != "all" and not (isinstance(pairs, int) and pairs >= 1):
+    if isinstance(pairs, (str, Integral)):
+        if pairs != "all" and (isinstance(pairs, (str, bool)) or pairs < 1):
             raise ValueError(f"pairs is {pairs!r}: expected a number of at least 1, 'all', or indices [m, 2]")
         wanted = every if pairs == "all" else min(pairs, every)
         chosen = None if wanted == every else np.random.default_rng(seed).choice(every, wanted, replace=False)

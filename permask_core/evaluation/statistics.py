@@ -206,10 +206,42 @@ def proportion_interval(successes, n, confidence=0.95):
     """
     if successes != int(successes) or n != int(n) or not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n}: expected integers with 0 <= successes <= n and n >= 1")
-    _check_confidence(confidence)
-    ci = stats.binomtest(int(successes), int(n)).proportion_ci(confidence, method="wilson")
     p = successes / n
-    return Interval(p, math.sqrt(p * (1 - p)), float(ci.low), float(ci.high), int(n))
+    return Interval(float(p), math.sqrt(p * (1 - p)), *wilson_interval(p, n, confidence), int(n))
+
+
+def wilson_interval(p, n, confidence=0.95):
+    """Wilson's score interval (low, high) for a proportion.
+
+    Parameters
+    ----------
+    p : float
+        The observed proportion, in [0, 1].
+    n : float
+        How many trials it is of, above 0. Of weighted trials, the effective number ``sum(w)**2 / sum(w**2)`` (Kish).
+    confidence : float
+        In (0, 1).
+
+    Raises
+    ------
+    ValueError
+        If the confidence is out of range.
+
+    References
+    ----------
+    Wilson, "Probable inference, the law of succession, and statistical inference", 1927; Kish, "Survey sampling", 1965.
+
+    Examples
+    --------
+    >>> [round(bound, 3) for bound in wilson_interval(0.5, 10)]
+    [0.237, 0.763]
+    """
+    _check_confidence(confidence)
+    z = stats.norm.ppf((1 + confidence) / 2)
+    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    # At the ends the two are equal, apart from rounding.
+    low, high = 0.0 if p == 0 else centre - half, 1 + z**2 / n if p == 1 else centre + half
+    return float(low / (1 + z**2 / n)), float(high / (1 + z**2 / n))
 
 
 # ---- Class by class --------------------------------------------------------------------------------------------------

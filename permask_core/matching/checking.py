@@ -23,7 +23,7 @@ def draw_weights(model, *, seed=0, gain=2.0):
     variances uniform in [0.5, 1.5].
     """
     model = copy.deepcopy(model).double().eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     state = model.state_dict(keep_vars=True)
     moving = {id(parameter) for parameter in model.parameters()}
     with torch.no_grad():
@@ -43,7 +43,7 @@ def draw_weights(model, *, seed=0, gain=2.0):
 
 def derangements(groups, *, seed=0):
     """A random permutation of each group that leaves no unit in its place."""
-    generator, result = torch.Generator().manual_seed(seed), {}
+    generator, result = torch.Generator().manual_seed(int(seed)), {}
     for name, group in groups.items():
         order = torch.randperm(group.size, generator=generator)
         result[name] = torch.empty_like(order).index_copy_(0, order, order.roll(1))
@@ -108,7 +108,7 @@ def draw_stable_weights(model, example_input, *, seed=0):
 
     noise = {}
     for attempt in range(4):
-        copied, generator = drawn(attempt), torch.Generator().manual_seed(seed)
+        copied, generator = drawn(attempt), torch.Generator().manual_seed(int(seed))
         state = copied.state_dict()
         for name, tensor in state.items():
             if tensor.is_floating_point() and tensor.numel() < 1e6:  # a sample: all would double a large network
@@ -143,7 +143,7 @@ def check_function(groups, model, example_input, *, seed=0):
     float
         The largest change of an output, in standard deviations of the outputs: of the order of rounding.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     inputs = pytree.tree_map(
         lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
         if isinstance(t, torch.Tensor) and t.is_floating_point() else t, example_input)

@@ -77,7 +77,7 @@ def move_(group, permutation, tensors):
 
 def random_permutations(groups, *, seed):
     """A uniformly random permutation for each group, as :func:`permute` takes them."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     return {name: torch.randperm(group.size, generator=generator) for name, group in groups.items()}
 
 

@@ -10,6 +10,9 @@ import sys
 
 import torch
 
+from permask_core.models.extras import check_extra
+
+check_extra("this network or data set", "torchvision", "vision")
 try:
     import torchvision
 except RuntimeError as error:

@@ -20,10 +20,16 @@ def check_lists(**lists):
             raise ValueError(f"{name} is {values!r}: expected each value once")
 
 
-def check_integer(name, value, least):
-    """Raise ValueError unless the value is an integer of at least that."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}: expected an integer of at least {least}")
+def is_integer(value):
+    """Whether a value is an integer, Python's or NumPy's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_integer(name, value, least, most=None):
+    """Raise ValueError unless the value is an integer of at least ``least``, and at most ``most`` if that is given."""
+    if not is_integer(value) or value < least or most is not None and value > most:
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}: expected an integer {limits}")
 
 
 def check_work(seeds, workers, name="seeds"):

@@ -9,7 +9,6 @@ twice.
 
 import ast
 import hashlib
-import importlib.util
 import inspect
 import json
 import os
@@ -18,16 +17,16 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, write_whole
+from permask_core.runs.files import load_tensors, locked, plain, read_record, save_tensors, write_whole
 
-LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn")
-OPTIONAL = ("timm", "transformers")
+# Those that are installed count: no result depends on another.
+LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn", "timm", "transformers")
 POLICIES = ("recompute", "keep")
 HERE = Path(__file__).parents[1]  # permask_core
 
@@ -175,7 +174,7 @@ class Store:
         result = {**result, "seconds": own, **({"kept": self._kept} if self._kept else {})}
         self._kept = outer | self._kept  # another dict: the record has its own
         try:
-            json.dumps(result)
+            json.dumps(result, default=plain)
         except TypeError as error:
             raise ValueError(f"the record of the stage {name!r} cannot be written as JSON: {error}") from error
         save_tensors(path, tensors, {**identity, "commit": commit(), "result": result})
@@ -251,18 +250,14 @@ def check_folder(folder, settings):
     return path.parent
 
 
-def plain(value):
-    """A dataclass as a dict, for :func:`json.dumps`."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: getattr(value, name) for name in value.__dataclass_fields__}
-    raise TypeError(f"{value!r} is a {type(value).__name__}")
-
-
 @cache
 def versions():
-    """Versions of Python and of the libraries that decide about numbers, as a dict."""
-    installed = [name for name in OPTIONAL if importlib.util.find_spec(name)]
-    return {"python": platform.python_version(), **{name: version(name) for name in (*LIBRARIES, *installed)}}
+    """Versions of Python and of the libraries that decide about numbers, those that are installed, as a dict."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def commit():

@@ -4,7 +4,7 @@ import csv
 import json
 from pathlib import Path
 
-from permask_core.runs.files import write_whole
+from permask_core.runs.files import plain, write_whole
 
 
 def write_table(path, rows):
@@ -55,7 +55,7 @@ def _cell(value):
         return ""
     # As JSON also "1e5", say, of a commit, and what holds a carriage return, which CSV would take for the line's end.
     if not isinstance(value, str) or value and (_value(value) != value or "\r" in value):
-        return json.dumps(value)
+        return json.dumps(value, default=plain)
     return value
 
 

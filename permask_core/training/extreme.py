@@ -12,12 +12,15 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from numbers import Integral, Real
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from permask_core.runs.checks import check_integer, is_integer
+from permask_core.runs.files import plain
 from permask_core.runs.progress import progress
 from permask_core.sparse import kernels
 from permask_core.sparse.dynamic import set_rows_step
@@ -120,8 +123,8 @@ def chunked_loss(head, x, offsets, labels, chunk=None):
     if x.ndim != 2 or len(x) == 0 or x.shape[1] != head.in_features or len(offsets) != len(x) + 1:
         raise ValueError(f"x is {list(x.shape)} with {len(offsets)} offsets: expected [n, {head.in_features}], n at "
                          "least 1, and n + 1 offsets")
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"chunk is {chunk!r}: expected an integer of at least 1")
+    if chunk is not None:
+        check_integer("chunk", chunk, 1)
     outside = labels[(labels < 0) | (labels >= head.out_features)]
     if len(outside):
         raise ValueError(f"there is a label {outside[0]}: expected 0 to {head.out_features - 1}")
@@ -165,8 +168,8 @@ class ExtremeClassifier(nn.Module):
         super().__init__()
         for name, size in (("features", features), ("n_labels", n_labels), ("hidden", hidden),
                            ("intermediate", intermediate), ("n_clusters", n_clusters)):
-            if size is not None and (not isinstance(size, int) or size < 1):
-                raise ValueError(f"{name} is {size!r}: expected an integer of at least 1")
+            if size is not None:
+                check_integer(name, size, 1)
         if bags and hidden is None:
             raise ValueError("bags of words come without hidden: expected the number of outputs of their embedding")
         self.features, self.bags, width = features, bags, hidden or features
@@ -285,17 +288,17 @@ class ExtremeRecipe:
 
     def __post_init__(self):
         for name, kind, expected, fits in (
-            ("epochs", int, "an integer of at least 1", lambda v: v >= 1),
-            ("lr", (int, float), "a number above 0", lambda v: 0 < v < math.inf),
-            ("batch_size", int, "an integer of at least 1", lambda v: v >= 1),
-            ("rewire_every", int, "an integer of at least 1", lambda v: v >= 1),
-            ("rewire_until", (int, float), "a number in [0, 1]", lambda v: 0 <= v <= 1),
-            ("drop", (int, float), "a number in (0, 1)", lambda v: 0 < v < 1),
-            ("auxiliary", (int, float), "a number in [0, 1]", lambda v: 0 <= v <= 1),
-            ("auxiliary_epochs", int, "an integer of at least 0", lambda v: v >= 0),
+            ("epochs", Integral, "an integer of at least 1", lambda v: v >= 1),
+            ("lr", Real, "a number above 0", lambda v: 0 < v < math.inf),
+            ("batch_size", Integral, "an integer of at least 1", lambda v: v >= 1),
+            ("rewire_every", Integral, "an integer of at least 1", lambda v: v >= 1),
+            ("rewire_until", Real, "a number in [0, 1]", lambda v: 0 <= v <= 1),
+            ("drop", Real, "a number in (0, 1)", lambda v: 0 < v < 1),
+            ("auxiliary", Real, "a number in [0, 1]", lambda v: 0 <= v <= 1),
+            ("auxiliary_epochs", Integral, "an integer of at least 0", lambda v: v >= 0),
         ):
             value = getattr(self, name)
-            if not isinstance(value, kind) or not fits(value):
+            if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
                 raise ValueError(f"{name} is {value!r}: expected {expected}")
 
 
@@ -349,7 +352,7 @@ def fit_extreme(model, train, recipe, *, seed, resume=None, description="trainin
     identity = _identity(model, train, recipe, seed) if resume else {}
     run, parameters = find_run(resume, identity), dict(model.named_parameters())
     optimizer = torch.optim.Adam(model.parameters(), recipe.lr, fused=True)  # without temporaries
-    order, growth = (torch.Generator().manual_seed(seed) for _ in range(2))
+    order, growth = (torch.Generator().manual_seed(int(seed)) for _ in range(2))
     steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
     steps, done, losses = recipe.epochs * steps_per_epoch, 0, []
     shuffled = (batch for _ in range(recipe.epochs)
@@ -394,7 +397,7 @@ def _identity(model, train, recipe, seed):
     """What decides about a run, as JSON holds it."""
     data = {f"data.{name}": value for name, value in describe(train).items()}
     return json.loads(json.dumps({**asdict(recipe), "seed": seed, **data,
-                                  "initial weights": digest(model.state_dict())}))
+                                  "initial weights": digest(model.state_dict())}, default=plain))
 
 
 # ---- Prediction ------------------------------------------------------------------------------------------------------
@@ -427,12 +430,12 @@ def top_labels(model, data, k=5, *, among=None, batch_size=1000, chunk=None):
     """
     head, n_labels = model.head, model.head.out_features
     for name, size in (("batch_size", batch_size), ("chunk", chunk)):
-        if size is not None and (not isinstance(size, int) or size < 1):
-            raise ValueError(f"{name} is {size!r}: expected an integer of at least 1")
+        if size is not None:
+            check_integer(name, size, 1)
     if among is not None and (among.dtype != torch.bool or among.shape != (n_labels,)):
         raise ValueError(f"among is {among.dtype} {list(among.shape)}: expected bool [{n_labels}]")
     available = n_labels if among is None else int(among.sum())
-    if not isinstance(k, int) or not 1 <= k <= available:
+    if not is_integer(k) or not 1 <= k <= available:
         raise ValueError(f"k is {k!r}: expected an integer from 1 to {available}, the labels to choose from")
     chunk = chunk or _chunk(head.bias.device, batch_size)
     ranked = torch.empty(len(data), k, dtype=torch.int64)

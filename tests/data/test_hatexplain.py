@@ -241,7 +241,7 @@ def test_files_are_read_before_a_tokenizer_is_looked_for(tmp_path, load):
 def test_without_transformers(tmp_path, load, monkeypatch):
     write_hatexplain(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=re.escape('needs the package transformers: pip install "permask[text]"')):
+    with pytest.raises(ImportError, match=re.escape('not installed: pip install "permask[text]"')):
         load()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
+from permask_core.data.splits import Split
 from permask_core.evaluation import connectivity
 from permask_core.evaluation.connectivity import (
     angle,
@@ -18,7 +21,7 @@ from permask_core.evaluation.connectivity import (
     between,
     distance,
     line,
-    mixed,
+    mix,
     mixtures,
     plane_through,
     surface,
@@ -93,8 +96,8 @@ def test_many_at_once_are_as_one_by_one(name, single, monkeypatch):
     models = networks(name, width=0.25)
     states = states_of(models)
     weights = np.random.default_rng(0).dirichlet(np.ones(3), 7)
-    monkeypatch.setattr(connectivity, "IMAGES", 17)
-    one_by_one = [evaluate(models[0], SPLIT, state=mixed(states, row)) for row in weights]
+    monkeypatch.setattr(connectivity, "BATCH", 17)
+    one_by_one = [evaluate(models[0], SPLIT, state=mix(states, row)) for row in weights]
     for memory in (1, 2**21, 2**30):  # one network at once, several, and all
         monkeypatch.setattr(connectivity, "MEMORY", memory)
         found = mixtures(models[0], states, weights, SPLIT)
@@ -129,7 +132,7 @@ def test_perceptrons_of_any_form(tail):
     weights = np.random.default_rng(0).dirichlet(np.ones(3), 5)
     split = INPUTS, LABELS % 4
     found = mixtures(models[0], states_of(models), weights, split).losses
-    expected = [evaluate(models[0], split, state=mixed(states_of(models), row)).loss for row in weights]
+    expected = [evaluate(models[0], split, state=mix(states_of(models), row)).loss for row in weights]
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -322,6 +325,90 @@ def test_the_order_of_the_names_does_not_matter(mlps):
     assert (plane_through(one, turned, third).points == plane_through(one, other, third).points).all()
 
 
+# ---- Data of any kind ------------------------------------------------------------------------------------------------
+
+class Named(nn.Module):
+    """Two inputs, an answer with logits, and, if asked for, control flow that depends on the weights."""
+
+    def __init__(self, branches=False):
+        super().__init__()
+        self.first, self.second, self.branches = nn.Linear(64, 10), nn.Linear(64, 10), branches
+
+    def forward(self, image, other):
+        a, b = self.first(image.flatten(1)), self.second(other.flatten(1))
+        return SimpleNamespace(logits=a * b if self.branches and self.first.bias.sum() > 0 else a + b.tanh())
+
+
+def kinds_of(x, y):
+    """The same data in every form."""
+    pairs = list(zip(x.split(13), y.split(13)))
+    return {"tensors": (x, y), "split": Split(x, y), "batches": pairs, "iterator": iter(pairs),
+            "loader": DataLoader(TensorDataset(x, y), batch_size=17),
+            "dicts": [{"input": a, "labels": b} for a, b in pairs]}
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet8"])
+@pytest.mark.parametrize("kind", kinds_of(INPUTS, LABELS))
+def test_data_of_every_kind_give_the_same(name, kind):
+    a, b = networks(name, 2, width=0.25)
+    expected = line(a, a.state_dict(), b.state_dict(), SPLIT, points=3)
+    found = line(a, a.state_dict(), b.state_dict(), kinds_of(INPUTS, LABELS)[kind], points=3)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert found.errors == pytest.approx(expected.errors)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("form", ["dict", "tuple"])
+def test_several_inputs_and_what_vmap_cannot_run(branches, form):
+    models = [Named(branches) for _ in range(2)]
+    other = INPUTS.flip(0)
+    batches = [({"image": x, "other": z} if form == "dict" else (x, z), y)
+               for x, z, y in zip(INPUTS.split(25), other.split(25), LABELS.split(25))]
+    found = line(models[0], *states_of(models), batches, points=4)
+    for alpha, loss, error in zip(*found):
+        logits = between(models[0], *states_of(models), float(alpha))(INPUTS, other).logits
+        assert loss == pytest.approx(F.cross_entropy(logits, LABELS).item(), rel=1e-5)
+        assert error == pytest.approx((logits.argmax(1) != LABELS).float().mean().item())
+
+
+@pytest.mark.parametrize("correction", ["reset", "repair"])
+@pytest.mark.parametrize("kind", ["tensors", "split", "batches", "iterator", "loader"])
+def test_batches_of_every_kind_correct_the_same(correction, kind, residual):
+    a, b = states_of(residual[:2])
+    size = {"batches": 13, "iterator": 13, "loader": 17}.get(kind, 60)
+    found, expected = (between(residual[0], a, b, correction=correction, batches=batches).state_dict()
+                       for batches in (kinds_of(INPUTS, LABELS)[kind], list(INPUTS.split(size))))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    on_line = line(residual[0], a, b, SPLIT, points=3, correction=correction, batches=kinds_of(INPUTS, LABELS)[kind])
+    assert on_line.losses[1] == evaluate(between(residual[0], a, b, correction=correction,
+                                                 batches=list(INPUTS.split(size))), SPLIT).loss
+
+
+@pytest.mark.parametrize("size", [30, 25, 60])
+def test_batches_of_one_tensor(size, residual):
+    """What split returns is a tuple of batches; a tensor is cut into batches by itself, here into one."""
+    a, b = states_of(residual[:2])
+    for batches in (INPUTS.split(size), INPUTS if size == 60 else iter(INPUTS.split(size))):
+        found, expected = (between(residual[0], a, b, correction="reset", batches=given).state_dict()
+                           for given in (batches, list(INPUTS.split(size))))
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("data, said", [
+    ([], "expected at least one input"), (INPUTS, "the data have no targets"), ([INPUTS], "the data have no targets"),
+    (3, "got int"), ([(INPUTS, (LABELS, LABELS))], "y has the shape"), ([(INPUTS, LABELS + 1)], "y has the label 10"),
+    ([(INPUTS, LABELS), (INPUTS, LABELS - 1)], "y has the label -1"), ({"labels": LABELS}, "got dict")])
+def test_data_without_classes_are_refused(data, said, mlps):
+    with pytest.raises(ValueError, match=said):
+        line(mlps[0], *states_of(mlps[:2]), data)
+
+
+def test_logits_of_several_axes_are_refused():
+    model = nn.Linear(8, 4)
+    with pytest.raises(ValueError, match=r"of one input have the shape \[1, 8, 4\]: expected \[1, classes\]"):
+        line(model, model.state_dict(), model.state_dict(), (INPUTS[:, 0], LABELS % 4))
+
+
 # ---- What does not fit -----------------------------------------------------------------------------------------------
 
 def test_states_that_do_not_fit_are_named(mlps):
@@ -350,7 +437,7 @@ def test_whole_numbers_have_no_mixture(residual):
 
 def test_three_networks_on_one_line_span_no_plane(mlps):
     a, b = states_of(mlps[:2])
-    for third in (a, b, mixed([a, b], [0.7, 0.3]), mixed([a, b], [-1.5, 2.5])):
+    for third in (a, b, mix([a, b], [0.7, 0.3]), mix([a, b], [-1.5, 2.5])):
         with pytest.raises(ValueError, match="lie on one line"):
             plane_through(a, b, third)
     with pytest.raises(ValueError, match=r"lie on one line \(the second is 0 from"):
@@ -367,7 +454,7 @@ def test_values_out_of_range_are_named(mlps, residual):
         (lambda: line(model, a, b, SPLIT, correction="rest"), "unknown correction 'rest'"),
         (lambda: line(model, a, b, SPLIT, correction="reset"), "'reset' without batches"),
         (lambda: line(model, a, b, SPLIT, correction="reset", batches=[INPUTS]), "has no BatchNorm"),
-        (lambda: line(model, a, b, (INPUTS[:0], LABELS[:0])), "the split is empty"),
+        (lambda: line(model, a, b, (INPUTS[:0], LABELS[:0])), "the data are empty"),
         (lambda: mixtures(model, [a, b], [[1.0, 0.0, 0.0]], SPLIT), r"shape \[1, 3\]: expected \[n, 2\]"),
         (lambda: mixtures(model, [a, b], [[math.inf, 0.0]], SPLIT), "all finite"),
         (lambda: plane.weights([1.0, 2.0]), r"at has the shape \[2\]"),
@@ -405,16 +492,6 @@ def test_labels_that_are_no_classes_are_refused(residual, labels, said):
             mixtures(model, [a, b], [[0.5, 0.5]], (INPUTS, labels), **more)
 
 
-def test_one_tensor_is_no_list_of_batches(residual):
-    model, (a, b, c) = residual[0], states_of(residual)
-    for correction in ("reset", "repair"):
-        for call in (between, lambda *given, **more: line(*given, SPLIT, points=3, **more)):
-            with pytest.raises(ValueError, match=r"batches is one tensor of shape \[60, 1, 8, 8\]: .* such as \[x\]"):
-                call(model, a, b, correction=correction, batches=INPUTS)
-    with pytest.raises(ValueError, match="batches is one tensor"):
-        surface(model, plane_through(a, b, c), [0.0], [0.0], SPLIT, batches=INPUTS)
-
-
 def test_empty_values_and_text_are_refused(mlps):
     model, (a, b, c) = mlps[0], states_of(mlps)
     plane = plane_through(a, b, c)
@@ -439,4 +516,4 @@ def test_integers_and_numbers_of_numpy_will_do(mlps):
     model, (a, b, c) = mlps[0], states_of(mlps)
     assert len(line(model, a, b, SPLIT, points=np.int64(3)).losses) == 3
     assert len(plane_through(a, b, c).grid(np.int64(5), np.float32(0.5))[0]) == 5
-    assert distance(between(model, a, b, np.float32(0.5)).state_dict(), mixed([a, b], [0.5, 0.5])) < 1e-5
+    assert distance(between(model, a, b, np.float32(0.5)).state_dict(), mix([a, b], [0.5, 0.5])) < 1e-5

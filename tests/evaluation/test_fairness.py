@@ -13,6 +13,7 @@ from fairlearn import metrics as fairlearn
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
+from sklearn import metrics as skmetrics
 
 from permask_core.data.attributes import Attribute
 from permask_core.display import table
@@ -23,6 +24,7 @@ from permask_core.evaluation.fairness import (
     demographic_parity_difference,
     difference_interval,
     equalized_odds_difference,
+    group_difference,
     group_table,
     individual_fairness,
 )
@@ -162,10 +164,244 @@ def test_what_is_undefined_is_said_left_out_or_zero():
 def test_a_group_without_inputs_has_no_selection_rate():
     here = Attribute(("a", "b", "c"), torch.eye(3, dtype=torch.bool)[[0, 0, 1, 1]])
     y = [0, 1, 1, 1]
-    with pytest.warns(UserWarning, match="group 'c' has no selection rate for class 1"):
+    with pytest.warns(UserWarning, match="demographic_parity_difference is NaN: no input is in group 'c'"):
         assert math.isnan(demographic_parity_difference(y, y, sensitive_features=here))
     assert demographic_parity_difference(y, y, sensitive_features=here, undefined="omit") == 0.5
-    assert demographic_parity_difference(y, y, sensitive_features=here, undefined="zero") == 1
+    assert demographic_parity_difference(y, y, sensitive_features=here, undefined="zero") == 0.5  # fairlearn sees two
+
+
+# ---- Weights, intersections and metrics of one's own -----------------------------------------------------------------
+
+def by_definition(metric, y_true, y_pred, groups, weight, omit=False):
+    """The differences of one class against the rest by loops: groups is a list of bool [n]."""
+    def rate(selected, among):
+        return weight[selected & among].sum() / weight[among].sum() if weight[among].sum() else math.nan
+
+    def spread(rates):
+        rates = [one for one in rates if not (omit and math.isnan(one))]
+        return math.nan if any(map(math.isnan, rates)) or len(rates) < 2 else max(rates) - min(rates)
+
+    seen = weight > 0
+    labels = set(y_true[seen]) if metric is equalized_odds_difference else {*y_true[seen], *y_pred[seen]}
+    found = []
+    for k in labels:
+        if metric is demographic_parity_difference:
+            found.append(spread([rate(y_pred == k, here) for here in groups]))
+        else:
+            found.append(max(spread([rate(y_pred == k, here & (y_true == k)) for here in groups]),
+                             spread([rate(y_pred == k, here & (y_true != k)) for here in groups])))
+    return np.mean(found)
+
+
+@both
+def test_weights_are_fairlearns(metric):
+    rng = np.random.default_rng(20)
+    for _ in range(20):
+        y_true, y_pred, group = random_sample(rng, 60, 2, 3, 0.6)
+        weight = rng.exponential(size=60) * (rng.random(60) < 0.8)
+        seen = weight > 0
+        expected = METRICS[metric](y_true[seen], y_pred[seen], sensitive_features=group[seen],
+                                   sample_weight=weight[seen])
+        found = metric(y_true, y_pred, sensitive_features=group, sample_weight=weight, undefined="zero")
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+@both
+@given(seed=st.integers(0, 10_000), classes=st.integers(3, 5))
+def test_weights_of_several_classes_are_those_of_the_definition(metric, seed, classes):
+    rng = np.random.default_rng(seed)
+    y_true, y_pred, group = random_sample(rng, 80, classes, 3)
+    weight = rng.random(80) * rng.integers(0, 2, 80)
+    found = quiet(metric, y_true, y_pred, sensitive_features=group, sample_weight=weight)
+    expected = by_definition(metric, y_true, y_pred, [group == g for g in range(3)], weight)
+    assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+@both
+@given(sample=samples(), data=st.data())
+def test_a_whole_weight_is_as_many_inputs(metric, sample, data):
+    times = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(sample[0]), max_size=len(sample[0]))))
+    assume(len(set(sample[2][times > 0])) > 1)
+    weighted = quiet(metric, *sample[:2], sensitive_features=sample[2], sample_weight=times / 7, undefined="omit")
+    y_true, y_pred, group = (np.repeat(one, times) for one in sample)
+    repeated = quiet(metric, y_true, y_pred, sensitive_features=group, undefined="omit")
+    assert weighted == pytest.approx(repeated, nan_ok=True)
+
+
+def several_features(rng, n):
+    return {"sex": rng.choice(["F", "M"], n), "age": rng.integers(0, 3, n), "town": rng.random(n) < 0.5}
+
+
+@both
+@pytest.mark.parametrize("weighted", [False, True])
+def test_intersections_are_fairlearns(metric, weighted):
+    rng = np.random.default_rng(21)
+    for n in (15, 60, 400):  # the smaller ones have empty intersections, which fairlearn leaves out
+        y_true, y_pred, _ = random_sample(rng, n, 2, 2, 0.6)
+        features, more = several_features(rng, n), {"sample_weight": rng.random(n)} if weighted else {}
+        expected = METRICS[metric](y_true, y_pred, sensitive_features=pandas.DataFrame(features), **more)
+        rows = [list(row) for row in zip(*(values.tolist() for values in features.values()))]
+        for given_as in (features, pandas.DataFrame(features), rows):
+            found = metric(y_true, y_pred, sensitive_features=given_as, undefined="zero", **more)
+            assert found == pytest.approx(expected, abs=1e-12)
+        if n == 400:
+            assert found == metric(y_true, y_pred, sensitive_features=features, **more)
+
+
+def test_empty_intersections_are_named():
+    features = {"sex": ["F", "F", "M", "M"], "age": ["old", "young", "old", "old"]}
+    with pytest.warns(UserWarning, match=r"is NaN: no input is in group \('M', 'young'\)"):
+        assert math.isnan(demographic_parity_difference(*GOOD, sensitive_features=features))
+    rows = group_table(*GOOD, sensitive_features=features)
+    assert {row["group"]: row["n"] for row in rows} == {("F", "old"): 1, ("F", "young"): 1, ("M", "old"): 2,
+                                                      ("M", "young"): 0}
+    assert str(rows[-1]["accuracy"]) == "–"
+    assert demographic_parity_difference(*GOOD, sensitive_features=features, undefined="omit") == 1
+
+
+def test_one_feature_by_name_is_that_feature():
+    y_true, y_pred, group = random_sample(np.random.default_rng(22), 90, 3, 3)
+    for given_as in ({"g": group}, group[:, None], torch.from_numpy(group)[:, None]):
+        assert group_table(y_true, y_pred, sensitive_features=given_as) == group_table(y_true, y_pred,
+                                                                                      sensitive_features=group)
+
+
+@both
+def test_intersections_with_an_attribute_of_several_groups(metric):
+    rng = np.random.default_rng(23)
+    y_true, y_pred, group = random_sample(rng, 300, 3, 2)
+    member = rng.random((300, 3)) < 0.4
+    features = {"group": group, "named": Attribute(("a", "b", "c"), torch.from_numpy(member))}
+    groups = [(group == g) & column for g in (0, 1) for column in member.T]
+    found = metric(y_true, y_pred, sensitive_features=features)
+    assert found == pytest.approx(by_definition(metric, y_true, y_pred, groups, np.where(member.any(1), 1.0, 0.0)))
+    rows = group_table(y_true, y_pred, sensitive_features=features)
+    assert [row["group"] for row in rows] == list(itertools.product((0, 1), "abc"))
+    assert [row["n"] for row in rows] == [here.sum() for here in groups]
+
+
+OWN = {"accuracy": (skmetrics.accuracy_score, False), "recall": (skmetrics.recall_score, False),
+       "error": (skmetrics.mean_absolute_error, True), "area": (skmetrics.roc_auc_score, True)}
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_any_metric_is_that_of_a_metric_frame(name, weighted):
+    metric, scores = OWN[name]
+    rng = np.random.default_rng(24)
+    y_true, y_pred, _ = random_sample(rng, 300, 2, 2)
+    y_pred = rng.random(300) if scores else y_pred
+    features, weight = several_features(rng, 300), rng.random(300)
+    more = {"sample_weight": weight} if weighted else {}
+    frame = fairlearn.MetricFrame(metrics=metric, y_true=y_true, y_pred=y_pred,
+                                  sensitive_features=pandas.DataFrame(features), sample_params=more)
+    found = group_difference(metric, torch.from_numpy(y_true), y_pred, sensitive_features=features, **more)
+    assert found == pytest.approx(frame.difference())
+    estimate = difference_interval(metric, y_true, y_pred, sensitive_features=features, draws=20, **more)
+    assert estimate.value == found and estimate.low <= found <= estimate.high
+
+
+def selection_rate(y_true, y_pred, sample_weight=None):
+    return np.average(y_pred == 1, weights=sample_weight)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_metric_of_ones_own_has_the_interval_and_chance_of_the_one_that_counts(weighted):
+    rng = np.random.default_rng(25)
+    y_true, y_pred, group = random_sample(rng, 400, 2, 3)
+    about = {"sensitive_features": group, "sample_weight": rng.random(400) if weighted else None}
+    assert group_difference(selection_rate, y_true, y_pred, **about) == pytest.approx(
+        demographic_parity_difference(y_true, y_pred, **about))
+    own, counted = (difference_interval(metric, y_true, y_pred, **about, draws=1500)
+                    for metric in (selection_rate, demographic_parity_difference))
+    assert own[:3] == pytest.approx(counted[:3], abs=0.02)
+    own, counted = (chance_level(metric, y_true, y_pred, **about, draws=1500)
+                    for metric in (selection_rate, demographic_parity_difference))
+    assert own == pytest.approx(counted, abs=0.01)
+
+
+@both
+def test_weights_of_one_have_the_interval_and_chance_of_none(metric):
+    """Inputs drawn one by one, and tables of them, have one distribution."""
+    y_true, y_pred, group = random_sample(np.random.default_rng(26), 300, 3, 3)
+    about = {"sensitive_features": group, "draws": 2000}
+    for of, near in ((difference_interval, 0.015), (chance_level, 0.008)):
+        found, expected = (of(metric, y_true, y_pred, **about, sample_weight=weight) for weight in (np.ones(300), None))
+        assert found == pytest.approx(expected, abs=near)
+
+
+def test_the_weighted_interval_is_that_of_two_weighted_proportions():
+    y_true, y_pred, group = two_groups((300, 150), (500, 600))
+    weight = np.tile([0.5, 1.5], 550)
+    found = difference_interval(demographic_parity_difference, y_true, y_pred, sensitive_features=group, draws=3000,
+                                sample_weight=weight)
+    # The ratio estimator's variance: sum w^2 (x - p)^2 / (sum w)^2, with 1.25 the mean of the squared weights.
+    half = stats.norm.ppf(0.975) * math.sqrt(1.25 * (0.6 * 0.4 / 500 + 0.25 * 0.75 / 600))
+    assert (found.value, found.low, found.high) == pytest.approx((0.35, 0.35 - half, 0.35 + half), abs=0.005)
+
+
+def test_weighted_chance_moves_predictions_within_their_class():
+    """Of six inputs, by enumeration: predictions change places within the true class, weights do not."""
+    y_true, y_pred, group = np.array([1, 1, 1, 0, 0, 0]), np.array([1, 0, 1, 1, 0, 0]), np.array([0, 0, 1, 0, 1, 1])
+    weight, values = np.array([1.0, 2.0, 3.0, 0.5, 2.0, 4.0]), []
+    for order in itertools.product(itertools.permutations(range(3)), itertools.permutations(range(3, 6))):
+        values.append(equalized_odds_difference(y_true, y_pred[np.concatenate(order)], sensitive_features=group,
+                                                sample_weight=weight))
+    found = chance_level(equalized_odds_difference, y_true, y_pred, sensitive_features=group, sample_weight=weight,
+                         draws=4000)
+    assert found.mean == pytest.approx(np.mean(values), abs=4 * np.std(values) / math.sqrt(4000))
+
+
+def test_a_metric_that_is_undefined_is_named_or_left_out():
+    def recall(y_true, y_pred):
+        return y_pred[y_true == 1].mean() if (y_true == 1).any() else math.nan
+
+    y_true, y_pred, group = np.array([1, 1, 0, 0, 1, 1]), np.array([1, 0, 1, 0, 1, 1]), ["a", "a", "b", "b", "c", "c"]
+    with pytest.warns(UserWarning, match=r"^recall is NaN: of group 'b' \(2 inputs\) it is NaN$"):
+        assert math.isnan(group_difference(recall, y_true, y_pred, sensitive_features=group))
+    assert group_difference(recall, y_true, y_pred, sensitive_features=group, undefined="omit") == 0.5
+    assert group_difference(recall, y_true, y_pred, sensitive_features=group, undefined="zero") == 1
+    with pytest.warns(UserWarning, match="recall is NaN"):
+        assert np.isnan(chance_level(recall, y_true, y_pred, sensitive_features=group, draws=5)).all()
+    found = difference_interval(recall, y_true, y_pred, sensitive_features=group, undefined="omit", draws=200)
+    assert 0 < found.n < 200 and 0 <= found.low <= found.high
+
+
+def test_differences_of_ones_own_may_be_above_one():
+    y_true, y_pred, group = np.zeros(200), np.repeat([1.0, 11.0], 100), np.repeat([0, 1], 100)
+    y_pred += np.random.default_rng(27).normal(size=200)
+    found = difference_interval(skmetrics.mean_absolute_error, y_true, y_pred, sensitive_features=group, draws=300)
+    assert found.low < found.value < found.high and found.value == pytest.approx(10, abs=0.5)
+
+
+@pytest.mark.parametrize("of", [difference_interval, chance_level])
+def test_draws_of_inputs_come_from_the_seed(of):
+    y_true, y_pred, group = random_sample(np.random.default_rng(28), 100, 2, 3)
+    first, again, other = (of(selection_rate, y_true, y_pred, sensitive_features=group, draws=np.int64(30), seed=seed)
+                           for seed in (np.int64(3), 3, 4))
+    assert first == again != other
+
+
+def test_the_table_of_weighted_inputs():
+    y_true, y_pred, group = random_sample(np.random.default_rng(29), 200, 2, 2)
+    weight = np.random.default_rng(30).exponential(size=200)
+    for row, g in zip(group_table(y_true, y_pred, sensitive_features=group, sample_weight=weight), (0, 1)):
+        here = group == g
+        assert (row["n"], row["positives"]) == (here.sum(), (here & (y_true == 1)).sum())
+        for name, part, whole in (("selection rate", y_pred == 1, here), ("accuracy", y_true == y_pred, here),
+                                  ("true positive rate", y_pred == 1, here & (y_true == 1)),
+                                  ("false positive rate", y_pred == 1, here & (y_true == 0))):
+            p = np.average(part[whole], weights=weight[whole])
+            effective = weight[whole].sum()**2 / sum(weight[whole]**2)
+            assert row[name].value == pytest.approx(p)
+            # Wilson's bounds are where the score test just rejects.
+            for bound in (row[name].low, row[name].high):
+                assert (p - bound)**2 == pytest.approx(stats.norm.ppf(0.975)**2 * bound * (1 - bound) / effective)
+    plain, equal = (group_table(y_true, y_pred, sensitive_features=group, sample_weight=weights)
+                    for weights in (None, np.full(200, 0.3)))
+    for one, other in zip(plain, equal):
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value)
 
 
 # ---- Intervals and chance --------------------------------------------------------------------------------------------
@@ -412,6 +648,16 @@ AB = ["a", "a", "b", "b"]
     (GOOD, Attribute(("a", "b"), torch.eye(2).bool()[[0, 0, 0, 0]]), {}, "with an input: 1"),
     (GOOD, Attribute(("a", "b"), torch.zeros(4, 2).bool()), {}, "with an input: 0"),
     (GOOD, [AB], {}, "sensitive_features has the shape [1, 4]"),
+    (GOOD, {}, {}, "sensitive_features has no features"), (GOOD, [[]] * 4, {}, "sensitive_features has no features"),
+    (GOOD, {"sex": AB, "age": AB[1:]}, {}, "sensitive_features['age'] has 3 inputs, y_true has 4"),
+    (GOOD, {"sex": AB, "age": [1, 2, math.nan, 2]}, {}, "sensitive_features['age'] is nan for input 2"),
+    (GOOD, {"sex": ["a"] * 4, "age": [1] * 4}, {}, "groups of sensitive_features with an input: 1"),
+    (GOOD, [["a", 1], ["b", 2], ["a", None], ["b", 1]], {}, "sensitive_features is None for input 2"),
+    (GOOD, AB, {"sample_weight": [1, 1, 1]}, "sample_weight is int64 [3]: expected a number for each input, [4]"),
+    (GOOD, AB, {"sample_weight": [1, -0.5, 1, 1]}, "sample_weight is -0.5 for input 1: expected a finite number"),
+    (GOOD, AB, {"sample_weight": [1, 1, math.inf, 1]}, "sample_weight is inf for input 2"),
+    (GOOD, AB, {"sample_weight": ["1"] * 4}, "sample_weight is <U1 [4]"),
+    (GOOD, AB, {"sample_weight": [1, 1, 0, 0]}, "groups of sensitive_features with an input: 1"),
     (GOOD, ["a", None, "b", "b"], {}, "sensitive_features is None for input 1"),
     (GOOD, [0, 1, math.nan, 1], {}, "sensitive_features is nan for input 2"),
     (GOOD, ["a", "b", math.nan, "a"], {}, "sensitive_features is nan for input 2"),
@@ -429,7 +675,12 @@ def test_bad_labels_and_groups_are_named(metric, labels, group, options, message
 
 
 @pytest.mark.parametrize("use, message", [
-    (lambda: difference_interval(max, *GOOD, sensitive_features=AB), "expected demographic_parity_difference or "),
+    (lambda: difference_interval("recall", *GOOD, sensitive_features=AB), "metric is 'recall': expected a function"),
+    (lambda: group_difference(lambda a, b: a == b, *GOOD, sensitive_features=AB),
+     "the metric gave array([ True,  True]) for group 'a': expected a number"),
+    (lambda: group_difference(max, *GOOD, sensitive_features=["a"]), "sensitive_features has 1 inputs, y_true has 4"),
+    (lambda: group_difference(max, [0.5], [0.5, 1], sensitive_features=AB), "y_true has 1 labels, y_pred has 2"),
+    (lambda: group_difference(max, 0.5, 0.5, sensitive_features=AB), "y_true has the shape []: expected [n, ...]"),
     (lambda: chance_level(demographic_parity_difference, *GOOD, sensitive_features=AB, draws=0), "draws is 0"),
     (lambda: chance_level(demographic_parity_difference, *GOOD, sensitive_features=AB, confidence=95),
      "confidence is 95"),

@@ -112,6 +112,8 @@ def test_wilsons_interval_by_its_formula(counts, confidence):
     assert found.low == pytest.approx((center - half) / (1 + z**2 / n), abs=1e-9)
     assert found.high == pytest.approx((center + half) / (1 + z**2 / n), abs=1e-9)
     assert 0 <= found.low <= p <= found.high <= 1
+    scipys = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    assert (found.low, found.high) == pytest.approx(tuple(scipys), abs=1e-12)
 
 
 # ---- Unpaired --------------------------------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def test_a_source_that_is_not_there_is_named(source):
 def test_without_transformers_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(extras, "find_spec", {"timm": True}.get)
     with pytest.raises(ImportError, match=re.escape("bert needs transformers, which is not installed: pip install "
-                                                    "'permask[text]'")):
+                                                    '"permask[text]"')):
         build_model("bert", (LENGTH,), 2)
 
 

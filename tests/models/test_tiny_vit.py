@@ -96,7 +96,7 @@ def test_shapes_while_training(shape):
 def test_without_timm_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(extras, "find_spec", {"transformers": True}.get)
     with pytest.raises(ImportError, match=re.escape("tiny_vit_5m needs timm, which is not installed: pip install "
-                                                    "'permask[vision]'")):
+                                                    '"permask[vision]"')):
         build_model("tiny_vit_5m", (3, 32, 32), 10)
 
 

@@ -12,6 +12,8 @@ from functools import cache
 import numpy as np
 import torch
 
+from permask_core.models.extras import check_extra
+
 # Examples in a tile. The forward pass does best with what a second-level cache holds of some thousand inputs; the
 # backward pass sums over a tile's examples for every connection, which weighs less the more they are.
 WIDTHS = {"forward": (8, 16, 32), "backward": (8, 16, 32, 64)}
@@ -22,6 +24,7 @@ _LOCK = threading.Lock()  # not every threading layer of numba lets two threads 
 @cache
 def _simd():
     try:
+        check_extra("the fast one", "numba", "cpu")
         from permask_core.sparse.kernels import simd  # compiles: only where it is needed
     except ImportError as error:
         warnings.warn(f"fan-in layers take the slower path in plain torch: {error}", stacklevel=2)
