@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from permask_core.masks import layer_sparsity, sparsity
+from permask_core.masks import layer_sparsity, prunable_weights, sparsity
 from permask_core.pruning import (
     SCOPES,
     erk_densities,
     iterative_magnitude_pruning,
     magnitude_masks,
-    prunable_weights,
     random_masks,
 )
 
