@@ -8,6 +8,7 @@ In reading order: which weights may be pruned, reading the masks of a network th
 applying, watching that pruned weights remain zero, and files.
 """
 
+import inspect
 import json
 import re
 from contextlib import contextmanager
@@ -81,12 +82,14 @@ def _weights(model, shortcuts, exclude):
     """{name: (weight, why it remains dense or None)} of all weights of two or more axes, the prunable ones first."""
     if isinstance(exclude, str):
         raise ValueError(f"exclude is {exclude!r}: expected a list of names")
-    found, shared = {}, set()
+    parameters, (_, stored) = dict(model.named_parameters(remove_duplicate=False)), _tensors_and_masks(model)
+    found, listed = {}, set()
     for prefix, module in model.named_modules():
         for own in _own_weights(module):
-            if id(weight := getattr(module, own)) not in shared:
-                found[_joined(prefix, own)] = (weight, None)
-                shared.add(id(weight))
+            name, weight = _joined(prefix, own), getattr(module, own)
+            if id(weight) not in listed and (name in parameters or name in stored):  # or it is computed, as by weight norm
+                found[name] = (weight, None)
+                listed.add(id(weight))
     left = {"its module keeps it dense": _declared(model, "dense_weights"), "it is excluded": exclude}
     if not shortcuts:
         left[SHORTCUT] = _declared(model, "shortcut_weights") or _projections(model)
@@ -96,12 +99,12 @@ def _weights(model, shortcuts, exclude):
             if not inside:
                 raise ValueError(f"{name!r} has no prunable weight: expected some of {', '.join(found)}")
             found |= inside
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for key, parameter in parameters.items():
-        name, _ = _unpruned(key, parameters.keys() | buffers.keys())
-        if parameter.ndim > 1 and id(parameter) not in shared and name not in found:
+        name, _ = _unpruned(key, parameters.keys() | {f"{name}_mask" for name in stored})
+        if parameter.ndim > 1 and id(parameter) not in listed and name not in found:
             owner = model.get_submodule(key.rpartition(".")[0])
             found[name] = (parameter, f"a parameter of {type(owner).__name__}")
+            listed.add(id(parameter))
     return found
 
 
@@ -124,43 +127,72 @@ def _joined(prefix, name):
 
 
 class _Tracer(fx.Tracer):
+    """Traces a module with all that it calls, or only its own ``forward``."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.whole = whole
+
     def is_leaf_module(self, module, name):
-        return isinstance(module, CONVOLUTIONS) or super().is_leaf_module(module, name)
+        return not self.whole or isinstance(module, CONVOLUTIONS) or super().is_leaf_module(module, name)
+
+
+def _graph(module, whole):
+    try:
+        _, *options = inspect.signature(module.forward).parameters.values()
+        defaults = {one.name: one.default for one in options if one.default is not one.empty}
+        return _Tracer(whole).trace(module, defaults), None
+    except Exception as error:  # tracing runs the user's own code, which may raise anything
+        return None, error
+
+
+def _count(module):
+    return sum(isinstance(one, CONVOLUTIONS) for one in module.modules())
 
 
 def _projections(module, prefix=""):
-    """The names of the convolutions on shortcuts. What cannot be traced as a whole is traced in parts."""
-    if sum(isinstance(one, CONVOLUTIONS) for one in module.modules()) < 3:
+    """The names of the convolutions on shortcuts. Where a whole cannot be traced, its parts are, one by one."""
+    if _count(module) < 3:
         return []
-    try:
-        graph = _Tracer().trace(module)
-    except Exception as error:  # tracing runs the user's own code, which may raise anything
-        if any(isinstance(child, CONVOLUTIONS) for child in module.children()):
-            raise ValueError(f"{prefix or 'the model'} ({type(module).__name__}) cannot be traced by torch.fx ("
-                             f"{type(error).__name__}: {error}), so that its shortcuts are unknown: give "
-                             "shortcuts=True, and what is to remain dense as exclude") from error
-        return [name for own, child in module.named_children() for name in _projections(child, _joined(prefix, own))]
-    convolutions = {node for node in graph.nodes
-                    if node.op == "call_module" and isinstance(module.get_submodule(node.target), CONVOLUTIONS)}
+    graph, _ = _graph(module, whole=True)
+    if graph:
+        return [_joined(prefix, name) for name in _lone_convolutions(module, graph)]
+    found = [name for own, child in module.named_children() for name in _projections(child, _joined(prefix, own))]
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return found
+    graph, error = _graph(module, whole=False)
+    if graph:
+        return [*found, *(_joined(prefix, name) for name in _lone_convolutions(module, graph))]
+    if any(isinstance(child, (nn.Sequential, *CONVOLUTIONS)) and _count(child) == 1 for child in module.children()):
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{prefix or 'the model'} ({type(module).__name__}) cannot be traced by torch.fx ("
+                         f"{type(error).__name__}: {reason}), so that its shortcuts are unknown: use prunable_weights("
+                         "model, shortcuts=True, exclude=[...]), whose names masks_of takes as weights") from error
+    return found
+
+
+def _lone_convolutions(module, graph):
+    """The names of the convolutions, or of modules with one, that are alone on a branch of a sum."""
+    counts = {node: _count(module.get_submodule(node.target)) for node in graph.nodes if node.op == "call_module"}
     found = {}
     for node in graph.nodes:
         branches = node.all_input_nodes
         if getattr(node.target, "__name__", node.target) in ("add", "add_", "iadd") and len(branches) == 2:
             for branch, other in (branches, branches[::-1]):
-                alone, inputs = _lone_convolution(branch, convolutions)
-                if alone and _depth(graph, inputs, other, alone, convolutions) > 1:
-                    found[_joined(prefix, alone.target)] = None
+                alone, inputs = _before_the_sum(branch, counts)
+                if alone and _depth(graph, inputs, other, alone, counts) > 1:
+                    found[alone.target] = None
     return list(found)
 
 
-def _lone_convolution(branch, convolutions):
-    """The last convolution of a branch, and the nodes before it from which the branch may have begun."""
+def _before_the_sum(branch, counts):
+    """The node of the only convolution of a branch, or None, and the nodes before it where the branch may begin."""
     alone, inputs = None, set()
     while True:
         if alone:
             inputs.add(branch)
-        if branch in convolutions:
-            if alone:
+        if counts.get(branch):
+            if alone or counts[branch] > 1:
                 return alone, inputs
             alone = branch
         before = [node for node in branch.all_input_nodes if node.op != "get_attr"]
@@ -169,13 +201,13 @@ def _lone_convolution(branch, convolutions):
         branch = before[0]
 
 
-def _depth(graph, inputs, end, alone, convolutions):
-    """How many convolutions there are on the longest way from some nodes to another one that avoids ``alone``."""
+def _depth(graph, inputs, end, alone, counts):
+    """How many convolutions there are on the longest path from some nodes to another one that avoids ``alone``."""
     depth = dict.fromkeys(inputs, 0)
     for node in graph.nodes:  # in the order of the computation
         before = [depth[one] for one in node.all_input_nodes if one in depth]
         if before and node not in depth and node is not alone:
-            depth[node] = max(before) + (node in convolutions)
+            depth[node] = max(before) + counts.get(node, 0)
     return depth.get(end, 0)
 
 
@@ -253,9 +285,6 @@ def _tensors_and_masks(model_or_state):
     for name, mask in masks.items():
         masks[name] = mask.reshape(mask.shape + (1,) * (tensors[name].ndim - mask.ndim)).expand_as(tensors[name])
         tensors[name] = tensors[name].masked_fill(~masks[name], 0)
-    if model is not None:  # what another parametrization computes is seen in the model only
-        tensors |= {name: weight.detach() for name, (weight, _) in _weights(model, shortcuts=True, exclude=()).items()
-                    if name not in masks}
     return tensors, masks
 
 
