@@ -87,18 +87,19 @@ def _weights(model, shortcuts, exclude):
     for prefix, module in model.named_modules():
         for own in _own_weights(module):
             name, weight = _joined(prefix, own), getattr(module, own)
-            if id(weight) not in listed and (name in parameters or name in stored):  # or it is computed, as by weight norm
+            is_tensor = name in parameters or name in stored  # or it is computed, as by weight norm
+            if is_tensor and id(weight) not in listed:
                 found[name] = (weight, None)
                 listed.add(id(weight))
+    for name in exclude:
+        if not any(f"{key}.".startswith(f"{name}.") for key in found):
+            raise ValueError(f"{name!r} has no prunable weight: expected some of {', '.join(found)}")
     left = {"its module keeps it dense": _declared(model, "dense_weights"), "it is excluded": exclude}
     if not shortcuts:
         left[SHORTCUT] = _declared(model, "shortcut_weights") or _projections(model)
     for why, names in left.items():
-        for name in names:
-            inside = {key: (found[key][0], why) for key in found if f"{key}.".startswith(f"{name}.")}
-            if not inside:
-                raise ValueError(f"{name!r} has no prunable weight: expected some of {', '.join(found)}")
-            found |= inside
+        found |= {key: (weight, why) for key, (weight, _) in found.items()
+                  if any(f"{key}.".startswith(f"{name}.") for name in names)}
     for key, parameter in parameters.items():
         name, _ = _unpruned(key, parameters.keys() | {f"{name}_mask" for name in stored})
         if parameter.ndim > 1 and id(parameter) not in listed and name not in found:
@@ -216,8 +217,8 @@ def masks_of(model_or_state, weights=None):
 
     Masks that are stored beside the weights are taken as they are: those of ``torch.nn.utils.prune`` (``weight_orig``
     and ``weight_mask``), and buffers called ``mask`` of a parametrization, as ``torch.ao.pruning`` has them. In other
-    tensors a weight is kept unless it is exactly zero. A kept weight that is zero by chance counts as pruned, then: a
-    float32 weight that was trained is zero about once in 10 million, one in half precision more often.
+    tensors a weight is kept unless it is exactly zero. A kept weight that is zero by chance counts as pruned there,
+    which is rare in float32 and less so in half precision, where small numbers underflow.
 
     Parameters
     ----------
@@ -464,15 +465,22 @@ def watch(model, masks, repair=False):
     0.5
     """
     check_fit(masks, dict(model.named_parameters(remove_duplicate=False)))
-    dropped, steps = {name: ~mask for name, mask in masks.items()}, 0
+    dropped = {name: ~mask for name, mask in masks.items()}
+    steps, seen = 0, None
+
+    def masked_weights():  # each time: the model may have been moved, or its parameters replaced
+        return {name: model.get_parameter(name) for name in dropped}
+
+    def versions_of(weights):
+        return [(id(weight), weight._version) for weight in weights.values()]
 
     @torch.no_grad()
-    def look(*_):
-        weights = {name: model.get_parameter(name) for name in dropped}  # again: they may have been moved or replaced
+    def look():
+        weights = masked_weights()
         for name, weight in weights.items():
             dropped[name] = dropped[name].to(weight.device)
-        counts = [((weight != 0) & dropped[name]).sum() for name, weight in weights.items()]
-        # One number for each weight, but the device is waited for once.
+        counts = [((weight != 0) & dropped[name]).count_nonzero() for name, weight in weights.items()]
+        # The device is waited for once, not for each weight.
         counts = torch.stack([count.to(counts[0].device) for count in counts]).tolist()
         revived = {name: count for name, count in zip(weights, counts) if count}
         if repair:
@@ -485,14 +493,22 @@ def watch(model, masks, repair=False):
                                f"{name!r} are not zero{others}: apply the masks after each step, or give repair=True")
 
     def after_step(optimizer, *_):
-        nonlocal steps
-        watched = {id(model.get_parameter(name)) for name in dropped}
+        nonlocal steps, seen
+        weights = masked_weights()
+        watched = {id(weight) for weight in weights.values()}
         if any(id(weight) in watched for group in optimizer.param_groups for weight in group["params"]):
             steps += 1
             look()
+            seen = versions_of(weights)
+
+    def before_forward(*_):
+        nonlocal seen
+        if seen != versions_of(masked_weights()):  # the first pass after a step need not look again
+            look()
+        seen = None  # the next one must: what is done to weight.data changes no version
 
     look()
-    hooks = [register_optimizer_step_post_hook(after_step), model.register_forward_pre_hook(look)]
+    hooks = [register_optimizer_step_post_hook(after_step), model.register_forward_pre_hook(before_forward)]
     try:
         yield
         look()

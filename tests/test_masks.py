@@ -484,6 +484,12 @@ def test_weights_are_watched_without_an_optimizer_too():
     apply_masks(model, masks)
     with pytest.raises(RuntimeError, match="pruned weights of 'head.weight' are not zero: "), watch(model, masks):
         model.head.weight.data.add_(1)  # neither a step nor a forward pass follows
+    apply_masks(model, masks)
+    with pytest.raises(RuntimeError, match="after step 0, .* 'head.weight'"), watch(model, masks):
+        for _ in range(2):  # as a loop without an optimizer would
+            model(x)
+            model.head.weight.data.add_(1)
+        pytest.fail("seen before the second forward pass")
     assert_no_hooks(model)
     with watch(model, masks, repair=True):
         model.load_state_dict(dense, assign=True)
@@ -491,6 +497,19 @@ def test_weights_are_watched_without_an_optimizer_too():
             parameter.requires_grad_()
         (model(x).sum() + model(2 * x).sum()).backward()  # two passes before one backward
     assert sparsity(model, masks) == sparsity(masks)
+
+
+def test_a_state_that_is_loaded_after_a_step_is_seen_before_the_next_one():
+    model, masks, x, y = data_and_network()
+    dense, optimizer = model.state_dict(), OPTIMIZERS["sgd"](model.parameters())
+    dense = {name: tensor.clone() for name, tensor in dense.items()}
+    apply_masks(model, masks)
+    with pytest.raises(RuntimeError, match="after step 2, "), watch(model, masks):
+        for _ in range(2):
+            step(model, optimizer, x, y, masks)
+        model.load_state_dict(dense)
+        step(model, optimizer, x, y, masks)
+        pytest.fail("seen before the forward pass")
 
 
 def test_steps_are_those_of_the_networks_own_optimizer():
