@@ -17,8 +17,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "masks": ("apply_masks", "load_masks", "save_masks", "sparsity"),
-    "pruning": ("magnitude_masks", "prunable_weights"),
+    "masks": ("apply_masks", "load_masks", "masks_of", "prunable_weights", "save_masks", "sparsity", "watch"),
+    "pruning": ("magnitude_masks",),
     "matching": ("align", "match_activations", "match_weights", "permutation_groups", "permute"),
     "sparse": ("FanInLinear", "condense"),
     "training": ("Recipe", "evaluate", "fit"),

@@ -14,7 +14,7 @@ import torch
 from permask_core.data import DATASETS, check_options
 from permask_core.experiments.queue import fitted, run_batched
 from permask_core.experiments.stages import Settings, content, data, run_jobs, train_stage
-from permask_core.masks import layer_sparsity
+from permask_core.masks import layer_sparsity, prunable_weights
 from permask_core.masks import sparsity as sparsity_of
 from permask_core.matching import Groups, match_activations, match_weights, permutation_groups, permute
 from permask_core.models import MODELS, build_model
@@ -26,7 +26,6 @@ from permask_core.pruning import (
     check_sparsity,
     full_rounds,
     iterative_magnitude_pruning,
-    prunable_weights,
     random_masks,
 )
 from permask_core.runs.checks import check_integer, check_lists, check_one_of, check_work
