@@ -405,14 +405,12 @@ def test_labels_that_are_no_classes_are_refused(residual, labels, said):
             mixtures(model, [a, b], [[0.5, 0.5]], (INPUTS, labels), **more)
 
 
-def test_one_tensor_is_no_list_of_batches(residual):
-    model, (a, b, c) = residual[0], states_of(residual)
+def test_batches_may_be_one_tensor(residual):
+    a, b = states_of(residual[:2])
     for correction in ("reset", "repair"):
-        for call in (between, lambda *given, **more: line(*given, SPLIT, points=3, **more)):
-            with pytest.raises(ValueError, match=r"batches is one tensor of shape \[60, 1, 8, 8\]: .* such as \[x\]"):
-                call(model, a, b, correction=correction, batches=INPUTS)
-    with pytest.raises(ValueError, match="batches is one tensor"):
-        surface(model, plane_through(a, b, c), [0.0], [0.0], SPLIT, batches=INPUTS)
+        one, other = (line(residual[0], a, b, SPLIT, points=3, correction=correction, batches=batches)
+                      for batches in (INPUTS, [INPUTS]))
+        assert np.array_equal(one.losses, other.losses)
 
 
 def test_empty_values_and_text_are_refused(mlps):
