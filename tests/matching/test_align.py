@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from permask_core.masks import apply_masks
+from permask_core.masks import apply_masks, prunable_weights
 from permask_core.matching import (
     Entry,
     Group,
@@ -20,7 +20,7 @@ from permask_core.matching import (
     reset_batchnorm,
 )
 from permask_core.models import build_model
-from permask_core.pruning import magnitude_masks, prunable_weights
+from permask_core.pruning import magnitude_masks
 
 SHAPE = (3, 8, 8)
 
