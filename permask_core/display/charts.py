@@ -63,7 +63,7 @@ def line_chart(rows, x, y, *, by="method", looks=None, dashes=None, levels=None,
         names = draw_lines(panel, rows, x, column, by=by, looks=looks, dashes=dashes, levels=levels, place=place,
                            ticks=ticks, bars=bars)
         panel.set(xlabel=xlabel or x, ylabel=label, **axes)
-    label_ends(panel, names)
+    label_ends(panel, names, panel.get_xlim()[1] if levels is not None else None)  # a level reaches the edge
     return figure
 
 
