@@ -155,7 +155,7 @@ def label_ends(axes, names, x=None):
         x = max((np.max(line.get_xdata()) for line in axes.lines if line.get_transform() == axes.transData), default=1)
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # final from here on
     height = 72 * axes.figure.get_figheight() * axes.get_position().height  # points, before the layout is settled
-    step, names = 13 / height, sorted(names, key=lambda name: name[0])
+    step, names = 12 / height, sorted(names, key=lambda name: name[0])
     ends = axes.transAxes.inverted().transform(axes.transData.transform([(x, y) for y, _, _ in names]))[:, 1]
     # Heights with a gap of at least a step, nearest in the least-squares sense, are an isotonic regression.
     ladder = step * np.arange(len(names))
