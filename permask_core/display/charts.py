@@ -151,15 +151,19 @@ def label_ends(axes, names, x=None):
     x : float, optional
         Where the lines end; by default where the furthest does.
     """
+    if not names:
+        return
     if x is None:
         x = max((np.max(line.get_xdata()) for line in axes.lines if line.get_transform() == axes.transData), default=1)
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # final from here on
     height = 72 * axes.figure.get_figheight() * axes.get_position().height  # points, before the layout is settled
     step, names = 12 / height, sorted(names, key=lambda name: name[0])
     ends = axes.transAxes.inverted().transform(axes.transData.transform([(x, y) for y, _, _ in names]))[:, 1]
-    # Heights with a gap of at least a step, nearest in the least-squares sense, are an isotonic regression.
+    # Heights with a gap of at least a step, nearest in the least-squares sense, are an isotonic regression. They stay
+    # beside the axes, clear of the tick labels below.
     ladder = step * np.arange(len(names))
-    for end, (_, text, color) in zip(isotonic_regression(ends - ladder).x + ladder, names):
+    heights = isotonic_regression(ends - ladder).x.clip(0.03, max(0.03, 1 - ladder[-1])) + ladder
+    for end, (_, text, color) in zip(heights, names):
         axes.annotate(text, (x, end), xycoords=("data", "axes fraction"), xytext=(10, 0), textcoords="offset points",
                       color=color, va="center", fontweight="bold", fontsize=9, annotation_clip=False)
 

@@ -142,3 +142,9 @@ def test_a_heatmap_shows_its_matrix():
     assert image.get_clim() == (0, 2) and bar.get_ylabel() == "share (%)"
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["cat", "dog"]
     assert image.get_cmap() == mpl.colormaps["cividis"]
+
+
+def test_names_of_lines_at_the_bottom_stay_above_the_tick_labels():
+    figure = line_chart(ROWS.assign(loss=0.001 * ROWS["loss"]), "width", "loss", ylim=(0, 9))
+    boxes = texts(figure.axes[0]).values()
+    assert min((box.y0 + box.y1) / 2 for box in boxes) > figure.axes[0].get_window_extent().y0
