@@ -13,9 +13,9 @@ from scipy.optimize import isotonic_regression
 from permask_core.display.control import svg
 from permask_core.display.style import DASHED, look, new_figure
 from permask_core.evaluation.statistics import Interval, mean_interval
-from permask_core.runs.files import plain, write_whole
+from permask_core.runs.files import write_whole
 from permask_core.runs.processes import default_device
-from permask_core.runs.store import commit, device_name, versions
+from permask_core.runs.store import commit, device_name, plain, versions
 
 LINES = {"weights": "-", "activations": (0, (2, 1.5)), "": "-"}
 
