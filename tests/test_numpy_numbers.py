@@ -17,7 +17,7 @@ from permask_core.matching import (
     random_permutations,
 )
 from permask_core.models import build_model
-from permask_core.pruning import erk_densities, magnitude_masks, prunable_weights, random_masks
+from permask_core.pruning import magnitude_masks, prunable_weights, random_masks
 from permask_core.runs.checks import check_integer, check_work, is_integer
 from permask_core.runs.store import Store, check_folder
 from permask_core.runs.tables import read_table, write_table
@@ -69,11 +69,6 @@ def test_results_are_those_of_pythons_numbers(function, positional, named):
     assert len(tensors_of(found)) == len(tensors_of(expected)) > 0
     for one, other in zip(tensors_of(found), tensors_of(expected)):
         assert one.dtype == other.dtype and torch.equal(one, other)
-
-
-def test_densities_are_those_of_pythons_numbers():
-    shapes = {"a": torch.zeros(20, 30), "b": torch.zeros(30, 10)}
-    assert erk_densities(shapes, np.float32(0.25)) == erk_densities(shapes, 0.25)
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.int16(3)])

@@ -68,7 +68,7 @@ class Experiment:
             raise ValueError(f"points is {self.points}: expected at least a batch of {self.recipe.batch_size}")
 
     @property
-    def make_multilabel(self):
+    def planted(self):
         return self.dataset == "planted"
 
     @property
