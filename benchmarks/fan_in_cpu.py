@@ -144,7 +144,7 @@ def kept_bytes(layer):
     optimizer.step()
     tensors = [*layer.parameters(), *(parameter.grad for parameter in layer.parameters()), *layer.buffers(),
                *(value for state in optimizer.state.values() for value in state.values() if value.ndim),
-               *(layer.transposed() if isinstance(layer, FanInLinear) else ())]
+               *(layer.transpose() if isinstance(layer, FanInLinear) else ())]
     return sum(tensor.nbytes for tensor in tensors)
 
 

@@ -56,7 +56,7 @@ def digits_parts():
     start, a, b = permuted_masks.build_network(EXPERIMENT).state_dict(), train(), train(seed=1)
     groups = permutation_groups(a, data.train.x[:2])
     found = match_weights(groups, a.state_dict(), b.state_dict())
-    batches = data.train.x.split(1000)
+    batches = data.train.x  # in batches of 1000
 
     def imp_round():
         """Prune a fifth, train, and prune to 30 %: exactly one training."""

@@ -88,7 +88,7 @@ def networks(chosen, store, seed, sparsity):
     zeros, fan_in = map(permuted_masks.build_network, masked.values(), states)
     masks = permuted_masks.method_masks(masked["fan_in"], store, seed, sparsity, "permuted", "weights")
     return {"dense": (dense, dense), "zeros": (zeros, zeros), "trimmed": (trimmed(zeros), zeros),
-            "CSR": (with_csr(zeros), zeros), "fan-in": (condense(fan_in, masks)[0], fan_in)}
+            "CSR": (with_csr(zeros), zeros), "fan-in": (condense(fan_in, masks).model, fan_in)}
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "masks": ("apply_masks", "load_masks", "save_masks", "sparsity"),
-    "pruning": ("magnitude_masks", "prunable_weights"),
-    "matching": ("match_activations", "match_weights", "permutation_groups", "permute"),
-    "sparse": ("FanInLinear", "condense"),
-    "training": ("Recipe", "evaluate", "fit"),
+    "masks": ("apply_masks", "load_masks", "masks_of", "prunable_weights", "save_masks", "sparsity", "watch"),
+    "pruning": ("magnitude_masks",),
+    "matching": ("align", "match_activations", "match_weights", "permutation_groups", "permute"),
+    "sparse": ("FanInLinear", "Rewiring", "Topology", "condense"),
+    "training": ("Recipe", "evaluate", "fit", "predict"),
 }
 _HOME = {name: room for room, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

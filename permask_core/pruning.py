@@ -8,34 +8,11 @@ from numbers import Real
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from permask_core.masks import Masks, check_fit, sparsity
 
 FLAVOURS = ("rewind", "finetune")
 SCOPES = ("global", "layer", "fan_in")
-PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NOT_PRUNED = ("shortcut", "downsample")
-
-
-def prunable_weights(model, *, shortcuts=False):
-    """The weights that may be pruned: linear and convolution, stem and classifier included, shortcuts not.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    shortcuts : bool
-        Whether convolutions of shortcuts are among them, as the literature on dynamic sparse training has it.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        Keyed like the ``state_dict``, detached, sharing memory with the model. Biases and norms are never in it, nor
-        is anything below a module called ``shortcut`` or ``downsample``, unless asked for. Its size is the denominator
-        of every sparsity.
-    """
-    return {f"{name}.weight": module.weight.detach() for name, module in model.named_modules()
-            if isinstance(module, PRUNABLE) and (shortcuts or not set(name.split(".")) & set(NOT_PRUNED))}
 
 
 def check_sparsity(value):
@@ -52,7 +29,7 @@ def magnitude_masks(state, sparsity, scope="global", previous=None):
     ----------
     state : dict of str to torch.Tensor
         A ``state_dict`` or a part of it. Pruned are the tensors that ``previous`` names; without it, all of two or
-        more axes. Use :func:`prunable_weights` to leave out shortcuts.
+        more axes. Use :func:`permask_core.masks.prunable_weights` to leave out shortcuts.
     sparsity : float
         Fraction of zeros in (0, 1), over all pruned tensors together (``global``) or in each of them (``layer``);
         the count of zeros is that fraction rounded to the nearest whole weight.

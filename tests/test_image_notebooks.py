@@ -11,8 +11,8 @@ from scipy import stats
 
 from permask_core.experiments import presets
 from permask_core.experiments.permuted_masks import run
+from permask_core.masks import prunable_weights
 from permask_core.models import build_model
-from permask_core.pruning import prunable_weights
 from permask_core.runs.files import save_tensors
 from permask_core.runs.processes import default_device
 from permask_core.runs.store import Store, device_name, versions

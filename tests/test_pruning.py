@@ -8,7 +8,6 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from torch import nn
 
 from permask_core.masks import layer_sparsity, sparsity
 from permask_core.pruning import (
@@ -16,7 +15,6 @@ from permask_core.pruning import (
     erk_densities,
     iterative_magnitude_pruning,
     magnitude_masks,
-    prunable_weights,
     random_masks,
 )
 
@@ -124,16 +122,6 @@ def test_previous_masks_say_which_tensors_are_pruned_and_hide_what_was_dropped()
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         magnitude_masks(**{"state": normal_state(0), "sparsity": 0.5, **change})
-
-
-def test_prunable_are_linear_and_convolution_weights_but_no_shortcuts():
-    block = nn.ModuleDict({"conv": nn.Conv2d(2, 2, 3), "shortcut": nn.Sequential(nn.Conv2d(2, 2, 1))})
-    model = nn.ModuleDict({"stem": nn.Conv2d(1, 2, 3), "norm": nn.BatchNorm2d(2), "block": block,
-                           "head": nn.Linear(2, 2)})
-    weights = prunable_weights(model)
-    assert set(weights) == {"stem.weight", "head.weight", "block.conv.weight"}
-    assert weights["head.weight"].data_ptr() == model["head"].weight.data_ptr()
-    assert not weights["head.weight"].requires_grad
 
 
 @given(st.floats(0, 1), st.integers(0, 1000))

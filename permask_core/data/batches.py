@@ -88,11 +88,17 @@ def take_apart(batch):
     raise ValueError(f"a batch is {type(batch).__name__}: expected a tensor, a tuple of inputs and targets, or a dict")
 
 
+def arguments(inputs):
+    """Positional and named arguments of a model: one of a tensor, several of a tuple, named ones of a dict."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
+
+
 def call(model, inputs):
     """What a model answers to inputs: a tensor, a tuple of arguments or a dict of named ones."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    positional, named = arguments(inputs)
+    return model(*positional, **named)
 
 
 def logits_of(output):

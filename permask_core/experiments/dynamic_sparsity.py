@@ -16,11 +16,11 @@ import torch
 
 from permask_core.data import DATASETS, check_options
 from permask_core.experiments.stages import Settings, content, data, replace_settings, run_jobs, train_stage
-from permask_core.masks import layer_sparsity
+from permask_core.masks import layer_sparsity, prunable_weights
 from permask_core.masks import sparsity as sparsity_of
 from permask_core.models import MODELS, build_model
 from permask_core.models.scaling import scaled
-from permask_core.pruning import check_sparsity, erk_densities, prunable_weights, random_masks
+from permask_core.pruning import check_sparsity, erk_densities, random_masks
 from permask_core.runs.checks import check_integer, check_lists, check_one_of, check_work
 from permask_core.sparse.dynamic import Rewiring, constant_fan_in_masks
 from permask_core.sparse.initialisation import sparse_init

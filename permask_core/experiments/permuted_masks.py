@@ -14,7 +14,7 @@ import torch
 from permask_core.data import DATASETS, check_options
 from permask_core.experiments.queue import fitted, run_batched
 from permask_core.experiments.stages import Settings, content, data, run_jobs, train_stage
-from permask_core.masks import layer_sparsity
+from permask_core.masks import layer_sparsity, prunable_weights
 from permask_core.masks import sparsity as sparsity_of
 from permask_core.matching import Groups, match_activations, match_weights, permutation_groups, permute
 from permask_core.models import MODELS, build_model
@@ -26,7 +26,6 @@ from permask_core.pruning import (
     check_sparsity,
     full_rounds,
     iterative_magnitude_pruning,
-    prunable_weights,
     random_masks,
 )
 from permask_core.runs.checks import check_integer, check_lists, check_one_of, check_work
@@ -215,7 +214,7 @@ def find_ticket(experiment, store, seed, sparsity):
 
             def train_round(unfinished):
                 run, _ = fitted(store, build_network(experiment, state), data(experiment).train, recipe, seed=2 * seed,
-                                masks=masks, processes=experiment.processes, resume=unfinished,
+                                masks=masks or None, processes=experiment.processes, resume=unfinished,
                                 description=f"pruning round {rounds}, seed {seed}")
                 return run.state, {"sparsity": sparsity_of(masks)}
 
@@ -305,12 +304,11 @@ def train_sparse(experiment, store, seed, sparsity, method, by=None, *, condense
             model = build_sparse_network(experiment, states[experiment.rewind], masks)
         achieved = sparsity_of(masks)
         if condensed:
-            model, left = condense(model, masks)
-            masks = {name: masks[name] for name in left} or None
+            model, masks, _ = condense(model, masks)
         _, evaluation = fitted(
             store, model, data(experiment).train,
             experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr), seed=10_000 + seed,
-            test=data(experiment).test, masks=masks, processes=experiment.processes, resume=unfinished,
+            test=data(experiment).test, masks=masks or None, processes=experiment.processes, resume=unfinished,
             description=f"{method} {by or ''} at {100 * sparsity:g} %, seed {seed}")
         return model.state_dict(), {**evaluation._asdict(), "achieved": achieved}
 

@@ -5,6 +5,7 @@ code moves B onto A; the permuted-mask paper moves A, whose mask is wanted, onto
 """
 
 from permask_core.matching.activations import activation_correlations, match_activations
+from permask_core.matching.align import Alignment, align
 from permask_core.matching.batchnorm import interpolate, repair, reset_batchnorm
 from permask_core.matching.checking import (
            check_function,
@@ -18,7 +19,7 @@ from permask_core.matching.permutations import Permutations, permute, random_per
 from permask_core.matching.tracer.trace import permutation_groups
 from permask_core.matching.weights import match_weights
 
-__all__ = ["Entry", "Fixed", "Group", "Groups", "Permutations", "Tap", "activation_correlations", "check_function",
-           "check_groups", "derangements", "draw_stable_weights", "draw_weights", "function_change", "interpolate",
-           "match_activations", "match_weights", "permutation_groups", "permute", "random_permutations", "repair",
-           "reset_batchnorm"]
+__all__ = ["Alignment", "Entry", "Fixed", "Group", "Groups", "Permutations", "Tap", "activation_correlations", "align",
+           "check_function", "check_groups", "derangements", "draw_stable_weights", "draw_weights", "function_change",
+           "interpolate", "match_activations", "match_weights", "permutation_groups", "permute", "random_permutations",
+           "repair", "reset_batchnorm"]

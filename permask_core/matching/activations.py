@@ -9,13 +9,13 @@ device of the target.
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import chain
 
 import torch
 
+from permask_core.data.batches import batches_of, call, to_device
 from permask_core.matching.groups import check_groups, indices
-from permask_core.matching.permutations import best_total, part_pairs, parts_of, steps_between
-from permask_core.models import evaluation_mode
+from permask_core.matching.nested import innermost_pairs, match_units, part_pairs, parts_of
+from permask_core.models import device_of, evaluation_mode
 
 
 def match_activations(groups, source_model, target_model, batches):
@@ -31,16 +31,8 @@ def match_activations(groups, source_model, target_model, batches):
         As :func:`permask_core.matching.permute` takes them.
     """
     parts = parts_of(groups)
-
-    def leaves(to, origin):
-        if to not in parts:
-            yield to, origin
-        else:
-            for _, _, a, b in part_pairs(parts, to, origin):
-                yield from leaves(a, b)
-
     outermost = [name for name, group in groups.items() if group.within is None]
-    pairs = [pair for name in outermost for pair in leaves(name, name)]
+    pairs = [pair for name in outermost for pair in innermost_pairs(parts, name, name)]
     correlations = _correlations(groups, source_model, target_model, batches, pairs)
 
     def similarity(to, origin):
@@ -48,11 +40,11 @@ def match_activations(groups, source_model, target_model, batches):
             return correlations[to, origin]
         total = torch.zeros(groups[to].size, groups[origin].size, dtype=torch.float64)
         for i, j, a, b in part_pairs(parts, to, origin):
-            total[i, j] += best_total(similarity(a, b))
+            total[i, j] += similarity(a, b).trace()
         return total
 
-    found = {at: order for name in outermost for at, order in steps_between(parts, similarity, name, name)}
-    return {name: found[name] for name in groups}
+    steps = {at: order for name in outermost for at, order in match_units(parts, similarity, name, name).steps.items()}
+    return {name: steps.get(name, torch.arange(group.size)) for name, group in groups.items()}
 
 
 def activation_correlations(groups, source_model, target_model, batches):
@@ -64,9 +56,9 @@ def activation_correlations(groups, source_model, target_model, batches):
         With taps: where each group's activations are read.
     source_model, target_model : torch.nn.Module
         Read in evaluation mode, where they are; their modes come back.
-    batches : iterable of torch.Tensor
-        Inputs, which both models see; of a tuple or list, as a DataLoader gives, the first. Passed over once. While the
-        target reads a batch, what the source's taps gave for it is held.
+    batches : Split, torch.Tensor, tuple of torch.Tensor, or iterable of batches
+        As :func:`permask_core.data.batches.batches_of` takes them; both models see the inputs. Passed over once. While
+        the target reads a batch, what the source's taps gave for it is held.
 
     Returns
     -------
@@ -81,28 +73,6 @@ def activation_correlations(groups, source_model, target_model, batches):
     """
     correlations = _correlations(groups, source_model, target_model, batches, [(name, name) for name in groups])
     return {name: correlation for (name, _), correlation in correlations.items()}
-
-
-def inputs(batches):
-    """The inputs in some batches: tensors, or the first of each tuple or list; ValueError if there are none, or one
-    tensor in their place, which would be taken row by row."""
-    if isinstance(batches, torch.Tensor):
-        raise ValueError(f"batches is one tensor of shape {list(batches.shape)}: expected an iterable of batches, such "
-                         "as [x]")
-    batch = None
-    for batch in batches:
-        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not isinstance(x, torch.Tensor):
-            raise ValueError(f"a batch is of type {type(batch).__name__}: expected a tensor of inputs, or a tuple or "
-                             "list that begins with it")
-        yield x
-    if batch is None:
-        raise ValueError("there are no batches: expected at least one")
-
-
-def device_of(model):
-    """Where a model's first tensor is."""
-    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def _correlations(groups, source_model, target_model, batches, pairs):
@@ -132,9 +102,10 @@ def _correlations(groups, source_model, target_model, batches, pairs):
                                    (target_model, origins, compare)):
             stack.enter_context(_tapped(model, {name: groups[name] for name in names}, read))
         devices = device_of(source_model), device_of(target_model)
-        for x in inputs(batches):
+        for inputs, _ in batches_of(batches):
             kept.clear(), seen.clear()
-            source_model(x.to(devices[0])), target_model(x.to(devices[1]))
+            for model, device in zip((source_model, target_model), devices):
+                call(model, to_device(inputs, device))
     correlations = {}
     for to, origin in pairs:
         for i, tap in enumerate(groups[to].taps):

@@ -16,10 +16,12 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
-from permask_core.matching.activations import device_of, inputs, samples
+from permask_core.data.batches import batches_of, call
+from permask_core.matching.activations import samples
 from permask_core.matching.weights import check_pair
-from permask_core.models import evaluation_mode
+from permask_core.models import device_of, evaluation_mode
 
 
 def interpolate(source, target, alpha):
@@ -58,9 +60,9 @@ def reset_batchnorm(model, batches):
     ----------
     model : torch.nn.Module
         Its modes come back. A BatchNorm that it does not call keeps its statistics.
-    batches : iterable of torch.Tensor
-        Inputs; of a tuple or list, as a DataLoader gives, the first. As large as in training, since the statistics of a
-        few samples are noise.
+    batches : Split, torch.Tensor, tuple of torch.Tensor, or iterable of batches
+        As :func:`permask_core.data.batches.batches_of` takes them; only the inputs are used. As large as in training,
+        since the statistics of a few samples are noise.
 
     Returns
     -------
@@ -75,14 +77,20 @@ def reset_batchnorm(model, batches):
     layers = resettable(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no BatchNorm: there is nothing to reset")
+    recompute_statistics(model, layers, batches)
+    return model
+
+
+def recompute_statistics(model, layers, batches):
+    """Recompute the statistics of these BatchNorms of the model, {name: layer}; the names of those that it calls."""
     moments, n = {name: _Moments() for name in layers}, 0
 
     def read(name, layer, given, output):
         moments[name].add(_units(layer, given[0]))
 
     with evaluation_mode(model), _by_batch(layers.values()), _hooked(layers, read):
-        for x in inputs(batches):
-            model(x.to(device_of(model)))
+        for inputs, _ in batches_of(batches, device_of(model)):
+            call(model, inputs)
             n += 1
     _check_finite(moments)
     for name, layer in layers.items():
@@ -91,7 +99,7 @@ def reset_batchnorm(model, batches):
             layer.running_var.copy_(moments[name].squares / max(moments[name].n - 1, 1))
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(n)
-    return model
+    return [name for name in layers if moments[name].n]
 
 
 def resettable(model):
@@ -120,8 +128,8 @@ def repair(source_model, target_model, batches, *, alpha=0.5):
     ----------
     source_model, target_model : torch.nn.Module
         Of one architecture, the source moved onto the target already. They stay as they are.
-    batches : iterable of torch.Tensor
-        Inputs, as for :func:`reset_batchnorm`; held for a pass over each of the three networks.
+    batches : Split, torch.Tensor, tuple of torch.Tensor, or iterable of batches
+        As for :func:`reset_batchnorm`; held for a pass over each of the three networks.
     alpha : float
         In [0, 1]; see :func:`interpolate`.
 
@@ -139,7 +147,7 @@ def repair(source_model, target_model, batches, *, alpha=0.5):
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha!r}: expected a number in [0, 1]")
     state = interpolate(source_model.state_dict(), target_model.state_dict(), alpha)
-    batches = list(inputs(batches))
+    batches = list(batches_of(batches))
     source, target = (_statistics(model, batches) for model in (source_model, target_model))
     goals = {name: tuple(torch.lerp(a.to(b), b, alpha) for a, b in zip(source[name], target[name]))
              for name in target if name in source}
@@ -159,8 +167,8 @@ def repair(source_model, target_model, batches, *, alpha=0.5):
         return output * factor + shift
 
     with evaluation_mode(model), _by_batch(norms), _hooked(layers, correct):
-        for x in batches:
-            model(x.to(device_of(model)))
+        for inputs, _ in batches_of(batches, device_of(model)):
+            call(model, inputs)
     _check_finite(moments)
     with torch.no_grad():
         for name, layer in layers.items():
@@ -180,9 +188,9 @@ def _statistics(model, batches):
         outputs[name] = weakref.ref(output)  # to be known again, but not held
 
     with evaluation_mode(model), _hooked(layers, read):
-        for x in batches:
-            answer = model(x.to(device_of(model)))
-            last = [name for name, output in outputs.items() if output() is answer]
+        for inputs, _ in batches_of(batches, device_of(model)):
+            answer = call(model, inputs)
+            last = [name for name, output in outputs.items() if any(output() is one for one in tree_leaves(answer))]
     _check_finite(moments)
     return {name: (m.mean, m.std()) for name, m in moments.items() if m.n and name not in last}
 

@@ -9,15 +9,9 @@ import copy
 import torch
 from torch.utils import _pytree as pytree
 
+from permask_core.data.batches import arguments, call
 from permask_core.matching.permutations import permute
 from permask_core.models import evaluation_mode
-
-
-def arguments(example_input):
-    """Positional and keyword arguments from a tensor, a tuple or a dict."""
-    if isinstance(example_input, dict):
-        return (), example_input
-    return (tuple(example_input), {}) if isinstance(example_input, (tuple, list)) else ((example_input,), {})
 
 
 def draw_weights(model, *, seed=0, gain=2.0):
@@ -88,15 +82,14 @@ def function_change(groups, permutations, model, example_input):
 
 def _change(model, state, example_input):
     """The largest change of an output with the weights of ``state``, in standard deviations of the outputs."""
-    args, kwargs = arguments(example_input)
     first = {}  # of a tensor with two names, functional_call takes one
     state = {name: state[first.setdefault(id(tensor), name)]
              for name, tensor in model.state_dict(keep_vars=True).items()}
     with evaluation_mode(model), torch.random.fork_rng(devices=[]):
         random_state = torch.get_rng_state()
-        before = _outputs(model(*args, **kwargs))
+        before = _outputs(call(model, example_input))
         torch.set_rng_state(random_state)
-        after = _outputs(torch.func.functional_call(model, state, args, kwargs))
+        after = _outputs(torch.func.functional_call(model, state, *arguments(example_input)))
     if not (before.isfinite().all() and before.any()):
         raise ValueError(f"of {before.numel()} outputs, {int((~before.isfinite()).sum())} are not finite and "
                          f"{int((before == 0).sum())} are 0: nothing can be said of the function")

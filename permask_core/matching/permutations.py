@@ -1,7 +1,5 @@
 """Moving units: permutations applied to weights or masks, and the assignment that finds them."""
 
-from itertools import product
-
 import torch
 from scipy.optimize import linear_sum_assignment
 
@@ -37,7 +35,7 @@ def permute(groups, permutations, tensors):
     Raises
     ------
     ValueError
-        If the groups do not fit the tensors, or a permutation is unknown or none.
+        If the groups do not fit the tensors, or a key is no group's or a value not a permutation of its units.
     """
     check_groups(groups, tensors)
     orders = {}
@@ -58,6 +56,12 @@ def permute_(groups, permutations, tensors):
     """:func:`permute` in place and unchecked: what is within a unit first, before the unit moves."""
     for name in sorted(permutations, key=lambda name: -depth(groups, name)):
         move_(groups[name], permutations[name], tensors)
+
+
+def unpermute_(groups, permutations, tensors):
+    """What :func:`permute_` did is undone, to the last bit."""
+    for name in sorted(permutations, key=lambda name: depth(groups, name)):
+        move_(groups[name], permutations[name].argsort(), tensors)
 
 
 def move_(group, permutation, tensors):
@@ -92,59 +96,3 @@ def assign(similarity):
     rows, columns = linear_sum_assignment(similarity.cpu().double().numpy(), maximize=True)
     assert (rows == range(len(rows))).all()  # scipy returns rows in order
     return torch.from_numpy(columns).long()
-
-
-def best_total(similarity):
-    """The total similarity, a float, under the permutation that :func:`assign` finds."""
-    similarity = similarity.cpu().double()
-    return float(similarity[torch.arange(len(similarity)), assign(similarity)].sum())
-
-
-def parts_of(groups):
-    """The groups within each unit of other groups, {outer: {unit: [names]}}.
-
-    Raises ValueError unless all units of a group are made alike: a unit that moves takes its parts to the next one's.
-    """
-    parts = {}
-    for name, group in groups.items():
-        if group.within is not None:
-            outer, unit = group.within
-            parts.setdefault(outer, {}).setdefault(unit, []).append(name)
-    for outer, units in parts.items():
-        kinds = [[(groups[name].size, [entry[:2] for entry in groups[name].entries]) for name in units.get(unit, ())]
-                 for unit in range(groups[outer].size)]
-        for unit, kind in enumerate(kinds):
-            if kind != kinds[0]:
-                raise ValueError(f"the groups within units 0 and {unit} of {outer!r} differ: expected the same sizes, "
-                                 "tensors and axes within every unit")
-    return parts
-
-
-def part_pairs(parts, to, origin):
-    """(i, j, a, b): unit i of ``to`` has the part ``a`` where unit j of ``origin`` has the part ``b``."""
-    for (i, inside), (j, others) in product(parts[to].items(), parts[origin].items()):
-        for a, b in zip(inside, others):
-            yield i, j, a, b
-
-
-def steps_between(parts, similarity, to, origin):
-    """What moves the units of one group to those of another, or of itself, and parts of units to parts.
-
-    Parameters
-    ----------
-    parts : dict
-        See :func:`parts_of`.
-    similarity : function of two names
-        The similarity of the units of the first group, in the target, and of the second, in the source.
-    to, origin : str
-
-    Yields
-    ------
-    (str, torch.Tensor)
-        A group in the source and its permutation; parts before what they are parts of.
-    """
-    order = assign(similarity(to, origin))
-    for unit, inside in parts.get(to, {}).items():
-        for a, b in zip(inside, parts[origin][int(order[unit])]):
-            yield from steps_between(parts, similarity, a, b)
-    yield origin, order

@@ -16,7 +16,7 @@ MODELS = {
     "vit_b_16": "transformer", "tiny_vit_5m": "transformer", "bert": "language", "distilbert": "language"}
 OF_TEXTS = ("bert", "distilbert")
 
-__all__ = ["MODELS", "build_model", "device_of", "evaluating", "module_of"]
+__all__ = ["MODELS", "build_model", "device_of", "evaluation_mode", "module_of"]
 
 
 def module_of(name):

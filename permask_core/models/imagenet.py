@@ -65,3 +65,4 @@ class ScaledVisionTransformer(torchvision.models.VisionTransformer):
             self.conv_proj = nn.Conv2d(channels, 64 * heads, 16, 16)
             nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / (channels * 16 * 16)))
             nn.init.zeros_(self.conv_proj.bias)
+        self.dense_weights = [name for name, _ in self.named_parameters() if name.endswith("in_proj_weight")]

@@ -29,3 +29,5 @@ class ScaledTinyVit(tiny_vit.TinyVit):
         for module in self.modules():
             if isinstance(module, tiny_vit.Attention):
                 module.__class__ = Attention
+        # Between stages; pruned only where the literature prunes shortcuts too.
+        self.shortcut_weights = [name for name, module in self.named_modules() if name.endswith("downsample")]

@@ -15,7 +15,7 @@ def vit_b_16(input_shape, classes, *, width=1.0):
     initialisation and ``forward`` are torchvision's own, so that its published weights load at width 1 and 224x224. The
     classifier starts at zero, as it does there. The patch projection takes the channels of ``input_shape``.
 
-    :func:`permask_core.pruning.prunable_weights` takes the patch projection, each layer's output projection and MLP,
+    :func:`permask_core.masks.prunable_weights` takes the patch projection, each layer's output projection and MLP,
     and the classifier. It leaves out the class token, the position embedding and ``in_proj_weight``, which holds the
     three input projections of an attention in one parameter and stays dense in SRigL too.
 

@@ -1,16 +1,20 @@
 """A trained network with masks of constant fan-in, rebuilt from layers that store nothing else."""
 
 import copy
+import dis
+import inspect
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from permask_core.data.batches import call
 from permask_core.masks import apply_masks, check_fit
+from permask_core.models import evaluation_mode
 from permask_core.sparse.fan_in import FanInLinear
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-READERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # of the weights of their linear layers
 
 
 class FanInPointwise(nn.Module):
@@ -30,9 +34,22 @@ class FanInPointwise(nn.Module):
         return self.linear(x[..., ::self.stride[0], ::self.stride[1]].movedim(-3, -1)).movedim(-1, -3).contiguous()
 
 
+class Condensed(NamedTuple):
+    """A condensed ``model``, the ``masks`` of the layers that stay dense, by their names in it, and of these layers
+    ``left``, by the names of the masks that were given, why each could not be replaced."""
+
+    model: nn.Module
+    masks: dict[str, torch.Tensor]
+    left: dict[str, str]
+
+
 @torch.no_grad()
-def condense(model, masks):
+def condense(model, masks, example_input=None):
     """Replace masked layers by fan-in layers wherever that computes the same.
+
+    A layer is left as it is if the model reads something of it that a fan-in layer does not have: as a rule its weight,
+    in ``F.linear(x, self.qkv.weight)``. That is seen in the ``forward`` of the module that the layer belongs to, and
+    wherever else it happens, when the model runs with an example.
 
     Parameters
     ----------
@@ -40,43 +57,68 @@ def condense(model, masks):
         Is left alone.
     masks : Masks
         Keyed like the ``state_dict``; [out, in] for linear layers, [out, in, 1, 1] for 1x1 convolutions.
+    example_input : torch.Tensor, tuple or dict, optional
+        A batch with which the model runs once, in evaluation mode (a tuple: its arguments, a dict: its keyword
+        arguments).
 
     Returns
     -------
-    model : torch.nn.Module
-        A copy that computes what the model computes under the masks. Layers that were not replaced are masked.
-    left : dict of str to str
-        The masks whose layers were not replaced, and why.
+    Condensed
+        Its model is a copy that computes what the model computes under the masks. Layers that were not replaced are
+        masked, and to train on they need the masks that it comes with, if there are any.
 
     Raises
     ------
     ValueError
         If a mask does not fit, or no layer could be replaced; the message has the reasons.
+
+    References
+    ----------
+    Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> condensed = condense(model, {"0.weight": torch.eye(6).bool()[:4], "2.weight": torch.ones(2, 4).bool()})
+    >>> condensed.model[0]
+    FanInLinear(in_features=6, out_features=4, fan_in=1, bias=True)
+    >>> list(condensed.masks), condensed.left
+    (['2.weight'], {'2.weight': 'its mask keeps every weight'})
     """
     check_fit(masks, model.state_dict())
     model = apply_masks(copy.deepcopy(model), masks)
     uses = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
-    left = {}
+    layers, reasons = {}, {}
     for name, mask in masks.items():
         owner, _, kind = name.rpartition(".")
-        module, (parent, _, child) = model.get_submodule(owner), owner.rpartition(".")
         try:
-            if owner and isinstance(model.get_submodule(parent), READERS):
-                raise ValueError(f"a {type(model.get_submodule(parent)).__name__} reads it without calling the layer")
-            layer = _replaced(module, kind, mask.to(module.weight.device) if kind == "weight" else mask, uses)
+            layers[owner] = _fan_in_layer(model.get_submodule(owner), kind, mask, uses)
         except ValueError as error:
-            left[name] = str(error)
-            continue
-        if not owner:
-            model = layer
-            continue
-        setattr(model.get_submodule(parent), child, layer)
-    if len(left) == len(masks):
+            reasons[name] = str(error)
+    for owner, attributes in _find_reads(model, layers, example_input).items():
+        lacking = sorted(attribute for attribute in attributes if not hasattr(layers[owner], attribute))
+        if lacking:
+            del layers[owner]
+            reasons[f"{owner}.weight"] = (f"the model reads its {', '.join(lacking)}, which a fan-in layer does not "
+                                          "have, instead of only calling it")
+    left = {name: reasons[name] for name in masks if name in reasons}
+    if not layers:
         raise ValueError("no layer can be replaced: " + "; ".join(f"{name}: {why}" for name, why in left.items()))
-    return model, left
+    for owner, layer in layers.items():
+        if owner:
+            model.set_submodule(owner, layer)
+        else:
+            model = layer
+
+    def name_in_model(name):
+        owner, _, kind = name.rpartition(".")
+        return f"{owner}.linear.{kind}".lstrip(".") if isinstance(layers.get(owner), FanInPointwise) else name
+
+    return Condensed(model, {name_in_model(name): masks[name] for name in left}, left)
 
 
-def _replaced(module, kind, mask, uses):
+def _fan_in_layer(module, kind, mask, uses):
+    """The fan-in layer that computes what the module computes; ValueError, with the reason, if there is none."""
     if kind != "weight" or type(module) not in (nn.Linear, nn.Conv2d):
         raise ValueError(f"it is the {kind} of a {type(module).__name__}: expected that of a Linear or a 1x1 Conv2d")
     if uses[id(module.weight)] > 1:
@@ -86,7 +128,7 @@ def _replaced(module, kind, mask, uses):
     if any(getattr(module, hooks) for hooks in HOOKS):
         raise ValueError("it has hooks, which would be lost")
     if type(module) is nn.Linear:
-        return _fan_in(module, mask)
+        return _condense_linear(module, mask)
     if module.kernel_size != (1, 1) or module.groups > 1 or any(module.padding):
         raise ValueError(f"a convolution with kernel {module.kernel_size}, groups {module.groups} and padding "
                          f"{module.padding}: expected (1, 1), 1 and none")
@@ -94,10 +136,55 @@ def _replaced(module, kind, mask, uses):
     linear = nn.utils.skip_init(nn.Linear, *mask.shape[::-1], bias=False, device=module.weight.device)
     linear.weight = nn.Parameter(module.weight[:, :, 0, 0], module.weight.requires_grad)
     linear.bias = module.bias
-    return FanInPointwise(_fan_in(linear.train(module.training), mask), module.stride).train(module.training)
+    return FanInPointwise(_condense_linear(linear.train(module.training), mask), module.stride).train(module.training)
 
 
-def _fan_in(linear, mask):
-    layer = FanInLinear.from_dense(linear, mask)
+def _condense_linear(linear, mask):
+    layer = FanInLinear.from_dense(linear, mask.to(linear.weight.device))
     layer.bias = linear.bias  # the parameter itself, which may be another layer's too
     return layer
+
+
+def _find_reads(model, layers, example_input):
+    """The attributes of each of these layers, by name, that the model reads, apart from calling the layer."""
+    reads = {}
+    for owner in layers:
+        parent, _, child = owner.rpartition(".")
+        reads[owner] = _find_reads_in_code(model.get_submodule(parent), child)
+    if example_input is not None:
+        probes = {owner: _Probe(model.get_submodule(owner)) for owner in layers if owner}
+        for owner, probe in probes.items():
+            model.set_submodule(owner, probe)
+        with evaluation_mode(model):
+            call(model, example_input)
+        for owner, probe in probes.items():
+            model.set_submodule(owner, probe.layer)
+            reads[owner] |= probe.reads
+    return reads
+
+
+def _find_reads_in_code(parent, child):
+    """The attributes of its ``child`` that a module's ``forward`` reads, as ``weight`` in ``self.child.weight``."""
+    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)  # compiled elsewhere it has none
+    loads = [step.argval if step.opname in ("LOAD_ATTR", "LOAD_METHOD") else None
+             for step in (dis.get_instructions(code) if code else ())]
+    return {attribute for name, attribute in zip(loads, loads[1:]) if name == child and attribute}
+
+
+class _Probe(nn.Module):
+    """Stands in for a layer, and notes which of its attributes are read."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.reads = layer, set()
+
+    def __getattr__(self, name):
+        layer = super().__getattr__("layer")
+        if name == "layer":
+            return layer
+        value = getattr(layer, name)
+        self.reads.add(name)
+        return value
+
+    def forward(self, *inputs):
+        return self.layer(*inputs)

@@ -4,8 +4,9 @@ Every few steps each layer drops connections of small magnitude and grows as man
 at random (SET), where the gradient is largest (RigL), or there under the constraint that every neuron keeps the same
 number of connections, or none (SRigL). The three steps are pure functions over lists of connections, so that they are
 the same for a weight under a mask and for a :class:`~permask_core.sparse.FanInLinear`, which has no dense weight. A
-:class:`Topology` applies them to a model; :func:`permask_core.training.fit` does so with ``rewiring``. Equal values are
-ranked by position, earlier first, on every device.
+:class:`Topology` applies them to a model in any training loop, by one call in the place of ``optimizer.step()``;
+:func:`permask_core.training.fit` does so with ``rewiring``. Equal values are ranked by position, earlier first, on
+every device.
 
 Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
 science", Nature Communications 2018 (SET); Evci et al., "Rigging the Lottery", ICML 2020 (RigL); Lasby et al., "Dynamic
@@ -14,14 +15,18 @@ Sparse Training with Structured Sparsity", ICLR 2024 (SRigL).
 
 import math
 import warnings
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from permask_core.data.splits import mix_seed
 from permask_core.masks import check_fit
+from permask_core.runs.checks import check_integer
 from permask_core.runs.processes import of_first
 from permask_core.sparse.fan_in import FanInLinear, sample_columns
 
@@ -35,7 +40,7 @@ class Rewiring:
 
     method: str  # "set", "rigl" or "srigl"
     every: int = 100  # steps from one rewiring to the next (Delta T)
-    until: float = 0.75  # fraction of all steps from which on the connections stay
+    until: float = 0.75  # fraction of all steps after which connections no longer move
     fraction: float = 0.3  # of a layer's connections, dropped at first (alpha); falls to 0 along a half cosine
     min_salient: float | None = 0.3  # SRigL: salient weights a neuron needs, of its fan-in; None: no neuron is ablated
     unablated: tuple[str, ...] | None = None  # SRigL: layers that keep all their neurons; by default the model's last
@@ -45,15 +50,17 @@ class Rewiring:
     def __post_init__(self):
         for name, kind, expected, fits in (
             ("method", str, f"one of {', '.join(METHODS)}", lambda v: v in METHODS),
-            ("every", int, "an integer of at least 1", lambda v: v >= 1),
-            ("until", (int, float), "a number in (0, 1]", lambda v: 0 < v <= 1),
-            ("fraction", (int, float), "a number in (0, 1]", lambda v: 0 < v <= 1),
-            ("min_salient", (int, float, type(None)), "a number in (0, 1] or None", lambda v: v is None or 0 < v <= 1),
+            ("every", Integral, "an integer of at least 1", lambda v: v >= 1),
+            ("until", Real, "a number in (0, 1]", lambda v: 0 < v <= 1),
+            ("fraction", Real, "a number in (0, 1]", lambda v: 0 < v <= 1),
+            ("min_salient", (Real, type(None)), "a number in (0, 1] or None", lambda v: v is None or 0 < v <= 1),
             ("unablated", (tuple, list, type(None)), "names of layers", lambda v: True),
         ):
             value = getattr(self, name)
-            if not isinstance(value, kind) or not fits(value):
+            if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
                 raise ValueError(f"{name} is {value!r}: expected {expected}")
+            if isinstance(value, np.generic):  # a plain number, which JSON can hold
+                object.__setattr__(self, name, value.item())
         for name in ("unablated", "densities"):
             if self.method != "srigl" and getattr(self, name) is not None:
                 raise ValueError(f"{name} is {getattr(self, name)!r} with method {self.method!r}: only 'srigl' uses it")
@@ -67,7 +74,7 @@ class Rewiring:
         return self.fraction / 2 * (1 + math.cos(math.pi * step / int(self.until * steps)))
 
 
-class Active(NamedTuple):
+class Connections(NamedTuple):
     """A layer's connections, row by row and by column within a row: ``rows`` and ``columns`` int64 [nnz],
     ``magnitudes`` [nnz], the absolute weights; and the ``shape`` (out, in) of the dense weight."""
 
@@ -77,9 +84,9 @@ class Active(NamedTuple):
     shape: tuple[int, int]
 
 
-def _dropped(fraction, n):
+def _drop_count(fraction, n):
     """How many of n connections a step drops."""
-    if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+    if not isinstance(fraction, Real) or isinstance(fraction, bool) or not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction!r}: expected a number in [0, 1]")
     return int(fraction * n)
 
@@ -89,7 +96,7 @@ def set_step(active, fraction, generator=None):
 
     Parameters
     ----------
-    active : Active
+    active : Connections
     fraction : float
         In [0, 1], of the connections to drop; their number is rounded down.
     generator : torch.Generator, optional
@@ -105,8 +112,18 @@ def set_step(active, fraction, generator=None):
     ------
     ValueError
         If the fraction is out of range.
+
+    References
+    ----------
+    Mocanu et al., Nature Communications 2018.
+
+    Examples
+    --------
+    >>> active = Connections(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0.9, 0.1]), (1, 2))
+    >>> set_step(active, 0.5)  # the only place that is free is the one of the connection that was dropped
+    (tensor([ True, False]), tensor([[0, 1]]))
     """
-    n_drop = _dropped(fraction, len(active.rows))
+    n_drop = _drop_count(fraction, len(active.rows))
     keep = _largest(active.magnitudes, len(active.rows) - n_drop)
     free = torch.ones(active.shape, dtype=torch.bool, device=keep.device)
     free[active.rows[keep], active.columns[keep]] = False
@@ -115,8 +132,8 @@ def set_step(active, fraction, generator=None):
 
 
 def set_rows_step(layer, fraction, generator=None):
-    """SET within each row of a :class:`~permask_core.sparse.FanInLinear`, whose fan-in k stays: as :func:`set_step`,
-    but floor(fraction k) connections of every active neuron.
+    """SET within each row of a :class:`~permask_core.sparse.FanInLinear`, which keeps its fan-in k: :func:`set_step`,
+    with floor(fraction k) connections of every active neuron.
 
     Parameters
     ----------
@@ -133,9 +150,15 @@ def set_rows_step(layer, fraction, generator=None):
     References
     ----------
     Ullah et al., "Navigating Extremes", NeurIPS 2024.
+
+    Examples
+    --------
+    >>> keep, grow = set_rows_step(FanInLinear(9, 4, fan_in=4), 0.5)
+    >>> keep.sum(1).tolist(), grow[:, 0].tolist()
+    ([2, 2, 2, 2], [0, 0, 1, 1, 2, 2, 3, 3])
     """
     (n, k), indices = layer.values.shape, layer.indices
-    n_drop = _dropped(fraction, k)
+    n_drop = _drop_count(fraction, k)
     keep = torch.zeros_like(indices, dtype=torch.bool)
     grow = indices.new_empty(n * n_drop, 2, dtype=torch.int64)
     step = max(1, CHUNK // k)  # what selects among a million rows would take more memory than they do
@@ -157,7 +180,7 @@ def rigl_step(active, scores, fraction):
 
     Parameters
     ----------
-    active : Active
+    active : Connections
     scores : callable
         ``scores(start, stop)`` gives the absolute gradients of these rows of the dense weight, [stop - start, in].
     fraction : float
@@ -171,8 +194,15 @@ def rigl_step(active, scores, fraction):
     References
     ----------
     Evci et al., ICML 2020, algorithm 1; connections that were just dropped compete, as in their code.
+
+    Examples
+    --------
+    >>> active = Connections(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0.9, 0.1]), (2, 2))
+    >>> gradient = torch.tensor([[0.0, 1.0], [3.0, -4.0]])
+    >>> rigl_step(active, lambda start, stop: gradient[start:stop].abs(), 0.5)
+    (tensor([ True, False]), tensor([[1, 1]]))
     """
-    n_drop = _dropped(fraction, len(active.rows))
+    n_drop = _drop_count(fraction, len(active.rows))
     keep = _largest(active.magnitudes, len(active.rows) - n_drop)
     best = _best(scores, active.shape, n_drop, active.rows[keep], active.columns[keep])
     return keep, _pairs(best, active.shape)
@@ -186,7 +216,7 @@ def srigl_step(active, scores, fraction, budget, min_salient=None):
 
     Parameters
     ----------
-    active : Active
+    active : Connections
         Of any fan-in.
     scores, fraction
         As for :func:`rigl_step`.
@@ -210,10 +240,17 @@ def srigl_step(active, scores, fraction, budget, min_salient=None):
     References
     ----------
     Lasby et al., ICLR 2024, section 3, and their code.
+
+    Examples
+    --------
+    >>> active = Connections(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0.9, 0.1]), (2, 2))
+    >>> gradient = torch.tensor([[0.0, 1.0], [3.0, -4.0]])
+    >>> srigl_step(active, lambda start, stop: gradient[start:stop].abs(), 0.5, budget=2)  # one for each neuron
+    (tensor([ True, False]), tensor([[1, 1]]))
     """
     (rows, columns, magnitudes, shape), (n_out, n_in) = active, active.shape
-    n_drop = _dropped(fraction, len(rows))
-    if not isinstance(budget, int) or not 1 <= budget <= n_out * n_in:
+    n_drop = _drop_count(fraction, len(rows))
+    if not isinstance(budget, Integral) or not 1 <= budget <= n_out * n_in:
         raise ValueError(f"budget is {budget!r}: expected an integer from 1 to {n_out * n_in}")
     if min_salient is not None and not 0 < min_salient <= 1:
         raise ValueError(f"min_salient is {min_salient!r}: expected a number in (0, 1] or None")
@@ -299,13 +336,16 @@ class _MaskedLayer:
 
     def active(self):
         rows, columns = self.mask.flatten(1).nonzero(as_tuple=True)
-        return Active(rows, columns, self.weight.detach().flatten(1)[rows, columns].abs(), self.shape)
+        return Connections(rows, columns, self.weight.detach().flatten(1)[rows, columns].abs(), self.shape)
 
     def set_step(self, active, fraction, generator):
         return set_step(active, fraction, generator)
 
     def fan_in(self):
         return self.mask.flatten(1).sum(1)
+
+    def apply(self):
+        self.weight.masked_fill_(~self.mask, 0)
 
     def has_gradients(self):
         return self.weight.grad is not None
@@ -338,8 +378,8 @@ class _FanInLayer:
 
     def active(self):
         rows = self.module.rows.repeat_interleave(self.module.fan_in)
-        return Active(rows, self.module.indices.flatten().long(), self.module.values.detach().flatten().abs(),
-                      self.shape)
+        magnitudes = self.module.values.detach().flatten().abs()
+        return Connections(rows, self.module.indices.flatten().long(), magnitudes, self.shape)
 
     def set_step(self, active, fraction, generator):
         return set_rows_step(self.module, fraction, generator)
@@ -348,11 +388,19 @@ class _FanInLayer:
         return self.module.rows.new_zeros(self.shape[0]).index_fill_(0, self.module.rows, self.module.fan_in)
 
     def watch(self):
-        self.caught = []
+        """From now on keep inputs [batch, in] and gradients of outputs [batch, out], for as long as gradients of the
+        values add up; the handle of the hook that does it."""
+        watched, caught = self.module, self.caught
+        caught.clear()
 
-        def catch(_, inputs, output):
-            x = inputs[0].detach()
-            output.register_hook(lambda gradient: self.caught.append((x, gradient.detach())))
+        def catch(module, inputs, output):
+            if module is not watched:  # a copy of it, which has its hooks
+                return
+            if module.values.grad is None:  # a new sum begins
+                caught.clear()
+            if output.requires_grad:
+                x = inputs[0].detach()
+                output.register_hook(lambda gradient: caught.append((x, gradient.detach())))
 
         return self.module.register_forward_hook(catch)
 
@@ -367,31 +415,22 @@ class _FanInLayer:
 
     def rewire(self, active, keep, grow, optimizer):
         self.module.rewire(keep.view(self.module.indices.shape), grow, optimizer)
-        self.caught = []  # [batch, out] can be large
+        self.caught.clear()  # [batch, out] can be large
 
 
 class Topology:
     """The connections of a model in training: those of weights under masks and of FanInLinear layers.
 
-    For a training loop of one's own::
-
-        topology = Topology(model, masks, Rewiring("srigl"), steps=1000, seed=0)
-        for step in range(1, 1001):
-            optimizer.zero_grad()
-            with topology.watching(step):
-                loss(model).backward()
-            if topology.due(step):
-                topology.rewire(step, optimizer)
-            else:
-                optimizer.step()
-                apply_masks(model, topology.masks)  # not where all is in FanInLinear layers
+    In a training loop, :meth:`step` takes the place of the optimizer's step and of applying masks. SRigL sees inputs
+    and output gradients of FanInLinear layers through hooks, which are there in the steps that rewire alone; so a model
+    that ``torch.compile`` has made needs ``torch._dynamo.config.skip_nnmodule_hook_guards = False``.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Its weights under masks are already 0 where the masks are.
+        Where it trains, on its device; is masked at once.
     masks : Masks or None
-        At the start; copied to where the weights are.
+        At the start; copied to where the weights are. None if all sparse layers are FanInLinear.
     rewiring : Rewiring
         Layers are called by their dense weight, as ``fc1.weight``, in whatever form they are stored. Those that keep
         everything are left alone.
@@ -404,6 +443,8 @@ class Topology:
     ----------
     masks : Masks
         The present ones, changed in place.
+    done : int
+        Steps taken so far.
     fan_in : dict of str to torch.Tensor
         int32 [1 + rewirings, out], on the CPU: the connections of each neuron at the start and after each rewiring.
 
@@ -417,11 +458,23 @@ class Topology:
     -----
     UserWarning
         If no connection will ever move: training is too short, or SET would drop less than one of a row.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(FanInLinear(8, 32, fan_in=2), torch.nn.ReLU(), FanInLinear(32, 4, fan_in=8))
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    >>> topology = Topology(model, None, Rewiring("srigl", every=10), steps=100)
+    >>> for x, y in [(torch.randn(16, 8), torch.arange(16) % 4)] * 100:
+    ...     torch.nn.functional.cross_entropy(model(x), y).backward()
+    ...     topology.step(optimizer)
+    ...     optimizer.zero_grad()
+    >>> topology.done, topology.fan_in["0.weight"].shape  # at the start and after each of 7 rewirings
+    (100, torch.Size([8, 32]))
     """
 
-    def __init__(self, model, masks, rewiring, *, steps, seed):
-        if type(steps) is not int or steps < 1:
-            raise ValueError(f"steps is {steps!r}: expected an integer of at least 1")
+    def __init__(self, model, masks, rewiring, *, steps, seed=0):
+        check_integer("steps", steps, 1)
+        check_integer("seed", seed, 0)
         weights = dict(model.named_parameters())
         if masks is not None:
             check_fit(masks, weights)
@@ -430,7 +483,7 @@ class Topology:
         self.layers = {name: _MaskedLayer(weights[name], mask) for name, mask in self.masks.items()}
         condensed = {name: module for name, module in modules.items() if isinstance(module, FanInLinear)}
         self.layers |= {name: _FanInLayer(module) for name, module in condensed.items()}
-        self.rewiring, self.steps, self.seed = rewiring, steps, seed
+        self.rewiring, self.steps, self.seed = rewiring, int(steps), seed
         if not self.layers:
             raise ValueError("there is nothing to rewire: expected masks, or a model with FanInLinear layers")
         if rewiring.method == "rigl" and condensed:
@@ -450,18 +503,65 @@ class Topology:
             warnings.warn(f"no connection will move: rewiring every {rewiring.every} steps ends before step "
                           f"{int(rewiring.until * steps)} of {steps}", stacklevel=2)
         still = [name for name, module in condensed.items()
-                 if rewiring.method == "set" and not _dropped(rewiring.fraction, module.fan_in)]
+                 if rewiring.method == "set" and not _drop_count(rewiring.fraction, module.fan_in)]
         if still:
             warnings.warn(f"the connections of {', '.join(map(repr, still))} will not move: a fraction of "
                           f"{rewiring.fraction} of each row, rounded down, is none", stacklevel=2)
-        self.fan_in = {}
+        self._apply_masks()
+        self.done, self.fan_in, self._hooks = 0, {}, []
         self._record()
+        weakref.finalize(self, _remove, self._hooks)  # a model outlives a training that was interrupted
+        self._watch(1)
 
-    def restore(self, masks, fan_in):
-        """Go on from these ``masks`` and this history ``fan_in``; FanInLinear layers are in the model's state."""
+    def restore(self, masks, fan_in, done=0):
+        """Go on from these ``masks``, this history ``fan_in`` and so many steps ``done``. The model's state, of which
+        FanInLinear layers are a part, is loaded after the topology is made and before this."""
         for name, mask in masks.items():
             self.masks[name].copy_(mask)
-        self.fan_in = dict(fan_in)
+        self.fan_in, self.done = dict(fan_in), done
+        self._watch(done + 1)
+
+    def step(self, optimizer, scaler=None):
+        """Take the next step of the training, once its gradients are there: move the connections where this is due,
+        otherwise let the optimizer step, and apply the masks.
+
+        The gradients may be the sum of several backward passes. A step that moves connections changes no other weight.
+
+        Parameters
+        ----------
+        optimizer : torch.optim.Optimizer
+        scaler : torch.amp.GradScaler, optional
+            Steps the optimizer; its ``update()`` follows this call, as ever. It may have unscaled the gradients before,
+            for clipping. Where they are not finite, connections that are due to move wait for the next step.
+
+        Raises
+        ------
+        RuntimeError
+            If there are no gradients to grow by.
+
+        Examples
+        --------
+        >>> from permask_core.pruning import random_masks
+        >>> model = torch.nn.Linear(8, 4)
+        >>> masks = random_masks({"weight": model.weight}, 0.25, seed=0)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> topology = Topology(model, masks, Rewiring("rigl", every=2), steps=8)
+        >>> for _ in range(8):
+        ...     for part in torch.randn(3, 16, 8):  # gradients add up
+        ...         model(part).square().mean().backward()
+        ...     topology.step(optimizer)
+        ...     optimizer.zero_grad()
+        >>> int(topology.masks["weight"].sum()), int(model.weight.count_nonzero())
+        (8, 8)
+        """
+        if not self.due(self.done + 1):
+            optimizer.step() if scaler is None else scaler.step(optimizer)
+            self._apply_masks()
+            self.done += 1
+        elif scaler is None or _unscale(optimizer, scaler):
+            self.rewire(self.done + 1, optimizer)
+            self.done += 1
+        self._watch(self.done + 1)
 
     def due(self, step):
         """:meth:`Rewiring.due`."""
@@ -469,23 +569,31 @@ class Topology:
 
     @contextmanager
     def watching(self, step):
-        """Around the forward and backward passes of a step: where it will rewire, catch what FanInLinear layers need
-        for their growth scores, inputs [batch, in] and gradients of outputs [batch, out]."""
-        caught = self.due(step) and self.rewiring.method == "srigl"
-        layers = [self.layers[name] for name in self.moving] if caught else []
-        hooks = [layer.watch() for layer in layers if isinstance(layer, _FanInLayer)]
+        """Around the forward and backward passes of a step, where :meth:`rewire` is called instead of :meth:`step`: if
+        the step will rewire, keep what FanInLinear layers need for their growth scores."""
+        self._watch(step)
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            _remove(self._hooks)
+
+    def _watch(self, step):
+        _remove(self._hooks)
+        if self.due(step) and self.rewiring.method == "srigl":
+            layers = [self.layers[name] for name in self.moving]
+            self._hooks += [layer.watch() for layer in layers if isinstance(layer, _FanInLayer)]
+
+    @torch.no_grad()
+    def _apply_masks(self):
+        for name in self.masks:
+            self.layers[name].apply()
 
     @torch.no_grad()
     def rewire(self, step, optimizer=None):
         """Move the connections, with the gradients of this step where the method needs them.
 
-        Dropped and grown weights are 0 afterwards, and so is the optimizer's state for them; what is kept stays
-        untouched. Of several processes the first decides.
+        Dropped and grown weights are 0 afterwards, and so is the optimizer's state for them; what is kept does
+        not change. Of several processes the first decides.
 
         Raises
         ------
@@ -506,7 +614,8 @@ class Topology:
             keep, grow = layer.set_step(active, fraction, generator)
         elif not layer.has_gradients():
             raise RuntimeError(f"{name!r} has no gradients to grow by: expected the forward and backward passes of "
-                               f"step {step} inside watching({step})")
+                               f"step {step} since the last call of step(), or inside watching({step}), "
+                               "optimizer.zero_grad() after them, and a compiled model to see hooks")
         elif self.rewiring.method == "rigl":
             keep, grow = rigl_step(active, layer.scores, fraction)
         else:
@@ -518,6 +627,22 @@ class Topology:
         for name, layer in self.layers.items():
             now = layer.fan_in().to("cpu", torch.int32)[None]
             self.fan_in[name] = torch.cat([self.fan_in[name], now]) if name in self.fan_in else now
+
+
+def _remove(hooks):
+    while hooks:
+        hooks.pop().remove()
+
+
+def _unscale(optimizer, scaler):
+    """Undo a scaler's scaling of the gradients, unless its caller has; whether they are all finite."""
+    try:
+        scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        if "already been called" not in str(error):
+            raise
+    gradients = (weight.grad for group in optimizer.param_groups for weight in group["params"])
+    return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
 
 def constant_fan_in_masks(shapes, densities, *, seed):
@@ -539,9 +664,15 @@ def constant_fan_in_masks(shapes, densities, *, seed):
     Raises
     ------
     ValueError
-        If a density is missing or out of range.
+        If a density is missing or out of range, or the seed is not an integer of at least 0.
+
+    Examples
+    --------
+    >>> constant_fan_in_masks({"weight": torch.empty(4, 6)}, 0.5, seed=0)["weight"].sum(1)
+    tensor([3, 3, 3, 3])
     """
-    generator, masks = torch.Generator().manual_seed(seed), {}
+    check_integer("seed", seed, 0)
+    generator, masks = torch.Generator().manual_seed(int(seed)), {}
     for name, budget in _budgets({name: tensor.numel() for name, tensor in shapes.items()}, densities).items():
         n_out, n_in = len(shapes[name]), shapes[name][0].numel()
         columns = sample_columns(n_out, n_in, max(1, budget // n_out), generator=generator).long()
@@ -556,7 +687,7 @@ def _budgets(sizes, densities):
         densities = dict.fromkeys(sizes, densities)
     for name in sizes:
         density = densities.get(name)
-        if not isinstance(density, (int, float)) or not 0 < density <= 1:
+        if not isinstance(density, Real) or isinstance(density, bool) or not 0 < density <= 1:
             raise ValueError(f"density of {name!r} is {density!r}: expected a number in (0, 1]")
     # In floating point 1 - 0.9 is less than 0.1: that must not cost a connection.
     return {name: int(size * densities[name] + 1e-6) for name, size in sizes.items()}

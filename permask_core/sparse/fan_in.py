@@ -4,10 +4,13 @@ Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024, cal
 multiplies weights by zero saves nothing; here weights, gradients and the optimizer's state are all [neurons, k].
 """
 
+from numbers import Integral
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from permask_core.runs.checks import check_integer
 from permask_core.sparse import kernels
 from permask_core.sparse.kernels import operator
 
@@ -32,7 +35,7 @@ class _FanIn(torch.autograd.Function):
         need_x, need_values, need_bias, _ = ctx.needs_input_grad
         dx = dvalues = None
         if need_x or need_values:
-            dx, dvalues = kernels.backward(grad.contiguous(), x, values, indices, ctx.layer.transposed(),
+            dx, dvalues = kernels.backward(grad.contiguous(), x, values, indices, ctx.layer.transpose(),
                                            need_x=need_x, need_values=need_values)
         return dx, dvalues, grad.sum(0, dtype=ctx.bias_type) if need_bias else None, None
 
@@ -77,16 +80,28 @@ class FanInLinear(nn.Module):
     ValueError
         If ``fan_in`` or a size is out of range, or an index is, or is repeated in its row; when called, if the last
         axis of the input is not ``in_features``, or its device or type is not that of the values.
+
+    References
+    ----------
+    Lasby et al., ICLR 2024.
+
+    Examples
+    --------
+    >>> layer = FanInLinear(100, 20, fan_in=5)
+    >>> layer(torch.randn(8, 100)).shape, sum(parameter.numel() for parameter in layer.parameters())
+    (torch.Size([8, 20]), 120)
+    >>> int(layer.mask().sum()), int(layer.to_dense().weight.count_nonzero())
+    (100, 100)
     """
 
     def __init__(self, in_features, out_features, fan_in, bias=True, *, indices=None, generator=None, device=None,
                  dtype=None):
         super().__init__()
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name} is {size!r}: expected an integer of at least 1")
-        if type(fan_in) is not int or not 1 <= fan_in <= in_features:
+            check_integer(name, size, 1)
+        if not isinstance(fan_in, Integral) or isinstance(fan_in, bool) or not 1 <= fan_in <= in_features:
             raise ValueError(f"fan_in is {fan_in!r}: expected an integer from 1 to in_features, {in_features}")
+        in_features, out_features, fan_in = int(in_features), int(out_features), int(fan_in)
         self.in_features, self.out_features = in_features, out_features
         if indices is None:
             indices = sample_columns(out_features, in_features, fan_in, generator=generator, device=device)
@@ -158,10 +173,17 @@ class FanInLinear(nn.Module):
         ValueError
             If ``linear`` is of another kind, or the mask does not fit or is not of constant fan-in; the message names
             the first row that differs.
+
+        Examples
+        --------
+        >>> linear, x = nn.Linear(4, 2, bias=False), torch.ones(1, 4)
+        >>> layer = FanInLinear.from_dense(linear, torch.tensor([[True, True, False, False], [False] * 4]))
+        >>> torch.allclose(layer(x)[0, 0], linear.weight[0, :2].sum()), layer(x)[0, 1].item()  # the second is ablated
+        (True, 0.0)
         """
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"got a {type(linear).__name__}: expected a torch.nn.Linear")
-        rows, indices = connections(mask, linear.weight.shape)
+        rows, indices = find_connections(mask, linear.weight.shape)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = linear.weight.shape
@@ -193,10 +215,10 @@ class FanInLinear(nn.Module):
         whole[self.rows[:, None], self.indices.long()] = values
         return whole
 
-    def transposed(self, start=0, stop=None):
-        """The :class:`~permask_core.sparse.kernels.Transposed` of the active rows from ``start`` to ``stop``, kept
+    def transpose(self, start=0, stop=None):
+        """The :class:`~permask_core.sparse.kernels.Transpose` of the active rows from ``start`` to ``stop``, kept
         until the indices change."""
-        return kernels.kept(self.indices, (start, stop), lambda: kernels.transposed(
+        return kernels.remember(self.indices, (start, stop), lambda: kernels.transpose(
             self.indices[start:stop], self.in_features))
 
     @torch.no_grad()
@@ -221,6 +243,13 @@ class FanInLinear(nn.Module):
         ValueError
             If a shape or index does not fit, a connection would be there twice, neurons would differ in fan-in, or the
             optimizer's state has another shape; the layer and the optimizer are then as before.
+
+        Examples
+        --------
+        >>> layer = FanInLinear(4, 2, fan_in=1, indices=torch.tensor([[0], [3]]))
+        >>> layer.rewire(torch.tensor([[True], [False]]), torch.tensor([[1, 2]]))
+        >>> layer.indices.tolist(), layer.values[1].item()
+        ([[0], [2]], 0.0)
         """
         for name, given in (("keep", keep), ("grow", grow)):
             if not isinstance(given, torch.Tensor):
@@ -346,7 +375,7 @@ def check_indices(indices, shape, in_features):
         raise ValueError(f"indices have {ordered[row[0], place[0]]} twice in row {row[0]}: expected each input once")
 
 
-def connections(mask, shape):
+def find_connections(mask, shape):
     """The rows of a mask that have connections, int64 [n], and their columns, int64 [n, k].
 
     Raises
@@ -392,13 +421,19 @@ def sample_columns(n, in_features, count, *, taken=None, generator=None, device=
     ------
     ValueError
         If a row has not that many columns to choose from, or ``taken`` has another number of rows.
+
+    Examples
+    --------
+    >>> sample_columns(2, 4, 3, taken=torch.tensor([[1], [3]]))  # no choice is left
+    tensor([[0, 2, 3],
+            [0, 1, 2]], dtype=torch.int32)
     """
     if taken is None:
         taken = torch.empty(n, 0, dtype=torch.int64)
     if taken.ndim != 2 or len(taken) != n:
         raise ValueError(f"taken has shape {list(taken.shape)}: expected [{n}, k]")
     free = in_features - taken.shape[1]
-    if type(count) is not int or not 0 <= count <= free:
+    if not isinstance(count, Integral) or isinstance(count, bool) or not 0 <= count <= free:
         raise ValueError(f"count is {count!r}: expected 0 to {free}, the columns that are not taken")
     drawn_on = (device or "cpu") if generator is None else generator.device
     # Of many columns few are drawn twice, and drawing those again takes no array of [n, in_features].

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from permask_core.masks import apply_masks, check_fit
+from permask_core.runs.checks import check_integer
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def sparse_init(model, masks, *, seed):
     Parameters
     ----------
     model : torch.nn.Module
-        Is changed in place; tensors without a mask stay.
+        Is changed in place; tensors without a mask do not change.
     masks : Masks
         For linear and convolution weights [out, ...]. Under a full mask this is He's initialisation (``fan_in``, for
         ReLU); a row without connections is 0.
@@ -33,13 +34,22 @@ def sparse_init(model, masks, *, seed):
     Raises
     ------
     ValueError
-        If a mask does not fit.
+        If a mask does not fit, or the seed is not an integer of at least 0.
 
     References
     ----------
     Evci et al., AAAI 2022.
+
+    Examples
+    --------
+    >>> linear = torch.nn.Linear(1000, 1000)
+    >>> mask = torch.rand(1000, 1000) < 0.02
+    >>> weight = sparse_init(linear, {"weight": mask}, seed=0).weight
+    >>> bool((weight[mask].std() * (20 / 2) ** 0.5 - 1).abs() < 0.05)  # about 20 connections a neuron
+    True
     """
-    weights, generator = dict(model.named_parameters()), torch.Generator().manual_seed(seed)
+    check_integer("seed", seed, 0)
+    weights, generator = dict(model.named_parameters()), torch.Generator().manual_seed(int(seed))
     check_fit(masks, weights)
     for name, mask in masks.items():
         mask = mask.cpu()
@@ -54,14 +64,14 @@ def scale_to_fan_in(model, masks):
     """Scale the weights of each neuron by sqrt(fan-in / connections left), which makes up for those that are gone.
 
     Weights that were drawn with a variance of c / fan-in then have c / connections, as :func:`sparse_init` draws them
-    with c = 2; what was learned since is scaled alike.
+    with c = 2; what was learned since is scaled by the same factor.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Is changed in place; weights that are masked out are scaled too, and tensors without a mask stay.
+        Is changed in place; weights that are masked out are scaled too, and tensors without a mask do not change.
     masks : Masks
-        For linear and convolution weights [out, ...]; a row without connections stays.
+        For linear and convolution weights [out, ...]; a row without connections does not change.
 
     Returns
     -------
@@ -76,6 +86,14 @@ def scale_to_fan_in(model, masks):
     References
     ----------
     Evci et al., AAAI 2022, for weights that were not trained.
+
+    Examples
+    --------
+    >>> linear = torch.nn.Linear(4, 2, bias=False)
+    >>> _ = torch.nn.init.ones_(linear.weight)
+    >>> masks = {"weight": torch.tensor([[True] * 4, [True, False, False, False]])}
+    >>> scale_to_fan_in(linear, masks).weight[:, 0].tolist()
+    [1.0, 2.0]
     """
     weights = dict(model.named_parameters())
     check_fit(masks, weights)
@@ -112,6 +130,13 @@ def gradient_flow(model, masks, x, y):
     References
     ----------
     Evci et al., AAAI 2022.
+
+    Examples
+    --------
+    >>> linear, x, y = torch.nn.Linear(3, 2, bias=False), torch.ones(1, 3), torch.tensor([0])
+    >>> _ = torch.nn.init.zeros_(linear.weight)
+    >>> gradient_flow(linear, {"weight": torch.tensor([[True, True, False]] * 2)}, x, y)  # four times 0.5 squared
+    1.0
     """
     model = apply_masks(copy.deepcopy(model), masks)
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

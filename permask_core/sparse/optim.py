@@ -8,62 +8,70 @@ speeds; SparseOpt evens that out within a layer. SparseOpt, ICML 2026, arXiv 260
 import torch
 
 from permask_core.masks import check_fit
+from permask_core.sparse.fan_in import FanInLinear
 
 
-class SparseOpt:
-    """An optimizer before whose steps the gradient of each row i of a masked weight is multiplied by
-    sqrt(1 - s_i) / sqrt(1 - s), with s_i the row's sparsity and s its mean over the layer's rows.
+def scale_gradients(optimizer, model, masks=None):
+    """SparseOpt: from now on, before each step of an optimizer, multiply the gradient of each row i of a masked weight
+    by sqrt(1 - s_i) / sqrt(1 - s), with s_i the row's sparsity and s its mean over the layer's rows.
 
-    The factor is 1 where all rows have as many connections: a dense layer, or constant fan-in without ablation. It is
-    meant for SGD. Adam divides a gradient by its own size, so that a factor that stays the same nearly cancels.
+    The factor is 1 where all rows have as many connections: a dense layer, or constant fan-in without ablation. Rows of
+    a :class:`~permask_core.sparse.FanInLinear` are scaled as they would be under its mask. The method is meant for SGD.
+    Adam divides a gradient by its own size, so that a constant factor nearly cancels.
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        One that takes gradients as they are, without a closure. Schedulers are given it, not the SparseOpt.
+        One that takes gradients as they are, without a closure.
     model : torch.nn.Module
-    masks : Masks
-        Read at every step, so that masks changed in place count at once.
+    masks : Masks, optional
+        Read at every step, so that masks changed in place, such as those of a
+        :class:`~permask_core.sparse.dynamic.Topology`, count at once.
+
+    Returns
+    -------
+    torch.utils.hooks.RemovableHandle
+        Its ``remove()`` ends the scaling.
 
     Raises
     ------
     ValueError
-        If masks are none, or one does not fit.
-    """
+        If a mask does not fit.
 
-    def __init__(self, optimizer, model, masks):
-        if not isinstance(masks, dict):
-            raise ValueError(f"masks are {type(masks).__name__}: expected a dict of bool tensors, which may be empty")
-        self.optimizer, self.masks, self.weights = optimizer, masks, dict(model.named_parameters())
-        if masks:
-            check_fit(masks, self.weights)
+    References
+    ----------
+    SparseOpt, ICML 2026, arXiv 2605.27541.
+
+    Examples
+    --------
+    >>> linear = torch.nn.Linear(4, 2, bias=False)
+    >>> mask = torch.tensor([[True, True, True, True], [True, False, False, False]])
+    >>> optimizer = torch.optim.SGD(linear.parameters(), 1.0)
+    >>> handle = scale_gradients(optimizer, linear, {"weight": mask})
+    >>> linear.weight.grad = torch.ones(2, 4)
+    >>> optimizer.step()
+    >>> linear.weight.grad[:, 0].square()  # 4 and 1 connections, where equal rows would have 2.5
+    tensor([1.6000, 0.4000])
+    """
+    masks, weights = masks or {}, dict(model.named_parameters())
+    if masks:
+        check_fit(masks, weights)
+    layers = [module for module in model.modules() if isinstance(module, FanInLinear)]
 
     @torch.no_grad()
-    def step(self):
-        """Scale the gradients in place, and take a step."""
-        for name, mask in self.masks.items():
-            gradient = self.weights[name].grad
-            if gradient is not None:
-                factors = row_factors(mask).to(gradient.device, gradient.dtype)
-                gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
-        self.optimizer.step()
+    def scale(*_):
+        for name, mask in masks.items():
+            _scale_rows(weights[name].grad, row_factors(mask))
+        for layer in layers:
+            counts = layer.rows.new_zeros(layer.out_features).index_fill(0, layer.rows, layer.fan_in)
+            _scale_rows(layer.values.grad, _factors(counts)[layer.rows])
 
-    @property
-    def state(self):
-        return self.optimizer.state
+    return optimizer.register_step_pre_hook(scale)
 
-    @property
-    def param_groups(self):
-        return self.optimizer.param_groups
 
-    def zero_grad(self, set_to_none=True):
-        self.optimizer.zero_grad(set_to_none)
-
-    def state_dict(self):
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state)
+def _scale_rows(gradient, factors):
+    if gradient is not None:
+        gradient.mul_(factors.to(gradient.device, gradient.dtype).view(-1, *[1] * (gradient.ndim - 1)))
 
 
 def row_factors(mask):
@@ -72,5 +80,9 @@ def row_factors(mask):
     With c_i connections in row i and n in all of the ``out`` rows it is sqrt(c_i out / n), which is exactly 1 where
     rows are equal; 0 for rows without connections.
     """
-    counts = mask.flatten(1).sum(1).double()
+    return _factors(mask.flatten(1).sum(1))
+
+
+def _factors(counts):
+    counts = counts.double()
     return (counts * len(counts) / counts.sum().clamp(min=1)).sqrt()

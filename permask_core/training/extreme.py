@@ -60,7 +60,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.sum(grad, 0, out=dbias[start:stop])
             if isinstance(head, FanInLinear):
                 part_x, part = kernels.backward(
-                    grad, x, weight[start:stop], head.indices[start:stop], head.transposed(start, stop), need_x=need_x,
+                    grad, x, weight[start:stop], head.indices[start:stop], head.transpose(start, stop), need_x=need_x,
                     need_values=need_weight)
                 if need_weight:
                     dweight[start:stop] = part

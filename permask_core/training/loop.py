@@ -1,8 +1,8 @@
 """One training loop for every experiment: batches, backward, step, on one process or several.
 
 Everything random about a run comes from its seed: the same seed gives the same batches in the same order, whatever the
-masks, so that runs that share a checkpoint and a seed differ in nothing but the mask. What happens around a step beside
-the optimizer is a :class:`Hook`: masks, rewiring, checkpoints.
+masks, so that runs that share a checkpoint and a seed differ in nothing but the mask. A step is taken by one object:
+the optimizer alone, with masks after it, or a topology that moves connections.
 """
 
 import copy
@@ -26,7 +26,7 @@ from permask_core.runs.processes import Alone, default_device, launch, of_first
 from permask_core.runs.progress import progress
 from permask_core.sparse.dynamic import Rewiring, Topology
 from permask_core.sparse.fan_in import FanInLinear
-from permask_core.sparse.optim import SparseOpt
+from permask_core.sparse.optim import scale_gradients
 from permask_core.training.recipe import OPTIMIZERS, autocast, checkpoint_step, learning_rate
 from permask_core.training.resume import (
     Run,
@@ -159,64 +159,30 @@ def by_class(logits, targets):
                      "those of the logits without the axis of the classes, which is the second or the last")
 
 
-# ---- Around a step ---------------------------------------------------------------------------------------------------
+# ---- What takes a step -----------------------------------------------------------------------------------------------
 
-class Hook:
-    """What happens around a step beside the optimizer. Steps are counted from 1."""
+class Dense:
+    """All weights move. What takes a step has this one method, as a
+    :class:`~permask_core.sparse.dynamic.Topology` has, which moves connections."""
 
-    def before_step(self, step):
-        """Before the forward and backward passes."""
-
-    def after_backward(self, step, optimizer):
-        """With the gradients of the whole batch. True if the optimizer must not take this step."""
-
-    def after_step(self, step):
-        """With the new weights."""
+    def step(self, optimizer):
+        """Take a step with the gradients of the whole batch."""
+        optimizer.step()
 
 
-class MaskHook(Hook):
-    """Sets the masked weights to zero again after each step."""
+class Masked(Dense):
+    """The weights move, and those that are masked are set to zero again."""
 
     def __init__(self, model, masks):
-        self.masks, parameters = masks, dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
         self.weights = [parameters[name] for name in masks]
         self.keep = [mask.to(weight.device, weight.dtype) for weight, mask in zip(self.weights, masks.values())]
 
     @torch.no_grad()
-    def after_step(self, step):
+    def step(self, optimizer):
+        with torch.enable_grad():
+            optimizer.step()
         torch._foreach_mul_(self.weights, self.keep)
-
-
-class RewiringHook(Hook):
-    """Moves the connections of a topology in place of the optimizer's step where that is due."""
-
-    def __init__(self, model, topology):
-        self.model, self.topology = model, topology
-        self.applied = MaskHook(model, topology.masks) if topology.masks else Hook()
-
-    def before_step(self, step):
-        self.watch = self.topology.watching(step)
-        self.watch.__enter__()
-
-    def after_backward(self, step, optimizer):
-        self.watch.__exit__(None, None, None)
-        if self.topology.due(step):
-            self.topology.rewire(step, optimizer)
-            self.applied = MaskHook(self.model, self.topology.masks) if self.topology.masks else Hook()
-            return True
-
-    def after_step(self, step):
-        self.applied.after_step(step)
-
-
-class CheckpointHook(Hook):
-    """Keeps the states that are asked for, ``wanted``: steps by name."""
-
-    def __init__(self, model, wanted):
-        self.model, self.wanted, self.kept = model, wanted, {}
-
-    def after_step(self, step):
-        self.kept |= {name: _on_cpu(self.model.state_dict()) for name, at in self.wanted.items() if at == step}
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -284,7 +250,7 @@ def _check(model, plan, processes):
     if plan.rewiring is not None and not isinstance(plan.rewiring, Rewiring):
         raise ValueError(f"rewiring is {plan.rewiring!r}: expected a Rewiring, as Rewiring('set')")
     if plan.rewiring:
-        Topology(model, plan.masks, plan.rewiring, steps=total, seed=stream.seed)
+        Topology(copy.deepcopy(model), plan.masks, plan.rewiring, steps=total, seed=stream.seed)  # which masks it
         if processes > 1 and any(isinstance(module, FanInLinear) for module in model.modules()):
             raise ValueError(f"processes is {processes}, with rewiring and FanInLinear layers: expected 1, or masks "
                              "instead, because the engine that averages gradients holds their shapes fixed")
@@ -309,32 +275,26 @@ def _train(team, model, plan, path, description):
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=order)
     state = _State(team, model, plan, path)
-    optimizer, hooks, stream = state.optimizer, state.hooks, plan.stream.to(device)
+    optimizer, stream = state.optimizer, plan.stream.to(device)
     network, steps = team.wrap(model), recipe.epochs * stream.steps
     batches = stream.batches(recipe.epochs, state.done, device, team.ranks * recipe.accumulate,
                              slice(team.rank, None, team.ranks))
     dropout_seed = mix_seed(stream.seed, team.rank)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for size, parts in progress(batches, description if team.rank == 0 else None, total=steps - state.done):
-            step = state.done + 1
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, state.done, stream.steps)
             _seed_dropout(dropout_seed + state.done, device)
             optimizer.zero_grad()
-            for hook in hooks:
-                hook.before_step(step)
             for i, (inputs, targets) in enumerate(parts, 1):
                 loss = _loss(network, inputs, targets, plan, order, device)
                 n = count(inputs)
                 with team.accumulating(network, more=i < len(parts)):
                     (loss.sum() * (team.ranks * n / size)).backward()  # a mean over processes follows
                 state.totals[team.rank] += loss.detach() * n
-            if step == 1 and team.ranks > 1:
+            if state.done == 0 and team.ranks > 1:
                 _check_gradients(model)
-            if not any([hook.after_backward(step, optimizer) for hook in hooks]):
-                optimizer.step()
-            for hook in hooks:
-                hook.after_step(step)
+            state.weights.step(optimizer)
             state.advance(size)
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():  # the last step may do what no loss has seen
@@ -380,33 +340,36 @@ class _State:
         if plan.masks:
             apply_masks(model, plan.masks)
         self.topology = plan.rewiring and Topology(model, plan.masks, plan.rewiring, steps=steps, seed=plan.stream.seed)
-        masks = self.topology.masks if self.topology else {
-            name: mask.to(device) for name, mask in (plan.masks or {}).items()}
+        masks = self.topology.masks if self.topology else plan.masks or {}
+        self.weights = self.topology or (Masked(model, masks) if masks else Dense())
         self.parameters = dict(model.named_parameters())
         self.optimizer = OPTIMIZERS[plan.recipe.optimizer](model.parameters(), plan.recipe)
         if plan.recipe.sparse_opt:
-            self.optimizer = SparseOpt(self.optimizer, model, masks)
-        self.losses, self.done, self.saved, self.seen = [], 0, time.monotonic(), 0
+            scale_gradients(self.optimizer, model, masks)
+        self.losses, self.checkpoints, self.done, self.seen, self.saved = [], {}, 0, 0, time.monotonic()
         # Each process adds to an entry of its own, so that a run that is resumed adds in the same order.
         self.totals = torch.zeros(team.ranks, *[plan.networks] * (plan.networks is not None), device=device)
-        self.checkpoints = CheckpointHook(model, plan.wanted)
         if run:
             model.load_state_dict(run.state)
             restore_optimizer(self.optimizer, self.parameters, run.optimizer)
-            self.checkpoints.kept = {name: run.checkpoints[name] for name in plan.wanted if name in run.checkpoints}
+            self.checkpoints = {name: run.checkpoints[name] for name in plan.wanted if name in run.checkpoints}
             self.losses, self.done, self.seen = run.losses, run.done, run.seen
             self.totals[team.rank] = run.totals[team.rank]
             if self.topology:
-                self.topology.restore(run.masks, run.fan_in)
+                self.topology.restore(run.masks, run.fan_in, run.done)
         else:
-            self.checkpoints.after_step(0)
-        sparse = [RewiringHook(model, self.topology)] if self.topology else [MaskHook(model, masks)] if masks else []
-        self.hooks = [*sparse, self.checkpoints]
+            self.keep()
+
+    def keep(self):
+        """Keep the state if it is one of the checkpoints."""
+        self.checkpoints |= {name: _on_cpu(self.model.state_dict())
+                             for name, step in self.plan.wanted.items() if step == self.done}
 
     def advance(self, size):
-        """Count a step; at the end of an epoch its loss, and the file once a minute."""
+        """Count a step; keep checkpoints, the loss of an epoch, and once a minute the file."""
         self.done += 1
         self.seen += size
+        self.keep()
         if self.done % self.plan.stream.steps == 0:
             loss = self.team.sum(self.totals).sum(0).double() / self.seen
             if not loss.isfinite().all():
@@ -422,7 +385,7 @@ class _State:
         totals = self.team.sum(self.totals)
         if self.team.rank == 0:
             moved = (_on_cpu(self.topology.masks), self.topology.fan_in) if self.topology else ({}, {})
-            save_run(self.path, Run(_on_cpu(self.model.state_dict()), self.checkpoints.kept, self.losses,
+            save_run(self.path, Run(_on_cpu(self.model.state_dict()), self.checkpoints, self.losses,
                                     optimizer_state(self.optimizer, self.parameters), totals, self.done, *moved,
                                     seen=self.seen), self.plan.identity)
 
@@ -432,7 +395,7 @@ class _State:
         moved = self.plan.masks, None
         if self.topology:
             moved = _on_cpu(self.topology.masks) or None, self.topology.fan_in
-        return FitResult(_on_cpu(self.model.state_dict()), self.checkpoints.kept, self.losses, *moved)
+        return FitResult(_on_cpu(self.model.state_dict()), self.checkpoints, self.losses, *moved)
 
 
 def memory_format(model, device):

@@ -493,6 +493,14 @@ def test_labels_that_are_no_classes_are_refused(residual, labels, said):
             evaluate_mixtures(model, [a, b], [[0.5, 0.5]], (INPUTS, labels), **more)
 
 
+def test_batches_may_be_one_tensor(residual):
+    a, b = states_of(residual[:2])
+    for correction in ("reset", "repair"):
+        one, other = (line(residual[0], a, b, SPLIT, points=3, correction=correction, batches=batches)
+                      for batches in (INPUTS, [INPUTS]))
+        assert np.array_equal(one.losses, other.losses)
+
+
 def test_empty_values_and_text_are_refused(mlps):
     model, (a, b, c) = mlps[0], states_of(mlps)
     plane = plane_through(a, b, c)

@@ -14,9 +14,10 @@ from scipy import stats
 from permask_core.experiments import permuted_masks, queue
 from permask_core.experiments.alignment import cost, gap_closed, idle_units, mask_overlap, planted, units_placed
 from permask_core.experiments.permuted_masks import Experiment
+from permask_core.masks import prunable_weights
 from permask_core.matching import Entry, Group, match_weights, permutation_groups, permute, random_permutations
 from permask_core.models import build_model
-from permask_core.pruning import magnitude_masks, prunable_weights
+from permask_core.pruning import magnitude_masks
 from permask_core.runs.store import Store
 
 TINY = Experiment(width=0.1, epochs=3, checkpoints=(0, 1, 2), rewind=1, matched_at=2, imp_rewind=1, imp_epochs=2,

@@ -9,9 +9,8 @@ import torch
 from permask_core.evaluation.connectivity import angle, barrier, distance, line
 from permask_core.experiments import basins, permuted_masks
 from permask_core.experiments.stages import data
-from permask_core.masks import sparsity
+from permask_core.masks import prunable_weights, sparsity
 from permask_core.matching import permute
-from permask_core.pruning import prunable_weights
 from permask_core.runs.store import Store
 from permask_core.training import evaluate
 from tests import notebooks

@@ -9,9 +9,9 @@ import torch
 from permask_core.data.published import published_dynamic_sparse_training
 from permask_core.experiments import dynamic_sparsity
 from permask_core.experiments.dynamic_sparsity import METHODS, Experiment, preset, run, train_network
-from permask_core.masks import layer_sparsity
+from permask_core.masks import layer_sparsity, prunable_weights
 from permask_core.models import build_model
-from permask_core.pruning import erk_densities, prunable_weights
+from permask_core.pruning import erk_densities
 from permask_core.runs.store import Store
 from permask_core.sparse.dynamic import Rewiring
 from permask_core.sparse.initialisation import sparse_init

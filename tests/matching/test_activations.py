@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from permask_core.data.splits import Split
 from permask_core.matching import (
     Entry,
     Group,
@@ -24,7 +25,7 @@ from permask_core.models import build_model
 
 def batches_of(shape, n=60, size=25, seed=0):
     x = torch.randn(n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return x.split(size)
+    return list(x.split(size))
 
 
 def activations(model, layers, x):
@@ -154,10 +155,10 @@ def test_bad_input_is_named(lively):
     one, two = (build_model("mlp", (1, 8, 8), 10, width=0.05, seed=seed) for seed in (0, 1))
     x = torch.zeros(3, 1, 8, 8)
     groups = permutation_groups(one, x)
-    with pytest.raises(ValueError, match="there are no batches"):
+    with pytest.raises(ValueError, match="a list without batches: expected at least one input"):
         match_activations(groups, one, two, [])
-    with pytest.raises(ValueError, match="batches is one tensor of shape .*: expected an iterable of batches"):
-        match_activations(groups, one, two, x)
+    with pytest.raises(ValueError, match="got int: expected a split"):
+        match_activations(groups, one, two, 3)
     with pytest.raises(ValueError, match="group 'fc2' has no taps"):
         match_activations({**groups, "fc2": groups["fc2"]._replace(taps=())}, one, two, [x])
     with torch.no_grad():
@@ -183,11 +184,33 @@ def test_batches_come_as_a_loader_or_a_generator_gives_them(lively):
     x = torch.cat(batches_of((3,)))
     plain = activation_correlations(groups, *nets, [x])["0"]
     loader = DataLoader(TensorDataset(x, torch.zeros(len(x))), batch_size=17)
-    for batches in (loader, (part for part in x.split(11)), iter([(x[:20],), (x[20:],)]), x.split(1)):
+    for batches in (loader, (part for part in x.split(11)), iter([(x[:20],), (x[20:],)]), list(x.split(1)),
+                    x, (x, torch.zeros(len(x))), Split(x, torch.zeros(len(x)))):
         torch.testing.assert_close(activation_correlations(groups, *nets, batches)["0"], plain)
-    for bad, kind in (({"x": x}, "dict"), (x.numpy(), "ndarray"), ((), "tuple")):
-        with pytest.raises(ValueError, match=f"a batch is of type {kind}: expected a tensor"):
+    for bad, kind in ((x.numpy(), "ndarray"), ((), "tuple")):
+        with pytest.raises(ValueError, match=f"a batch is {kind}: expected a tensor"):
             match_activations(groups, *nets, [bad])
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(3, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, left, right):
+        return self.head((self.one(left) + self.two(right)).relu())
+
+
+def test_models_may_have_several_inputs(lively):
+    nets = [lively(TwoInputs(), seed=seed) for seed in (0, 1)]
+    left, right = torch.randn(20, 3).double(), torch.randn(20, 4).double()
+    groups = permutation_groups(nets[0], (left, right))
+    named, positional = (activation_correlations(groups, *nets, [batch])["one"] for batch in (
+        {"left": left, "right": right, "labels": torch.zeros(20)}, ((left, right), torch.zeros(20))))
+    source, target = ((net.one(left) + net.two(right)).relu().detach().T.numpy() for net in nets)
+    np.testing.assert_allclose(named, reference(target, source), atol=1e-9)
+    assert torch.equal(named, positional)
+    assert permutation_groups(nets[0], {"left": left, "right": right}).describe() == groups.describe()
 
 
 def test_taps_count_axes_from_the_end_and_choose_positions(lively):
@@ -233,7 +256,7 @@ def test_every_call_of_a_module_counts(lively):
                 parameter.normal_()
     group, (x,) = Group(4, (), (Tap("again", "output", 1),)), batches_of((3,), size=60)
     group = group._replace(entries=(Entry("again.weight", 0), Entry("again.bias", 0)))
-    found = activation_correlations({"again": group}, *nets, x.split(20))["again"]
+    found = activation_correlations({"again": group}, *nets, list(x.split(20)))["again"]
     with torch.no_grad():
         calls = [(net.again(net.first(x)), net.again(net.again(net.first(x)).tanh())) for net in nets]
     source, target = (torch.cat(both).T.numpy() for both in calls)
@@ -271,7 +294,7 @@ def test_heads_and_their_dimensions_are_matched_by_what_the_dimensions_do(attent
         groups = permutation_groups(source, x)
         planted = random_permutations(groups, seed=seed)
         target.load_state_dict(permute(groups, planted, source.state_dict()))
-        found = match_activations(groups, source, target, x.split(25))
+        found = match_activations(groups, source, target, list(x.split(25)))
         assert list(found) == list(groups) and all(torch.equal(found[name], planted[name]) for name in groups)
 
 

@@ -99,7 +99,7 @@ def test_everything_else_stays_also_after_an_error():
                 and all(norm.track_running_stats and norm.momentum == 0.1 for norm in (model[1], model[6]))
                 and not any(module._forward_hooks for module in model.modules()))
 
-    for batches, message in (([], "there are no batches"), ([images(), "x"], "of type str"),
+    for batches, message in (([], "a list without batches"), ([images(), "x"], "a batch is str"),
                              ([images() * float("nan")], "an activation at '1' is not finite")):
         with pytest.raises(ValueError, match=message):
             reset_batchnorm(model, batches)
@@ -199,7 +199,7 @@ def test_a_unit_that_is_constant_between_gets_its_mean():
 def test_repair_stays_between_the_networks(alpha, trained, digits):
     with pytest.raises(ValueError, match=f"alpha is {alpha!r}: expected a number in"):
         repair(trained, trained, [digits.train.x], alpha=alpha)
-    with pytest.raises(ValueError, match="there are no batches"):
+    with pytest.raises(ValueError, match="a list without batches"):
         repair(trained, trained, [])
 
 
@@ -217,7 +217,7 @@ def test_between_two_trained_networks(name, options, rises, digits):
     nets = [build_model(name, digits.input_shape, digits.classes, seed=seed, **options) for seed in (0, 1)]
     for seed, net in enumerate(nets):
         fit(net, digits.train, Recipe(8), seed=seed, description=None)
-    groups, batches = permutation_groups(nets[0], digits.train.x[:2]), digits.train.x.split(500)
+    groups, batches = permutation_groups(nets[0], digits.train.x[:2]), list(digits.train.x.split(500))
     moved, between = copy.deepcopy(nets[0]), copy.deepcopy(nets[0])
     moved.load_state_dict(permute(groups, match_activations(groups, *nets, batches), nets[0].state_dict()))
     accuracy = {}

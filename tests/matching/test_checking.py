@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from permask_core.data.batches import arguments
 from permask_core.matching import (
     Entry,
     Group,
@@ -16,7 +17,6 @@ from permask_core.matching import (
     function_change,
     permutation_groups,
 )
-from permask_core.matching.checking import arguments
 from permask_core.models import build_model
 
 X = torch.zeros(4, 8)

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from permask_core.matching import Entry, Group, match_weights, permutation_groups, permute, random_permutations
-from permask_core.matching.weights import _State
+from permask_core.matching.permutations import assign, permute_
+from permask_core.matching.similarity import Similarities
+from permask_core.matching.weights import _similarity
 from permask_core.models import build_model
 from tests.hypotheses import examples
 
@@ -296,14 +298,15 @@ def test_similarities_that_are_kept_are_those_of_the_moment(seed, visits):
               "y2": Group(4, (Entry("flat", 0, second), Entry("grouped", 1, None, (2, 4)))),
               "z1": Group(2, (Entry("grouped", 0, one), Entry("out", 1, one))),
               "z2": Group(2, (Entry("grouped", 0, two), Entry("out", 1, two)))}
-    start = {name: torch.arange(group.size) for name, group in groups.items()}
-    state = _State(groups, {}, start, moved, goal)
+    similarities = Similarities(groups, goal, moved, _similarity)
     for visit in visits:
-        state.improve(list(groups)[visit])
-    kept, state.similar = state.similar, {}
-    assert kept.keys() <= groups.keys() and (kept or not visits)
-    for name, similarity in kept.items():
-        torch.testing.assert_close(similarity, state._products(name, name))
+        name = list(groups)[visit]
+        step = {name: assign(similarities(name, name))}
+        permute_(groups, step, moved)
+        similarities.update(step)
+    assert similarities.kept.keys() <= groups.keys() and (similarities.kept or not visits)
+    for name, similarity in similarities.kept.items():
+        torch.testing.assert_close(similarity, _similarity(groups[name], groups[name], goal, moved))
 
 
 def three_levels():

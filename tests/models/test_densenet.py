@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
+from permask_core.masks import prunable_weights
 from permask_core.matching import permutation_groups
 from permask_core.models import build_model, evaluation_mode
 from permask_core.models.imagenet import ScaledDenseNet
 from permask_core.models.vision import torchvision
-from permask_core.pruning import prunable_weights
 
 # At 1000 classes, as torchvision publishes. The stem for small images has 64 x 3 x (49 - 9) weights fewer.
 PUBLISHED = {"densenet121": 7_978_856, "densenet169": 14_149_480}

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from permask_core.data.splits import Split
+from permask_core.masks import prunable_weights
 from permask_core.matching import permutation_groups
 from permask_core.models import build_model, evaluation_mode, extras
 from permask_core.models.vision import torchvision  # noqa: F401 - before transformers, which loads what is asked for, imports it
-from permask_core.pruning import prunable_weights
 from permask_core.training import Recipe, evaluate, fit
 from tests.hypotheses import examples
 

@@ -13,10 +13,10 @@ import torch
 from torch.nn import functional as F
 
 import permask_core
+from permask_core.masks import prunable_weights
 from permask_core.matching import permutation_groups
 from permask_core.models import build_model, evaluation_mode
 from permask_core.models.vision import torchvision
-from permask_core.pruning import prunable_weights
 
 SMALL = {"resnet8": 1, "resnet20": 3, "resnet56": 9}
 KINDS = ("projection", "padded")

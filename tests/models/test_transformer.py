@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
+from permask_core.masks import prunable_weights
 from permask_core.matching import permutation_groups
 from permask_core.models import build_model, evaluation_mode
 from permask_core.models.vision import torchvision
-from permask_core.pruning import prunable_weights
 
 ONE_HEAD = 1 / 12
 LAYERS = [f"encoder.layers.encoder_layer_{i}" for i in range(12)]

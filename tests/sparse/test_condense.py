@@ -7,12 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from permask_core.masks import apply_masks
+from permask_core.masks import apply_masks, check_fit
 from permask_core.models import build_model, evaluation_mode
+from permask_core.models.vision import torchvision
 from permask_core.sparse import FanInLinear, FanInPointwise, condense
 from permask_core.sparse.dynamic import constant_fan_in_masks
+from permask_core.training import Recipe, fit
 
 X, WIDE = (2, 5), (2, 4, 6, 5)
+SWIN = {"swin_t": lambda **sizes: torchvision.models.SwinTransformer(**sizes),
+        "swin_v2_t": lambda **sizes: torchvision.models.SwinTransformer(
+            **sizes, block=torchvision.models.swin_transformer.SwinTransformerBlockV2,
+            downsample_layer=torchvision.models.swin_transformer.PatchMergingV2)}
 
 
 def masks_of(model, *names, density=0.4, seed=0):
@@ -26,8 +32,10 @@ def masks_of(model, *names, density=0.4, seed=0):
 def assert_condensed(model, masks, x, left=()):
     """The condensed copy agrees with the masked model, and the model itself is as before."""
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
-    condensed, reasons = condense(model, masks)
+    condensed, rest, reasons = condense(model, masks, x)
     assert set(reasons) == set(left) and all(reasons.values())
+    assert rest.keys() == set(left) and all(torch.equal(mask, masks[name]) for name, mask in rest.items())
+    assert condense(model, masks).left == reasons  # what these models read is seen in their code, too
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with evaluation_mode(condensed):
@@ -67,7 +75,7 @@ def assert_trains_and_loads(model, masks, condensed, x):
     file = io.BytesIO()
     torch.save(condensed.state_dict(), file)
     file.seek(0)
-    other, _ = condense(model, {name: mask.roll(1, 1) for name, mask in masks.items()})
+    other = condense(model, {name: mask.roll(1, 1) for name, mask in masks.items()}).model
     other.load_state_dict(torch.load(file, weights_only=True))
     with evaluation_mode(condensed, other):
         assert torch.equal(condensed(x), other(x)) and condensed(x).isfinite().all()
@@ -95,7 +103,7 @@ def test_vit_keeps_its_attention():
     assert left and len(left) < len(weights)
     condensed = assert_condensed(model, masks, x, left)
     assert_trains_and_loads(model, masks, condensed, x)
-    reasons = condense(model, masks)[1]
+    reasons = condense(model, masks).left
     assert all("MultiheadAttention" in reasons[name] for name in left if "in_proj" in name)
 
 
@@ -113,7 +121,7 @@ def test_resnet50_with_its_strided_1x1_convolutions(seed):
                 if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3))
     masks |= constant_fan_in_masks({conv: model.state_dict()[conv]}, 0.4, seed=0)
     condensed = assert_condensed(model, masks, x, [conv])
-    assert "kernel (3, 3)" in condense(model, masks)[1][conv]
+    assert "kernel (3, 3)" in condense(model, masks).left[conv]
     if seed == 0:
         assert_trains_and_loads(model, masks, condensed, x)
 
@@ -125,7 +133,7 @@ def test_pointwise_is_its_convolution_with_gradients(stride, shape, bias):
     conv = nn.Conv2d(4, 6, 1, stride=stride, bias=bias)
     mask = masks_of(nn.Sequential(conv))["0.weight"]
     mask[3] = False
-    layer, _ = condense(nn.Sequential(conv), {"0.weight": mask})
+    layer = condense(nn.Sequential(conv), {"0.weight": mask}).model
     apply_masks(nn.Sequential(conv), {"0.weight": mask})
     x, grad = torch.randn(shape), None
     given, other = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -144,8 +152,9 @@ def test_pointwise_is_its_convolution_with_gradients(stride, shape, bias):
 
 def test_a_model_that_is_one_layer():
     for layer, x in ((nn.Linear(5, 4), torch.randn(X)), (nn.Conv2d(4, 3, 1), torch.randn(WIDE))):
-        condensed, left = condense(layer, masks := constant_fan_in_masks({"weight": layer.weight}, 0.4, seed=0))
-        assert not left and isinstance(condensed, FanInLinear | FanInPointwise)
+        masks = constant_fan_in_masks({"weight": layer.weight}, 0.4, seed=0)
+        condensed, rest, left = condense(layer, masks, x)
+        assert not left and not rest and isinstance(condensed, FanInLinear | FanInPointwise)
         torch.testing.assert_close(condensed(x), apply_masks(layer, masks)(x))
 
 
@@ -162,8 +171,8 @@ def test_every_reason_to_leave_a_layer():
     masks["jagged.weight"][1, :3] = True
     masks["good.bias"] = torch.tensor([True, False, True, False])
     before = copy.deepcopy(model.state_dict())
-    condensed, left = condense(model, masks)
-    assert set(masks) - set(left) == {"good.weight"}
+    condensed, rest, left = condense(model, masks)
+    assert rest.keys() == left.keys() and set(masks) - set(left) == {"good.weight"}
     for name, reason in {"full.weight": "keeps every weight", "jagged.weight": "row 1 of the mask has 3",
                          "none.weight": "keeps nothing", "wide.weight": "kernel (3, 3)", "groups.weight": "groups 2",
                          "padded.weight": "padding (1, 1)", "norm.weight": "LayerNorm", "embedding.weight": "Embedding",
@@ -202,13 +211,13 @@ def test_tied_weights_stay_tied():
             model[2] = model[0]
         masks = masks_of(model, "0.weight", "1.weight")
         condensed = assert_condensed(model, masks, torch.randn(3, 4), ["0.weight"])
-        assert condensed[0].weight is condensed[2].weight and "shared" in condense(model, masks)[1]["0.weight"]
+        assert condensed[0].weight is condensed[2].weight and "shared" in condense(model, masks).left["0.weight"]
 
 
 def test_tied_biases_stay_tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[2].bias = model[0].bias
-    condensed, _ = condense(model, masks_of(model))
+    condensed = condense(model, masks_of(model)).model
     assert condensed[0].bias is condensed[2].bias
 
 
@@ -220,7 +229,7 @@ def mixed():
 def test_modes_and_types_are_kept(training):
     model = mixed().double().train(training)
     model[1].train(not training)
-    condensed, left = condense(model, masks_of(model))
+    condensed, _, left = condense(model, masks_of(model))
     assert not left and condensed(torch.randn(2, 4, 3, 2, dtype=torch.float64)).dtype == torch.float64
     assert [module.training for module in condensed] == [module.training for module in model]
     assert {module.training for module in condensed[0].modules()} == {training}
@@ -231,7 +240,7 @@ def test_frozen_parameters_stay_frozen():
     model = mixed()
     model[0].requires_grad_(False)
     model[4].bias.requires_grad_(False)
-    condensed, _ = condense(model, masks_of(model))
+    condensed = condense(model, masks_of(model)).model
     assert not any(parameter.requires_grad for parameter in condensed[0].parameters())
     assert all(parameter.requires_grad for parameter in condensed[2].parameters())
     assert condensed[4].values.requires_grad and not condensed[4].bias.requires_grad
@@ -239,7 +248,7 @@ def test_frozen_parameters_stay_frozen():
 
 def test_a_model_on_another_device_stays_there():
     model = nn.Sequential(nn.Linear(5, 4).to("meta"), nn.Linear(4, 3))
-    condensed, left = condense(model, masks_of(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), "1.weight"))
+    condensed, _, left = condense(model, masks_of(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), "1.weight"))
     assert condensed[0].weight.is_meta and condensed[1].values.device.type == "cpu" and not left
 
 
@@ -260,12 +269,70 @@ def test_outputs_of_convolutions_can_be_viewed_as_before():
     assert_condensed(model, masks_of(model), torch.randn(WIDE))
 
 
-def test_layers_whose_weight_another_module_reads_are_left():
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)).eval()
-    masks, x = masks_of(model, "0.linear1.weight", "0.linear2.weight", "1.weight"), torch.randn(2, 4, 8)
-    condensed, _ = condense(model, masks)
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_whose_weight_the_module_around_them_reads_are_left(training):
+    """torch's encoder, which reads them in evaluation mode alone; the output projection is of a class of its own."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)).train(training)
+    left = ["0.linear1.weight", "0.linear2.weight", "0.self_attn.in_proj_weight", "0.self_attn.out_proj.weight"]
+    masks = masks_of(model, *left, "1.weight")
+    assert_condensed(model, masks, torch.randn(2, 4, 8), left)
+    assert condense(model, masks).left["0.linear1.weight"].startswith("the model reads its weight, which")
+
+
+@pytest.mark.parametrize("version", ["swin_t", "swin_v2_t"])
+def test_swin_keeps_its_attention(version):
+    """Its qkv and proj are plain linear layers, whose weights it hands to a function."""
+    model = SWIN[version](patch_size=[2, 2], embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=[2, 2],
+                          num_classes=3, stochastic_depth_prob=0.0)
+    masks = masks_of(model)
+    left = [name for name in masks if name.endswith(("attn.qkv.weight", "attn.proj.weight"))]
+    assert len(left) == 6 and len(masks) > len(left) + 6
+    condensed = assert_condensed(model, masks, torch.randn(2, 3, 16, 16), left)
+    assert_trains_and_loads(model, masks, condensed, torch.randn(2, 3, 16, 16))
+
+
+class Reading(nn.Module):
+    """It reads the first layer's weight from afar and the second one's number of channels, and calls the third."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)])
+
+    def forward(self, x, *, scale):
+        first, second, third = self.layers
+        x = nn.functional.linear(x * scale, first.weight, first.bias)
+        x = second(x.view(-1, second.out_channels, 1, 1)).flatten(1)
+        return third(x)
+
+
+def test_an_example_shows_what_is_read_elsewhere():
+    model, inputs = Reading(), {"x": torch.randn(2, 4), "scale": torch.tensor(2.0)}
+    masks, before = masks_of(model), copy.deepcopy(model.state_dict())
+    condensed, rest, left = condense(model, masks, inputs)
+    assert list(left) == list(rest) == ["layers.0.weight", "layers.1.weight"]
+    assert "reads its weight, which" in left["layers.0.weight"] and "its out_channels" in left["layers.1.weight"]
+    assert [type(layer) for layer in condensed.layers] == [nn.Linear, nn.Conv2d, FanInLinear]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
-        torch.testing.assert_close(condensed(x), apply_masks(copy.deepcopy(model), masks)(x))
+        torch.testing.assert_close(condensed(**inputs), apply_masks(copy.deepcopy(model), masks)(**inputs))
+    with pytest.raises(AttributeError, match="has no attribute 'weight'"):  # without an example nobody can know
+        condense(model, masks).model(**inputs)
+
+
+def test_the_masks_that_remain_train_what_remains():
+    """Also those of biases, whose layers have other names in the condensed model."""
+    model = mixed()
+    masks = masks_of(model, "0.weight", "4.weight") | {"0.bias": torch.tensor([True, False, True, True]),
+                                                       "2.weight": torch.rand(4, 4, 1, 1) < 0.5}
+    masks["2.weight"][0], masks["2.weight"][1] = True, False
+    masks["2.weight"][2, 1:] = False
+    masks["2.weight"][2, 0] = True
+    condensed, rest, left = condense(model, masks)
+    assert set(left) == {"0.bias", "2.weight"} and set(rest) == {"0.linear.bias", "2.weight"}
+    check_fit(rest, condensed.state_dict())
+    x, y = torch.randn(20, 4, 3, 2), torch.arange(20) % 3
+    fit(condensed, (x, y), Recipe(2, batch_size=10), seed=0, masks=rest, description=None)
+    assert all((tensor[~rest[name]] == 0).all() for name, tensor in condensed.state_dict().items() if name in rest)
 
 
 def test_hooks_are_not_lost():
@@ -274,7 +341,7 @@ def test_hooks_are_not_lost():
     model[1].register_forward_pre_hook(lambda module, args: (2 * args[0],))
     masks, x = masks_of(model), torch.randn(X)
     try:
-        condensed, _ = condense(model, masks)
+        condensed = condense(model, masks).model
     except ValueError:
         return  # nothing could be replaced
     with torch.no_grad():
@@ -285,7 +352,7 @@ def test_parametrised_layers_are_left():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Linear(4, 3))
     name = next(name for name in model.state_dict() if name.endswith("original1"))
     masks = masks_of(model, name, "1.weight")
-    condensed, left = condense(model, masks)
+    condensed, _, left = condense(model, masks)
     assert list(left) == [name]
     with torch.no_grad():
         x = torch.randn(X)
@@ -294,7 +361,7 @@ def test_parametrised_layers_are_left():
 
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (1, 2, 4, 3, 3)])
 def test_pointwise_refuses_what_is_no_image(shape):
-    layer, _ = condense(nn.Conv2d(4, 3, 1), {"weight": torch.eye(4)[:3, :, None, None].bool()})
+    layer = condense(nn.Conv2d(4, 3, 1), {"weight": torch.eye(4)[:3, :, None, None].bool()}).model
     with pytest.raises(ValueError, match="expected .*channels, height, width"):
         layer(torch.ones(shape))
     with pytest.raises(ValueError, match="expected"):

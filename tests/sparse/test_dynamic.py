@@ -1,10 +1,13 @@
 """SET, RigL and SRigL against rankings written out in plain Python, and what they leave of weights and momenta."""
 
+import copy
+import gc
 import math
 import re
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,7 +22,7 @@ from permask_core.models import build_model
 from permask_core.pruning import random_masks
 from permask_core.sparse import FanInLinear, dynamic
 from permask_core.sparse.dynamic import (
-    Active,
+    Connections,
     Rewiring,
     Topology,
     constant_fan_in_masks,
@@ -28,13 +31,15 @@ from permask_core.sparse.dynamic import (
     set_step,
     srigl_step,
 )
+from permask_core.sparse.optim import scale_gradients
+from permask_core.training import Recipe, fit
 
 ALWAYS = {"every": 1, "until": 1.0}
 
 
 def active_of(weight, mask):
     rows, columns = mask.nonzero(as_tuple=True)
-    return Active(rows, columns, weight[rows, columns].abs(), tuple(mask.shape))
+    return Connections(rows, columns, weight[rows, columns].abs(), tuple(mask.shape))
 
 
 def moved(active, keep, grow):
@@ -502,6 +507,175 @@ def test_layers_that_keep_their_neurons():
     assert ablated(()) == {"fc1.weight", "fc2.weight", "head.weight"}
 
 
+CASES = [("masks", "set"), ("masks", "rigl"), ("masks", "srigl"), ("fan-in", "set"), ("fan-in", "srigl")]
+X, Y = torch.randn(90, 20, generator=torch.Generator().manual_seed(0)), torch.arange(90) % 12
+
+
+def network(kind, density=0.2):
+    """A network and its masks, or one with FanInLinear layers and none."""
+    masked, masks, condensed = twins(density=density)
+    return (masked.float(), masks) if kind == "masks" else (condensed.float(), None)
+
+
+def train(model, topology, optimizer, batches, scaler=None, parts=1, clip=False, network=None):
+    """A loop such as anybody's; what comes out."""
+    for batch in batches:
+        for part in batch.tensor_split(parts):
+            loss = F.cross_entropy((network or model)(X[part]), Y[part]) * (len(part) / len(batch))
+            (scaler.scale(loss) if scaler else loss).backward()
+        if clip:
+            scaler.unscale_(optimizer) if scaler else None
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        topology.step(optimizer, *[scaler] * bool(scaler))
+        scaler.update() if scaler else None
+        optimizer.zero_grad()
+    return model.state_dict() | {f"mask of {name}": mask for name, mask in topology.masks.items()} | topology.fan_in
+
+
+def shuffled(epochs, seed=3):
+    order = torch.Generator().manual_seed(seed)
+    return [batch for _ in range(epochs) for batch in torch.randperm(90, generator=order).split(20)]
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=5e-4)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("sparse_opt", [False, True])
+@pytest.mark.parametrize("kind, method", CASES)
+def test_steps_in_a_loop_of_ones_own_are_those_of_fit_to_the_bit(kind, method, optimizer, sparse_opt, parts):
+    recipe = Recipe(6, lr=0.02, batch_size=20, schedule="constant", optimizer=optimizer, accumulate=parts,
+                    sparse_opt=sparse_opt)
+    rewiring = Rewiring(method, every=3, until=0.9, fraction=0.5, min_salient=0.6 if method == "srigl" else None)
+    trained, masks = network(kind)
+    run = fit(trained, (X, Y), recipe, seed=3, masks=masks, rewiring=rewiring, description=None)
+    model, masks = network(kind)
+    optimize = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer](
+        model.parameters(), 0.02, weight_decay=5e-4, fused=True,
+        **{"momentum": 0.9} if optimizer == "sgd" else {"betas": (0.9, 0.999)})
+    topology = Topology(model, masks, rewiring, steps=30, seed=3)
+    if sparse_opt:
+        scale_gradients(optimize, model, topology.masks)
+    train(model, topology, optimize, shuffled(6), parts=parts)
+    assert_same(model.state_dict(), run.state)
+    assert_same(topology.fan_in, run.fan_in)
+    assert_same(topology.masks, run.masks or {})
+    assert topology.done == 30 and len(topology.fan_in["0.weight"]) == 9
+    start = network("masks")[1]["0.weight"]
+    assert not torch.equal(topology.masks["0.weight"] if kind == "masks" else model[0].mask(), start)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("kind, method", CASES)
+def test_a_scaler_changes_no_bit(kind, method, clip):
+    """It multiplies by a power of 2, also what FanInLinear layers keep for their growth scores."""
+    ends = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0 ** 10, growth_interval=7)):
+        model, masks = network(kind)
+        topology = Topology(model, masks, Rewiring(method, every=4, until=1.0), steps=25)
+        ends.append(train(model, topology, sgd(model), shuffled(5), scaler, parts=2, clip=clip))
+    assert_same(*ends)
+    assert scaler.get_scale() == 2.0 ** 13
+
+
+@pytest.mark.parametrize("kind, method", CASES)
+def test_connections_wait_for_gradients_that_are_finite(kind, method):
+    """The second batch, which is due to rewire, overflows, and so does the fourth, which is not."""
+    model, masks = network(kind)
+    topology, optimizer = Topology(model, masks, Rewiring(method, every=2, until=1.0), steps=20), sgd(model)
+    scaler, history = torch.amp.GradScaler("cpu", init_scale=4.0), []
+    for poison in (1.0, float("inf"), 1.0, float("inf"), 1.0):
+        before = copy.deepcopy(model.state_dict())
+        scaler.scale(F.cross_entropy(model(X), Y) * poison).backward()
+        topology.step(optimizer, scaler)
+        scaler.update()
+        optimizer.zero_grad()
+        skipped = all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        history.append((topology.done, len(topology.fan_in["0.weight"]) - 1, skipped))
+    # Steps and rewirings so far; the fourth batch is skipped as the scaler does, and the fifth is step 4.
+    assert history[:4] == [(1, 0, False), (1, 0, True), (2, 1, False), (3, 1, True)] and history[4][:2] == (4, 2)
+    assert scaler.get_scale() == 1.0 and all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", ["masks", "fan-in"])
+def test_a_batch_that_was_given_up_does_not_count(kind):
+    ends = []
+    for disturb in (False, True):
+        model, masks = network(kind)
+        topology, optimizer = Topology(model, masks, Rewiring("srigl", every=1, until=1.0), steps=9), sgd(model)
+        if disturb:
+            F.cross_entropy(model(X * 9), Y).backward()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model(X)
+            copied = copy.deepcopy(model)
+            F.cross_entropy(copied(X * 9), Y).backward()
+            model(X * 9)  # without a backward pass
+        ends.append(train(model, topology, optimizer, shuffled(1)))
+    assert_same(*ends)
+
+
+def test_a_compiled_network_that_sees_hooks_is_rewired_as_the_network_itself(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
+    ends = []
+    for compiled in (False, True):
+        model, _ = network("fan-in")
+        network_of = torch.compile(model, backend="eager") if compiled else model
+        topology = Topology(model, None, Rewiring("srigl", every=3, until=1.0), steps=10)
+        ends.append(train(model, topology, sgd(model), shuffled(2), network=network_of))
+    assert_same(*ends)
+
+
+def test_layers_are_watched_in_the_steps_that_rewire_alone_and_as_long_as_there_is_a_topology():
+    model, _ = network("fan-in")
+    topology, optimizer, watched = Topology(model, None, Rewiring("srigl", every=3), steps=12), sgd(model), []
+    for batch in shuffled(2):
+        watched.append(bool(model[0]._forward_hooks))
+        train(model, topology, optimizer, [batch])
+    assert watched == [i in (3, 6) for i in range(1, 11)] and not topology.layers["0.weight"].caught
+    topology = Topology(model, None, Rewiring("srigl", every=1), steps=12)
+    assert model[0]._forward_hooks
+    del topology
+    gc.collect()
+    assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("kind", ["masks", "fan-in"])
+def test_a_topology_that_is_restored_goes_on_to_the_same_bits(kind):
+    rewiring, batches = Rewiring("srigl", every=2, until=1.0), shuffled(2)
+    model, masks = network(kind)
+    whole = train(model, Topology(model, masks, rewiring, steps=10), torch.optim.SGD(model.parameters(), 0.1), batches)
+    model, masks = network(kind)
+    first = Topology(model, masks, rewiring, steps=10)
+    train(model, first, torch.optim.SGD(model.parameters(), 0.1), batches[:5])
+    again, masks = network(kind)
+    second = Topology(again, masks, rewiring, steps=10)
+    again.load_state_dict(model.state_dict())
+    second.restore(first.masks, first.fan_in, first.done)
+    assert_same(train(again, second, torch.optim.SGD(again.parameters(), 0.1), batches[5:]), whole)
+
+
+def test_integers_and_numbers_of_numpy_are_taken_as_plain_ones():
+    rewiring = Rewiring("srigl", np.int64(2), np.float64(0.5), np.float64(0.25), np.float64(0.5))
+    assert rewiring == Rewiring("srigl", 2, 0.5, 0.25, 0.5)
+    assert all(type(value) in (int, float) for value in (rewiring.every, rewiring.until, rewiring.min_salient))
+    model, masks = model_and_masks("linear", "srigl")
+    topology = Topology(model, masks, rewiring, steps=np.int64(10), seed=np.int64(3))
+    assert topology.due(2) and type(topology.steps) is int
+    one, two = (constant_fan_in_masks({"a": torch.empty(5, 9)}, density, seed=seed)["a"]
+                for density, seed in ((0.5, 1), (np.float32(0.5), np.int64(1))))
+    assert torch.equal(one, two)
+    for name, value in (("every", True), ("fraction", True)):
+        with pytest.raises(ValueError, match=f"{name} is True"):
+            Rewiring("set", **{name: value})
+
+
 @pytest.mark.parametrize("options, message", [
     ({"method": "deepr"}, "method is 'deepr': expected one of set, rigl, srigl"), ({"method": None}, "method is None"),
     ({"every": 0}, "every is 0: expected an integer of at least 1"), ({"every": 2.5}, "every is 2.5"),
@@ -560,8 +734,10 @@ def test_growth_without_gradients_is_refused(fan_in):
     masked, masks, condensed = twins()
     model, masks = (condensed, None) if fan_in else (masked, masks)
     topology = Topology(model, masks, replace(Rewiring("srigl"), **ALWAYS), steps=10, seed=0)
-    with pytest.raises(RuntimeError, match=r"'0.weight' has no gradients to grow by: .* step 4 inside watching\(4\)"):
+    with pytest.raises(RuntimeError, match=r"'0.weight' has no gradients to grow by: .* step 4 since the last call"):
         topology.rewire(4)
+    with pytest.raises(RuntimeError, match="zero_grad.. after them"):
+        topology.step(torch.optim.SGD(model.parameters(), 0.1))
 
 
 @pytest.mark.parametrize("fraction", [-0.3, 1.5, float("nan"), "0.3"])
@@ -569,7 +745,7 @@ def test_a_fraction_that_is_none_is_refused_by_every_step(fraction):
     layer, message = FanInLinear(9, 4, 3), "fraction is .*: expected a number in"
     linear = layer.to_dense()
     rows, columns = layer.mask().nonzero(as_tuple=True)
-    active = Active(rows, columns, linear.weight.detach()[rows, columns].abs(), (4, 9))
+    active = Connections(rows, columns, linear.weight.detach()[rows, columns].abs(), (4, 9))
     calls = (lambda: set_step(active, fraction), lambda: set_rows_step(layer, fraction),
              lambda: rigl_step(active, None, fraction), lambda: srigl_step(active, None, fraction, 12))
     for call in calls:

@@ -502,16 +502,16 @@ def test_the_list_by_input_is_kept_until_the_indices_change_and_never_stale():
 
     def check():
         for start, stop in ((0, None), (0, 3), (3, None), (2, 5)):
-            kept, fresh = layer.transposed(start, stop), transposing.transposed(layer.indices[start:stop], 10)
+            kept, fresh = layer.transpose(start, stop), transposing.transpose(layer.indices[start:stop], 10)
             assert all(torch.equal(a, b) for a, b in zip(kept, fresh))
-            assert layer.transposed(start, stop) is kept
+            assert layer.transpose(start, stop) is kept
         assert_same_layer(layer, copy.deepcopy(layer))
 
     check()
-    first = layer.transposed()
+    first = layer.transpose()
     layer.double()
     check()
-    assert layer.transposed() is first or all(torch.equal(a, b) for a, b in zip(layer.transposed(), first))
+    assert layer.transpose() is first or all(torch.equal(a, b) for a, b in zip(layer.transpose(), first))
     for change in (lambda: layer.rewire(torch.zeros(8, 3, dtype=torch.bool), drawn_mask(8, 10, 3).nonzero()),
                    lambda: layer.load_state_dict(drawn_layer(8, 10, 3).state_dict()),
                    lambda: layer.load_state_dict(drawn_layer(8, 10, 4, ablated=1).state_dict()),
@@ -660,14 +660,14 @@ def test_a_bad_move_is_refused_and_leaves_layer_and_optimizer_as_they_were(bad):
     step(layer, optimizer)
     step(layer, optimizer)
     before, state = everything(layer), {name: t.clone() for name, t in optimizer.state[layer.values].items()}
-    listed = layer.transposed()
+    listed = layer.transpose()
     change, message = BAD_MOVES[bad]
     connected = torch.stack([layer.rows, layer.indices[:, 1].long()], 1)
     with pytest.raises(ValueError, match=message):
         layer.rewire(*change(torch.ones(6, 3, dtype=torch.bool), connected), optimizer)
     assert_untouched(layer, before)
     assert all(torch.equal(t, state[name]) for name, t in optimizer.state[layer.values].items())
-    assert all(torch.equal(a, b) for a, b in zip(layer.transposed(), listed))
+    assert all(torch.equal(a, b) for a, b in zip(layer.transpose(), listed))
 
 
 def test_the_graph_of_an_earlier_step_does_not_disturb_a_later_one():

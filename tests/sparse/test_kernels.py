@@ -103,7 +103,7 @@ def assert_rounded(results, references, dtype):
 
 
 def run(kernel, x, values, indices, bias, grad):
-    dx, dvalues = kernel.backward(grad, x, values, indices, kernels.transposed(indices, x.shape[1]), True, True)
+    dx, dvalues = kernel.backward(grad, x, values, indices, kernels.transpose(indices, x.shape[1]), True, True)
     return kernel.forward(x, values, indices, bias), dx, dvalues
 
 
@@ -152,7 +152,7 @@ def test_half_precision_is_summed_in_float32_and_rounded_once():
         for batch in (1, 3, 65):
             given = case(batch, 30, 50, 20, dtype)
             y, dx, dvalues = kernels.forward(*given[:4]), *kernels.backward(
-                given[4], *given[:3], kernels.transposed(given[2], 50))
+                given[4], *given[:3], kernels.transpose(given[2], 50))
             assert_rounded((y, dx, dvalues), exact(*given), dtype)
 
 
@@ -171,14 +171,14 @@ def test_a_sum_of_many_numbers_in_bfloat16_would_be_far_off():
     given = torch.ones(n, 1).bfloat16(), torch.full((n, 1), 0.1).bfloat16(), torch.zeros(n, 1, dtype=torch.int32)
     for x, grad in ((given[0][:1], torch.ones(1, n)), (given[0], torch.full((n, n), 0.1))):
         grad = grad.bfloat16()
-        found = kernels.backward(grad, x, *given[1:], kernels.transposed(given[2], 1))
+        found = kernels.backward(grad, x, *given[1:], kernels.transpose(given[2], 1))
         assert_rounded(found, exact(x, *given[1:], torch.zeros(n), grad)[1:], torch.bfloat16)
 
 
 @pytest.mark.parametrize("need", [(True, False), (False, True), (False, False)])
 def test_what_is_not_needed_is_none_and_the_rest_as_ever(kernel, need):
     x, values, indices, _, grad = case(33, 20, 30, 7)
-    transposed = kernels.transposed(indices, 30)
+    transposed = kernels.transpose(indices, 30)
     whole = kernel.backward(grad, x, values, indices, transposed, True, True)
     part = kernel.backward(grad, x, values, indices, transposed, *need)
     for wanted, one, other in zip(need, whole, part):
@@ -302,10 +302,10 @@ def test_transposed_lists_each_connection_once_in_its_block_by_input_then_output
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transposing, "BLOCK", block)
         patch.setattr(transposing, "WIDE", 100)  # instead of 2^31
-        pointers, outputs, slots = kernels.transposed(indices, inputs)
+        pointers, outputs, slots = kernels.transpose(indices, inputs)
     assert (pointers.dtype, outputs.dtype) == (torch.int64, torch.int32)
     assert slots.dtype == (torch.int32 if n * k < 100 else torch.int64)
-    given = torch.randn(9, inputs), torch.randn(n, k), indices, kernels.Transposed(pointers, outputs, slots)
+    given = torch.randn(9, inputs), torch.randn(n, k), indices, kernels.Transpose(pointers, outputs, slots)
     grad = torch.randn(9, n)
     for found, expected in zip(cpu.backward(grad, *given, True, True), eager.backward(grad, *given, True, True)):
         assert torch.allclose(found, expected, atol=1e-4)
@@ -328,7 +328,7 @@ def case(batch, n, inputs, k, dtype=torch.float32):
     return x.to(dtype), values.to(dtype), indices, bias.to(dtype), grad.to(dtype)
 
 def run(kernel, x, values, indices, bias, grad):
-    copy = kernels.transposed(indices, x.shape[1])
+    copy = kernels.transpose(indices, x.shape[1])
     y = kernel.forward(x, values, indices, bias)
     return y, *kernel.backward(grad, x, values, indices, copy, need_x=True, need_values=True)
 
@@ -444,14 +444,14 @@ def test_autocast_does_not_reach_into_the_plain_kernel():
 
 CACHED = """
 import hashlib, os, sys, torch
-from permask_core.sparse.kernels import cpu, eager, transposed
+from permask_core.sparse.kernels import cpu, eager, transpose
 cpu._simd()
 
 def bits_and_error(batch):
     generator = torch.Generator().manual_seed(0)
     x, values, grad = (torch.randn(*shape, generator=generator) for shape in ((batch, 400), (500, 120), (batch, 500)))
     indices = torch.rand(500, 400, generator=generator).argsort(1)[:, :120].int()
-    lists = transposed(indices, 400)
+    lists = transpose(indices, 400)
     ours = cpu.forward(x, values, indices), *cpu.backward(grad, x, values, indices, lists, True, True)
     plain = eager.forward(x, values, indices), *eager.backward(grad, x, values, indices, lists, True, True)
     bits = hashlib.sha256(b"".join(one.numpy().tobytes() for one in ours)).hexdigest()
@@ -495,7 +495,7 @@ def test_code_that_two_processes_compiled_and_kept_is_told_apart_by_a_third(tmp_
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_processes_that_keep_code_at_once_never_load_each_others(tmp_path, monkeypatch, order):
     """Both have read the list before either has written, and one is killed before it is listed."""
-    kept = pytest.importorskip("permask_core.sparse.kernels.simd").Kept
+    kept = pytest.importorskip("permask_core.sparse.kernels.simd").CodeFile
     files = [kept(str(tmp_path), "loop", "stamp") for _ in range(2)]
     with monkeypatch.context() as patch:
         patch.setattr(kept, "_load_index", lambda self: {})
@@ -513,3 +513,39 @@ def test_two_processes_that_keep_code_at_once_never_load_each_others(tmp_path, m
     assert newer.load(("key", 0)) is None  # not the code of the older source
     newer.save(("key", 0), "newer code")
     assert newer.load(("key", 0)) == "newer code"
+
+
+@pytest.mark.parametrize("change", ["numbers", "files", "dispatcher"])
+def test_a_numba_that_keeps_code_in_another_way_keeps_none_and_says_so_once(monkeypatch, change):
+    simd = pytest.importorskip("permask_core.sparse.kernels.simd")
+    if change == "numbers":
+        class Numbered(simd.FunctionIdentity):
+            """Which counts by another name."""
+
+            @classmethod
+            def from_function(cls, function):
+                made = super().from_function(function)
+                made.unique_id = 1
+                return made
+
+        monkeypatch.setattr(simd, "FunctionIdentity", Numbered)
+    elif change == "files":
+        monkeypatch.setattr(simd, "PRIVATE", (*simd.PRIVATE, "_is_gone"))
+    else:
+        njit = simd.njit
+        monkeypatch.setattr(simd, "njit", lambda cache=False, **options: (lambda _: object()) if cache else njit(
+            cache=False, **options))
+
+    def add(a, b):
+        return a + b
+
+    simd._keeps_code.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="compiled in every process: how numba .* keeps compiled code") as caught:
+            functions = [simd._compile(add, parallel=False) for _ in range(2)]
+    finally:
+        simd._keeps_code.cache_clear()
+    assert len(caught) == 1
+    assert all(function(2, 3) == 5 and function.stats.cache_path is None for function in functions)
+    monkeypatch.undo()
+    assert simd._keeps_code() and simd._compile(simd.put.py_func).stats.cache_path

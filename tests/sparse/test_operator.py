@@ -48,8 +48,8 @@ def test_compiled_as_a_whole_it_computes_the_same_also_after_rewiring(bias):
 
 
 def test_the_list_by_input_is_made_once_in_compiled_code_too(monkeypatch):
-    model, made, real = network(), [], kernels.transposed
-    monkeypatch.setattr(kernels, "transposed", lambda *given: made.append(given) or real(*given))
+    model, made, real = network(), [], kernels.transpose
+    monkeypatch.setattr(kernels, "transpose", lambda *given: made.append(given) or real(*given))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for _ in range(3):
         gradients(compiled, model, torch.randn(4, 12))

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from permask_core.masks import apply_masks
-from permask_core.sparse.dynamic import constant_fan_in_masks
-from permask_core.sparse.optim import SparseOpt, row_factors
+from permask_core.sparse import FanInLinear
+from permask_core.sparse.dynamic import Rewiring, Topology, constant_fan_in_masks
+from permask_core.sparse.optim import row_factors, scale_gradients
 
 
 def by_hand(mask):
@@ -55,7 +56,8 @@ def uneven():
 def trained(make, masks=None, steps=8):
     model, own, x, y = uneven()
     optimizer = make(model.parameters())
-    optimizer = SparseOpt(optimizer, model, own if masks is None else masks) if masks != {} else optimizer
+    if masks != {}:
+        scale_gradients(optimizer, model, own if masks is None else masks)
     start = copy.deepcopy(model)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -104,7 +106,8 @@ def test_adam_nearly_cancels_a_factor_that_stays():
 def test_masks_changed_in_place_count_at_the_next_step():
     linear = nn.Linear(4, 2, bias=False)
     masks = {"weight": torch.ones(2, 4, dtype=torch.bool)}
-    optimizer = SparseOpt(torch.optim.SGD(linear.parameters(), 1.0), linear, masks)
+    optimizer = torch.optim.SGD(linear.parameters(), 1.0)
+    scale_gradients(optimizer, linear, masks)
 
     def step():
         before, linear.weight.grad = linear.weight.detach().clone(), torch.ones(2, 4)
@@ -117,40 +120,69 @@ def test_masks_changed_in_place_count_at_the_next_step():
     torch.testing.assert_close(step(), expected)
 
 
-def test_everything_else_is_the_optimizers():
-    model, masks, x, y = uneven()
-    inner = sgd(model.parameters())
-    optimizer = SparseOpt(inner, model, masks)
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    assert optimizer.param_groups is inner.param_groups and optimizer.state is inner.state and len(inner.state) == 4
-    other = SparseOpt(sgd(model.parameters()), model, masks)
-    other.load_state_dict(optimizer.state_dict())
-    assert torch.equal(other.state[model[0].weight]["momentum_buffer"], inner.state[model[0].weight]["momentum_buffer"])
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in model.parameters())
+def test_the_optimizer_is_itself_and_forgets_the_scaling_when_it_is_removed():
+    (_, plain), (model, masks, x, y) = trained(sgd, {}), uneven()
+    optimizer = sgd(model.parameters())
+    handle = scale_gradients(optimizer, model, masks)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     before = copy.deepcopy(model.state_dict())
     optimizer.step()  # without gradients, nothing to scale
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    handle.remove()
+    optimizer.param_groups[0]["lr"] = 0.1
+    for _ in range(8):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        apply_masks(model, masks)
+    assert all(torch.equal(one, two) for one, two in zip(plain.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_that_unscales_first_or_in_the_step_changes_no_bit(fused):
+    ends = []
+    for way in ("none", "step", "before"):
+        model, masks, x, y = uneven()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, fused=fused)
+        scale_gradients(optimizer, model, masks)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=way != "none")
+        for _ in range(5):
+            optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(x), y)).backward()
+            if way == "before":
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            apply_masks(model, masks)
+        ends.append(model)
+    for other in ends[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(ends[0].parameters(), other.parameters()))
+
+
+def test_fan_in_layers_are_scaled_as_under_their_mask_also_where_connections_move():
+    """In float64; SRigL ablates neurons, and so its rows differ."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 12)).double()
+    masks = constant_fan_in_masks({name: p for name, p in dense.named_parameters() if p.ndim > 1}, 0.2, seed=0)
+    layers = nn.Sequential(FanInLinear.from_dense(dense[0], masks["0.weight"]), nn.ReLU(),
+                           FanInLinear.from_dense(dense[2], masks["2.weight"]))
+    x, y = torch.randn(40, 20).double(), torch.arange(40) % 12
+    for model, given in ((dense, masks), (layers, None)):
+        optimizer = sgd(model.parameters())
+        topology = Topology(model, given, Rewiring("srigl", every=3, until=1.0, min_salient=0.9), steps=20)
+        scale_gradients(optimizer, model, topology.masks)
+        for _ in range(20):
+            F.cross_entropy(model(x), y).backward()
+            topology.step(optimizer)
+            optimizer.zero_grad()
+    assert layers[0].n_active < 30
+    for i in (0, 2):
+        torch.testing.assert_close(layers[i].to_dense().weight, dense[i].weight, rtol=1e-9, atol=1e-9)
 
 
 def test_masks_that_do_not_fit_are_refused():
     model, masks, *_ = uneven()
     with pytest.raises(ValueError, match=re.escape("mask '3.weight' has shape [1], its tensor [5, 24]")):
-        SparseOpt(sgd(model.parameters()), model, masks | {"3.weight": torch.ones(1, dtype=torch.bool)})
-
-
-def test_masks_that_are_none_are_refused_when_it_is_made():
-    model = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match="masks are NoneType"):
-        SparseOpt(torch.optim.SGD(model.parameters(), 0.1), model, None)
-
-
-def test_a_scheduler_of_the_optimizer_inside_changes_its_learning_rate():
-    model = nn.Linear(3, 2)
-    wrapped = SparseOpt(torch.optim.SGD(model.parameters(), 0.1), model, {})
-    scheduler = torch.optim.lr_scheduler.StepLR(wrapped.optimizer, 1, 0.5)
-    model(torch.ones(1, 3)).sum().backward()
-    wrapped.step()
-    scheduler.step()
-    assert wrapped.param_groups[0]["lr"] == 0.05
+        scale_gradients(sgd(model.parameters()), model, masks | {"3.weight": torch.ones(1, dtype=torch.bool)})

@@ -87,7 +87,7 @@ def test_only_what_fits_together_is_in_a_batch_of_its_own(images):
     assert backends(model) == ["alone"]
     around = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(128, 10))
     assert backends(around) == ["vmap", "alone"]
-    condensed, _ = condense(*_constant_fan_in())
+    condensed = condense(*_constant_fan_in()).model
     assert backends(condensed) == ["alone"]
 
 

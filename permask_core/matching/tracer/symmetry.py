@@ -156,59 +156,76 @@ def orbits(structure):
     unit, tree, crossing = _tree(structure.count, same, parts)
     why = {unit[vertex]: reason for vertex, reason in reversed(structure.reasons.items())}
     why |= dict.fromkeys(crossing - why.keys(), "blocks of units cross each other")
+    colour = _settle(colour, unit, site, same, parts, why)
+    units = _Units(unit, tree, site, colour)
+    found = []
+    for alike in units.alike(why.keys()):
+        places = _places(structure.sites, [units.vertices(u) for u in alike], site, position)
+        found += [(alike, places)] if places and len(places) > 1 else []  # one place is read by nothing
+    found.sort(key=lambda orbit: units.first(orbit[0][0]))
+    number = {u: (i, j) for i, (alike, _) in enumerate(found) for j, u in enumerate(alike)}
+    result = [Orbit(places, {part: j for j, u in enumerate(alike) for part in units.whole(u)},
+                    _within(alike[0], tree, number)) for alike, places in found]
+    moving = np.isin(unit, [u for orbit in result for u in orbit.numbers])
+    fixed = {int(v): why.get(unit[v], "no other unit has the same surroundings")
+             for v in np.flatnonzero((site >= 0) & ~moving)}
+    return result, unit, fixed
+
+
+def _settle(colour, unit, site, same, parts, why):
+    """Colours refined until two vertices of one unit never have the same; ``why`` gets the units that must be fixed for
+    it."""
     while True:
         refined = _refine(_unique(colour, unit, why), same, parts)
         ambiguous = _ambiguous(refined, unit, site, parts) - why.keys()
         if not ambiguous:
-            break
+            return refined
         why |= dict.fromkeys(ambiguous, "two places of one unit cannot be told apart")
-    summary = np.zeros(unit.max(initial=-1) + 1, np.uint64)
-    with np.errstate(over="ignore"):
-        np.add.at(summary, unit, mixed(refined))
-    members, children = _members(unit, site, refined), defaultdict(list)
-    for child, above in tree.items():
-        for block in above:
-            children[block].append(child)
-    whole = {}
-
-    def below(u):
-        """A unit with its parts, in an order that is the same in exchangeable units."""
-        if u not in whole:
-            inside = sorted(children.get(u, ()), key=lambda child: (summary[child], first(child)))
-            whole[u] = [u, *(part for child in inside for part in below(child))]
-        return whole[u]
-
-    def first(u):
-        return min((members[part][0] for part in below(u) if members[part]), default=structure.count)
-
-    candidates = defaultdict(list)
-    for u in range(len(summary)):
-        if u not in why:
-            candidates[summary[u], tuple(sorted(tree.get(u, ())))].append(u)
-    found = []
-    for units in candidates.values():
-        if len(units) > 1:
-            units.sort(key=first)
-            vertices = [[vertex for part in below(u) for vertex in members[part]] for u in units]
-            places = _places(structure.sites, vertices, site, position)
-            found += [(units, places)] if places and len(places) > 1 else []  # one place is read by nothing
-    found.sort(key=lambda orbit: first(orbit[0][0]))
-    place_of = {u: (i, j) for i, (units, _) in enumerate(found) for j, u in enumerate(units)}
-    result = [Orbit(places, {part: j for j, u in enumerate(units) for part in below(u)},
-                    _within(units[0], tree, place_of)) for units, places in found]
-    moving = np.zeros(len(summary), bool)
-    moving[[u for orbit in result for u in orbit.numbers]] = True
-    fixed = {int(v): why.get(unit[v], "no other unit has the same surroundings")
-             for v in np.flatnonzero((site >= 0) & ~moving[unit])}
-    return result, unit, fixed
 
 
-def _within(u, tree, place_of):
+class _Units:
+    """Units with their parts, in an order that is the same in exchangeable units."""
+
+    def __init__(self, unit, tree, site, colour):
+        self.tree, self.children, self.wholes = tree, defaultdict(list), {}
+        for child, above in tree.items():
+            for block in above:
+                self.children[block].append(child)
+        self.members, self.end = _members(unit, site, colour), len(unit)
+        self.colours = np.zeros(unit.max(initial=-1) + 1, np.uint64)  # of a unit: those of its vertices, in any order
+        with np.errstate(over="ignore"):
+            np.add.at(self.colours, unit, mixed(colour))
+
+    def whole(self, u):
+        """A unit and its parts, and theirs."""
+        if u not in self.wholes:
+            inside = sorted(self.children.get(u, ()), key=lambda child: (self.colours[child], self.first(child)))
+            self.wholes[u] = [u, *(part for child in inside for part in self.whole(child))]
+        return self.wholes[u]
+
+    def vertices(self, u):
+        """The parameter vertices of a unit and its parts."""
+        return [vertex for part in self.whole(u) for vertex in self.members[part]]
+
+    def first(self, u):
+        """The first of them in the order of the network, of each part the first by site and colour."""
+        return min((self.members[part][0] for part in self.whole(u) if self.members[part]), default=self.end)
+
+    def alike(self, fixed):
+        """Lists of two or more units that have the same colours and are part of the same blocks."""
+        candidates = defaultdict(list)
+        for u, colour in enumerate(self.colours):
+            if u not in fixed:
+                candidates[colour, tuple(sorted(self.tree.get(u, ())))].append(u)
+        return [sorted(units, key=self.first) for units in candidates.values() if len(units) > 1]
+
+
+def _within(u, tree, number):
     """The nearest block above a unit that may move, as (orbit, unit)."""
     while len(tree.get(u, ())) == 1:
         (u,) = tree[u]
-        if u in place_of:
-            return place_of[u]
+        if u in number:
+            return number[u]
     return None
 
 

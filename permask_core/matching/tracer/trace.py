@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from permask_core.matching.checking import arguments, check_function
+from permask_core.data.batches import arguments
+from permask_core.matching.checking import check_function
 from permask_core.matching.groups import Entry, Fixed, Group, Groups, Tap
 from permask_core.matching.tracer.rules import KERNEL, RULES, pointwise
 from permask_core.matching.tracer.symmetry import Site, orbits

@@ -245,46 +245,63 @@ class Algebra:
         axis %= len(values[0].shape)
         names = [name for name, value in zip(names or range(len(values)), values) if value.shape != (0,)]
         values = [value for value in values if value.shape != (0,)]
-        sizes = [value.shape[axis] for value in values]
-        shape = [sum(sizes) if a == axis else n for a, n in enumerate(values[0].shape)]
-        along = [next((b for b in value.bundles if axis in b.axes), None) for value in values]
-        spans = {b.axes for b in along if b}
-        ambiguous = any(sum(axis in b.axes for b in value.bundles) > 1 or (spans and bundle is None and any(
-            set(b.axes) & set(min(spans)) for b in value.bundles)) for value, bundle in zip(values, along))
-        if len(spans) > 1 or ambiguous:
-            values, spans = [self.ordered(value, [axis]) for value in values], set()
-        rest = [value._replace(bundles=tuple(b for b in value.bundles if axis not in b.axes), shape=tuple(shape),
-                               uniform=value.uniform | {axis, *(spans and min(spans))}) for value in values]
-        joined = self.join(shape, rest)
-        if not spans:
+        shape = [sum(value.shape[axis] for value in values) if a == axis else n for a, n in enumerate(values[0].shape)]
+        axes = _axes_along(values, axis)
+        if axes is None:  # they cannot be laid end to end
+            values = [self.ordered(value, [axis]) for value in values]
+        joined = self.join(shape, [value._replace(
+            bundles=tuple(b for b in value.bundles if axis not in b.axes), shape=tuple(shape),
+            uniform=value.uniform | {axis, *(axes or ())}) for value in values])
+        if not axes:
             why = joined.why or next((value.why for value in values if value.why), self.why_ordered())
             return joined._replace(uniform=joined.uniform - {axis}, why=why)
-        (axes,) = spans
-        i, parts = axes.index(axis), []
-        for k, (value, bundle) in enumerate(zip(values, along)):
-            if bundle is None:
-                fill = INERT if any(a in value.inert for a in axes) else UNIFORM
-                full = [value.shape[a] for a in axes]
-                bundle = Bundle(axes, np.full(full, fill), np.zeros(full, np.int64))
-            constant = bundle.tags * len(values) + names.index(names[k])
-            parts.append(bundle._replace(tags=np.where(bundle.vertices == UNIFORM, constant, bundle.tags)))
+        whole = self._end_to_end([_bundle_along(value, axes) for value in values], names, axis)
+        return value_of(shape, [*joined.bundles, whole], joined.uniform - set(axes), joined.why)
+
+    def _end_to_end(self, parts, names, axis):
+        """One bundle of several with the same axes, one after the other along an axis; along the others their units are
+        the same."""
+        n, axes = len(parts), parts[0].axes
+        parts = [part._replace(tags=np.where(part.vertices == UNIFORM, part.tags * n + names.index(name), part.tags))
+                 for part, name in zip(parts, names)]
         seen = [set(part.vertices[part.vertices >= 0].tolist()) for part in parts]
         if sum(map(len, seen)) > len(set().union(*seen)):  # a unit twice: number its copies
-            parts = [part._replace(tags=part.tags * len(parts) + k) for k, part in enumerate(parts)]
+            parts = [part._replace(tags=part.tags * n + k) for k, part in enumerate(parts)]
         if len(axes) > 1:
             first, *others = [self.project(part, set(axes) - {axis}, False) for part in parts]
             for other in others:
                 if other.axes != first.axes:
                     raise NotFollowed
                 self.structure.same(first.vertices, other.vertices, first.tags, other.tags, self.name, self.at)
-        whole = Bundle(axes, *(np.concatenate([part[j] for part in parts], i) for j in (1, 2)))
-        return value_of(shape, [*joined.bundles, whole], joined.uniform - set(axes), joined.why)
+        return Bundle(axes, *(np.concatenate([part[j] for part in parts], axes.index(axis)) for j in (1, 2)))
 
     def spatial(self, value, dims, shape):
         """The value after an operation that slides over its last ``dims`` axes."""
         value, places = self.ordered(value, range(-dims, 0)), range(len(shape) - dims, len(shape))
         uniform = value.uniform - {a for a in places if shape[a] > 1}  # padding may tell apart what one pixel becomes
         return value._replace(shape=tuple(shape), uniform=uniform, why=value.why or self.why_ordered())
+
+
+def _axes_along(values, axis):
+    """The axes of the bundles that run along an axis: () if there are none, None if they differ in different values, or
+    if a value has two, or has none but another that runs along the same axes."""
+    along = [[bundle for bundle in value.bundles if axis in bundle.axes] for value in values]
+    spans = {bundle.axes for bundles in along for bundle in bundles}
+    if not spans:
+        return ()
+    axes, *others = spans
+    lacking = [value for value, bundles in zip(values, along) if not bundles]
+    if others or any(len(bundles) > 1 for bundles in along) or any(
+            set(bundle.axes) & set(axes) for value in lacking for bundle in value.bundles):
+        return None
+    return axes
+
+
+def _bundle_along(value, axes):
+    """A value's bundle along these axes; if it has none, one of a constant or of what no permutation may touch."""
+    shape = [value.shape[a] for a in axes]
+    blank = Bundle(axes, np.full(shape, INERT if value.inert & set(axes) else UNIFORM), np.zeros(shape, np.int64))
+    return next((bundle for bundle in value.bundles if bundle.axes == axes), blank)
 
 
 def _filled(bundle, axes, shape):

@@ -17,11 +17,11 @@ from functools import cache
 import torch
 
 from permask_core.sparse.kernels import cpu, eager
-from permask_core.sparse.kernels.transposing import Transposed, forget, kept, transposed, version
+from permask_core.sparse.kernels.transposing import Transpose, forget, remember, transpose, version
 
 LOADED = {"cuda": ["permask_core.sparse.kernels.triton"]}  # by name, on such a device: see runs.store.sources
 
-__all__ = ["Transposed", "backward", "forget", "forward", "kept", "transposed", "version"]
+__all__ = ["Transpose", "backward", "forget", "forward", "remember", "transpose", "version"]
 
 
 @cache
@@ -43,7 +43,7 @@ def _kernels(x, values, indices, bias=None):
     if x.is_cuda and torch.float64 not in (x.dtype, values.dtype):
         return _triton() or eager
     fast = (x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.dtype == values.dtype
-            and indices.dtype == torch.int32 and (bias is None or bias.dtype == x.dtype) and cpu.usable())
+            and indices.dtype == torch.int32 and (bias is None or bias.dtype == x.dtype) and cpu.is_usable())
     return cpu if fast else eager
 
 
@@ -78,7 +78,7 @@ def backward(grad, x, values, indices, transposed, *, need_x=True, need_values=T
         [batch, n].
     x, values, indices : torch.Tensor
         As :func:`forward` had them.
-    transposed : Transposed
+    transposed : Transpose
         Of these indices.
     need_x, need_values : bool
 

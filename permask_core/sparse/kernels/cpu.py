@@ -41,7 +41,7 @@ def _started():
     return os.getpid()
 
 
-def usable():
+def is_usable():
     """Whether the compiled loops can run: numba is there, and this is no fork of the process that started their
     threads, which would have none."""
     return _simd() is not None and _started() == os.getpid()

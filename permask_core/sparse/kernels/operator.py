@@ -29,7 +29,7 @@ def fan_in_backward(grad: Tensor, x: Tensor, values: Tensor, indices: Tensor, ne
                     need_values: bool) -> tuple[Tensor, Tensor]:
     """:func:`permask_core.sparse.kernels.backward` as an operator, which lists the connections by input itself; a
     gradient that nobody needs is empty."""
-    listed = kernels.kept(indices, (0, None), lambda: kernels.transposed(indices, x.shape[1]))
+    listed = kernels.remember(indices, (0, None), lambda: kernels.transpose(indices, x.shape[1]))
     dx, dvalues = kernels.backward(grad.contiguous(), x, values, indices, listed, need_x=need_x,
                                    need_values=need_values)
     return x.new_empty(0) if dx is None else dx.contiguous(), values.new_empty(0) if dvalues is None else dvalues

@@ -10,9 +10,11 @@ import hashlib
 import itertools
 import os
 import secrets
+import warnings
 from functools import cache
 from types import FunctionType
 
+import numba
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
@@ -221,19 +223,21 @@ def turn(typing, source, source_at, source_step, source_rows, target, target_at,
 
 
 def _number_apart():
-    """Let numba number the functions that this process compiles from where no other process begins.
+    """Let numba number the functions that this process compiles from where no other process begins; whether it does.
 
     Compiled code that is kept on disk goes by names made of these numbers. From two processes, each of which compiles
     what the other does not, a third would load two functions of one name, and call one for the other.
     """
-    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(48))
+    first = secrets.randbits(48)
+    FunctionIdentity._unique_ids = itertools.count(first)
+    return FunctionIdentity.from_function(_number_apart).unique_id == first
 
 
-_number_apart()
-os.register_at_fork(after_in_child=_number_apart)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_number_apart)
 
 
-class Kept(IndexDataCacheFile):
+class CodeFile(IndexDataCacheFile):
     """Where numba keeps compiled code, with a file's name made of what is in it.
 
     Numba's own are numbered. Two processes that keep code at once may take one number for different code, and one that
@@ -247,30 +251,47 @@ class Kept(IndexDataCacheFile):
         self._save_index(self._load_index() | {key: name})
 
 
-def _compiled(function, parallel=True):
-    options = {"parallel": parallel, "nogil": True}
+PRIVATE = ("_source_stamp", "_version", "_index_name", "_save_data", "_save_index", "_load_index")  # what it uses
+
+
+@cache
+def _keeps_code():
+    """Whether compiled code is kept on disk. Not where there is no folder for it; nor, which is said, if numba has
+    changed what the two measures above reach into, without which code that is kept could be the wrong one."""
     try:
-        compiled = njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder in which compiled code could be kept
-        return njit(**options)(function)
-    compiled._cache._cache_file.__class__ = Kept
+        file = njit(cache=True)(_number_apart)._cache._cache_file
+        if type(file) is IndexDataCacheFile and all(hasattr(file, name) for name in PRIVATE) and _number_apart():
+            return True
+    except RuntimeError:  # no folder
+        return False
+    except AttributeError:
+        pass
+    warnings.warn(f"fan-in layers are compiled in every process: how numba {numba.__version__} keeps compiled code is "
+                  "not known here", stacklevel=2)
+    return False
+
+
+def _compile(function, parallel=True):
+    compiled = njit(cache=_keeps_code(), parallel=parallel, nogil=True)(function)
+    if _keeps_code():
+        compiled._cache._cache_file.__class__ = CodeFile
     return compiled
 
 
-def _joined(function, width, **parts):
+def _join(function, width, **parts):
     """One call of several compiled ``parts``, which the function has as globals. In a closure they would look new to
     numba in every process, and compiled code would be kept for each of them. It does not look at globals: so the
     name contains the width."""
     name = f"{function.__name__}_{width}"
     joined = FunctionType(function.__code__, {**globals(), **parts}, name)
     joined.__qualname__ = name
-    return _compiled(joined, parallel=False)
+    return _compile(joined, parallel=False)
 
 
 @cache
 def gather(itemsize):
     """The forward pass example by example, for float32 (``itemsize`` 4) or float64 (8)."""
-    @_compiled
+    @_compile
     def rows(x, values, indices, bias, y, batch, inputs, n, k):
         # Addresses instead of arrays, whose unpacking would take as long as the sums of a small layer.
         for i in prange(n):
@@ -283,14 +304,14 @@ def gather(itemsize):
 pack = rows = columns = unpack = None  # for a width: see kernels
 
 
-@_compiled
+@_compile
 def pick(values, slots, out):
     """``out[p] = values[slots[p]]``."""
     for p in prange(len(slots)):
         out[p] = values[slots[p]]
 
 
-@_compiled
+@_compile
 def put(values, slots, out):
     """``out[slots[p]] = values[p]``."""
     for p in prange(len(slots)):
@@ -322,7 +343,7 @@ def kernels(width):
     block = min(width, 16)
     parts = 256  # features that a task packs
 
-    @_compiled
+    @_compile
     def pack(x, tiles):
         """[batch, features] to [tiles, features, width]; behind the end of the batch come zeros."""
         batch, features = x.shape
@@ -343,7 +364,7 @@ def kernels(width):
                             for c in range(block):
                                 target[at + i * width + c] = source[base + c * features + i] if c < there else 0
 
-    @_compiled
+    @_compile
     def unpack(tiles, y):
         """[tiles, features, width] to [batch, features]."""
         batch, features = y.shape
@@ -364,7 +385,7 @@ def kernels(width):
                             for c in range(there):
                                 target[base + c * features + i] = source[at + i * width + c]
 
-    @_compiled
+    @_compile
     def rows(tiles, values, indices, bias, out):
         """The forward pass: ``tiles`` [tiles, in, width] to ``out`` [tiles, n, width]."""
         n, k = values.shape
@@ -374,7 +395,7 @@ def kernels(width):
             row_sum(v, which, i * k, i * k + k, source, tile * tiles.shape[1] * width, bias[i], target, task * width,
                     width)
 
-    @_compiled
+    @_compile
     def columns(tiles, x, values, pointers, outputs, sums, products):
         """Both gradients in one pass over connections listed by input.
 
@@ -393,5 +414,5 @@ def kernels(width):
                     column_sum(values, outputs, pointers[block, j], pointers[block, j + 1], source,
                                tile * tiles.shape[1] * width, given, at, target, at, products, tile > 0, width)
 
-    return (_joined(_forward, width, pack=pack, rows=rows, unpack=unpack),
-            _joined(_backward, width, pack=pack, pick=pick, columns=columns, unpack=unpack, put=put))
+    return (_join(_forward, width, pack=pack, rows=rows, unpack=unpack),
+            _join(_backward, width, pack=pack, pick=pick, columns=columns, unpack=unpack, put=put))

@@ -13,7 +13,7 @@ WIDE = 2 ** 31
 BLOCK = 2048  # outputs; a tile of 64 columns of their gradient takes half a megabyte in float32
 
 
-class Transposed(NamedTuple):
+class Transpose(NamedTuple):
     """Connections by block of outputs, then by input, then by output.
 
     ``pointers`` int64 [blocks, in + 1]: the connections of input j in a block are ``pointers[block, j]`` to
@@ -26,8 +26,8 @@ class Transposed(NamedTuple):
     slots: torch.Tensor
 
 
-def transposed(indices, in_features):
-    """The :class:`Transposed` of ``indices`` [n, k]."""
+def transpose(indices, in_features):
+    """The :class:`Transpose` of ``indices`` [n, k]."""
     n, k = indices.shape
     starts = range(0, n, BLOCK)
     pointers = torch.zeros(len(starts), in_features + 1, dtype=torch.int64, device=indices.device)
@@ -42,10 +42,10 @@ def transposed(indices, in_features):
         slots[here], outputs[here] = order + start * k, order // k + start
         pointers[block, 1:] = torch.searchsorted(part, inputs, right=True)  # bincount would wait for a GPU
         pointers[block] += start * k
-    return Transposed(pointers, outputs, slots)
+    return Transpose(pointers, outputs, slots)
 
 
-_kept = WeakTensorKeyDictionary()  # by the indices: their version, and what was made of that by its name
+_remembered = WeakTensorKeyDictionary()  # by the indices: their version, and what was made of that by its name
 
 
 def version(indices):
@@ -53,14 +53,14 @@ def version(indices):
     return None if indices.is_inference() else indices._version
 
 
-def kept(indices, name, make):
+def remember(indices, name, make):
     """What ``make()`` gives, made once for these indices and this name; again where they were written to since.
 
     What a CUDA graph would make while it is captured has no numbers yet, and is not kept: call the layer once before.
     """
-    entry = _kept.get(indices)
+    entry = _remembered.get(indices)
     if entry is None or entry[0] != version(indices):
-        entry = _kept[indices] = version(indices), {}
+        entry = _remembered[indices] = version(indices), {}
     made = entry[1]
     if name not in made:
         if indices.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -74,4 +74,4 @@ def kept(indices, name, make):
 
 def forget(indices):
     """Give the memory back before the indices themselves go."""
-    _kept.pop(indices, None)
+    _remembered.pop(indices, None)

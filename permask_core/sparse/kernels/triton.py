@@ -9,7 +9,11 @@ There are two layouts of a table. In one a row has the whole batch, and is read 
 other the batch is cut into tiles that lie apart, so small that the tile of all inputs stays in the first-level cache of
 a processor, whose program goes through many outputs.
 
-No sum depends on which program is done first: the same bits again on one device, for one plan.
+No sum depends on which program is done first: the same bits again on one device, for one plan. A rule gives the plan
+unless the environment asks to measure. Triton's own ``autotune`` cannot take that over. It chooses the constants of a
+kernel, whereas a plan also chooses the layout, whose table is made before the kernel and is part of the time. It
+measures again for every size of a batch, and also in the interpreter and while a CUDA graph is captured, where it
+fails.
 """
 
 import json
@@ -23,7 +27,7 @@ import triton
 import triton.language as tl
 
 from permask_core.runs.files import write_whole
-from permask_core.sparse.kernels.transposing import kept
+from permask_core.sparse.kernels.transposing import remember
 
 TUNE = "PERMASK_TUNE"  # an environment variable: 1 has plans measured
 SIDE = 32  # of the squares that a table is made in
@@ -205,7 +209,7 @@ def _narrow(indices, inputs):
     """As int16 where that suffices; for one example they are a third of what is read. Made once, so not of a slice."""
     if inputs > 2 ** 15 or indices.dtype == torch.int16 or indices._is_view():
         return indices
-    return kept(indices, "int16", indices.short)
+    return remember(indices, "int16", indices.short)
 
 
 def _programs(x, batch, plan, outputs):

@@ -1,0 +1,104 @@
+"""Alignment in one call: trace a network, match it with another, move it there and reset its BatchNorm.
+
+The steps are those of :mod:`permask_core.matching`, which remain there to be called one by one.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from permask_core.data.batches import batches_of, check_data, to_device
+from permask_core.matching.activations import match_activations
+from permask_core.matching.batchnorm import recompute_statistics
+from permask_core.matching.groups import Groups
+from permask_core.matching.permutations import permute
+from permask_core.matching.tracer.trace import permutation_groups
+from permask_core.matching.weights import check_pair, match_weights
+from permask_core.models import device_of
+from permask_core.runs.checks import check_one_of
+
+
+class Alignment(NamedTuple):
+    """A moved onto B: the moved copy of A, the ``groups`` and ``permutations`` that moved it, which move its masks too,
+    and the names of the BatchNorm layers whose statistics were ``reset``."""
+
+    model: nn.Module
+    groups: Groups
+    permutations: dict[str, torch.Tensor]
+    reset: tuple[str, ...]
+
+
+def align(model_a, model_b, batches_or_example, by="weights", *, groups=None, seed=0, restarts=1):
+    """Move A onto B.
+
+    Parameters
+    ----------
+    model_a, model_b : torch.nn.Module
+        Two networks of one architecture. Neither is changed.
+    batches_or_example : torch.Tensor, dict, Split, tuple of torch.Tensor, or iterable of batches
+        A tensor, or a dict of named inputs, is an example, of which only the shapes matter. Anything else is data, as
+        :func:`permask_core.data.batches.batches_of` takes them: activations are read on all of them, and BatchNorm's
+        statistics are computed again from them. An iterator is read into memory, since there is more than one pass.
+    by : {"weights", "activations"}
+        :func:`match_weights` or :func:`match_activations`.
+    groups : dict of str to Group, optional
+        What may be permuted; found by :func:`permutation_groups` if not given.
+    seed, restarts : int
+        For :func:`match_weights`.
+
+    Returns
+    -------
+    Alignment
+        ``permute(result.groups, result.permutations, masks)`` moves the masks of A. With an example nothing is reset:
+        the statistics of A move with its units, and the moved network computes what A does.
+
+    Raises
+    ------
+    ValueError
+        If the networks have two architectures, ``by`` is unknown, activations are to be matched on an example, A cannot
+        be traced, or nothing of it can be permuted; and as the two ways of matching do.
+
+    Examples
+    --------
+    >>> from permask_core.models import build_model
+    >>> a, b = (build_model("mlp", (1, 8, 8), 10, seed=seed) for seed in (0, 1))
+    >>> result = align(a, b, torch.zeros(2, 1, 8, 8))
+    >>> list(result.permutations), result.reset
+    (['fc1', 'fc2'], ())
+    """
+    check_one_of("matching", by, ("weights", "activations"))
+    state_a, state_b = model_a.state_dict(), model_b.state_dict()
+    check_pair(state_a, state_b)
+    example, batches = _example_and_batches(batches_or_example)
+    if by == "activations" and batches is None:
+        raise ValueError(f"activations cannot be matched on a {type(example).__name__}, which is an example of inputs: "
+                         "expected batches, such as a list of them, a split, or (inputs, targets)")
+    if groups is None:
+        groups = permutation_groups(model_a, to_device(example, device_of(model_a)))
+    if not groups:
+        why = "; ".join(dict.fromkeys(fixed.why for fixed in getattr(groups, "fixed", ())))
+        raise ValueError(f"{type(model_a).__name__} has no units that can be permuted" + (why and f": {why}"))
+    if by == "weights":
+        permutations = match_weights(groups, state_a, state_b, seed=seed, restarts=restarts)
+    else:
+        permutations = match_activations(groups, model_a, model_b, batches)
+    model = copy.deepcopy(model_a)
+    model.load_state_dict(permute(groups, permutations, state_a))
+    norms = {name: layer for name, layer in model.named_modules()
+             if isinstance(layer, _BatchNorm) and layer.running_mean is not None}
+    reset = recompute_statistics(model, norms, batches) if norms and batches is not None else ()
+    return Alignment(model, groups, permutations, tuple(reset))
+
+
+def _example_and_batches(given):
+    """Inputs to trace with, and batches that can be read more than once; None if only an example is given."""
+    if isinstance(given, (torch.Tensor, Mapping)):
+        return given, None
+    check_data(given)
+    batches = list(given) if isinstance(given, Iterator) else given
+    inputs, _ = next(batches_of(batches))
+    return inputs, batches
