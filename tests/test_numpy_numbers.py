@@ -9,15 +9,17 @@ import torch
 
 from permask_core.data import load_dataset
 from permask_core.data.extreme import make_multilabel
+from permask_core.masks import prunable_weights
 from permask_core.matching import (
     derangements,
     draw_stable_weights,
     draw_weights,
+    match_weights,
     permutation_groups,
     random_permutations,
 )
 from permask_core.models import build_model
-from permask_core.pruning import magnitude_masks, prunable_weights, random_masks
+from permask_core.pruning import magnitude_masks, random_masks
 from permask_core.runs.checks import check_integer, check_work, is_integer
 from permask_core.runs.store import Store, check_folder
 from permask_core.runs.tables import read_table, write_table
@@ -58,6 +60,7 @@ GROUPS = permutation_groups(NET, torch.zeros(1, 1, 4, 4))
     (build_model, ("mlp", (3, 8, 8), 10), {"seed": 4, "width": 0.25, "depth": 3}),
     (build_model, ("resnet8", (3, 8, 8), 10), {"seed": 4, "width": 2}),
     (build_model, ("vgg11", (3, 32, 32), 10), {"seed": 4, "width": 0.125}),
+    (match_weights, (GROUPS, NET.state_dict(), draw_weights(NET).float().state_dict()), {"seed": 5, "restarts": 2}),
     (random_permutations, (GROUPS,), {"seed": 5}), (derangements, (GROUPS,), {"seed": 5}),
     (draw_weights, (NET,), {"seed": 5}), (draw_stable_weights, (NET, torch.ones(2, 1, 4, 4).double()), {"seed": 5}),
     (magnitude_masks, (prunable_weights(NET), 0.5), {}),

@@ -361,8 +361,9 @@ def line(model, source, target, data, *, points=25, correction="none", batches=N
     if correction == "none":
         return Line(alphas, *evaluate_mixtures(model, [source, target], np.stack([1 - alphas, alphas], 1), data))
     data, batches = _check_labels(data, model), _batches(batches)
-    return Line(alphas, *_evaluate_each((interpolate_network(model, source, target, float(alpha), correction=correction,
-                                                 batches=batches) for alpha in alphas), data))
+    networks = (interpolate_network(model, source, target, float(alpha), correction=correction, batches=batches)
+                for alpha in alphas)
+    return Line(alphas, *_evaluate_each(networks, data))
 
 
 def barrier(alphas, values):
@@ -529,8 +530,8 @@ def surface(model, plane, xs, ys, data, *, batches=None):
     columns, rows = np.meshgrid(xs, ys)
     if not rows.size:
         raise ValueError(f"the grid has {rows.shape[1]} columns and {rows.shape[0]} rows: expected at least one each")
-    found = evaluate_mixtures(model, plane.states, plane.weights(np.stack([columns.ravel(), rows.ravel()], 1)), data,
-                     batches=batches)
+    weights = plane.weights(np.stack([columns.ravel(), rows.ravel()], 1))
+    found = evaluate_mixtures(model, plane.states, weights, data, batches=batches)
     return Values(*(values.reshape(rows.shape) for values in found))
 
 
