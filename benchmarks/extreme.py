@@ -25,7 +25,7 @@ import torch
 from _machine import at_least, command, resident, written
 
 import permask_core
-from permask_core.data.extreme import planted
+from permask_core.data.extreme import make_multilabel
 from permask_core.evaluation.statistics import paired_comparison
 from permask_core.experiments import extreme_labels
 from permask_core.runs.processes import default_device
@@ -97,8 +97,8 @@ def precision(given, record):
 
 def memory(given, record):
     inputs, labels, fan_in = 768, 1_000_000, 32
-    train = planted(labels, n_train=2 * given.batch, n_test=1, n_features=inputs, n_clusters=1000).train
-    small = planted(5000, n_train=2 * given.batch, n_test=1, n_features=inputs).train
+    train = make_multilabel(labels, n_train=2 * given.batch, n_test=1, n_features=inputs, n_clusters=1000).train
+    small = make_multilabel(5000, n_train=2 * given.batch, n_test=1, n_features=inputs).train
     still, moving = (ExtremeRecipe(epochs=1, batch_size=given.batch, rewire_every=1, rewire_until=until)
                      for until in (0, 1))
 

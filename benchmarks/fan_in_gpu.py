@@ -31,7 +31,7 @@ import torch
 from _machine import at_least, command, written
 from torch.nn import functional as F
 
-from permask_core.data.extreme import planted
+from permask_core.data.extreme import make_multilabel
 from permask_core.runs.store import commit, device_name, versions
 from permask_core.sparse import FanInLinear, kernels
 from permask_core.sparse.kernels import eager
@@ -262,7 +262,7 @@ def compare(layer, at, bandwidth, seconds, skip):
 def memory(inputs, labels, fan_in, batch, skip):
     """Peaks above what was there before the model, over two training steps with Adam, beside the bytes of the output
     layer in training, computed."""
-    train = planted(labels, n_train=2 * batch, n_test=1, n_features=inputs, n_clusters=100).train
+    train = make_multilabel(labels, n_train=2 * batch, n_test=1, n_features=inputs, n_clusters=100).train
     recipe, peaks, computed = ExtremeRecipe(epochs=1, batch_size=batch, rewire_until=0), {}, {}
     settle("fan-in")
     for name, connections in (("fan-in", fan_in), ("dense", None)):

@@ -89,7 +89,6 @@ def modules():
 def test_the_base_brings_no_extra():
     wanted = {canonicalize_name(Requirement(line).name) for extra in EXTRAS.values() for line in extra}
     assert not wanted & BASE
-    assert "lightning-fabric" not in BASE | wanted
 
 
 def test_every_module_imports_or_names_its_extra(base):

@@ -16,7 +16,7 @@ import torch
 from permask_core.data.attributes import attribute, check_attributes
 from permask_core.data.folders import Folder, check_image_size, count_readers
 from permask_core.data.imagenet import MEAN, SD
-from permask_core.data.root import data_root, published_files, some
+from permask_core.data.root import data_root, ensure_files, some
 from permask_core.runs.checks import check_integer
 
 ATTRIBUTES, PARTITION, IMAGES = "list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"
@@ -126,7 +126,7 @@ def _published(folder, download, verify):
 
     # torchvision asks for identities, boxes and landmarks too, which nothing here reads.
     sums = {ATTRIBUTES: listed[ATTRIBUTES][1], PARTITION: listed[PARTITION][1], IMAGES: None}
-    published_files("CelebA", folder, sums, download, verify, fetch=fetch, place=f"put them in {folder}, unpacked",
+    ensure_files("CelebA", folder, sums, download, verify, fetch=fetch, place=f"put them in {folder}, unpacked",
                     source=f"{IMAGES}.zip, {ATTRIBUTES} and {PARTITION} from "
                            "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html")
 

@@ -13,7 +13,7 @@ import pickle
 import numpy as np
 import torch
 
-from permask_core.data.root import data_root, published_files
+from permask_core.data.root import data_root, ensure_files
 from permask_core.data.splits import Split, channel_moments
 from permask_core.runs.checks import is_integer
 
@@ -71,7 +71,7 @@ def _published(name, root, download, verify):
     def fetch(to, missing):
         torchvision.datasets.utils.download_and_extract_archive(published.url, to.parent, md5=published.tgz_md5)
 
-    published_files(name, folder, sums, download, verify, source=published.url, place=f"unpack it in {root}",
+    ensure_files(name, folder, sums, download, verify, source=published.url, place=f"unpack it in {root}",
                     fetch=fetch)
     return published, folder
 

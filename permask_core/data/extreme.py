@@ -60,7 +60,7 @@ class MultiLabel:
 
 # ---- Planted ---------------------------------------------------------------------------------------------------------
 
-class Planted(NamedTuple):
+class MultiLabelProblem(NamedTuple):
     """A problem whose answer is known: ``train`` and ``test`` points; ``latent`` int32 [n_labels, 2 ``per_set``], the
     latent features of each label; and the ``rotation`` [n_features, n_features] that hides them."""
 
@@ -70,8 +70,8 @@ class Planted(NamedTuple):
     rotation: torch.Tensor
 
 
-def planted(n_labels=10_000, *, n_train=30_000, n_test=2_000, n_features=128, n_clusters=100, per_set=4, most=3,
-            noise=0.1, zipf=1.0, seed=0):
+def make_multilabel(n_labels=10_000, *, n_train=30_000, n_test=2_000, n_features=128, n_clusters=100, per_set=4,
+                    most=3, noise=0.1, zipf=1.0, seed=0):
     """A long-tailed problem in which a sparse row per label suffices, once a rotation is undone.
 
     What is drawn, all from the seed:
@@ -96,7 +96,7 @@ def planted(n_labels=10_000, *, n_train=30_000, n_test=2_000, n_features=128, n_
 
     Returns
     -------
-    Planted
+    MultiLabelProblem
 
     Raises
     ------
@@ -130,7 +130,7 @@ def planted(n_labels=10_000, *, n_train=30_000, n_test=2_000, n_features=128, n_
         x = (z @ rotation).add_(torch.randn(n, n_features, generator=drawn), alpha=noise)
         return MultiLabel(x, offsets, labels, n_labels, clusters)
 
-    return Planted(points(n_train), points(n_test), latent, rotation)
+    return MultiLabelProblem(points(n_train), points(n_test), latent, rotation)
 
 
 def _merged(point, labels, n, n_labels):

@@ -11,7 +11,7 @@ def data_root(root=None):
     return Path(root or os.environ.get("PERMASK_DATA") or "data").expanduser().absolute()
 
 
-def published_files(name, folder, sums, download, verify, *, source, place, fetch):
+def ensure_files(name, folder, sums, download, verify, *, source, place, fetch):
     """See to it that a data set's published files are in its folder.
 
     Parameters

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.io import loadmat
 
-from permask_core.data.root import data_root, published_files
+from permask_core.data.root import data_root, ensure_files
 from permask_core.data.splits import Split, channel_moments
 
 
@@ -66,7 +66,7 @@ def _published(folder, download, verify):
             url, md5 = published[file]
             torchvision.datasets.utils.download_url(url, to, file, md5)
 
-    published_files("SVHN", folder, {file: md5 for file, (_, md5) in published.items()}, download, verify,
+    ensure_files("SVHN", folder, {file: md5 for file, (_, md5) in published.items()}, download, verify,
                     source=" and ".join(url for url, _ in published.values()), place=f"put it in {folder}", fetch=fetch)
     return [folder / file for file in published]
 

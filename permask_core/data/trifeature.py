@@ -140,7 +140,7 @@ def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape
     label : {"shape x texture", "shape", "texture", "colour"}
         What to tell apart: 100 classes, 10 shape + texture, or the 10 of one feature.
     correlated : {"shape", "texture", "colour"}, optional
-        A feature that goes with the label in the training images: see :func:`matched`. With 100 classes it is the
+        A feature that goes with the label in the training images: see :func:`correlate`. With 100 classes it is the
         colour, which goes with the shape. The test images are balanced as ever.
     match : float
         How often it does, 0.1 to 1; 0.1 is chance.
@@ -178,7 +178,7 @@ def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape
     index = torch.arange(n_train + n_test).split([int(n_train), int(n_test)])
     kinds = [attributes(n, seed) for n in (n_train, n_test)]
     if correlated:
-        kinds[0] = matched(kinds[0], index[0], leading, correlated, match, seed)
+        kinds[0] = correlate(kinds[0], index[0], leading, correlated, match, seed)
     images = [draw(*kind, chosen, seed, image_size) for kind, chosen in zip(kinds, index)]
     mean, sd = channel_moments(images[0])
     if noise:
@@ -234,7 +234,7 @@ def attributes(n, seed=0):
     return Attributes(*(values[turn] for values, turn in zip(order, turns)))
 
 
-def matched(kinds, index, leading, following, match, seed=0):
+def correlate(kinds, index, leading, following, match, seed=0):
     """Attributes of which one goes with another: with its number k, in a share ``match`` of the images.
 
     In some images, drawn by index, the following feature takes the number of the leading one; in the others it stays
@@ -392,7 +392,7 @@ def add_noise(images, index, deviation, seed=0):
 
 
 def _per_chunk(samples):
-    return max(1, CHUNK // samples)
+    return max(1, int(CHUNK // samples))
 
 
 def _side(image_size):

@@ -2,9 +2,8 @@
 
 from permask_core.models.extras import check_extra
 
-check_extra("permask_core.display", "matplotlib", "display")
-check_extra("permask_core.display", "pandas", "display")
-check_extra("permask_core.display", "ipywidgets", "display")
+for _package in ("matplotlib", "pandas", "ipywidgets"):
+    check_extra("permask_core.display", _package, "display")
 
 from permask_core.display.charts import draw_level, draw_lines, draw_means, heatmap, label_ends, line_chart
 from permask_core.display.claims import ahead, claim, evidence, read_claims

@@ -14,9 +14,9 @@ from permask_core.display.control import svg
 from permask_core.display.rows import accuracies, plus_minus, spread
 from permask_core.display.style import DASHED, look, new_figure
 from permask_core.display.tables import records
-from permask_core.runs.files import plain, write_whole
+from permask_core.runs.files import write_whole
 from permask_core.runs.processes import default_device
-from permask_core.runs.store import commit, device_name, versions
+from permask_core.runs.store import commit, device_name, plain, versions
 
 LINES = {"weights": "-", "activations": (0, (2, 1.5)), "": "-"}
 

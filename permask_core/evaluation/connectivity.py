@@ -46,7 +46,7 @@ class Values(NamedTuple):
     errors: np.ndarray
 
 
-def mixtures(model, states, weights, data, *, batches=None):
+def evaluate_mixtures(model, states, weights, data, *, batches=None):
     """Loss and error of networks each of which is a weighted sum of the same few.
 
     As many are evaluated at once as fit into a bounded memory; one by one are those with convolutions on a CPU, where
@@ -87,7 +87,7 @@ def mixtures(model, states, weights, data, *, batches=None):
     >>> model = nn.Linear(2, 2)
     >>> data = [{"input": torch.eye(2), "labels": torch.tensor([0, 1])}]
     >>> both = [{"weight": sign * 9 * torch.eye(2), "bias": torch.zeros(2)} for sign in (-1, 1)]
-    >>> mixtures(model, both, [[1, 0], [0.5, 0.5], [0, 1]], data).losses.round(3)
+    >>> evaluate_mixtures(model, both, [[1, 0], [0.5, 0.5], [0, 1]], data).losses.round(3)
     array([9.   , 0.693, 0.   ])
     """
     check_states(states, model)
@@ -290,7 +290,7 @@ class Line(NamedTuple):
     errors: np.ndarray
 
 
-def between(model, source, target, alpha=0.5, *, correction="none", batches=None):
+def interpolate_network(model, source, target, alpha=0.5, *, correction="none", batches=None):
     """The network on the straight line between two others.
 
     Parameters
@@ -337,10 +337,10 @@ def line(model, source, target, data, *, points=25, correction="none", batches=N
     Parameters
     ----------
     model, source, target, correction, batches
-        As for :func:`between`. What is corrected is corrected at the ends too: a reset gives them statistics of other
-        inputs than training did.
+        As for :func:`interpolate_network`. What is corrected is corrected at the ends too: a reset gives them
+        statistics of other inputs than training did.
     data : Split, (torch.Tensor, torch.Tensor) or iterable of batches
-        As for :func:`mixtures`.
+        As for :func:`evaluate_mixtures`.
     points : int
         Networks that are evaluated, evenly spaced, the two ends among them; at least 3.
 
@@ -351,18 +351,19 @@ def line(model, source, target, data, *, points=25, correction="none", batches=N
     Raises
     ------
     ValueError
-        As :func:`between` does, if there are too few points, if the data are empty, or if their labels are not the
-        model's classes.
+        As :func:`interpolate_network` does, if there are too few points, if the data are empty, or if their labels are
+        not the model's classes.
     """
     check_integer("points", points, 3)
     check_states([source, target], model)
     _check_correction(correction, model, batches)
     alphas = np.linspace(0, 1, points)
     if correction == "none":
-        return Line(alphas, *mixtures(model, [source, target], np.stack([1 - alphas, alphas], 1), data))
+        return Line(alphas, *evaluate_mixtures(model, [source, target], np.stack([1 - alphas, alphas], 1), data))
     data, batches = _check_labels(data, model), _batches(batches)
-    return Line(alphas, *_evaluate_each((between(model, source, target, float(alpha), correction=correction,
-                                                 batches=batches) for alpha in alphas), data))
+    networks = (interpolate_network(model, source, target, float(alpha), correction=correction, batches=batches)
+                for alpha in alphas)
+    return Line(alphas, *_evaluate_each(networks, data))
 
 
 def barrier(alphas, values):
@@ -511,8 +512,8 @@ def surface(model, plane, xs, ys, data, *, batches=None):
     Parameters
     ----------
     model, data, batches
-        As for :func:`mixtures`. Without batches a BatchNorm's running statistics are those of the three networks,
-        mixed, which far from them mean little and may become impossible; with them each point has its own.
+        As for :func:`evaluate_mixtures`. Without batches a BatchNorm's running statistics are those of the three
+        networks, mixed, which far from them mean little and may become impossible; with them each point has its own.
     plane : Plane
     xs, ys : array-like, shapes [columns] and [rows]
 
@@ -524,13 +525,13 @@ def surface(model, plane, xs, ys, data, *, batches=None):
     Raises
     ------
     ValueError
-        As :func:`mixtures` does, or if the grid has no columns or no rows.
+        As :func:`evaluate_mixtures` does, or if the grid has no columns or no rows.
     """
     columns, rows = np.meshgrid(xs, ys)
     if not rows.size:
         raise ValueError(f"the grid has {rows.shape[1]} columns and {rows.shape[0]} rows: expected at least one each")
-    found = mixtures(model, plane.states, plane.weights(np.stack([columns.ravel(), rows.ravel()], 1)), data,
-                     batches=batches)
+    weights = plane.weights(np.stack([columns.ravel(), rows.ravel()], 1))
+    found = evaluate_mixtures(model, plane.states, weights, data, batches=batches)
     return Values(*(values.reshape(rows.shape) for values in found))
 
 

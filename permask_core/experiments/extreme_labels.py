@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import torch
 
-from permask_core.data.extreme import planted, read_sparse_text
+from permask_core.data.extreme import make_multilabel, read_sparse_text
 from permask_core.data.root import check_there, data_root
 from permask_core.experiments.stages import replace_settings, run_jobs, train_stage
 from permask_core.runs.checks import check_lists, check_one_of, check_work
@@ -212,7 +212,8 @@ def check_data(experiment):
 
 @lru_cache(maxsize=1)
 def _drawn(labels, points, test_points, clusters, features, seed):
-    return planted(labels, n_train=points, n_test=test_points, n_clusters=clusters, n_features=features, seed=seed)[:2]
+    return make_multilabel(labels, n_train=points, n_test=test_points, n_clusters=clusters, n_features=features,
+                           seed=seed)[:2]
 
 
 @lru_cache(maxsize=1)

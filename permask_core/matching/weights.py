@@ -66,7 +66,7 @@ def match_weights(groups, source, target, *, seed=0, restarts=1, device=None):
     check_pair(source, target)
     check_groups(groups, source, whole=True)
     weights, goal = _matched(groups, source, target, device)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
 
     def starts():
         yield {name: torch.arange(group.size) for name, group in groups.items()}

@@ -4,8 +4,7 @@ import inspect
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import chain
-
-from permask_core.runs.checks import check_integer
+from numbers import Integral
 
 # Names, and the modules that have a function of that name, which are loaded when they are asked for.
 MODELS = {
@@ -73,7 +72,8 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     axes, expected = (1, "(length,) of texts") if name in OF_TEXTS else (3, "(channels, height, width) of images")
     if len(input_shape) != axes or min(input_shape) < 1:
         raise ValueError(f"input_shape is {tuple(input_shape)}: expected {expected}, as {name} takes them")
-    check_integer("classes", classes, 2)
+    if not isinstance(classes, Integral) or classes < 2:
+        raise ValueError(f"classes is {classes!r}: expected an integer of at least 2")
     import torch  # here: who asks for names alone need not wait for it
 
     with torch.random.fork_rng(devices=[]):

@@ -2,16 +2,17 @@
 
 import math
 from collections import OrderedDict
+from numbers import Integral
 
 from torch import nn
 
 from permask_core.models.scaling import scaled
-from permask_core.runs.checks import check_integer
 
 
 def mlp(input_shape, classes, *, width=1.0, depth=2):
     """A multi-layer perceptron: ``depth`` hidden layers of 128 x ``width`` units with ReLU."""
-    check_integer("depth", depth, 1)
+    if not isinstance(depth, Integral) or depth < 1:
+        raise ValueError(f"depth is {depth!r}: expected an integer of at least 1")
     (hidden,) = scaled(width, 128)
     layers, size = [("flatten", nn.Flatten())], math.prod(input_shape)
     for i in range(1, depth + 1):

@@ -25,10 +25,11 @@ def is_integer(value):
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_integer(name, value, least, most=None):
-    """Raise ValueError unless the value is an integer of at least ``least``, and at most ``most`` if that is given."""
-    if not is_integer(value) or value < least or most is not None and value > most:
-        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+def check_integer(name, value, minimum, maximum=None):
+    """Raise ValueError unless the value is an integer of at least the minimum, and at most the maximum if there is one;
+    NumPy's integers are integers."""
+    if not is_integer(value) or value < minimum or maximum is not None and value > maximum:
+        limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise ValueError(f"{name} is {value!r}: expected an integer {limits}")
 
 

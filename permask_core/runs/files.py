@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from contextlib import contextmanager, suppress
-from numbers import Integral, Real
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -76,16 +75,6 @@ def _umask():
     return mask
 
 
-def plain(value):
-    """What JSON has no form for, for the ``default`` of :func:`json.dumps`: a dataclass as a dict, NumPy's numbers as
-    Python's."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: getattr(value, name) for name in value.__dataclass_fields__}
-    if isinstance(value, Real):
-        return int(value) if isinstance(value, Integral) else float(value)
-    raise TypeError(f"{value!r} is a {type(value).__name__}")
-
-
 def save_tensors(path, tensors, record):
     """Write tensors and a record of what they are.
 
@@ -100,7 +89,7 @@ def save_tensors(path, tensors, record):
     from safetensors.torch import save_file  # here, as it imports torch, which takes longer than most writing does
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps(record, default=plain)
+    text = json.dumps(record)
     with write_whole(path) as temporary:
         save_file(tensors, temporary, metadata={"format": FORMAT, "record": text, "checksum": _checksum(tensors, text)})
 

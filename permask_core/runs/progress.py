@@ -29,16 +29,16 @@ def progress(iterable, description, total=None):
     at_terminal = os.environ.get("PERMASK_DISPLAY") != "static" and sys.stderr.isatty()
     watched = description is not None and (is_live() or at_terminal)
     if description is not None and not watched and os.environ.get("PERMASK_DISPLAY") != "static":
-        return _told(iterable, description, total)
+        return _print_lines(iterable, description, total)
     return tqdm(iterable, desc=description, total=total, disable=not watched, leave=False)
 
 
-def _told(iterable, description, total):
+def _print_lines(iterable, description, total):
     total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
-    start = told = time.monotonic()
+    start = printed = time.monotonic()
     for done, item in enumerate(iterable, 1):
         yield item
-        if time.monotonic() - told >= SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - printed >= SECONDS:
+            printed = time.monotonic()
             of = f" of {total}" if total else ""
-            print(f"{description}: {done}{of} in {(told - start) / 60:.0f} min", flush=True)
+            print(f"{description}: {done}{of} in {(printed - start) / 60:.0f} min", flush=True)

@@ -20,10 +20,11 @@ import time
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
-from permask_core.runs.files import load_tensors, locked, plain, read_record, save_tensors, write_whole
+from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, write_whole
 
 # Those that are installed count: no result depends on another.
 LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn", "timm", "transformers")
@@ -174,7 +175,7 @@ class Store:
         result = {**result, "seconds": own, **({"kept": self._kept} if self._kept else {})}
         self._kept = outer | self._kept  # another dict: the record has its own
         try:
-            json.dumps(result, default=plain)
+            json.dumps(result)
         except TypeError as error:
             raise ValueError(f"the record of the stage {name!r} cannot be written as JSON: {error}") from error
         save_tensors(path, tensors, {**identity, "commit": commit(), "result": result})
@@ -248,6 +249,15 @@ def check_folder(folder, settings):
     with write_whole(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
     return path.parent
+
+
+def plain(value):
+    """A dataclass as a dict and an integer of NumPy as one of Python, for :func:`json.dumps`."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: getattr(value, name) for name in value.__dataclass_fields__}
+    if isinstance(value, Integral):
+        return int(value)
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
 @cache

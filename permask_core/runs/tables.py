@@ -4,7 +4,8 @@ import csv
 import json
 from pathlib import Path
 
-from permask_core.runs.files import plain, write_whole
+from permask_core.runs.files import write_whole
+from permask_core.runs.store import plain
 
 
 def write_table(path, rows):

@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from permask_core.runs.checks import check_integer, is_integer
-from permask_core.runs.files import plain
 from permask_core.runs.progress import progress
+from permask_core.runs.store import plain
 from permask_core.sparse import kernels
 from permask_core.sparse.dynamic import set_rows_step
 from permask_core.sparse.fan_in import FanInLinear

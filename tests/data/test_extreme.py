@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from permask_core.data.extreme import planted, read_sparse_text
+from permask_core.data.extreme import make_multilabel, read_sparse_text
 
 
 @pytest.fixture(scope="module")
 def problem():
-    return planted(2000, n_train=5000, n_test=400, n_clusters=20)
+    return make_multilabel(2000, n_train=5000, n_test=400, n_clusters=20)
 
 
 def labels_of(data):
@@ -35,7 +35,7 @@ def test_labels_are_lists_per_point(problem):
 
 
 def test_frequencies_follow_the_power_law():
-    data = planted(1000, n_train=20_000, n_test=1, n_features=2, most=1, zipf=1.0).train
+    data = make_multilabel(1000, n_train=20_000, n_test=1, n_features=2, most=1, zipf=1.0).train
     share = 1 / torch.arange(1, 1001, dtype=torch.float64)
     expected = 20_000 * share / share.sum()
     found = data.frequencies.double()
@@ -46,7 +46,7 @@ def test_frequencies_follow_the_power_law():
 
 
 def test_features_are_the_latent_ones_rotated():
-    problem = planted(300, n_train=200, n_test=1, n_features=64, n_clusters=10, noise=0.0)
+    problem = make_multilabel(300, n_train=200, n_test=1, n_features=64, n_clusters=10, noise=0.0)
     z = torch.zeros(200, 64)
     for point, labels in enumerate(labels_of(problem.train)):
         for label in labels:
@@ -56,7 +56,7 @@ def test_features_are_the_latent_ones_rotated():
     clusters = problem.train.clusters
     for cluster in range(10):  # the first half of a label's latent features is its cluster's
         assert len(problem.latent[clusters == cluster, :4].unique(dim=0)) == 1
-    noisy = planted(300, n_train=200, n_test=1, n_features=64, n_clusters=10, noise=0.5).train
+    noisy = make_multilabel(300, n_train=200, n_test=1, n_features=64, n_clusters=10, noise=0.5).train
     assert (noisy.features - problem.train.features).std().item() == pytest.approx(0.5, rel=0.02)
 
 
@@ -70,13 +70,13 @@ def test_the_planted_rows_solve_it(problem):
 
 
 def test_the_seed_decides():
-    one, same, other = (planted(100, n_train=50, n_test=20, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (make_multilabel(100, n_train=50, n_test=20, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.train.features, same.train.features) and torch.equal(one.test.labels, same.test.labels)
     assert not torch.equal(one.train.features, other.train.features)
 
 
 def test_a_million_labels_take_seconds():
-    data = planted(1_000_000, n_train=1000, n_test=10).train
+    data = make_multilabel(1_000_000, n_train=1000, n_test=10).train
     assert data.n_labels == 1_000_000 and data.labels.max() > 100_000
 
 
@@ -86,7 +86,7 @@ def test_a_million_labels_take_seconds():
 ])
 def test_a_number_out_of_range_is_named(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        planted(**options)
+        make_multilabel(**options)
 
 
 def test_subset_keeps_points_and_labels_together(problem):

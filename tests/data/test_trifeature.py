@@ -17,8 +17,8 @@ from permask_core.data.trifeature import (
     TEXTURES,
     add_noise,
     attributes,
+    correlate,
     draw,
-    matched,
     period,
     poses,
     trifeature,
@@ -279,12 +279,12 @@ def test_who_makes_no_error_is_fair_on_a_balanced_split_and_not_on_a_matched_one
 
 def test_chance_changes_nothing_and_certainty_everything():
     kinds, index = attributes(500, seed=1), torch.arange(500)
-    assert all(map(torch.equal, matched(kinds, index, "shape", "colour", 0.1, 1), kinds))
-    assert torch.equal(matched(kinds, index, "shape", "colour", 1, 1).colour, kinds.shape)
+    assert all(map(torch.equal, correlate(kinds, index, "shape", "colour", 0.1, 1), kinds))
+    assert torch.equal(correlate(kinds, index, "shape", "colour", 1, 1).colour, kinds.shape)
     # A function of the index: any part of the images is matched as in the whole.
     part = type(kinds)(*(values[200:300] for values in kinds))
-    whole = matched(kinds, index, "shape", "colour", 0.5, 1).colour
-    assert torch.equal(matched(part, index[200:300], "shape", "colour", 0.5, 1).colour, whole[200:300])
+    whole = correlate(kinds, index, "shape", "colour", 0.5, 1).colour
+    assert torch.equal(correlate(part, index[200:300], "shape", "colour", 0.5, 1).colour, whole[200:300])
 
 
 def test_training_images_may_stay_as_they_are():

@@ -18,11 +18,11 @@ from permask_core.evaluation import connectivity
 from permask_core.evaluation.connectivity import (
     angle,
     barrier,
-    between,
     distance,
+    evaluate_mixtures,
+    interpolate_network,
     line,
     mix,
-    mixtures,
     plane_through,
     surface,
 )
@@ -100,7 +100,7 @@ def test_many_at_once_are_as_one_by_one(name, single, monkeypatch):
     one_by_one = [evaluate(models[0], SPLIT, state=mix(states, row)) for row in weights]
     for memory in (1, 2**21, 2**30):  # one network at once, several, and all
         monkeypatch.setattr(connectivity, "MEMORY", memory)
-        found = mixtures(models[0], states, weights, SPLIT)
+        found = evaluate_mixtures(models[0], states, weights, SPLIT)
         assert found.losses == pytest.approx([one.loss for one in one_by_one], rel=1e-5)
         assert found.errors == pytest.approx([1 - one.accuracy for one in one_by_one])
 
@@ -116,7 +116,7 @@ def test_memory_is_bounded(mlps, monkeypatch):
     # One network: its weights (3,466), and the layers' answers to 60 inputs (64 + 4 x 32 + 10).
     one = 4 * (3466 + 60 * (64 + 4 * 32 + 10))
     monkeypatch.setattr(connectivity, "MEMORY", 3 * one + one // 2)
-    mixtures(mlps[0], states_of(mlps), np.full((10, 3), 1 / 3), SPLIT)
+    evaluate_mixtures(mlps[0], states_of(mlps), np.full((10, 3), 1 / 3), SPLIT)
     assert sum(sizes) == 10 and max(sizes) == 3
 
 
@@ -131,7 +131,7 @@ def test_perceptrons_of_any_form(tail):
             nn.init.normal_(parameter)
     weights = np.random.default_rng(0).dirichlet(np.ones(3), 5)
     split = INPUTS, LABELS % 4
-    found = mixtures(models[0], states_of(models), weights, split).losses
+    found = evaluate_mixtures(models[0], states_of(models), weights, split).losses
     expected = [evaluate(models[0], split, state=mix(states_of(models), row)).loss for row in weights]
     assert found == pytest.approx(expected, rel=1e-5)
 
@@ -143,7 +143,7 @@ def test_the_ends_of_a_line_are_its_networks(name):
     for i, model in ((0, a), (-1, b)):
         there = evaluate(model, SPLIT)
         assert (found.losses[i], found.errors[i]) == pytest.approx((there.loss, 1 - there.accuracy), rel=1e-5)
-    middle = evaluate(between(a, a.state_dict(), b.state_dict()), SPLIT)
+    middle = evaluate(interpolate_network(a, a.state_dict(), b.state_dict()), SPLIT)
     assert found.losses[2] == pytest.approx(middle.loss, rel=1e-5)
 
 
@@ -178,8 +178,8 @@ def test_permuting_does_not_change_the_ends(name):
 
 def test_statistics_after_a_reset_are_those_of_a_plain_pass(residual):
     a, b = states_of(residual[:2])
-    found = between(residual[0], a, b, 0.3, correction="reset", batches=[INPUTS]).state_dict()
-    plain = between(residual[0], a, b, 0.3).train()
+    found = interpolate_network(residual[0], a, b, 0.3, correction="reset", batches=[INPUTS]).state_dict()
+    plain = interpolate_network(residual[0], a, b, 0.3).train()
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -191,7 +191,7 @@ def test_statistics_after_a_reset_are_those_of_a_plain_pass(residual):
 
 def test_a_repaired_unit_has_the_statistics_between(mlps):
     a, b = mlps[:2]
-    found = between(a, a.state_dict(), b.state_dict(), 0.25, correction="repair", batches=[INPUTS])
+    found = interpolate_network(a, a.state_dict(), b.state_dict(), 0.25, correction="repair", batches=[INPUTS])
     first, second, middle = (model.fc1(INPUTS.flatten(1)) for model in (a, b, found))
     for statistic in (torch.mean, torch.std):
         goal = 0.75 * statistic(first, dim=0) + 0.25 * statistic(second, dim=0)
@@ -202,7 +202,7 @@ def test_a_corrected_line_is_one_of_corrected_networks(residual):
     a, b = states_of(residual[:2])
     for correction in ("reset", "repair"):
         found = line(residual[0], a, b, SPLIT, points=3, correction=correction, batches=[INPUTS])
-        middle = between(residual[0], a, b, correction=correction, batches=[INPUTS])
+        middle = interpolate_network(residual[0], a, b, correction=correction, batches=[INPUTS])
         assert found.losses[1] == pytest.approx(evaluate(middle, SPLIT).loss)
     assert line(residual[0], a, b, SPLIT, points=3).losses[1] != pytest.approx(found.losses[1], rel=1e-3)
 
@@ -279,7 +279,7 @@ def test_batches_give_each_point_its_own_statistics(residual):
     assert found.losses.shape == (2, 2) and np.isfinite(found.losses).all()
     # Between two of the three networks the plane is a line.
     (x, y), (a, _, b) = plane.points[2] / 2, states_of(residual)
-    middle = between(residual[0], a, b, correction="reset", batches=[INPUTS])
+    middle = interpolate_network(residual[0], a, b, correction="reset", batches=[INPUTS])
     found = surface(residual[0], plane, [x], [y], SPLIT, batches=[INPUTS])
     assert found.losses[0, 0] == pytest.approx(evaluate(middle, SPLIT).loss, rel=1e-3)
 
@@ -366,7 +366,7 @@ def test_several_inputs_and_what_vmap_cannot_run(branches, form):
                for x, z, y in zip(INPUTS.split(25), other.split(25), LABELS.split(25))]
     found = line(models[0], *states_of(models), batches, points=4)
     for alpha, loss, error in zip(*found):
-        logits = between(models[0], *states_of(models), float(alpha))(INPUTS, other).logits
+        logits = interpolate_network(models[0], *states_of(models), float(alpha))(INPUTS, other).logits
         assert loss == pytest.approx(F.cross_entropy(logits, LABELS).item(), rel=1e-5)
         assert error == pytest.approx((logits.argmax(1) != LABELS).float().mean().item())
 
@@ -376,11 +376,11 @@ def test_several_inputs_and_what_vmap_cannot_run(branches, form):
 def test_batches_of_every_kind_correct_the_same(correction, kind, residual):
     a, b = states_of(residual[:2])
     size = {"batches": 13, "iterator": 13, "loader": 17}.get(kind, 60)
-    found, expected = (between(residual[0], a, b, correction=correction, batches=batches).state_dict()
+    found, expected = (interpolate_network(residual[0], a, b, correction=correction, batches=batches).state_dict()
                        for batches in (kinds_of(INPUTS, LABELS)[kind], list(INPUTS.split(size))))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     on_line = line(residual[0], a, b, SPLIT, points=3, correction=correction, batches=kinds_of(INPUTS, LABELS)[kind])
-    assert on_line.losses[1] == evaluate(between(residual[0], a, b, correction=correction,
+    assert on_line.losses[1] == evaluate(interpolate_network(residual[0], a, b, correction=correction,
                                                  batches=list(INPUTS.split(size))), SPLIT).loss
 
 
@@ -389,7 +389,7 @@ def test_batches_of_one_tensor(size, residual):
     """What split returns is a tuple of batches; a tensor is cut into batches by itself, here into one."""
     a, b = states_of(residual[:2])
     for batches in (INPUTS.split(size), INPUTS if size == 60 else iter(INPUTS.split(size))):
-        found, expected = (between(residual[0], a, b, correction="reset", batches=given).state_dict()
+        found, expected = (interpolate_network(residual[0], a, b, correction="reset", batches=given).state_dict()
                            for given in (batches, list(INPUTS.split(size))))
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -416,7 +416,7 @@ def test_states_that_do_not_fit_are_named(mlps):
     wide = build_model("mlp", (1, 8, 8), 10, width=0.5).state_dict()
     lacking = {name: tensor for name, tensor in b.items() if name != "fc2.bias"}
     for call in (lambda other: line(mlps[0], a, other, SPLIT), lambda other: plane_through(a, b, other),
-                 lambda other: distance(a, other), lambda other: between(mlps[0], a, other)):
+                 lambda other: distance(a, other), lambda other: interpolate_network(mlps[0], a, other)):
         with pytest.raises(ValueError, match=r"'fc1.weight' has shape \[32, 64\] .* \[64, 64\]"):
             call(wide)
         with pytest.raises(ValueError, match="'fc2.bias' is in the source only"):
@@ -448,15 +448,16 @@ def test_values_out_of_range_are_named(mlps, residual):
     model, (a, b, c) = mlps[0], states_of(mlps)
     plane = plane_through(a, b, c)
     for call, said in (
-        (lambda: between(model, a, b, 1.5), "alpha is 1.5"), (lambda: between(model, a, b, -0.1), "alpha is -0.1"),
+        (lambda: interpolate_network(model, a, b, 1.5), "alpha is 1.5"),
+        (lambda: interpolate_network(model, a, b, -0.1), "alpha is -0.1"),
         (lambda: line(model, a, b, SPLIT, points=2), "points is 2: expected an integer of at least 3"),
         (lambda: line(model, a, b, SPLIT, points=5.0), "points is 5.0"),
         (lambda: line(model, a, b, SPLIT, correction="rest"), "unknown correction 'rest'"),
         (lambda: line(model, a, b, SPLIT, correction="reset"), "'reset' without batches"),
         (lambda: line(model, a, b, SPLIT, correction="reset", batches=[INPUTS]), "has no BatchNorm"),
-        (lambda: line(model, a, b, (INPUTS[:0], LABELS[:0])), "the data are empty"),
-        (lambda: mixtures(model, [a, b], [[1.0, 0.0, 0.0]], SPLIT), r"shape \[1, 3\]: expected \[n, 2\]"),
-        (lambda: mixtures(model, [a, b], [[math.inf, 0.0]], SPLIT), "all finite"),
+        (lambda: line(model, a, b, (INPUTS[:0], LABELS[:0])), "expected at least one input"),
+        (lambda: evaluate_mixtures(model, [a, b], [[1.0, 0.0, 0.0]], SPLIT), r"shape \[1, 3\]: expected \[n, 2\]"),
+        (lambda: evaluate_mixtures(model, [a, b], [[math.inf, 0.0]], SPLIT), "all finite"),
         (lambda: plane.weights([1.0, 2.0]), r"at has the shape \[2\]"),
         (lambda: plane.weights([[1.0, math.nan]]), "all finite"),
         (lambda: plane.grid(1), "points is 1"), (lambda: plane.grid(margin=-1), "margin is -1"),
@@ -471,8 +472,8 @@ def test_a_state_that_is_not_finite_is_named(mlps, value):
     a, b, c = states_of(mlps)
     bad = {name: tensor.clone() for name, tensor in c.items()}
     bad["fc2.weight"][0, 0] = value
-    for call in (lambda: line(mlps[0], a, bad, SPLIT), lambda: between(mlps[0], bad, a),
-                 lambda: mixtures(mlps[0], [bad, a], [[0.5, 0.5]], SPLIT), lambda: plane_through(a, b, bad),
+    for call in (lambda: line(mlps[0], a, bad, SPLIT), lambda: interpolate_network(mlps[0], bad, a),
+                 lambda: evaluate_mixtures(mlps[0], [bad, a], [[0.5, 0.5]], SPLIT), lambda: plane_through(a, b, bad),
                  lambda: plane_through(bad, a, b), lambda: distance(a, bad), lambda: angle(bad, a),
                  lambda: angle(a, b, bad)):
         with pytest.raises(ValueError, match="'fc2.weight' holds NaN or infinite values"):
@@ -489,7 +490,7 @@ def test_labels_that_are_no_classes_are_refused(residual, labels, said):
             line(model, a, b, (INPUTS, labels), points=3, **more)
     for more in ({}, {"batches": [INPUTS]}):
         with pytest.raises(ValueError, match=said):
-            mixtures(model, [a, b], [[0.5, 0.5]], (INPUTS, labels), **more)
+            evaluate_mixtures(model, [a, b], [[0.5, 0.5]], (INPUTS, labels), **more)
 
 
 def test_batches_may_be_one_tensor(residual):
@@ -504,15 +505,16 @@ def test_empty_values_and_text_are_refused(mlps):
     model, (a, b, c) = mlps[0], states_of(mlps)
     plane = plane_through(a, b, c)
     for call, said in (
-        (lambda: mixtures(model, [], [[]], SPLIT), "there are no states"),
-        (lambda: mixtures(model, [a, b], np.zeros((0, 2)), SPLIT), "at least one row"),
+        (lambda: evaluate_mixtures(model, [], [[]], SPLIT), "there are no states"),
+        (lambda: evaluate_mixtures(model, [a, b], np.zeros((0, 2)), SPLIT), "at least one row"),
         (lambda: surface(model, plane, [], [], SPLIT), "0 columns and 0 rows"),
         (lambda: surface(model, plane, [0.0], [], SPLIT), "1 columns and 0 rows"),
         (lambda: distance({}, {}), "expected a state_dict with some"),
         (lambda: angle({}, {}), "expected a state_dict with some"),
         (lambda: plane_through({}, {}, {}), "expected a state_dict with some"),
         (lambda: angle(a, b, {}), "is in the source only"),
-        (lambda: between(model, a, b, "0.5"), "alpha is '0.5'"), (lambda: plane.grid(5, "a"), "margin is 'a'"),
+        (lambda: interpolate_network(model, a, b, "0.5"), "alpha is '0.5'"),
+        (lambda: plane.grid(5, "a"), "margin is 'a'"),
         (lambda: plane.grid("5"), "points is '5'"), (lambda: plane.grid(True), "points is True"),
         (lambda: line(model, a, b, SPLIT, points=True), "points is True: expected an integer of at least 3"),
     ):
@@ -524,4 +526,4 @@ def test_integers_and_numbers_of_numpy_will_do(mlps):
     model, (a, b, c) = mlps[0], states_of(mlps)
     assert len(line(model, a, b, SPLIT, points=np.int64(3)).losses) == 3
     assert len(plane_through(a, b, c).grid(np.int64(5), np.float32(0.5))[0]) == 5
-    assert distance(between(model, a, b, np.float32(0.5)).state_dict(), mix([a, b], [0.5, 0.5])) < 1e-5
+    assert distance(interpolate_network(model, a, b, np.float32(0.5)).state_dict(), mix([a, b], [0.5, 0.5])) < 1e-5

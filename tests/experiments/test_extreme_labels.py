@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from batch.grids import GridError, _parsed, read_grid
-from permask_core.data.extreme import planted
+from permask_core.data.extreme import make_multilabel
 from permask_core.experiments import extreme_labels
 from permask_core.experiments.extreme_labels import (
     METHODS,
@@ -173,7 +173,7 @@ def test_a_row_tells_of_every_run(finished):
 @pytest.mark.parametrize("method", ["static", "set+auxiliary"])
 def test_a_row_is_what_its_parts_give(finished, method):
     """The same run put together by hand."""
-    problem = planted(100, n_train=200, n_test=100, n_clusters=5, n_features=16, seed=3)
+    problem = make_multilabel(100, n_train=200, n_test=100, n_clusters=5, n_features=16, seed=3)
     static = method == "static"
     model = ExtremeClassifier(16, 100, 10, hidden=20, n_clusters=None if static else 5,
                               generator=torch.Generator().manual_seed(3))

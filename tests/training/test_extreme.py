@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from torch import nn
 from torch.nn import functional as F
 
-from permask_core.data.extreme import MultiLabel, planted, read_sparse_text
+from permask_core.data.extreme import MultiLabel, make_multilabel, read_sparse_text
 from permask_core.experiments.extreme_labels import METHODS
 from permask_core.sparse import FanInLinear
 from permask_core.training.extreme import (
@@ -57,7 +57,7 @@ def a_head(kind, inputs, n_labels, fan_in, dtype=torch.float64, bias=True):
 
 @pytest.fixture(scope="module")
 def problem():
-    return planted(300, n_train=1000, n_test=200, n_features=32, n_clusters=10)
+    return make_multilabel(300, n_train=1000, n_test=200, n_features=32, n_clusters=10)
 
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
@@ -345,7 +345,8 @@ def test_a_file_of_another_run_is_refused(problem, tmp_path):
     trained(problem, recipe, resume=path)
     for message, changed in ((r"seed 0 \(here 1\)", {"seed": 1}), (r"initial weights '\w+'", {"n_clusters": 10}),
                              (r"lr 0.003 \(here 0.1\)", {"recipe": dataclasses.replace(recipe, lr=0.1)}),
-                             ("data.labels", {"problem": planted(300, n_train=1000, n_test=1, n_features=32, seed=1)})):
+                             ("data.labels", {"problem": make_multilabel(300, n_train=1000, n_test=1, n_features=32,
+                                                                         seed=1)})):
         with pytest.raises(ValueError, match=f"is of a run with .*{message}"):
             trained(**{"problem": problem, "recipe": recipe, "resume": path} | changed)
     whole = path.read_bytes()
