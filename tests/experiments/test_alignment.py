@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from permask_core.experiments import permuted_masks, queue
+from permask_core.experiments import permuted_masks, trainings
 from permask_core.experiments.alignment import cost, gap_closed, idle_units, mask_overlap, planted, units_placed
 from permask_core.experiments.permuted_masks import Experiment
 from permask_core.matching import Entry, Group, match_weights, permutation_groups, permute, random_permutations
@@ -50,13 +50,13 @@ def test_by_default_alignment_trains_nothing_that_the_naive_mask_does_not_need()
 
 
 def test_costs_are_what_is_trained(tmp_path, monkeypatch):
-    epochs, fit = {}, queue.fit
+    epochs, fit = {}, trainings.fit
 
     def spy(model, train, recipe, *, resume, **options):
         epochs[resume.parent.name] = epochs.get(resume.parent.name, 0) + recipe.epochs
         return fit(model, train, recipe, resume=resume, **options)
 
-    monkeypatch.setattr(queue, "fit", spy)
+    monkeypatch.setattr(trainings, "fit", spy)
     late = dataclasses.replace(TINY, matched_at=3)  # only then is all that is trained of B needed
     permuted_masks.train_sparse(late, Store(tmp_path), 0, 0.8, "permuted", "weights")
     found = cost(late, "permuted", 0.8)

@@ -112,11 +112,11 @@ def test_a_batchnorm_without_statistics_is_refused_before_any_training(correctio
     ({"sparsities": [1.0]}, "sparsity is 1.0"), ({"by": "eye"}, "unknown matching 'eye'"),
     ({"points": 2}, "points is 2"), ({"seeds": [-1]}, "seed is -1"), ({"workers": 0}, "workers is 0"),
     ({"correction": "rest"}, "unknown correction 'rest'"),
-    ({"experiments": replace(TINY, matched_layers=("head",))}, "unknown group in matched_layers 'head'")])
+    ({"experiment": replace(TINY, matched_layers=("head",))}, "unknown group in matched_layers 'head'")])
 def test_what_is_out_of_range_is_refused_before_any_training(changes, said, tmp_path):
     store = Store(tmp_path)
     with pytest.raises(ValueError, match=said):
-        basins.run(**{"experiments": TINY, "store": store, "seeds": [0], "sparsities": [0], **changes})
+        basins.run(**{"experiment": TINY, "store": store, "seeds": [0], "sparsities": [0], **changes})
     assert store.computed == 0
 
 

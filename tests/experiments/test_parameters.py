@@ -54,7 +54,7 @@ def test_all_faults_are_reported_at_once():
 
 
 def test_what_a_notebook_itself_allows():
-    known = {"least": {"seeds": 2}, "methods": ["dense", "rigl"], "preset": ["digits"]}
+    known = {"minimum": {"seeds": 2}, "methods": ["dense", "rigl"], "preset": ["digits"]}
     assert faults(seeds=1, methods=["dense", "rgl"], preset="digit", _known=known) == [
         "seeds is 1: expected at least 2",
         "methods is ['dense', 'rgl']: unknown 'rgl', perhaps 'rigl'; expected some of dense, rigl",

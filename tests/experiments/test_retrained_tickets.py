@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from permask_core.experiments import permuted_masks, queue, retrained_tickets
+from permask_core.experiments import permuted_masks, retrained_tickets, trainings
 from permask_core.experiments.permuted_masks import Experiment, build_network, find_ticket, train_dense
 from permask_core.experiments.retrained_tickets import (
     METHODS,
@@ -125,13 +125,13 @@ def test_finished_runs_are_found_again_and_by_several_workers(finished, tmp_path
 
 @pytest.mark.parametrize("method", ["dense", "pruned", "lth", "permuted", "scratch"])
 def test_the_cost_is_what_is_trained(tmp_path, monkeypatch, method):
-    epochs, fit = [], queue.fit
+    epochs, fit = [], trainings.fit
 
     def spy(model, train, recipe, **options):
         epochs.append(recipe.epochs)
         return fit(model, train, recipe, **options)
 
-    monkeypatch.setattr(queue, "fit", spy)
+    monkeypatch.setattr(trainings, "fit", spy)
     monkeypatch.setattr(retrained_tickets, "fit", spy)
     retrained_tickets.run(TINY, Store(tmp_path), seeds=[0], members=2, sparsity=0.8, methods=[method])
     assert training_epochs(TINY, 2, 0.8, method) == sum(epochs)
