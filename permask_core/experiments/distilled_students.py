@@ -51,6 +51,7 @@ class Experiment(Settings):
     processes: int = 1  # that share each batch: see permask_core.training.fit
 
     def __post_init__(self):
+        super().__post_init__()
         self.check_names(dataset=DATASETS, teacher=MODELS, student=MODELS)
         check_options(self.dataset, self.options)
         for role in ("teacher", "student"):
@@ -93,7 +94,7 @@ def preset(name, *, recipe=None, **changes):
                          dict.fromkeys(("teacher_recipe", "student_recipe"), recipe) | drop_none(changes))
 
 
-def network(experiment, role, state=None, *, seed=0):
+def build_network(experiment, role, state=None, *, seed=0):
     """The network of a role, freshly initialised from ``seed`` or with the weights of ``state``."""
     kind = "teacher" if role == "teacher" else "student"
     _, _, _, input_shape, classes = data(experiment)
@@ -136,7 +137,7 @@ def train_network(experiment, store, seed, role, temperature=None):
     name = f"{role}, seed {seed}" if temperature is None else f"{role} at T = {temperature:g}, seed {seed}"
 
     def train(unfinished):
-        model, task = network(experiment, role, seed=own), data(experiment)
+        model, task = build_network(experiment, role, seed=own), data(experiment)
         how = {"seed": own, "processes": experiment.processes, "resume": unfinished, "description": name}
         if role == "distilled":
             distil(model, _teaching(experiment, store, seed), task.train, recipe, temperature=temperature,
@@ -166,7 +167,7 @@ def check_role(role, temperature):
 def _teaching(experiment, store, seed):
     """The teacher of a seed, or its logits for the training inputs where these do not change from epoch to epoch."""
     def teacher():
-        return network(experiment, "teacher", train_network(experiment, store, seed, "teacher")[0])
+        return build_network(experiment, "teacher", train_network(experiment, store, seed, "teacher")[0])
 
     def compute():
         return {"logits": predict(teacher().to(default_device()), data(experiment).train)}, {}
@@ -212,7 +213,7 @@ def run(experiment, store, *, seeds, temperatures, workers=1):
     for one in runs:
         check_role(*one)
     for role in ROLES[:2]:
-        network(experiment, role)  # one that does not fit the data is refused here
+        build_network(experiment, role)  # one that does not fit the data is refused here
     jobs = [(experiment, seed, runs) for seed in map(int, seeds)]
     return run_jobs(_run_seed, jobs, store, workers, len(jobs) * len(runs))
 
@@ -224,7 +225,7 @@ def _run_seed(store, experiment, seed, runs):
                "predictions": logits.argmax(1)}
 
 
-def answers(rows, role, temperature=None):
+def select_predictions(rows, role, temperature=None):
     """The predictions of a role, int64 numpy [seeds, n], in the order of the seeds.
 
     Raises

@@ -60,6 +60,7 @@ class Experiment(Settings):
     processes: int = 1  # that share each batch: see permask_core.training.fit
 
     def __post_init__(self):
+        super().__post_init__()
         self.check_names(dataset=DATASETS, model=MODELS, distribution=DISTRIBUTIONS)
         check_options(self.dataset, self.options)
         if not isinstance(self.recipe, Recipe):
@@ -123,7 +124,7 @@ def rewiring(experiment, method, densities=None):
                     experiment.min_salient if ablation else None, densities=densities if kind == "srigl" else None)
 
 
-def network(experiment, seed=0):
+def build_network(experiment, seed=0):
     """The experiment's network, freshly initialised."""
     _, _, _, input_shape, classes = data(experiment)
     return build_model(experiment.model, input_shape, classes, width=experiment.width, seed=seed)
@@ -237,7 +238,7 @@ def train_network(experiment, store, seed, sparsity, method):
         raise ValueError(f"sparsity is {sparsity!r} for the method 'dense': expected 0")
 
     def train(unfinished):
-        model, task, masks, how = network(experiment, seed), data(experiment), None, None
+        model, task, masks, how = build_network(experiment, seed), data(experiment), None, None
         weights = sparse_weights(experiment, model)
         if method != "dense":
             densities = layer_densities(experiment, weights, sparsity)
@@ -303,7 +304,7 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, workers=1):
         If a worker process died.
     """
     check_run(seeds, sparsities, methods, workers)
-    weights = sparse_weights(experiment, network(experiment))  # a network that does not fit is refused here
+    weights = sparse_weights(experiment, build_network(experiment))  # a network that does not fit is refused here
     for value in sparsities:
         layer_densities(experiment, weights, value)
     runs = [(method, sparsity) for method in methods for sparsity in (sparsities if method != "dense" else [0.0])]

@@ -57,6 +57,7 @@ class Experiment(Settings):
     recipe: ExtremeRecipe = ExtremeRecipe(epochs=6, rewire_every=25, auxiliary=0.4, auxiliary_epochs=3)
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("labels", "points", "test_points", "clusters", "features", "hidden", "fan_in", "intermediate"):
             # A fifth of the labels is the head, of which precision at 5 needs 5.
             if name != "intermediate" or self.intermediate is not None:
@@ -211,7 +212,7 @@ def _content(folder):
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
-def classifier(experiment, method, features, seed):
+def build_classifier(experiment, method, features, seed):
     """A method's network, freshly initialised from a seed, for points with so many ``features``."""
     return ExtremeClassifier(features, experiment.labels, hidden=experiment.hidden, bags=not experiment.planted,
                              n_clusters=experiment.clusters if method == "set+auxiliary" else None,
@@ -240,7 +241,7 @@ def train(experiment, method, seed, resume=None):
         What a row of :func:`run` has beside method and seed; ``seconds`` are of training alone.
     """
     points, test = data(experiment, seed)
-    model = classifier(experiment, method, points.features.shape[1], seed).to(default_device())
+    model = build_classifier(experiment, method, points.features.shape[1], seed).to(default_device())
     start = time.perf_counter()
     losses = fit_extreme(model, points, experiment.recipe_of(method), seed=seed, resume=resume,
                          description=f"{method}, seed {seed}")
@@ -253,7 +254,7 @@ def train(experiment, method, seed, resume=None):
             "unseen": (points.frequencies[test.labels.long()] == 0).double().mean().item()}
 
 
-def check(experiment, *, seeds, methods, workers=1):
+def check_run(experiment, *, seeds, methods, workers=1):
     """Raise ValueError, in which the value is named, for what :func:`run` cannot run; no data are needed."""
     check_lists(methods=methods)
     check_work(seeds, workers)
@@ -294,7 +295,7 @@ def run(experiment, store, *, seeds, methods=None, workers=1):
         If a worker process died.
     """
     seeds, methods = list(seeds), experiment.methods if methods is None else methods
-    check(experiment, seeds=seeds, methods=methods, workers=workers)
+    check_run(experiment, seeds=seeds, methods=methods, workers=workers)
     data(experiment, seeds[0])
     jobs = [(experiment, seed, list(methods)) for seed in map(int, seeds)]
     return run_jobs(_run_seed, jobs, store, workers, len(jobs) * len(methods))

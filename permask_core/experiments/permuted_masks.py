@@ -92,13 +92,14 @@ class Experiment(Settings):
     imp_scope: str = "global"  # among which weights the largest are kept: see permask_core.pruning.magnitude_masks
 
     def __post_init__(self):
+        super().__post_init__()
         self.check_names(dataset=DATASETS, model=MODELS, imp=FLAVOURS, imp_scope=SCOPES, start=STARTS)
         check_options(self.dataset, self.options)
         check_integer("epochs", self.epochs, 1)
         for epoch in self.checkpoints:
             if not isinstance(epoch, Integral) or not 0 <= epoch <= self.epochs:
                 raise ValueError(f"checkpoints holds {epoch!r}: expected epochs from 0 to {self.epochs}")
-        object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
+        object.__setattr__(self, "checkpoints", tuple(sorted({*map(int, self.checkpoints), self.epochs})))
         for name in ("rewind", "matched_at", "imp_rewind"):
             if getattr(self, name) not in self.checkpoints:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of the checkpoints "
@@ -147,8 +148,8 @@ def preset(name, *, rewinds=None, **changes):
     name : str
         One of ``PRESETS``.
     rewinds : sequence of int, optional
-        Epochs of the dense run at which sparse runs are to start: their states are kept, and ``rewind`` is the first.
-        By default those of the preset's grid, or ``rewind`` alone where that is given.
+        Epochs of the dense run at which sparse runs are to start: their states are kept, and ``rewind`` is the first
+        unless it is given. By default those of the preset's grid, or ``rewind`` alone where that is given.
     **changes
         Fields of :class:`Experiment`, as :func:`permask_core.experiments.stages.change` takes them. With other
         ``epochs``, A and B are matched at their end if the preset does so, and of the preset's checkpoints those are
@@ -171,18 +172,17 @@ def preset(name, *, rewinds=None, **changes):
     base, changes = change_preset(PRESETS, name, Experiment(), {}), drop_none(changes)
     epochs = changes.get("epochs", base.epochs)
     check_integer("epochs", epochs, 1)
-    chosen = list(rewinds or ([changes["rewind"]] if "rewind" in changes else PRESETS[name].grid["rewinds"]))
-    if any(not isinstance(k, Integral) or not 0 <= k < epochs for k in chosen):
-        if rewinds or "rewind" in changes:
-            wrong, kind = (f"rewinds is {chosen}", "epochs") if rewinds else (f"rewind is {chosen[0]!r}", "an epoch")
-            raise ValueError(f"{wrong}: expected {kind} from 0 to {epochs - 1}, one before the last of {epochs}")
-        raise ValueError(f"epochs is {epochs}: expected more than {max(chosen)}, the last of the rewind epochs of the "
-                         f"preset {name!r}, or other rewinds")
+    if rewinds is None:
+        rewinds = [changes["rewind"]] if "rewind" in changes else PRESETS[name].grid["rewinds"]
+    check_lists(rewinds=list(rewinds))
+    for k in rewinds:
+        if not isinstance(k, Integral) or not 0 <= k < epochs:
+            raise ValueError(f"rewind is {k!r}: expected an epoch from 0 to {epochs - 1}, before the last of {epochs}")
     imp_rewind = min(changes.get("imp_rewind", base.imp_rewind), epochs - 1)
     matched_at = changes.get("matched_at", epochs if base.matched_at == base.epochs else base.matched_at)
     kept = changes.get("checkpoints", [k for k in base.checkpoints if k <= epochs and k != base.epochs])
-    needed = {"rewind": chosen[0], "imp_rewind": imp_rewind, "matched_at": matched_at,
-              "checkpoints": (*kept, *chosen, imp_rewind, matched_at)}
+    needed = {"rewind": changes.get("rewind", rewinds[0]), "imp_rewind": imp_rewind, "matched_at": matched_at,
+              "checkpoints": (*kept, *rewinds, imp_rewind, matched_at)}
     return change(base, changes | needed)
 
 
@@ -364,7 +364,7 @@ def match_dense(experiment, store, seed, by):
         train, images = data(experiment).train, experiment.matched_images
         chosen = torch.arange(len(train))
         if images < len(train):
-            chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
+            chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(int(seed)))[:images]
         models = [build_network(experiment, state).to(device) for state in (a, b)]
         # Whatever the model sees in one step of training, it can see here.
         batches = progress(train.batches(chosen.split(experiment.batch_size), device),

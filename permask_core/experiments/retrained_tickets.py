@@ -32,7 +32,7 @@ METHODS = ("dense", "pruned", "lth", "permuted", "naive", "random", "scratch", "
 SPAN = 100  # members of a seed at most
 
 
-def kept_epochs(experiment):
+def member_epochs(experiment):
     """The epochs of sparse training after which a member's state is kept: 0 (masked, untrained), 1, 2, 4, ..., the
     last."""
     last = experiment.epochs - experiment.rewind
@@ -80,7 +80,7 @@ def train_member(experiment, store, seed, member, sparsity, method):
     Returns
     -------
     (dict of int to state, dict)
-        States by epoch, of :func:`kept_epochs` (``dense``: the experiment's checkpoints), and the record: test
+        States by epoch, of :func:`member_epochs` (``dense``: the experiment's checkpoints), and the record: test
         ``accuracy`` and ``loss``, and ``achieved``, the real sparsity.
 
     Raises
@@ -95,7 +95,7 @@ def train_member(experiment, store, seed, member, sparsity, method):
         states, record = train_dense(experiment, store, own, "b")
         return states, {"achieved": 0.0, **record}
     check_sparsity(sparsity)
-    names = {epoch: f"epoch {epoch}" if epoch else "init" for epoch in kept_epochs(experiment)}
+    names = {epoch: f"epoch {epoch}" if epoch else "init" for epoch in member_epochs(experiment)}
 
     @cache
     def masks():

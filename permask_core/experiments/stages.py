@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, is_dataclass, replace
+from numbers import Integral
 
 import torch
 
@@ -29,6 +30,12 @@ from permask_core.training.resume import fingerprint
 
 class Settings:
     """What the dataclasses of experiments share; as text, a line of ``name value`` pairs."""
+
+    def __post_init__(self):
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Integral) and not isinstance(value, (int, bool)):  # NumPy's
+                object.__setattr__(self, one.name, int(value))
 
     def __str__(self):
         return ", ".join(f"{one.name} {getattr(self, one.name)}" for one in fields(self) if one.name != "root")

@@ -144,7 +144,7 @@ def test_the_chapter_runs_what_it_says():
     ("grid", 1, "grid is 1"), ("workers", 0, "workers is 0"), ("widths", 1.0, "widths is 1.0: expected a list"),
     ("widths", [0], "widths is [0]"), ("sparsities", [0.5, 1.0], "sparsities is [0.5, 1.0]"),
     ("sparsities", [], "sparsities is"), ("epochs", 0, "epochs is 0"), ("epochs", "20", "epochs is '20'"),
-    ("rewind", 20, "rewind is 20: expected fewer than the epochs, 20"), ("rewind", 25, "rewind is 25"),
+    ("rewind", 20, "rewind is 20: expected an epoch from 0 to 19"), ("rewind", 25, "rewind is 25"),
     ("lr", 0, "lr is 0"), ("sparse_lr", "x", "sparse_lr is 'x'")])
 def test_the_chapter_refuses_what_is_out_of_range(name, value, said):
     with pytest.raises(ValueError, match=f"^{re.escape(said)}"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from permask_core.experiments import distilled_students
-from permask_core.experiments.distilled_students import Experiment, answers, run, train_network
+from permask_core.experiments.distilled_students import Experiment, run, select_predictions, train_network
 from permask_core.models import build_model
 from permask_core.runs.store import Store
 from permask_core.training import Recipe, evaluate, fit, loop, predict
@@ -102,11 +102,11 @@ def test_workers_get_the_same_rows(finished, tmp_path):
 
 def test_answers_stand_in_the_order_of_the_seeds(finished):
     _, rows = finished
-    found = answers(rows[::-1], "distilled", 4)
+    found = select_predictions(rows[::-1], "distilled", 4)
     assert found.dtype == np.int64 and found.shape == (2, 360)
     assert (found[1] == rows[7]["predictions"].numpy()).all()
     with pytest.raises(ValueError, match="no run of the role 'distilled' at temperature 5"):
-        answers(rows, "distilled", 5)
+        select_predictions(rows, "distilled", 5)
 
 
 @pytest.mark.parametrize("name", distilled_students.PRESETS)

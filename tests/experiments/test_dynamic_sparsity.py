@@ -8,7 +8,15 @@ import torch
 
 from permask_core.data.published import published_dynamic_sparse_training
 from permask_core.experiments import dynamic_sparsity
-from permask_core.experiments.dynamic_sparsity import METHODS, Experiment, preset, run, train_network
+from permask_core.experiments.dynamic_sparsity import (
+    METHODS,
+    PRESETS,
+    Experiment,
+    preset,
+    reproduces,
+    run,
+    train_network,
+)
 from permask_core.masks import layer_sparsity
 from permask_core.models import build_model
 from permask_core.pruning import erk_densities, prunable_weights
@@ -198,16 +206,16 @@ def test_workers_get_the_same_rows(finished, tmp_path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_settings_are_the_published_ones(name):
     chosen, (settings, recipe, sparsities) = preset(name), PUBLISHED[name]
-    assert {key: getattr(chosen.experiment, key) for key in settings} == settings
-    assert {key: getattr(chosen.experiment.recipe, key) for key in recipe} == recipe
-    assert (chosen.experiment.until, chosen.experiment.fraction, chosen.sparsities) == (0.75, 0.3, sparsities)
-    assert {row["sparsity"] for row in published_dynamic_sparse_training() if row["setting"] == chosen.reproduces
-            } - {0.0} == set(sparsities)
+    assert {key: getattr(chosen, key) for key in settings} == settings
+    assert {key: getattr(chosen.recipe, key) for key in recipe} == recipe
+    assert (chosen.until, chosen.fraction, PRESETS[name].grid["sparsities"]) == (0.75, 0.3, sparsities)
+    rows = [row for row in published_dynamic_sparse_training() if row["setting"] == reproduces(name, chosen)]
+    assert {row["sparsity"] for row in rows} - {0.0} == set(sparsities)
 
 
 def test_cifar100_has_the_settings_of_cifar10_and_nothing_published():
     ours, theirs = preset("cifar100-resnet18"), preset("cifar10-resnet18")
-    assert replace(ours.experiment, dataset="cifar10") == theirs.experiment and ours.reproduces is None
+    assert replace(ours, dataset="cifar10") == theirs and reproduces("cifar100-resnet18", ours) is None
 
 
 @pytest.mark.parametrize("changes, kept", [
@@ -215,12 +223,13 @@ def test_cifar100_has_the_settings_of_cifar10_and_nothing_published():
     ({"recipe": {"epochs": None}, "width": None}, True), ({"options": {"verify": False}}, False),
     ({"width": 0.5}, False), ({"recipe": {"epochs": 249}}, False), ({"every": 50}, False)])
 def test_what_was_published_is_not_of_other_settings(changes, kept):
-    assert preset("cifar10-resnet18", **changes).reproduces == ("ResNet18/CIFAR-10" if kept else None)
+    found = reproduces("cifar10-resnet18", preset("cifar10-resnet18", **changes))
+    assert found == ("ResNet18/CIFAR-10" if kept else None)
 
 
 def test_shortcuts_have_masks_and_what_is_to_stay_dense_has_none():
     model = build_model("resnet50", (3, 32, 32), 10, width=0.125)
-    weights = dynamic_sparsity.sparse_weights(preset("imagenet-resnet50").experiment, model)
+    weights = dynamic_sparsity.sparse_weights(preset("imagenet-resnet50"), model)
     expected = {name for name, tensor in model.named_parameters() if tensor.ndim > 1} - {"conv1.weight"}
     assert set(weights) == expected and "layer1.0.downsample.0.weight" in expected
 

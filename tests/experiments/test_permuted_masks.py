@@ -275,7 +275,7 @@ def test_rounds_rewind_or_train_on(finished, monkeypatch, imp):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"methods": ["lth", "permutated"]}, "unknown method 'permutated', perhaps 'permuted': expected one of densve"),
+    ({"methods": ["lth", "permutated"]}, "unknown method 'permutated', perhaps 'permuted': expected one of dense"),
     ({"matchings": ["weight"]}, "unknown matching 'weight'"), ({"sparsities": [0.5, 1.5]}, "sparsity is 1.5"),
     ({"sparsities": [0]}, "sparsity is 0"), ({"seeds": [0, -1]}, "seed is -1"), ({"seeds": [0.5]}, "seed is 0.5"),
     ({"workers": 0}, "workers is 0"), ({"workers": 1.5}, "workers is 1.5"), ({"workers": True}, "workers is True"),
