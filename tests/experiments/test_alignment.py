@@ -13,8 +13,6 @@ from scipy import stats
 
 from permask_core.experiments import permuted_masks, trainings
 from permask_core.experiments.alignment import (
-    (,
-)
     cost,
     gap_share,
     idle_units,

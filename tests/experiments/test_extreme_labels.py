@@ -20,8 +20,8 @@ from permask_core.experiments.extreme_labels import (
     METHODS,
     PRESETS,
     Experiment,
-    check,
-    classifier,
+    build_classifier,
+    check_run,
     data,
     parameters,
     preset,
@@ -74,7 +74,7 @@ def test_budgets_are_used_up_and_not_exceeded(labels, hidden, drawn):
 
 def test_networks_have_the_size_that_was_promised():
     experiment = preset("planted-10k")
-    sizes = {method: parameters(classifier(experiment, method, 128, 0)) for method in METHODS}
+    sizes = {method: parameters(build_classifier(experiment, method, 128, 0)) for method in METHODS}
     assert sizes["static"] == 128 * 129 + 10_000 * 17 == sizes["set"] == sizes["set+auxiliary"]
     for method in ("set+intermediate", "bottleneck"):
         assert 0.95 * sizes["static"] < sizes[method] <= sizes["static"]
@@ -84,7 +84,7 @@ def test_networks_have_the_size_that_was_promised():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_run(name):
     chosen = preset(name)
-    check(chosen, seeds=[0], methods=chosen.methods)
+    check_run(chosen, seeds=[0], methods=chosen.methods)
     assert chosen.methods == METHODS if name.startswith("planted") else "set+auxiliary" not in chosen.methods
 
 
