@@ -219,7 +219,8 @@ def run_in_parallel(run_job, jobs, store, workers):
         If one of them died.
     """
     # A server that has imported the library once, and what else takes long (for torch.export, for the digits), forks
-    # each worker; a fork of this process could inherit held locks.
+    # each worker; a fork of this process could inherit held locks. Workers of joblib's loky would import all of it
+    # themselves, about 9 s of a core for each in every call, and train on after the parent was killed.
     known = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
     if context.get_start_method() == "forkserver":

@@ -235,7 +235,7 @@ def test_idle_units_of_what_does_not_fit(network):
         idle_units(groups, masks, {**state, name: state[name][:1]})
 
 
-def test_units_placed_by_hand():
+def test_shared_positions_by_hand():
     truth = {"a": torch.tensor([2, 0, 1]), "b": torch.tensor([0])}
     assert shared_positions({"a": torch.tensor([2, 1, 0]), "b": torch.tensor([0])}, truth) == 2 / 4
     with pytest.raises(ValueError, match="expected the same groups"):
