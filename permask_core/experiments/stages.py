@@ -105,7 +105,7 @@ def change(settings, changes):
             try:
                 changed[name] = change(old, value)
             except ValueError as error:
-                raise ValueError(f"{name} is {value!r}: {error}") from None
+                raise ValueError(f"{name} is {drop_none(value)!r}: {error}") from None
         elif isinstance(value, Mapping) and isinstance(old, dict) and name not in others:
             changed[name] = {**old, **value}
     return replace(settings, **changed)
