@@ -150,7 +150,7 @@ def residual(name, width, side, repeats, device):
 
 def print_digits(seconds):
     unit = statistics.median(seconds[TRAINING])
-    print(permuted_masks.settings_text(EXPERIMENT))
+    print(str(EXPERIMENT))
     print(f"\n{'part':34}{'median':>12}{'fastest':>12}{'slowest':>12}{'share of training':>20}")
     for name, times in seconds.items():
         median, low, high = (f"{1000 * value:.1f} ms" for value in (statistics.median(times), min(times), max(times)))
@@ -184,7 +184,7 @@ def main(argv=None):
     if options.device == "cpu":
         torch.set_num_threads(1)
         print(f"\nThe digits, n = {options.repeats} repeats, one CPU thread")
-        record |= {"settings": permuted_masks.settings_text(EXPERIMENT),
+        record |= {"settings": str(EXPERIMENT),
                    "seconds": measured(digits_parts(), options.repeats)}
         print_digits(record["seconds"])
     torch.set_num_threads(options.threads)
