@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from permask_core.experiments.stages import Settings, data, discard_damaged, train_stage
 from permask_core.training.batched import evaluate_batched, fit_batched
-from permask_core.training.loop import Recipe, evaluate, fit
+from permask_core.training.loop import evaluate, fit
+from permask_core.training.recipe import Recipe
 
 
 class Training(NamedTuple):
