@@ -476,11 +476,9 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, matchings=MATC
         If a worker process died.
     """
     check_lists(methods=methods if isinstance(methods, str) else list(methods))
-    if isinstance(matchings, str):
-        check_lists(matchings=matchings)
-    if isinstance(sparsities, str):
-        raise ValueError(f"sparsities is {sparsities!r}: expected a list of numbers (papermill takes lists with -y, as "
-                         "in -y '{sparsities: [0.9, 0.97]}')")
+    for name, values in {"matchings": matchings, "sparsities": sparsities}.items():
+        if isinstance(values, str):
+            check_lists(**{name: values})
     experiments = [experiment] if isinstance(experiment, Experiment) else list(experiment)
     seeds, sparsities = list(seeds), list(sparsities)
     for value in methods:
