@@ -34,7 +34,7 @@ from permask_core.training.extreme import ExtremeClassifier, ExtremeRecipe, best
 
 MEASURED = Path(permask_core.__file__).parent / "data" / "measured"
 EXPERIMENTS = {chosen.labels: chosen for chosen in (
-    extreme_labels.PRESETS[name] for name in ("planted-10k", "planted-100k", "planted-1m"))}
+    extreme_labels.preset(name) for name in ("planted-10k", "planted-100k", "planted-1m"))}
 COMPARED = [("set", "static"), ("set+auxiliary", "set"), ("set+intermediate", "set"), ("set", "bottleneck")]
 
 
