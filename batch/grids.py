@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from permask_core.experiments.parameters import nearest
+from permask_core.runs.checks import nearest
 from permask_core.runs.files import write_whole
 
 ROOT = Path(__file__).parents[1]

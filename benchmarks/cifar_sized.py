@@ -23,12 +23,11 @@ from _machine import at_least, command, written
 
 import permask_core
 from permask_core.experiments import permuted_masks
-from permask_core.experiments.presets import experiments, preset, training_cost
 from permask_core.runs.processes import default_device
 from permask_core.runs.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "cifar_sized.json"
-QUICK = {"seeds": 1, "sparsities": [0.9], "epochs": 2, "imp_epochs": 1}
+QUICK = {"epochs": 2, "imp_epochs": 1, "options": {"n_train": 500, "n_test": 100}}
 
 
 @contextmanager
@@ -52,15 +51,14 @@ def piece(store, minutes):
         written(path, pieces)
 
 
-def chosen_by(given):
-    """The preset with what was asked for."""
-    quick = QUICK if given.quick else {}
-    base = preset("trifeature-resnet20").experiment
-    images = {"n_train": 500, "n_test": 100} if given.quick else {}
-    return preset("trifeature-resnet20", **{"widths": given.widths, "rewinds": given.rewinds,
-                                            "matchings": given.matchings, "seeds": given.seeds,
-                                            "sparsities": given.sparsities, "epochs": given.epochs, **quick},
-                  precision=given.precision, options=base.options | images)
+def choose(given):
+    """The preset with what was asked for, and what it is run over."""
+    grid = permuted_masks.PRESETS["trifeature-resnet20"].change_grid(
+        widths=given.widths, rewinds=given.rewinds, matchings=given.matchings, seeds=1 if given.quick else given.seeds,
+        sparsities=[0.9] if given.quick else given.sparsities)
+    changes = {"epochs": given.epochs, "precision": given.precision} | (QUICK if given.quick else {})
+    return permuted_masks.preset("trifeature-resnet20", rewinds=grid["rewinds"], width=grid["widths"][0],
+                                 **changes), grid
 
 
 def main(argv=None):
@@ -78,18 +76,19 @@ def main(argv=None):
     parser.add_argument("--runs", default="build/cifar_sized", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)
-    chosen, store = chosen_by(given), Store(given.runs)
+    (base, grid), store = choose(given), Store(given.runs)
     with piece(store, given.minutes) as pieces:
-        rows = permuted_masks.run(experiments(chosen), store, seeds=range(chosen.seeds), sparsities=chosen.sparsities,
-                                  matchings=chosen.matchings, batched=given.batched)
+        rows = permuted_masks.run(permuted_masks.vary(base, grid["widths"], grid["rewinds"]), store,
+                                  seeds=range(grid["seeds"]), sparsities=grid["sparsities"],
+                                  matchings=grid["matchings"], batched=given.batched)
     seconds = sum(one["seconds"] for one in pieces)
-    images = chosen.experiment.options["n_train"]
+    images = base.options["n_train"]
     epochs = sum(sum(cost[kind] for kind in ("dense", "pruning", "sparse"))
-                 for cost in training_cost(chosen, images, dict.fromkeys(chosen.widths, 1.0)))
+                 for cost in permuted_masks.training_cost(base, grid, images, dict.fromkeys(grid["widths"], 1.0)))
     written(given.result, {
         "command": command("cifar_sized", argv), "commit": commit(),
         "versions": versions(), "device": device_name(default_device()), "machine": device_name("cpu"),
-        "settings": permuted_masks.settings_text(chosen.experiment), "batched": given.batched, "pieces": pieces,
+        "settings": str(base), "batched": given.batched, "pieces": pieces,
         "seconds": seconds, "epochs": epochs, "images": images, "rows": rows})
     print(f"{len(rows)} runs in {given.result}: {epochs} epochs of {images:,} images in {seconds / 60:.1f} minutes, "
           f"{epochs * images / seconds:,.0f} images a second")

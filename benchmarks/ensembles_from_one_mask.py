@@ -1,8 +1,8 @@
 """Ensembles from one mask: how good they are, what they cost to train, and how many weights they keep.
 
-Noisy digits and a small perceptron; families 0 to 9 of eight networks by each method, and the mean over all subsets of
-each size. The recipe, the sparsity and the epoch of the early matching were fixed on two other families. Results go
-to permask_core/data/measured/ensembles_from_one_mask.json. A run that was killed goes on where it was. Run it with
+Noisy digits and a small perceptron; seeds 0 to 9 with eight members by each method, and the mean over all subsets of
+each size. The recipe, the sparsity and the epoch of the early matching were fixed on two other seeds. Results go to
+permask_core/data/measured/ensembles_from_one_mask.json. A run that was killed goes on where it was. Run it with
 `python benchmarks/ensembles_from_one_mask.py`; about six minutes of one core.
 """
 
@@ -23,21 +23,12 @@ from permask_core.runs.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "ensembles_from_one_mask.json"
 SPARSITY = 0.9
-EXPERIMENT = permuted_masks.Experiment(
-    dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", epochs=12, sparse_lr=0.05,
-    checkpoints=(0, 1, 2, 4, 8), rewind=2, matched_at=12, imp_rewind=2, imp_epochs=6, imp_rate=0.5)
+QUICK = {"options": {"copies": 1}, "epochs": 5, "imp_epochs": 1, "checkpoints": (0, 2, 4)}
 EARLY = 4  # epoch of the dense runs at which the masks of `permuted early` are matched
 METHODS = ("dense", "pruned", "lth", "permuted", "permuted early", "naive")
 
 
-def experiment(quick):
-    if not quick:
-        return EXPERIMENT
-    return replace(EXPERIMENT, options=EXPERIMENT.options | {"copies": 1}, epochs=5, matched_at=5, imp_epochs=1,
-                   checkpoints=(0, 2, 4))
-
-
-def arranged(chosen, method):
+def arrange(chosen, method):
     """The experiment and the method of :mod:`permask_core.experiments.retrained_tickets` behind a name of this
     script."""
     return (replace(chosen, matched_at=EARLY), "permuted") if method == "permuted early" else (chosen, method)
@@ -50,23 +41,23 @@ def ensembles(p, y):
             for size in sizes]
 
 
-def measured(chosen, store, families, members, method, workers):
-    """A row for each family and each size of an ensemble."""
-    used, base = arranged(chosen, method)
-    rows = retrained_tickets.run(used, store, seeds=families, members=members, sparsity=SPARSITY, methods=[base],
+def measure(chosen, store, seeds, members, method, workers):
+    """A row for each seed and each size of an ensemble."""
+    used, base = arrange(chosen, method)
+    rows = retrained_tickets.run(used, store, seeds=seeds, members=members, sparsity=SPARSITY, methods=[base],
                                  workers=workers)
     y, sparsity = permuted_masks.data(chosen).test.y, 0.0 if base == "dense" else SPARSITY
-    for family in families:
-        p = probabilities([row["logits"] for row in rows if row["seed"] == family])
+    for seed in seeds:
+        p = probabilities([row["logits"] for row in rows if row["seed"] == seed])
         for size, accuracy in enumerate(ensembles(p, y), 1):
-            yield {"method": method, "sparsity": sparsity, "seed": family, "members": size,
+            yield {"method": method, "sparsity": sparsity, "seed": seed, "members": size,
                    "accuracy": round(float(accuracy), 6), "weights": round(size * (1 - sparsity), 6),
                    "epochs": retrained_tickets.training_epochs(used, size, SPARSITY, base)}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--families", type=at_least(1), default=10)
+    parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--members", type=at_least(2), default=8)
     parser.add_argument("--workers", type=at_least(1), default=1)
     parser.add_argument("--quick", action="store_true", help="few epochs: whether it runs")
@@ -74,11 +65,12 @@ def main(argv=None):
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    chosen, store, families = experiment(given.quick), Store(given.runs), range(given.families)
+    chosen = permuted_masks.preset("noisy-digits-mlp", **(QUICK if given.quick else {}))
+    store, seeds = Store(given.runs), range(given.seeds)
     rows = [row for method in METHODS
-            for row in measured(chosen, store, families, given.members, method, given.workers)]
+            for row in measure(chosen, store, seeds, given.members, method, given.workers)]
     changes = "".join(f" --{name} {value}" for name, value, usual in (
-        ("families", given.families, 10), ("members", given.members, 8)) if value != usual)
+        ("seeds", given.seeds, 10), ("members", given.members, 8)) if value != usual)
     record = {"command": f"python benchmarks/ensembles_from_one_mask.py{' --quick' * given.quick}{changes}",
               "commit": commit(), "versions": versions(), "device": f"{device_name('cpu')}, one thread a process",
               "settings": json.loads(json.dumps(asdict(chosen))), "early": EARLY, "rows": rows}

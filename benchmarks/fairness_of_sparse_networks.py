@@ -15,7 +15,7 @@ core.
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -38,25 +38,14 @@ RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "fairness_of
 FIRST = 100
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
 MEASURES = {"DPD": demographic_parity_difference, "EOD": equalized_odds_difference}
-TASKS = {
-    "digits": permuted_masks.Experiment(
-        dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", epochs=20, lr=0.1, sparse_lr=0.05,
-        checkpoints=(0, 2), rewind=2, matched_at=20, imp_rewind=2, imp_epochs=10, imp_lr=0.1, imp_rate=0.35),
-    "trifeature": permuted_masks.Experiment(
-        dataset="trifeature", options={"n_train": 3000, "n_test": 5000, "image_size": 24, "label": "shape",
-                                       "correlated": "colour", "match": 0.5, "augment": False},
-        model="lenet5", epochs=10, lr=0.003, sparse_lr=0.003, optimizer="adamw", weight_decay=0.01, batch_size=64,
-        checkpoints=(0, 2), rewind=2, matched_at=10, imp_rewind=2, imp_epochs=4, imp_lr=0.003, imp_rate=0.5),
-}
+PRESETS = {"digits": "noisy-digits-mlp-long", "trifeature": "trifeature-lenet5"}  # by task
 
 
 def experiment(task, quick):
-    chosen = TASKS[task]
     if not quick:
-        return chosen
+        return permuted_masks.preset(PRESETS[task])
     options = {"image_size": 16, "n_train": 200, "n_test": 1000} if task == "trifeature" else {"copies": 1}
-    return replace(chosen, options=chosen.options | options, epochs=3, matched_at=3, checkpoints=(0, 2), imp_epochs=1,
-                   imp_rate=0.6)
+    return permuted_masks.preset(PRESETS[task], options=options, epochs=3, imp_epochs=1, imp_rate=0.6)
 
 
 def trained(chosen, store, row):
@@ -107,7 +96,7 @@ def main(argv=None):
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     tasks, store, seeds = {}, Store(given.runs), range(FIRST, FIRST + given.seeds)
-    for task in TASKS:
+    for task in PRESETS:
         chosen = experiment(task, given.quick)
         rows = permuted_masks.run(chosen, store, seeds=seeds, sparsities=SPARSITIES[-1:] if given.quick else SPARSITIES,
                                   methods=permuted_masks.KNOWN_METHODS, matchings=["weights"], workers=given.workers)

@@ -22,16 +22,8 @@ RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "how_little_
 SPARSITY = 0.99
 METHODS = ("lth", "permuted", "naive", "random")
 REWINDS = (0, 1, 2, 4)
-EXPERIMENT = permuted_masks.Experiment(
-    dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", epochs=20, lr=0.1, sparse_lr=0.05,
-    checkpoints=(*REWINDS, 8), rewind=2, matched_at=20, imp_rewind=2, imp_epochs=10, imp_rate=0.35)
-
-
-def experiment(quick):
-    if not quick:
-        return EXPERIMENT
-    return replace(EXPERIMENT, options=EXPERIMENT.options | {"copies": 1}, epochs=3, matched_at=3, imp_epochs=1,
-                   imp_rate=0.6, checkpoints=(0, 1, 2))
+CHANGES = {"checkpoints": (*REWINDS, 8)}
+QUICK = {"checkpoints": (0, 1, 2), "options": {"copies": 1}, "epochs": 3, "imp_epochs": 1, "imp_rate": 0.6}
 
 
 def main(argv=None):
@@ -43,7 +35,8 @@ def main(argv=None):
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    chosen, store = experiment(given.quick), Store(given.runs)
+    chosen = permuted_masks.preset("noisy-digits-mlp-long", **(QUICK if given.quick else CHANGES))
+    store = Store(given.runs)
     shared = {"seeds": range(given.seeds), "sparsities": [SPARSITY], "matchings": ["weights"], "workers": given.workers}
     rows = [row | {"start": ""} for row in permuted_masks.run(chosen, store, methods=["dense"], **shared)]
     for rewind in (k for k in REWINDS if k < chosen.epochs):

@@ -3,8 +3,9 @@
 First, on one thread: medians over repeats and their ratio to one dense training run; the parts take turns, so that a
 machine that slows down slows them all. Then ResNet20 of four widths and ResNet50: tracing, weight matching of two fresh
 networks and of one with a permuted copy of itself, permuting, and activation matching, with where the time of weight
-matching goes. All times are left in results/matching.json. Run it with `python benchmarks/matching.py`, or with
-`--device cuda` for the residual networks on a GPU, whose times go to results/matching_cuda.json; it asserts nothing.
+matching goes, and how long it takes if no similarity is kept from one step to the next. All times are left in
+results/matching.json. Run it with `python benchmarks/matching.py`, or with `--device cuda` for the residual networks on
+a GPU, whose times go to results/matching_cuda.json; it asserts nothing.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from permask_core.matching import (
     permutations,
     permute,
     random_permutations,
+    similarity,
     weights,
 )
 from permask_core.models import build_model
@@ -37,9 +39,23 @@ TRAINING = "one dense training run"
 NETWORKS = {**{f"resnet20 x {width}": ("resnet20", width, 32) for width in (1, 4, 8, 16)},
             "resnet50": ("resnet50", 1, 64)}  # name, width, side of the images
 BATCHES, IMAGES = 2, 16  # of activation matching: batches, and images in each
-STAGES = {"similarities": [(weights._State, "_products"), (weights._State, "_follow")],
+STAGES = {"similarities": [(weights, "_similarity"), (similarity.Similarities, "update")],
           "assignments": [(permutations, "linear_sum_assignment")],
-          "moving": [(weights, "move_"), (weights, "permute_")], "objective": [(weights, "_inner")]}
+          "moving": [(weights, "permute_"), (weights, "unpermute_")], "objective": [(weights, "_inner")]}
+
+
+class Forgetful(similarity.Similarities):
+    """Similarities that are all computed when they are asked for."""
+
+    def __call__(self, to, origin):
+        self.kept.clear()
+        return super().__call__(to, origin)
+
+
+def match_without_keeping(*arguments, **options):
+    """:func:`match_weights`, with nothing kept from one step to the next."""
+    with patch.object(weights, "Similarities", Forgetful):
+        return match_weights(*arguments, **options)
 
 
 def digits_parts():
@@ -66,6 +82,7 @@ def digits_parts():
     return {
         "tracing the groups": lambda: permutation_groups(a, data.train.x[:2]),
         "weight matching, all layers": lambda: match_weights(groups, a.state_dict(), b.state_dict()),
+        "the same, nothing kept": lambda: match_without_keeping(groups, a.state_dict(), b.state_dict()),
         "activation matching, all layers": lambda: match_activations(groups, a, b, batches),
         "permuting a network": lambda: permute(groups, found, a.state_dict()),
         TRAINING: train,
@@ -109,13 +126,16 @@ def residual(name, width, side, repeats, device):
     source, target = (net.state_dict() for net in nets)
     planted = random_permutations(groups, seed=0)
     copy = permute(groups, planted, source)
-    batches = torch.randn(BATCHES, IMAGES, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    batches = list(torch.randn(BATCHES, IMAGES, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device))
     there = [build_model(name, (3, side, side), 10, width=width, seed=seed).to(device) for seed in (0, 1)]
     pairs = {"two fresh networks": target, "a permuted copy": copy}
     found = {pair: match_weights(groups, source, goal, device=device) for pair, goal in pairs.items()}
     seconds = measured({
         "tracing": lambda: permutation_groups(nets[0], example),
         **{f"weight matching, {pair}": lambda goal=goal: match_weights(groups, source, goal, device=device)
+           for pair, goal in pairs.items()},
+        **{f"the same, nothing kept, {pair}": lambda goal=goal: match_without_keeping(groups, source, goal,
+                                                                                     device=device)
            for pair, goal in pairs.items()},
         "permuting": lambda: permute(groups, planted, source),
         "activation matching": lambda: match_activations(groups, *there, batches)}, repeats, device)
@@ -130,7 +150,7 @@ def residual(name, width, side, repeats, device):
 
 def print_digits(seconds):
     unit = statistics.median(seconds[TRAINING])
-    print(permuted_masks.settings_text(EXPERIMENT))
+    print(str(EXPERIMENT))
     print(f"\n{'part':34}{'median':>12}{'fastest':>12}{'slowest':>12}{'share of training':>20}")
     for name, times in seconds.items():
         median, low, high = (f"{1000 * value:.1f} ms" for value in (statistics.median(times), min(times), max(times)))
@@ -164,7 +184,7 @@ def main(argv=None):
     if options.device == "cpu":
         torch.set_num_threads(1)
         print(f"\nThe digits, n = {options.repeats} repeats, one CPU thread")
-        record |= {"settings": permuted_masks.settings_text(EXPERIMENT),
+        record |= {"settings": str(EXPERIMENT),
                    "seconds": measured(digits_parts(), options.repeats)}
         print_digits(record["seconds"])
     torch.set_num_threads(options.threads)

@@ -14,7 +14,6 @@ from _machine import written
 
 import permask_core
 from permask_core.experiments import permuted_masks
-from permask_core.experiments.presets import experiments, preset
 from permask_core.runs.store import Store, commit, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "noisy_digits.json"
@@ -30,13 +29,12 @@ def main(argv=None):
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    chosen = preset("digits", seeds=given.seeds, widths=WIDTHS, sparsities=SPARSITIES,
-                    matchings=["weights", "activations"])
-    rows = permuted_masks.run(experiments(chosen), Store(given.runs), seeds=range(FIRST, FIRST + given.seeds),
-                              sparsities=SPARSITIES, matchings=chosen.matchings, workers=given.workers)
+    base = permuted_masks.preset("digits")
+    rows = permuted_masks.run(permuted_masks.vary(base, WIDTHS, [base.rewind]), Store(given.runs),
+                              seeds=range(FIRST, FIRST + given.seeds), sparsities=SPARSITIES, workers=given.workers)
     record = {"command": f"python benchmarks/noisy_digits.py --seeds {given.seeds}", "commit": commit(),
               "versions": versions(), "device": "CPU, one thread a process",
-              "settings": permuted_masks.settings_text(chosen.experiment), "rows": rows}
+              "settings": str(base), "rows": rows}
     written(given.result, record)
     print(f"{len(rows)} runs in {given.result}")
 

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 from _machine import at_least, written
-from fairness_of_sparse_networks import TASKS
 
 import permask_core
 from permask_core.experiments import permuted_masks
-from permask_core.experiments.alignment import idle_units, mask_overlap, planted, units_placed
+from permask_core.experiments.alignment import idle_units, mask_overlap, plant_permutation, shared_positions
 from permask_core.matching import match_activations, match_weights, permute
 from permask_core.runs.progress import progress
 from permask_core.runs.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "price_of_alignment.json"
-BASE = replace(TASKS["digits"], checkpoints=(0, 1, 2, 5, 10, 20))
+CHECKPOINTS = (0, 1, 2, 5, 10, 20)
+QUICK = {"options": {"copies": 1}, "epochs": 3, "imp_epochs": 1, "checkpoints": (0, 2), "imp_rate": 0.6}
 SPARSITIES = (0.97, 0.98, 0.99)
 IMAGES, LAYERS = (10, 30, 100, 300), ("fc1", "fc2")
 NOISES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # standard deviations of each tensor's weights
@@ -66,7 +66,7 @@ def control_rows(base, store, seed, sparsities):
     a = permuted_masks.train_dense(base, store, seed, "a")[0][base.epochs]
     tickets = {s: permuted_masks.find_ticket(base, store, seed, s).masks for s in sparsities}
     for noise in NOISES:
-        b, truth = planted(groups, a, noise=noise, seed=seed)
+        b, truth = plant_permutation(groups, a, noise=noise, seed=seed)
         models = [permuted_masks.build_network(base, state) for state in (a, b)]
         everything = data.batches(torch.arange(len(data)).split(base.batch_size), torch.device("cpu"))
         found = {"weights": match_weights(groups, a, b, seed=seed),
@@ -75,7 +75,7 @@ def control_rows(base, store, seed, sparsities):
         for by, permutations in found.items():
             for s, masks in tickets.items():
                 yield {"matching": by, "noise": noise, "seed": seed, "sparsity": s,
-                       "units_placed": round(units_placed(permutations, truth), 5),
+                       "shared_positions": round(shared_positions(permutations, truth), 5),
                        "overlap": round(mask_overlap(permute(groups, permutations, masks),
                                                      permute(groups, truth, masks)), 5),
                        "idle": round(torch.cat(list(idle_units(groups, masks, a).values())).double().mean().item(), 5)}
@@ -90,10 +90,8 @@ def main(argv=None):
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    base, sparsities, seeds, store = BASE, SPARSITIES, range(given.seeds), Store(given.runs)
-    if given.quick:
-        base, sparsities = replace(base, options=base.options | {"copies": 1}, epochs=3, matched_at=3, imp_epochs=1,
-                                   checkpoints=(0, 2), imp_rate=0.6), SPARSITIES[:1]
+    base = permuted_masks.preset("noisy-digits-mlp-long", **(QUICK if given.quick else {"checkpoints": CHECKPOINTS}))
+    sparsities, seeds, store = SPARSITIES[:1] if given.quick else SPARSITIES, range(given.seeds), Store(given.runs)
     rows = [kept(row) for row in permuted_masks.run(base, store, seeds=seeds, sparsities=sparsities,
                                                     workers=given.workers, methods=["dense", "lth", "naive", "random"])]
     for by, experiment in recipes(base):

@@ -40,10 +40,8 @@ SCOPES = ("global", "fan_in")
 SPARSITIES = (0.9, 0.95, 0.97, 0.985)
 BATCHES = (1, 256)
 KEPT = ("method", "sparsity", "achieved", "seed", "accuracy", "loss")
-EXPERIMENT = permuted_masks.Experiment(
-    dataset="digits", options={"noise": 1.0, "copies": 5}, model="mlp", width=6, epochs=12, lr=0.1, sparse_lr=0.05,
-    checkpoints=(0, 2), rewind=2, matched_at=12, imp_rewind=2, imp_epochs=6, imp_lr=0.1, imp_rate=0.5)
-QUICK = replace(EXPERIMENT, width=0.5, epochs=3, checkpoints=(0, 2), matched_at=3, imp_epochs=1)
+EXPERIMENT = permuted_masks.preset("noisy-digits-mlp", width=6, checkpoints=(0, 2))
+QUICK = permuted_masks.preset("noisy-digits-mlp", width=0.5, epochs=3, checkpoints=(0, 2), imp_epochs=1)
 
 
 class CSR(nn.Module):

@@ -226,7 +226,7 @@ def masks_of(model_or_state, weights=None):
     weights : iterable of str, optional
         The tensors to read, by their names in the unpruned network. By default those that have a stored mask, and of a
         model its :func:`prunable_weights` and any projection on a shortcut that has zeros; of a ``state_dict`` all
-        tensors of two or more axes, embeddings included.
+        floating-point tensors of two or more axes, embeddings included.
 
     Returns
     -------
@@ -254,6 +254,7 @@ def masks_of(model_or_state, weights=None):
             if name not in stored and not tensors[name].any():
                 raise ValueError(f"{name!r} is zero everywhere: it may be pruned, or not trained yet. Name the tensors "
                                  "to read in weights, with it or without")
+    weights = list(weights)
     unknown = [name for name in weights if name not in tensors]
     if unknown:
         raise ValueError(f"weights has {unknown[0]!r}: expected some of {', '.join(tensors)}")
@@ -266,27 +267,27 @@ def _weights_of(model_or_state, tensors, stored):
         names = [name for name, (_, why) in _weights(model_or_state, shortcuts=False, exclude=()).items()
                  if not why or why == SHORTCUT and not tensors[name].all()]
     else:
-        names = [name for name, tensor in tensors.items() if tensor.ndim > 1]
+        names = [name for name, tensor in tensors.items() if tensor.ndim > 1 and tensor.is_floating_point()]
     return list(dict.fromkeys([*names, *stored]))
 
 
 @torch.no_grad()
 def _tensors_and_masks(model_or_state):
     """The tensors by their names in the unpruned network, as they are used, and the masks stored beside them."""
-    model = model_or_state if isinstance(model_or_state, nn.Module) else None
-    raw = model_or_state if model is None else {  # torch.ao.pruning keeps its masks out of the state_dict
-        **dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    if isinstance(model_or_state, nn.Module):  # torch.ao.pruning keeps its masks out of the state_dict
+        model_or_state = {**dict(model_or_state.named_parameters(remove_duplicate=False)),
+                          **dict(model_or_state.named_buffers(remove_duplicate=False))}
+    raw = {key: tensor.detach() for key, tensor in model_or_state.items() if isinstance(tensor, torch.Tensor)}
     tensors, masks = {}, {}
     for key, tensor in raw.items():
         name, is_mask = _unpruned(key, raw)
         if is_mask:
             masks[name] = masks.get(name, True) & (tensor != 0)
         else:
-            tensors[name] = tensor.detach()
-    for name, mask in masks.items():
-        masks[name] = mask.reshape(mask.shape + (1,) * (tensors[name].ndim - mask.ndim)).expand_as(tensors[name])
-        tensors[name] = tensors[name].masked_fill(~masks[name], 0)
-    return tensors, masks
+            tensors[name] = tensor
+    masks = {name: mask.reshape(mask.shape + (1,) * (tensors[name].ndim - mask.ndim)).expand_as(tensors[name])
+             for name, mask in masks.items() if name in tensors}
+    return {**tensors, **{name: tensors[name].masked_fill(~mask, 0) for name, mask in masks.items()}}, masks
 
 
 def _unpruned(key, keys):
@@ -295,7 +296,7 @@ def _unpruned(key, keys):
         return (match[1] or "") + match[2], match[3] != "original"
     for ending in ("_orig", "_mask"):
         name = key.removesuffix(ending)
-        if name != key and {f"{name}_orig", f"{name}_mask"} <= set(keys):
+        if name != key and f"{name}_orig" in keys and f"{name}_mask" in keys:
             return name, ending == "_mask"
     return key, False
 

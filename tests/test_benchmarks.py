@@ -119,15 +119,15 @@ def test_price_of_alignment(tmp_path):
         late = rows[by, "3", "50000", "None"]
         assert late["overlap"] == 1 and all(0 < row["overlap"] <= 1 for row in rows.values())
     for row in found["control"]:
-        assert 0 <= row["units_placed"] <= 1 and 0 < row["overlap"] <= 1 and 0 < row["idle"] < 1
+        assert 0 <= row["shared_positions"] <= 1 and 0 < row["overlap"] <= 1 and 0 < row["idle"] < 1
         if row["noise"] == 0 and row["matching"]:
-            assert row["units_placed"] == row["overlap"] == 1
+            assert row["shared_positions"] == row["overlap"] == 1
         if not row["matching"]:
-            assert row["units_placed"] < 0.1 and row["overlap"] < 0.2
+            assert row["shared_positions"] < 0.1 and row["overlap"] < 0.2
 
 
 def test_ensembles_from_one_mask(tmp_path):
-    rows = record("ensembles_from_one_mask", tmp_path, "--quick", "--families", 1, "--members", 2, "--runs",
+    rows = record("ensembles_from_one_mask", tmp_path, "--quick", "--seeds", 1, "--members", 2, "--runs",
                   tmp_path / "runs")["rows"]
     found = {(row["method"], row["members"]): row for row in rows}
     methods = ("dense", "pruned", "lth", "permuted", "permuted early", "naive")

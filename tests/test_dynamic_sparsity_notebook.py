@@ -56,7 +56,7 @@ def test_its_results_are_those_of_the_library(whole, data):
     store = Store(folder / "runs")
     chosen = dynamic_sparsity.preset("cifar10-resnet18", root=str(data), options={"verify": False}, width=0.0625,
                                      every=1, recipe={"epochs": 1, "batch_size": 8, **TINY["recipe"]})
-    rows = dynamic_sparsity.run(chosen.experiment, store, seeds=[3, 4], sparsities=[0.8, 0.9])
+    rows = dynamic_sparsity.run(chosen, store, seeds=[3, 4], sparsities=[0.8, 0.9])
     assert store.computed == 0 and rows == record(folder)["runs"] and len(rows) == 2 * (1 + 2 * 6)
     expected = [["source", "sparsity (%)", *LABELS.values()]]
     for level in (0.8, 0.9):
@@ -123,7 +123,7 @@ def test_grids_have_a_job_for_each_run(name):
         assert own["seeds"] == own["workers"] == len(own["methods"]) == 1
         assert len(own.get("sparsities", [0])) == 1
         counts[own["preset"]] = counts.get(own["preset"], 0) + 1
-    assert counts == {preset: one.seeds * (1 + 6 * len(one.sparsities))
+    assert counts == {preset: one.grid["seeds"] * (1 + 6 * len(one.grid["sparsities"]))
                       for preset, one in dynamic_sparsity.PRESETS.items()
                       if preset.startswith(f"{name.removeprefix('dst_')}-")}
 

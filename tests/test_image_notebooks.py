@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from permask_core.experiments import presets
+from permask_core.experiments import permuted_masks
 from permask_core.experiments.permuted_masks import run
 from permask_core.masks import prunable_weights
 from permask_core.models import build_model
@@ -57,10 +57,10 @@ def library(preset, data, store):
     options = {"image_size": 32, "readers": 0} if imagenet else {"verify": False}
     grid = {key: PRESETS[preset][key] for key in ("widths", "rewinds", "sparsities")}
     changes = {key: PRESETS[preset][key] for key in ("epochs", "imp_epochs", "batch_size")}
-    chosen = presets.preset(preset, options=options, root=str(data / "imagenet" if imagenet else data), **grid,
-                            **changes)
-    return run(presets.experiments(chosen), store, seeds=[0], sparsities=chosen.sparsities,
-               matchings=chosen.matchings)
+    base = permuted_masks.preset(preset, options=options, root=str(data / "imagenet" if imagenet else data),
+                                 rewinds=grid["rewinds"], width=grid["widths"][0], **changes)
+    return run(permuted_masks.vary(base, grid["widths"], grid["rewinds"]), store, seeds=[0],
+               sparsities=grid["sparsities"], matchings=permuted_masks.PRESETS[preset].grid["matchings"])
 
 
 def stages(folder):
@@ -211,7 +211,7 @@ def test_a_notebook_refuses_a_folder_with_results_of_other_settings(undisturbed,
 @pytest.mark.parametrize("preset", ["cifar10-resnet20", "cifar100-resnet20", "imagenet-resnet50"])
 @pytest.mark.parametrize("changes, error, message", [
     ({"dataset": "mnist"}, ValueError, "dataset is 'mnist': expected one of digits, trifeature, cifar10, cifar100, im"),
-    ({"widths": [0]}, ValueError, "width is 0: expected a factor above 0"),
+    ({"width": 0}, ValueError, "width is 0: expected a factor above 0"),
     ({"sparsities": [0.5, 1.5]}, ValueError, "sparsity is 1.5: expected a number in (0, 1)"),
     ({"sparsities": "[0.5, 0.8]"}, ValueError, "expected a list (papermill takes lists with -y, as in"),
     ({"root": "nothing"}, FileNotFoundError, f"{os.sep}nothing: expected "),
@@ -221,16 +221,16 @@ def test_errors_come_before_any_training(preset, changes, error, message, data, 
     monkeypatch.chdir(tmp_path)
     root = data / "imagenet" if "imagenet" in preset else data
     options = {"image_size": 32, "readers": 0} if "imagenet" in preset else {"verify": False}
-    own = {"rewinds": [1], "epochs": 2, "widths": [0.125], "root": str(root), "options": options, **changes}
+    own = {"rewinds": [1], "epochs": 2, "width": 0.125, "root": str(root), "options": options, **changes}
     with pytest.raises(error, match=re.escape(message)):
-        chosen = presets.preset(preset, **own)
-        run(presets.experiments(chosen), Store("runs"), seeds=range(chosen.seeds), sparsities=chosen.sparsities)
+        sparsities = own.pop("sparsities", [0.9])
+        run(permuted_masks.preset(preset, **own), Store("runs"), seeds=range(2), sparsities=sparsities)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_last_batch_too_small_for_the_processes_is_refused_before_any_starts(data, tmp_path):
-    chosen = presets.preset("cifar10-resnet20", rewinds=[1], epochs=2, widths=[0.25], root=str(data), batch_size=33,
-                            processes=2, options={"verify": False}, sparsities=[0.5])
+    chosen = permuted_masks.preset("cifar10-resnet20", rewind=1, epochs=2, width=0.25, root=str(data), batch_size=33,
+                                   processes=2, options={"verify": False})
     with pytest.raises(ValueError, match="the last batch of an epoch has 1 examples: expected at least 2, one for"):
-        run(chosen.experiment, Store(tmp_path / "runs"), seeds=[0], sparsities=[0.5])
+        run(chosen, Store(tmp_path / "runs"), seeds=[0], sparsities=[0.5])
     assert list(tmp_path.iterdir()) == []

@@ -362,6 +362,13 @@ def test_a_weight_that_is_computed_is_no_tensor_to_prune(norm):
     assert list(prunable_weights(model)) == list(masks_of(model)) == ["1.weight"] and unprunable(model)
 
 
+def test_what_else_a_state_holds_has_no_mask():
+    state = {"fc.weight": torch.eye(2), "fc.bias": torch.zeros(2), "index": torch.eye(2).long(),
+             "causal_mask": torch.eye(2).bool(), "_extra_state": b"", "conv_orig": torch.ones(2, 2)}
+    assert {name: mask.sum().item() for name, mask in masks_of(state).items()} == {"fc.weight": 2, "conv_orig": 4}
+    assert masks_of(state, iter(["fc.bias"]))["fc.bias"].tolist() == [False, False]
+
+
 def test_a_shortcut_has_a_mask_if_it_was_pruned():
     model = Block()
     dense = masks_of(model)

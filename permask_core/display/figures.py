@@ -6,13 +6,14 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
-from scipy.optimize import isotonic_regression
 
+from permask_core.display.charts import draw_level, draw_means, label_ends, line_chart
 from permask_core.display.control import svg
+from permask_core.display.rows import accuracies, plus_minus, spread
 from permask_core.display.style import DASHED, look, new_figure
-from permask_core.evaluation.statistics import Interval, mean_interval
+from permask_core.display.tables import records
 from permask_core.runs.files import write_whole
 from permask_core.runs.processes import default_device
 from permask_core.runs.store import commit, device_name, plain, versions
@@ -20,42 +21,10 @@ from permask_core.runs.store import commit, device_name, plain, versions
 LINES = {"weights": "-", "activations": (0, (2, 1.5)), "": "-"}
 
 
-def accuracies(rows, **where):
-    """Test accuracies in percent of the rows that match, ordered by seed.
-
-    Parameters
-    ----------
-    rows : list of dict
-    **where
-        Columns and the value they must have: ``method="naive", sparsity=0.97``.
-
-    Returns
-    -------
-    numpy.ndarray, shape [seeds]
-
-    Raises
-    ------
-    ValueError
-        If no row matches.
-    """
-    found = sorted((row["seed"], row["accuracy"]) for row in rows
-                   if all(row[key] == value for key, value in where.items()))
-    if not found:
-        raise ValueError(f"no result with {', '.join(f'{key} {value!r}' for key, value in where.items())}")
-    return 100 * np.array([accuracy for _, accuracy in found])
-
-
-def spread(values):
-    """As :func:`permask_core.evaluation.statistics.mean_interval`; a single value, which has no interval, stands for
-    itself."""
-    if len(values) > 1:
-        return mean_interval(values)
-    return Interval(values[0], math.nan, values[0], values[0], 1)
-
-
 def series(rows):
     """The (method, matching) pairs that occur in rows, in the order of first occurrence, dense left out."""
-    return list(dict.fromkeys((row["method"], row.get("matching", "")) for row in rows if row["method"] != "dense"))
+    return list(dict.fromkeys((row["method"], row.get("matching", "")) for row in records(rows)
+                              if row["method"] != "dense"))
 
 
 def results(rows, published=()):
@@ -63,7 +32,7 @@ def results(rows, published=()):
 
     Parameters
     ----------
-    rows : list of dict
+    rows : pandas.DataFrame or list of dict
         As :func:`permask_core.experiments.permuted_masks.run` returns them, of any number of experiments.
     published : list of dict, optional
         Of one setting of :func:`permask_core.data.published.published_permuted_masks`; what fits a line is put below
@@ -74,6 +43,7 @@ def results(rows, published=()):
     list of dict
         One for each width, rewind epoch and sparsity, as :func:`permask_core.display.table` takes them.
     """
+    rows = records(rows)
     methods = [("dense", ""), *series(rows)]
     varied = [name for name in ("width", "rewind") if len({row[name] for row in rows}) > 1]
     lines = []
@@ -98,8 +68,7 @@ def title(method, matching):
 
 def _cell(rows, method, matching, **where):
     where |= {"sparsity": 0.0} if method == "dense" else {}
-    mean, _, _, high, n = spread(accuracies(rows, method=method, matching=matching, **where))
-    return f"{mean:.1f} ± {high - mean:.1f}" if n > 1 else f"{mean:.1f}"
+    return plus_minus(accuracies(rows, method=method, matching=matching, **where))
 
 
 def accuracy_by_sparsity(rows):
@@ -109,7 +78,7 @@ def accuracy_by_sparsity(rows):
 
     Parameters
     ----------
-    rows : list of dict
+    rows : pandas.DataFrame or list of dict
         Of one experiment, as :func:`permask_core.experiments.permuted_masks.run` or
         :func:`permask_core.experiments.dynamic_sparsity.run` returns them; a single seed has no interval.
 
@@ -117,6 +86,7 @@ def accuracy_by_sparsity(rows):
     -------
     matplotlib.figure.Figure
     """
+    rows = records(rows)
     sparsities = sorted({row["sparsity"] for row in rows} - {0.0})
     place = {value: -math.log(1 - value) for value in sparsities} or {0.0: 0.0}  # of dense networks alone
     lines = {(method, by): [spread(accuracies(rows, method=method, sparsity=s, **({"matching": by} if by else {})))
@@ -135,11 +105,10 @@ def accuracy_by_sparsity(rows):
     whole, top = panels[0, 0], panels[0, -1]
     for axes in panels[0]:
         for (method, by), points in lines.items():
-            color, marker, _ = look(method)
-            _line(axes, [place[s] for s in sparsities], points, color, marker,
-                  "--" if method in DASHED else LINES[by], clip_on=enlarged and axes is top)
+            draw_means(axes, [place[s] for s in sparsities], points, look(method),
+                       linestyle="--" if method in DASHED else LINES[by], clip_on=enlarged and axes is top)
         if dense:
-            axes.axhline(accuracies(dense).mean(), color=look("dense").color, linewidth=1.2, linestyle=(0, (1, 1.5)))
+            draw_level(axes, [accuracies(dense).mean()], look("dense"))
         axes.set_xticks(list(place.values()), [f"{100 * s:g}" for s in sparsities], fontsize=8)
         axes.minorticks_off()
     whole.set_ylabel("test accuracy (%)")
@@ -147,10 +116,10 @@ def accuracy_by_sparsity(rows):
         top.set_ylim(floor - 0.4, ceiling + 0.15 * (ceiling - floor))
         whole.set_title("all of it", fontweight="normal")
         top.set_title("the top, enlarged", fontweight="normal")
-        _label_ends(whole, max(place.values()), [label for label in labels if label[0] < top.get_ylim()[0]])
+        label_ends(whole, [label for label in labels if label[0] < top.get_ylim()[0]], max(place.values()))
         labels = [label for label in labels if label[0] >= top.get_ylim()[0]]
     figure.supxlabel("sparsity (% of the prunable weights; spaced by what is left)", fontsize=10)
-    _label_ends(top, max(place.values()), labels)
+    label_ends(top, labels, max(place.values()))
     return figure
 
 
@@ -159,7 +128,7 @@ def accuracy_by(rows, field, *, label, ticks=None):
 
     Parameters
     ----------
-    rows : list of dict
+    rows : pandas.DataFrame or list of dict
         Rows of one sparsity; dense rows are drawn as a line of their own where ``field`` sets them apart.
     field : str
         The column on the horizontal axis.
@@ -172,41 +141,11 @@ def accuracy_by(rows, field, *, label, ticks=None):
     -------
     matplotlib.figure.Figure
     """
-    figure, axes = new_figure(height=3.6)
-    values = sorted({row[field] for row in rows})
-    labels = []
-    for method, matching in dict.fromkeys((row["method"], row["matching"]) for row in rows):
-        color, marker, name = look(method)
-        run = [row for row in rows if (row["method"], row["matching"]) == (method, matching)]
-        own = sorted({row[field] for row in run})
-        points = [spread(accuracies(run, **{field: v})) for v in own]
-        _line(axes, [values.index(v) for v in own], points, color, marker, LINES[matching])
-        labels.append((points[-1].mean, name, color))
-    axes.set_xticks(range(len(values)), [ticks[v] if ticks else f"{v:g}" for v in values])
-    axes.set(xlabel=label, ylabel="test accuracy (%)")
-    axes.margins(x=0.05)
-    _label_ends(axes, len(values) - 1, labels)
-    return figure
-
-
-def _line(axes, x, points, color, marker, line, clip_on=False):
-    axes.plot(x, [p.mean for p in points], color=color, marker=marker, linestyle=line, markeredgecolor="white",
-              markeredgewidth=0.6, clip_on=clip_on, zorder=3)
-    axes.fill_between(x, [p.low for p in points], [p.high for p in points], color=color, alpha=0.15, linewidth=0)
-
-
-def _label_ends(axes, x, labels):
-    """Names beside the ends of the lines, as near as they can be without covering one another."""
-    low, high = axes.get_ylim()
-    step = (high - low) * 0.07
-    labels = sorted(labels)
-    # Places with a gap of at least a step, nearest in the least-squares sense, are an isotonic regression.
-    ladder = step * np.arange(len(labels))
-    spread = isotonic_regression([y for y, _, _ in labels] - ladder).x + ladder
-    for y, (_, text, color) in zip(spread, labels):
-        axes.annotate(text, (x, y), xytext=(10, 0), textcoords="offset points", color=color, va="center",
-                      fontweight="bold", fontsize=9, annotation_clip=False)
-    axes.set_ylim(low, high)
+    rows = pd.DataFrame(rows)
+    lines = dict.fromkeys(zip(rows["method"], rows["matching"]))
+    return line_chart(rows.assign(accuracy=100 * rows["accuracy"]), field, {"accuracy": "test accuracy (%)"},
+                      by=["method", "matching"], dashes={line: LINES[line[1]] for line in lines}, ticks=ticks,
+                      xlabel=label)
 
 
 def matched_units(source, target, mask, permutation, *, shape, count=8):
@@ -310,15 +249,16 @@ def publish(name, figure, rows, caption, *, folder=None, **record):
     ----------
     name : str
     figure : matplotlib.figure.Figure
-    rows : list of dict
+    rows : list of dict or pandas.DataFrame
         The table, as :func:`permask_core.display.table` takes it.
     caption : str
         What the table shows.
     folder : path-like, optional
         Without it, the one that the environment variable ``PERMASK_FIGURES`` names for other pages of the book.
     **record
-        What else belongs to the result: anything that JSON holds, dataclasses included. Of a notebook that can be a job
-        of a grid that is ``settings``, a dict, and ``runs``, a list of dicts, one for each run: together a tidy table.
+        What else belongs to the result: anything that JSON holds, dataclasses and DataFrames included. Of a notebook
+        that can be a job of a grid that is ``settings``, a dict, and ``runs``, a list of dicts or a DataFrame, one row
+        for each run: together a tidy table.
 
     Returns
     -------
@@ -328,13 +268,17 @@ def publish(name, figure, rows, caption, *, folder=None, **record):
     folder = folder or os.environ.get("PERMASK_FIGURES")
     if not folder:
         return None
-    folder = Path(folder)
+    folder, rows = Path(folder), records(rows)
     body = [[str(value).replace("|", "\\|") for value in row.values()] for row in rows]
     lines = ["| " + " | ".join(cells) + " |" for cells in [list(rows[0]), ["---:"] * len(rows[0]), *body]]
     record = {"caption": caption, "table": rows, "versions": versions(), "commit": commit(),
               "device": device_name(default_device()), **record}
+
+    def as_json(value):
+        return records(value) if isinstance(value, pd.DataFrame) else plain(value)
+
     for ending, text in (("md", "\n".join([*lines, "", caption, ""])), ("svg", svg(figure)),
-                         ("json", json.dumps(record, indent=1, default=plain) + "\n")):
+                         ("json", json.dumps(record, indent=1, default=as_json) + "\n")):
         with write_whole(folder / f"{name}.{ending}") as path:
             path.write_text(text)
     return folder

@@ -40,6 +40,7 @@ DYNAMIC = {
     "srigl+ablation": Look("#A3336B", "D", "SRigL, ablation"),
 }
 DASHED = ("fan_in", "srigl")
+DOTTED = (0, (1, 1.5))  # the line of a reference level
 
 RC = {
     "font.family": "DejaVu Sans",

@@ -4,6 +4,7 @@ import html
 import re
 from numbers import Number
 
+import pandas as pd
 from IPython.display import HTML
 
 _STYLE = """<style>
@@ -26,9 +27,10 @@ def table(rows, *, caption=""):
 
     Parameters
     ----------
-    rows : list of dict
-        One dict per row, all with the same keys in the same order: the column heads. Numbers stand right; format them
-        as strings to choose their digits.
+    rows : list of dict or pandas.DataFrame
+        One dict per row, all with the same keys in the same order: the column heads. Of a DataFrame the columns, and
+        before them the levels of its index that have names. Numbers stand right; format them as strings to choose their
+        digits. None is left blank.
     caption : str
         What the table shows, how many seeds, which unit.
 
@@ -41,6 +43,7 @@ def table(rows, *, caption=""):
     ValueError
         If there are no rows, or a row has other keys than the first.
     """
+    rows = records(rows)
     if not rows:
         raise ValueError("a table needs at least one row")
     heads = list(rows[0])
@@ -50,7 +53,8 @@ def table(rows, *, caption=""):
     numeric = {head: all(_is_number(row[head]) for row in rows) for head in heads}
 
     def cell(tag, head, value):
-        return f"<{tag}{' class=number' if numeric[head] else ''}>{html.escape(str(value))}</{tag}>"
+        text = "" if value is None else html.escape(str(value))
+        return f"<{tag}{' class=number' if numeric[head] else ''}>{text}</{tag}>"
 
     top = "".join(cell("th scope=col", head, head).replace("</th scope=col>", "</th>") for head in heads)
     body = "".join("<tr>" + "".join(cell("td", head, row[head]) for head in heads) + "</tr>" for row in rows)
@@ -60,5 +64,14 @@ def table(rows, *, caption=""):
     return HTML(f'{_STYLE}<figure class="permask-results">{title}<div class="permask-scroll">{grid}</div></figure>')
 
 
+def records(rows):
+    """Rows as a list of dict: those of a DataFrame with its named index, None for what is missing."""
+    if not isinstance(rows, pd.DataFrame):
+        return rows
+    named = [name for name in rows.index.names if name is not None]
+    rows = rows.reset_index(named).astype(object)
+    return rows.where(rows.notna(), None).to_dict("records")
+
+
 def _is_number(value):
-    return isinstance(value, Number) or re.match(r"[-−+<]? ?[\d.]|$", str(value)) is not None
+    return value is None or isinstance(value, Number) or re.match(r"[-−+<]? ?[\d.]|$", str(value)) is not None

@@ -70,7 +70,7 @@ def cost(experiment, method, sparsity):
 
 # ---- Gaps ------------------------------------------------------------------------------------------------------------
 
-class GapClosed(NamedTuple):
+class GapShare(NamedTuple):
     """The ``share`` of a ``gap`` (mean LTH minus mean naive) that is closed, its interval [``low``, ``high``], and
     ``n`` seeds; NaN where it is not defined, and then ``undefined`` says why."""
 
@@ -82,7 +82,7 @@ class GapClosed(NamedTuple):
     undefined: str = ""
 
 
-def gap_closed(permuted, naive, lth, confidence=0.95):
+def gap_share(permuted, naive, lth, confidence=0.95):
     """How much of the way from the naive mask to the ticket a permuted one goes: a ratio of means.
 
     Parameters
@@ -95,7 +95,7 @@ def gap_closed(permuted, naive, lth, confidence=0.95):
 
     Returns
     -------
-    GapClosed
+    GapShare
         (mean permuted - mean naive) / (mean LTH - mean naive): 0 as naive, 1 as LTH. The interval is Fieller's for
         paired values: the shares s for which a t-test of permuted - naive - s (LTH - naive) sees no difference from 0.
         Not defined where the gap is at most 2 points, or not sure to be above 0 at this confidence.
@@ -120,21 +120,21 @@ def gap_closed(permuted, naive, lth, confidence=0.95):
     n, x, y = len(lost), float(gained.mean()), float(lost.mean())
     if y <= SMALLEST_GAP:
         why = f"LTH is {100 * y:+.1f} points from naive: expected more than {100 * SMALLEST_GAP:g}"
-        return GapClosed(math.nan, math.nan, math.nan, y, n, why)
+        return GapShare(math.nan, math.nan, math.nan, y, n, why)
     t2 = float(stats.t.ppf((1 + confidence) / 2, n - 1)) ** 2
     (xx, xy), (_, yy) = np.cov(gained, lost) / n
     a, b, c = y * y - t2 * yy, x * y - t2 * xy, x * x - t2 * xx  # the ends are the roots of a s^2 - 2 b s + c
     if a <= 0:
         why = f"at {100 * confidence:g} % LTH minus naive, {100 * y:.1f} points in the mean, may be 0"
-        return GapClosed(math.nan, math.nan, math.nan, y, n, why)
+        return GapShare(math.nan, math.nan, math.nan, y, n, why)
     half = math.sqrt(max(b * b - a * c, 0))  # below 0 by rounding alone
-    return GapClosed(x / y, float((b - half) / a), float((b + half) / a), y, n)
+    return GapShare(x / y, float((b - half) / a), float((b + half) / a), y, n)
 
 
 # ---- A planted permutation -------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def planted(groups, state, *, noise=0.0, seed=0):
+def plant_permutation(groups, state, *, noise=0.0, seed=0):
     """A network whose units were moved at random and whose weights were disturbed, and how they were moved.
 
     Parameters
@@ -235,7 +235,7 @@ def idle_units(groups, masks, state):
     return idle
 
 
-def units_placed(found, truth):
+def shared_positions(found, truth):
     """The share of the units that two permutations put at the same place, over all groups together.
 
     Parameters

@@ -7,8 +7,6 @@ Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022); a permuted one 
 moved the same way, so that all networks on a line have one mask.
 """
 
-from dataclasses import fields
-
 import torch
 
 from permask_core.evaluation.connectivity import angle, barrier, check_correction, distance, line
@@ -93,17 +91,17 @@ def losses_between(experiment, store, seed, sparsity, method, by="weights", *, p
         return {name: torch.from_numpy(values) for name, values in found.items()}, {
             "distance": distance(source, goal), "angle": angle(source, goal)}
 
-    settings = experiment.stage_parameters(*(one.name for one in fields(experiment) if one.name != "root"))
+    settings = experiment.stage_parameters(*experiment.as_dict())
     return store.stage("line", compute, seed=seed, sparsity=sparsity, method=method, by=by, points=points,
                        correction=correction, **settings)
 
 
-def run(experiments, store, *, seeds, sparsities, by="weights", points=25, correction="none", workers=1):
-    """Draw the lines of experiments over seeds and sparsities, and tell their barriers as rows.
+def run(experiment, store, *, seeds, sparsities, by="weights", points=25, correction="none", workers=1):
+    """Draw the lines of an experiment, or of several, over seeds and sparsities.
 
     Parameters
     ----------
-    experiments : Experiment or list of Experiment
+    experiment : permask_core.experiments.permuted_masks.Experiment or list of them
     store : permask_core.runs.store.Store
     seeds : sequence of int
     sparsities : sequence of float
@@ -128,7 +126,7 @@ def run(experiments, store, *, seeds, sparsities, by="weights", points=25, corre
     RuntimeError
         If a worker process died.
     """
-    experiments = list(experiments) if isinstance(experiments, (list, tuple)) else [experiments]
+    experiments = list(experiment) if isinstance(experiment, (list, tuple)) else [experiment]
     seeds, sparsities = list(seeds), list(sparsities)
     check_work(seeds, workers)
     check_one_of("matching", by, MATCHINGS)
@@ -136,16 +134,15 @@ def run(experiments, store, *, seeds, sparsities, by="weights", points=25, corre
     for value in sparsities:
         if value != 0:
             check_sparsity(value)
-    for experiment in experiments:
-        groups(experiment)  # a network that cannot be permuted or corrected is refused here, not after hours
-        check_correction(correction, build_network(experiment))
+    for one in experiments:
+        groups(one)  # a network that cannot be permuted or corrected is refused here, not after hours
+        check_correction(correction, build_network(one))
     runs = [(sparsity, method) for sparsity in sparsities for method in (SPARSE if sparsity else DENSE)]
-    jobs = [(experiment, seed, runs, by, int(points), correction) for experiment in experiments
-            for seed in map(int, seeds)]
-    return run_jobs(_rows, jobs, store, workers, len(jobs) * len(runs))
+    jobs = [(one, seed, runs, by, int(points), correction) for one in experiments for seed in map(int, seeds)]
+    return run_jobs(_run_seed, jobs, store, workers, len(jobs) * len(runs))
 
 
-def _rows(store, experiment, seed, runs, by, points, correction):
+def _run_seed(store, experiment, seed, runs, by, points, correction):
     for sparsity, method in runs:
         tensors, record = losses_between(experiment, store, seed, sparsity, method, by, points=points,
                                          correction=correction)

@@ -13,8 +13,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from permask_core.data import DATASETS, check_options
-from permask_core.experiments.stages import Settings, content, data, replace_settings, run_jobs, train_stage
-from permask_core.models import MODELS, build_model
+from permask_core.experiments.presets import DISTILLED_STUDENTS as PRESETS
+from permask_core.experiments.stages import (
+    Settings,
+    change_preset,
+    content,
+    data,
+    drop_none,
+    run_jobs,
+    train_stage,
+)
+from permask_core.models import MODELS, build_model, check_model_options
 from permask_core.runs.checks import check_work
 from permask_core.runs.processes import default_device
 from permask_core.training.distillation import Distillation, distil
@@ -43,8 +52,15 @@ class Experiment(Settings):
     processes: int = 1  # that share each batch: see permask_core.training.fit
 
     def __post_init__(self):
+        super().__post_init__()
         self.check_names(dataset=DATASETS, teacher=MODELS, student=MODELS)
         check_options(self.dataset, self.options)
+        for role in ("teacher", "student"):
+            name, options = getattr(self, role), getattr(self, f"{role}_options")
+            try:
+                check_model_options(name, options)
+            except ValueError as error:
+                raise ValueError(f"{role}_options is {options!r}: {error}") from None
         Distillation(1.0, self.alpha, self.scale_by_t2)
 
 
@@ -53,75 +69,33 @@ _TEACHER = (*_DATA, "teacher", "teacher_options", "teacher_recipe")
 _STUDENT = (*_DATA, "student", "student_options", "student_recipe")
 
 
-_QUICK = Recipe(epochs=12, lr=0.05)
-_SHAPES = Recipe(epochs=8, lr=0.003, batch_size=64, weight_decay=0.01, optimizer="adamw")
-_SMALL_IMAGES = Recipe(epochs=200)
-_IMAGENET = Recipe(epochs=90, weight_decay=1e-4, batch_size=256, schedule="step", precision="bf16")
-_VIT = Recipe(epochs=300, lr=0.003, weight_decay=0.3, batch_size=4096, accumulate=16, warmup=30, optimizer="adamw",
-              precision="bf16")
-_TEXT = Recipe(epochs=5, lr=3e-5, weight_decay=0.01, batch_size=32, warmup=0.5, optimizer="adamw", precision="bf16")
-
-
-def _with(recipe, dataset, teacher, student, options=None):
-    return Experiment(dataset, options or {}, teacher=teacher, teacher_recipe=recipe, student=student,
-                      student_recipe=recipe)
-
-
-# The source's pairs, and stand-ins for them that run in seconds. The source names networks, data sets, temperatures and
-# alpha; how long and with which learning rates is ours.
-PAIRS = {
-    "digits": Experiment(
-        "digits", {"noise": 1.0, "copies": 5}, teacher="mlp", teacher_recipe=_QUICK, student="mlp",
-        student_options={"width": 0.125}, student_recipe=_QUICK),
-    # In half of the training images the colour goes with the shape that is to be named.
-    "trifeature": Experiment(
-        "trifeature", {"n_train": 2000, "n_test": 5000, "image_size": 16, "label": "shape", "correlated": "colour",
-                       "match": 0.5, "augment": False},
-        teacher="lenet5", teacher_options={"width": 2.0}, teacher_recipe=_SHAPES, student="lenet5",
-        student_options={"width": 0.5}, student_recipe=_SHAPES),
-    "svhn": _with(_SMALL_IMAGES, "svhn", "resnet56", "resnet20"),
-    "cifar10": _with(_SMALL_IMAGES, "cifar10", "resnet56", "resnet20"),
-    "cifar100": _with(_SMALL_IMAGES, "cifar100", "resnet56", "resnet20"),
-    "cifar100-densenet": _with(_SMALL_IMAGES, "cifar100", "densenet169_cifar", "densenet121_cifar"),
-    "tiny_imagenet": _with(_SMALL_IMAGES, "tiny_imagenet", "resnet50", "resnet18"),
-    "imagenet": _with(_IMAGENET, "imagenet", "resnet50", "resnet18"),
-    "imagenet-vit": _with(_VIT, "imagenet", "vit_b_16", "tiny_vit_5m"),
-    "celeba": _with(Recipe(epochs=10, lr=0.05, precision="bf16"), "celeba", "resnet50", "resnet18"),
-    "hatexplain": _with(_TEXT, "hatexplain", "bert", "distilbert"),
-}
-
-
-def pair(name, *, options=None, recipe=None, **changes):
+def preset(name, *, recipe=None, **changes):
     """The experiment of a name, with changes.
 
     Parameters
     ----------
     name : str
-        One of ``PAIRS``.
-    options : dict, optional
-        Of the data set, beside or instead of the pair's own.
+        One of ``PRESETS``.
     recipe : dict, optional
         Changes of both recipes, such as ``{"epochs": 2}``.
     **changes
-        Fields of :class:`Experiment`; what is None stays.
+        Fields of :class:`Experiment`, as :func:`permask_core.experiments.stages.change` takes them.
 
     Raises
     ------
     ValueError
-        If there is no such pair or field, or a value is out of range.
+        If there is no such preset or field, or a value is out of range.
+
+    Examples
+    --------
+    >>> preset("digits", recipe={"epochs": 2}).student_recipe.epochs
+    2
     """
-    if name not in PAIRS:
-        raise ValueError(f"unknown pair {name!r}: expected one of {', '.join(PAIRS)}")
-    chosen = PAIRS[name]
-    try:
-        recipes = {key: replace_settings(getattr(chosen, key), recipe or {})
-                   for key in ("teacher_recipe", "student_recipe")}
-    except ValueError as error:
-        raise ValueError(f"recipe is {recipe!r}: {error}") from None
-    return replace_settings(chosen, {**changes, **recipes, "options": {**chosen.options, **(options or {})}})
+    return change_preset(PRESETS, name, Experiment(),
+                         dict.fromkeys(("teacher_recipe", "student_recipe"), recipe) | drop_none(changes))
 
 
-def network(experiment, role, state=None, *, seed=0):
+def build_network(experiment, role, state=None, *, seed=0):
     """The network of a role, freshly initialised from ``seed`` or with the weights of ``state``."""
     kind = "teacher" if role == "teacher" else "student"
     _, _, _, input_shape, classes = data(experiment)
@@ -164,7 +138,7 @@ def train_network(experiment, store, seed, role, temperature=None):
     name = f"{role}, seed {seed}" if temperature is None else f"{role} at T = {temperature:g}, seed {seed}"
 
     def train(unfinished):
-        model, task = network(experiment, role, seed=own), data(experiment)
+        model, task = build_network(experiment, role, seed=own), data(experiment)
         how = {"seed": own, "processes": experiment.processes, "resume": unfinished, "description": name}
         if role == "distilled":
             distil(model, _teaching(experiment, store, seed), task.train, recipe, temperature=temperature,
@@ -194,7 +168,7 @@ def check_role(role, temperature):
 def _teaching(experiment, store, seed):
     """The teacher of a seed, or its logits for the training inputs where these do not change from epoch to epoch."""
     def teacher():
-        return network(experiment, "teacher", train_network(experiment, store, seed, "teacher")[0])
+        return build_network(experiment, "teacher", train_network(experiment, store, seed, "teacher")[0])
 
     def compute():
         return {"logits": predict(teacher().to(default_device()), data(experiment).train)}, {}
@@ -205,7 +179,7 @@ def _teaching(experiment, store, seed):
 
 
 def run(experiment, store, *, seeds, temperatures, workers=1):
-    """Train teachers, students and distilled students over seeds and temperatures, and tell their answers as rows.
+    """Train teachers, students and distilled students over seeds and temperatures.
 
     Parameters
     ----------
@@ -240,19 +214,19 @@ def run(experiment, store, *, seeds, temperatures, workers=1):
     for one in runs:
         check_role(*one)
     for role in ROLES[:2]:
-        network(experiment, role)  # one that does not fit the data is refused here
+        build_network(experiment, role)  # one that does not fit the data is refused here
     jobs = [(experiment, seed, runs) for seed in map(int, seeds)]
-    return run_jobs(_rows, jobs, store, workers, len(jobs) * len(runs))
+    return run_jobs(_run_seed, jobs, store, workers, len(jobs) * len(runs))
 
 
-def _rows(store, experiment, seed, runs):
+def _run_seed(store, experiment, seed, runs):
     for role, temperature in runs:
         _, logits, record = train_network(experiment, store, seed, role, temperature)
         yield {"role": role, "temperature": temperature, "seed": seed, "data": content(experiment), **record,
                "predictions": logits.argmax(1)}
 
 
-def answers(rows, role, temperature=None):
+def select_predictions(rows, role, temperature=None):
     """The predictions of a role, int64 numpy [seeds, n], in the order of the seeds.
 
     Raises

@@ -6,16 +6,24 @@ same draw of the weights and see the same batches; the sparse ones of a sparsity
 layer.
 
 Source: Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024, arXiv 2305.02299, and their public
-code. What they do otherwise is said beside ``PRESETS``.
+code. What they do otherwise is said beside the settings in :mod:`permask_core.experiments.presets`.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 
 from permask_core.data import DATASETS, check_options
-from permask_core.experiments.stages import Settings, content, data, replace_settings, run_jobs, train_stage
+from permask_core.experiments.presets import DYNAMIC_SPARSITY as PRESETS
+from permask_core.experiments.stages import (
+    Settings,
+    change_preset,
+    content,
+    data,
+    run_jobs,
+    same_results,
+    train_stage,
+)
 from permask_core.masks import layer_sparsity, prunable_weights
 from permask_core.masks import sparsity as sparsity_of
 from permask_core.models import MODELS, build_model
@@ -53,6 +61,7 @@ class Experiment(Settings):
     processes: int = 1  # that share each batch: see permask_core.training.fit
 
     def __post_init__(self):
+        super().__post_init__()
         self.check_names(dataset=DATASETS, model=MODELS, distribution=DISTRIBUTIONS)
         check_options(self.dataset, self.options)
         if not isinstance(self.recipe, Recipe):
@@ -63,6 +72,40 @@ class Experiment(Settings):
             raise ValueError("min_salient is None: expected a number in (0, 1]; the method 'srigl' ablates no neuron")
         rewiring(self, "srigl+ablation")
 
+
+# ---- Presets ---------------------------------------------------------------------------------------------------------
+
+def preset(name, **changes):
+    """The experiment of a name, with changes.
+
+    Parameters
+    ----------
+    name : str
+        One of ``PRESETS``, of which each has ``seeds`` (how many) and ``sparsities`` as its grid.
+    **changes
+        Fields of :class:`Experiment`, as :func:`permask_core.experiments.stages.change` takes them.
+
+    Raises
+    ------
+    ValueError
+        If there is no such preset or field, or a value is out of range.
+
+    Examples
+    --------
+    >>> preset("digits", recipe={"epochs": 2}).recipe.epochs
+    2
+    """
+    return change_preset(PRESETS, name, Experiment(), changes)
+
+
+def reproduces(name, experiment):
+    """The published results that an experiment of a preset repeats, as
+    :func:`permask_core.data.published.published_dynamic_sparse_training` names them; None if something differs that
+    decides about accuracies."""
+    return PRESETS[name].reproduces if same_results(experiment, preset(name)) else None
+
+
+# ---- Networks and masks ----------------------------------------------------------------------------------------------
 
 def rewiring(experiment, method, densities=None):
     """How a method moves connections; None where they stay.
@@ -82,7 +125,7 @@ def rewiring(experiment, method, densities=None):
                     experiment.min_salient if ablation else None, densities=densities if kind == "srigl" else None)
 
 
-def network(experiment, seed=0):
+def build_network(experiment, seed=0):
     """The experiment's network, freshly initialised."""
     _, _, _, input_shape, classes = data(experiment)
     return build_model(experiment.model, input_shape, classes, width=experiment.width, seed=seed)
@@ -145,6 +188,8 @@ def starting_masks(weights, densities, *, unequal, seed):
     return random_masks(weights, {name: 1 - value for name, value in layer_sparsity(masks).items()}, seed=seed)
 
 
+# ---- Trainings -------------------------------------------------------------------------------------------------------
+
 _DENSE = ("dataset", "options", "model", "width", "recipe", "processes")
 _STATIC = (*_DENSE, "distribution", "unmasked")
 _MOVING = (*_STATIC, "every", "until", "fraction")
@@ -194,7 +239,7 @@ def train_network(experiment, store, seed, sparsity, method):
         raise ValueError(f"sparsity is {sparsity!r} for the method 'dense': expected 0")
 
     def train(unfinished):
-        model, task, masks, how = network(experiment, seed), data(experiment), None, None
+        model, task, masks, how = build_network(experiment, seed), data(experiment), None, None
         weights = sparse_weights(experiment, model)
         if method != "dense":
             densities = layer_densities(experiment, weights, sparsity)
@@ -230,7 +275,7 @@ def check_run(seeds, sparsities, methods, workers=1):
 
 
 def run(experiment, store, *, seeds, sparsities, methods=METHODS, workers=1):
-    """Train over seeds, sparsities and methods, and tell the results as rows.
+    """Train over seeds, sparsities and methods.
 
     Parameters
     ----------
@@ -260,91 +305,16 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, workers=1):
         If a worker process died.
     """
     check_run(seeds, sparsities, methods, workers)
-    weights = sparse_weights(experiment, network(experiment))  # a network that does not fit is refused here
+    weights = sparse_weights(experiment, build_network(experiment))  # a network that does not fit is refused here
     for value in sparsities:
         layer_densities(experiment, weights, value)
     runs = [(method, sparsity) for method in methods for sparsity in (sparsities if method != "dense" else [0.0])]
     jobs = [(experiment, seed, runs) for seed in map(int, seeds)]
-    return run_jobs(_rows, jobs, store, workers, len(jobs) * len(runs))
+    return run_jobs(_run_seed, jobs, store, workers, len(jobs) * len(runs))
 
 
-def _rows(store, experiment, seed, runs):
+def _run_seed(store, experiment, seed, runs):
     for method, sparsity in runs:
         record = train_network(experiment, store, seed, sparsity, method)[2]
         yield {"method": method, "sparsity": sparsity, "seed": seed, "width": experiment.width,
                "data": content(experiment), **record}
-
-
-class Preset(NamedTuple):
-    """An ``experiment``, the ``seeds`` and ``sparsities`` it is run over, and what it ``reproduces``, if that was
-    published."""
-
-    experiment: Experiment
-    seeds: int
-    sparsities: tuple[float, ...]
-    reproduces: str | None = None
-
-
-# Their code divides the learning rate by five every 77 epochs, for which the cosine stands here.
-_CIFAR = Experiment("cifar10", model="resnet18_cifar", recipe=Recipe(epochs=250, lr=0.1))
-
-PRESETS = {
-    # A stand-in that runs in seconds. Noise, since clean digits forgive any mask.
-    "digits": Preset(Experiment("digits", {"noise": 1.0, "copies": 5}, recipe=Recipe(epochs=14, batch_size=64),
-                                every=20), 3, (0.95, 0.98)),
-    "cifar10-resnet18": Preset(_CIFAR, 5, (0.8, 0.9, 0.95, 0.99), "ResNet18/CIFAR-10"),
-    # Nothing is published for CIFAR-100, neither settings nor results: these are the settings of CIFAR-10.
-    "cifar100-resnet18": Preset(replace(_CIFAR, dataset="cifar100"), 5, (0.8, 0.9, 0.95, 0.99)),
-    # Four parts of a batch, since theirs lie on four GPUs with BatchNorms of their own. Their rate falls to a tenth at
-    # epochs 30, 70 and 90; their growth looks at the gradients of eight batches, and here at those of one.
-    "imagenet-resnet50": Preset(Experiment(
-        "imagenet", model="resnet50", every=800, unmasked=("conv1.weight",), recipe=Recipe(
-            epochs=103, lr=0.2, weight_decay=1e-4, batch_size=512, accumulate=4, schedule="step", step_epochs=30,
-            warmup=5, label_smoothing=0.1, precision="bf16")), 1, (0.8, 0.9, 0.95, 0.99), "ResNet50/ImageNet"),
-    # Epochs, decay, warm-up and smoothing as in their code, but neither its clipping of gradients nor torchvision's
-    # augmentations. What projects the inputs of attention stays dense: see permask_core.models.transformer.vit_b_16.
-    "imagenet-vit_b_16": Preset(Experiment(
-        "imagenet", model="vit_b_16", distribution="uniform", min_salient=0.95, recipe=Recipe(
-            epochs=150, lr=0.003, weight_decay=0.3, batch_size=4096, accumulate=16, warmup=16, label_smoothing=0.11,
-            optimizer="adamw", precision="bf16")), 1, (0.8, 0.9), "ViT-B/16/ImageNet"),
-}
-
-
-def preset(name, *, options=None, recipe=None, **changes):
-    """The preset of a name, with changes.
-
-    Parameters
-    ----------
-    name : str
-        One of ``PRESETS``.
-    options : dict, optional
-        Of the data set, beside or instead of the preset's own.
-    recipe : dict, optional
-        Changes of the recipe, such as ``{"epochs": 2}``; what is None stays.
-    **changes
-        Fields of :class:`Experiment`; what is None stays. Where anything differs that decides about accuracies, the
-        preset reproduces nothing that was published.
-
-    Raises
-    ------
-    ValueError
-        If there is no such preset or field, or a value is out of range.
-    """
-    check_one_of("preset", name, PRESETS)
-    chosen = PRESETS[name]
-    recipe = {key: value for key, value in (recipe or {}).items() if value is not None}
-    try:
-        trained_by = replace_settings(chosen.experiment.recipe, recipe)
-    except ValueError as error:
-        raise ValueError(f"recipe is {recipe!r}: {error}") from None
-    options = {**chosen.experiment.options, **(options or {})}
-    experiment = replace_settings(chosen.experiment, {**changes, "options": options, "recipe": trained_by})
-    same = _published(experiment) == _published(chosen.experiment)
-    return chosen._replace(experiment=experiment, reproduces=chosen.reproduces if same else None)
-
-
-def _published(experiment):
-    """The experiment without what may differ from the published settings."""
-    options = {name: value for name, value in experiment.options.items() if name != "workers"}
-    recipe = replace(experiment.recipe, precision="float32", accumulate=1)
-    return replace(experiment, options=options, recipe=recipe, root=None, processes=1)

@@ -15,13 +15,15 @@ Source: Ullah et al., "Navigating Extremes: Dynamic Sparsity in Large Output Spa
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from numbers import Integral
 
 import torch
 
 from permask_core.data.extreme import make_multilabel, read_sparse_text
 from permask_core.data.root import check_there, data_root
-from permask_core.experiments.stages import replace_settings, run_jobs, train_stage
-from permask_core.runs.checks import check_lists, check_one_of, check_work
+from permask_core.experiments.presets import EXTREME_LABELS as PRESETS
+from permask_core.experiments.stages import Settings, change, change_preset, drop_none, run_jobs, train_stage
+from permask_core.runs.checks import check_integer, check_lists, check_one_of, check_work
 from permask_core.runs.processes import default_device
 from permask_core.training.extreme import (
     ExtremeClassifier,
@@ -39,7 +41,7 @@ FILES = ("train.txt", "test.txt")
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Settings):
     """The settings of one experiment; everything that its results depend on but the seed and the method."""
 
     dataset: str = "planted"  # or a folder's name: bags of words in the format of the Extreme Classification Repository
@@ -55,11 +57,11 @@ class Experiment:
     recipe: ExtremeRecipe = ExtremeRecipe(epochs=6, rewire_every=25, auxiliary=0.4, auxiliary_epochs=3)
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("labels", "points", "test_points", "clusters", "features", "hidden", "fan_in", "intermediate"):
-            # A fifth of the labels is the head, of which 5 are named.
-            value, least = getattr(self, name), 25 if name == "labels" else 1
-            if (type(value) is not int or value < least) and not (name == "intermediate" and value is None):
-                raise ValueError(f"{name} is {value!r}: expected an integer of at least {least}")
+            # A fifth of the labels is the head, of which precision at 5 needs 5.
+            if name != "intermediate" or self.intermediate is not None:
+                check_integer(name, getattr(self, name), 25 if name == "labels" else 1)
         if not isinstance(self.dataset, str) or not self.dataset:
             raise ValueError(f"dataset is {self.dataset!r}: expected 'planted', or the name of a folder")
         if not isinstance(self.recipe, ExtremeRecipe):
@@ -89,8 +91,7 @@ class Experiment:
         ValueError
             If the method is unknown, the data do not allow it, or its layers cannot be.
         """
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+        check_one_of("method", method, METHODS)
         if method not in self.methods:
             raise ValueError(f"method {method!r} needs clusters of labels, which the files of {self.dataset} do not "
                              f"have: expected one of {', '.join(self.methods)}")
@@ -115,51 +116,27 @@ class Experiment:
         return {"fan_in": fan_in, "intermediate": intermediate}
 
 
-_SETTING = {"features": 128, "hidden": 128, "fan_in": 16,
-            "recipe": ExtremeRecipe(epochs=8, auxiliary=0.4, auxiliary_epochs=4)}
-
-# The paper's encoder is a BERT with 768 outputs that reads the text and is trained along. Here an embedding of bags of
-# words has its place, as wide: this is not the published experiment, and precision is not to be compared. Published are
-# the labels, inputs and fan-in of the output layer, the intermediate layer, until when connections move, and of a range
-# (every 300 to 1500 steps, 15 to 25 % of a row) how often and how many. Epochs, batches and the learning rate are ours.
-_PUBLISHED = {"hidden": 768, "fan_in": 128,
-              "recipe": ExtremeRecipe(epochs=30, rewire_every=300, drop=0.2)}
-
-PRESETS = {
-    "planted": Experiment(),
-    "planted-10k": Experiment(labels=10_000, points=30_000, clusters=100, **_SETTING),
-    "planted-100k": Experiment(labels=100_000, points=200_000, clusters=300, **_SETTING),
-    "planted-1m": Experiment(labels=1_000_000, points=400_000, clusters=1000, **_SETTING),
-    "wiki31k": Experiment("wiki31k", labels=30_938, intermediate=4096, **{**_PUBLISHED, "fan_in": 64}),
-    "amazon-670k": Experiment("amazon-670k", labels=670_091, **_PUBLISHED),
-    "amazon-3m": Experiment("amazon-3m", labels=2_812_281, **_PUBLISHED),
-}
-
-
-def preset(name, *, recipe=None, **changes):
+def preset(name, **changes):
     """The experiment of a name, with changes.
 
     Parameters
     ----------
     name : str
         One of ``PRESETS``.
-    recipe : dict, optional
-        Changes of its recipe, such as ``{"epochs": 2}``; what is None stays.
     **changes
-        Fields of :class:`Experiment`; what is None stays. With other ``labels`` a planted problem has ``points`` in
-        proportion.
+        Fields of :class:`Experiment`, as :func:`permask_core.experiments.stages.change` takes them. With other
+        ``labels`` a planted problem has ``points`` in proportion.
 
     Raises
     ------
     ValueError
         If there is no such preset or field, or a value is out of range.
     """
-    check_one_of("preset", name, PRESETS)
-    chosen = PRESETS[name]
     labels = changes.get("labels")
-    if chosen.planted and type(labels) is int and labels > 0:
-        changes = {"points": max(chosen.recipe.batch_size, chosen.points * labels // chosen.labels)} | changes
-    return replace_settings(chosen, {**changes, "recipe": replace_settings(chosen.recipe, recipe or {})})
+    base = change_preset(PRESETS, name, Experiment(), {})
+    if base.planted and isinstance(labels, Integral) and labels > 0:
+        changes = {"points": max(base.recipe.batch_size, base.points * labels // base.labels)} | drop_none(changes)
+    return change(base, changes)
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -236,7 +213,7 @@ def _content(folder):
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
-def classifier(experiment, method, features, seed):
+def build_classifier(experiment, method, features, seed):
     """A method's network, freshly initialised from a seed, for points with so many ``features``."""
     return ExtremeClassifier(features, experiment.labels, hidden=experiment.hidden, bags=not experiment.planted,
                              n_clusters=experiment.clusters if method == "set+auxiliary" else None,
@@ -265,7 +242,7 @@ def train(experiment, method, seed, resume=None):
         What a row of :func:`run` has beside method and seed; ``seconds`` are of training alone.
     """
     points, test = data(experiment, seed)
-    model = classifier(experiment, method, points.features.shape[1], seed).to(default_device())
+    model = build_classifier(experiment, method, points.features.shape[1], seed).to(default_device())
     start = time.perf_counter()
     losses = fit_extreme(model, points, experiment.recipe_of(method), seed=seed, resume=resume,
                          description=f"{method}, seed {seed}")
@@ -278,7 +255,7 @@ def train(experiment, method, seed, resume=None):
             "unseen": (points.frequencies[test.labels.long()] == 0).double().mean().item()}
 
 
-def check(experiment, *, seeds, methods, workers=1):
+def check_run(experiment, *, seeds, methods, workers=1):
     """Raise ValueError, in which the value is named, for what :func:`run` cannot run; no data are needed."""
     check_lists(methods=methods)
     check_work(seeds, workers)
@@ -287,7 +264,7 @@ def check(experiment, *, seeds, methods, workers=1):
 
 
 def run(experiment, store, *, seeds, methods=None, workers=1):
-    """Train and test networks over seeds and methods, and tell the results as rows.
+    """Train and test networks over seeds and methods.
 
     Each training is a stage of the store, and one that was killed goes on after its last epoch.
 
@@ -319,15 +296,15 @@ def run(experiment, store, *, seeds, methods=None, workers=1):
         If a worker process died.
     """
     seeds, methods = list(seeds), experiment.methods if methods is None else methods
-    check(experiment, seeds=seeds, methods=methods, workers=workers)
+    check_run(experiment, seeds=seeds, methods=methods, workers=workers)
     data(experiment, seeds[0])
     jobs = [(experiment, seed, list(methods)) for seed in map(int, seeds)]
-    return run_jobs(_rows, jobs, store, workers, len(jobs) * len(methods))
+    return run_jobs(_run_seed, jobs, store, workers, len(jobs) * len(methods))
 
 
-def _rows(store, experiment, seed, methods):
+def _run_seed(store, experiment, seed, methods):
     decides = ("labels", "points", "test_points", "clusters", "features") if experiment.planted else ("labels",)
-    settings = {name: getattr(experiment, name) for name in ("hidden", *decides)}
+    settings = experiment.select("hidden", *decides)
     if not experiment.planted:
         settings["content"] = _content(data_root(experiment.root) / experiment.dataset)
     for method in methods:

@@ -6,10 +6,12 @@ calls :func:`check_parameters`. This module imports nothing that takes time, so 
 
 import ast
 import contextlib
-import difflib
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import NamedTuple
+
+from permask_core.runs.checks import nearest
 
 
 class Parameter(NamedTuple):
@@ -22,13 +24,18 @@ class Parameter(NamedTuple):
     example: str
 
 
+def _is(kind, value):
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _integer(low, example="3"):
-    return Parameter("int", lambda value: type(value) is int and value >= low, f"an integer of at least {low}", example)
+    return Parameter("int", lambda value: _is(Integral, value) and value >= low, f"an integer of at least {low}",
+                     example)
 
 
 def _number(low, high=math.inf, *, inclusive=False, example="0.5"):
     def fits(value):
-        return type(value) in (int, float) and value < math.inf and (
+        return _is(Real, value) and value < math.inf and (
             low < value < high or inclusive and value in (low, high))
 
     ends = "[]" if inclusive else "()"
@@ -89,17 +96,19 @@ VOCABULARY = {
     "runs": _text(example="runs"), "output": _text(example="results"),
 }
 
-def check_parameters(space, *, least=(), **known):
+
+def check_parameters(space, *, minimum=(), **known):
     """Refuse the parameters of a notebook that its vocabulary does not allow, all of them at once.
 
     Parameters
     ----------
     space : dict
         The notebook's names: ``globals()``.
-    least : mapping, optional
-        Higher minima that this notebook needs, such as ``{"seeds": 2}``.
+    minimum : mapping, optional
+        By the name of a parameter, a higher minimum that this notebook needs, such as ``{"seeds": 2}``.
     **known
-        By the name of a parameter, a text or a list of texts: what it may be in this notebook.
+        By the name of a parameter, a text or a list of texts: what it may be in this notebook. Of ``preset`` these are
+        names in :mod:`permask_core.experiments.presets`.
 
     Raises
     ------
@@ -125,8 +134,8 @@ def check_parameters(space, *, least=(), **known):
             continue
         if not parameter.fits(value):
             faults.append(f"{name} is {value!r}: expected {parameter.expected}, as in -y '{name}: {parameter.example}'")
-        elif name in dict(least) and value < least[name]:
-            faults.append(f"{name} is {value!r}: expected at least {least[name]}")
+        elif name in dict(minimum) and value < minimum[name]:
+            faults.append(f"{name} is {value!r}: expected at least {minimum[name]}")
         else:
             faults += [f"{name} is {value!r}: unknown {one!r}{nearest(one, known[name])}; expected "
                        f"{'some' if type(value) is list else 'one'} of {', '.join(known[name])}"
@@ -149,9 +158,3 @@ def _cells(space):
                                                               and node.value.value is None):
                     needed.append(node.target.id)
     return injected, needed
-
-
-def nearest(name, known):
-    """A hint at the name that was probably meant, or nothing."""
-    near = difflib.get_close_matches(str(name), list(known), 1)
-    return f", perhaps {near[0]!r}" if near else ""

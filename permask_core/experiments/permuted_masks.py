@@ -6,14 +6,26 @@ from a checkpoint of B under A's mask, permuted or not. Each function is one sta
 it, so that any order of calls, a kill, or another worker leads to the same files.
 """
 
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
+from itertools import count
+from numbers import Integral, Real
 
 import torch
 
 from permask_core.data import DATASETS, check_options
-from permask_core.experiments.queue import fitted, run_batched
-from permask_core.experiments.stages import Settings, content, data, run_jobs, train_stage
+from permask_core.experiments.presets import PERMUTED_MASKS as PRESETS
+from permask_core.experiments.stages import (
+    Settings,
+    change,
+    change_preset,
+    content,
+    data,
+    drop_none,
+    run_jobs,
+    same_results,
+)
+from permask_core.experiments.trainings import Training, train, train_batched
 from permask_core.masks import layer_sparsity, prunable_weights
 from permask_core.masks import sparsity as sparsity_of
 from permask_core.matching import Groups, match_activations, match_weights, permutation_groups, permute
@@ -80,13 +92,14 @@ class Experiment(Settings):
     imp_scope: str = "global"  # among which weights the largest are kept: see permask_core.pruning.magnitude_masks
 
     def __post_init__(self):
+        super().__post_init__()
         self.check_names(dataset=DATASETS, model=MODELS, imp=FLAVOURS, imp_scope=SCOPES, start=STARTS)
         check_options(self.dataset, self.options)
         check_integer("epochs", self.epochs, 1)
         for epoch in self.checkpoints:
-            if not isinstance(epoch, int) or not 0 <= epoch <= self.epochs:
+            if not isinstance(epoch, Integral) or not 0 <= epoch <= self.epochs:
                 raise ValueError(f"checkpoints holds {epoch!r}: expected epochs from 0 to {self.epochs}")
-        object.__setattr__(self, "checkpoints", tuple(sorted({*self.checkpoints, self.epochs})))
+        object.__setattr__(self, "checkpoints", tuple(sorted({*map(int, self.checkpoints), self.epochs})))
         for name in ("rewind", "matched_at", "imp_rewind"):
             if getattr(self, name) not in self.checkpoints:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of the checkpoints "
@@ -98,7 +111,7 @@ class Experiment(Settings):
         if self.matched_layers is not None:
             check_lists(matched_layers=self.matched_layers)
             object.__setattr__(self, "matched_layers", tuple(self.matched_layers))
-        if not isinstance(self.imp_rate, (int, float)) or not 0 < self.imp_rate < 1:
+        if not isinstance(self.imp_rate, Real) or not 0 < self.imp_rate < 1:
             raise ValueError(f"imp_rate is {self.imp_rate!r}: expected a number in (0, 1)")
         scaled(self.width)
         for name, epochs, lr in (("epochs", self.epochs, "lr"), ("imp_epochs", self.imp_epochs, "imp_lr"),
@@ -120,6 +133,72 @@ _DENSE = ("dataset", "options", "model", "width", "epochs", "lr", "processes", "
 _MATCHING = ("matched_at", "matched_layers")
 _IMP = (*_DENSE, "imp", "imp_rewind", "imp_epochs", "imp_lr", "imp_rate", "imp_scope")
 
+
+# ---- Presets ---------------------------------------------------------------------------------------------------------
+
+# What may differ from the published settings, beside stages.FREE, without making a run another experiment.
+_FREE = ("width", "rewind", "checkpoints", "imp_rewind", "matched_images")
+
+
+def preset(name, *, rewinds=None, **changes):
+    """The experiment of a name, with changes.
+
+    Parameters
+    ----------
+    name : str
+        One of ``PRESETS``.
+    rewinds : sequence of int, optional
+        Epochs of the dense run at which sparse runs are to start: their states are kept, and ``rewind`` is the first
+        unless it is given. By default those of the preset's grid, or ``rewind`` alone where that is given.
+    **changes
+        Fields of :class:`Experiment`, as :func:`permask_core.experiments.stages.change` takes them. With other
+        ``epochs``, A and B are matched at their end if the preset does so, and of the preset's checkpoints those are
+        kept that lie before the end.
+
+    Returns
+    -------
+    Experiment
+
+    Raises
+    ------
+    ValueError
+        If there is no such preset or field, or a value is out of range.
+
+    Examples
+    --------
+    >>> preset("digits-mlp", epochs=4, rewind=1).checkpoints
+    (0, 1, 2, 4)
+    """
+    base, changes = change_preset(PRESETS, name, Experiment(), {}), drop_none(changes)
+    epochs = changes.get("epochs", base.epochs)
+    check_integer("epochs", epochs, 1)
+    if rewinds is None:
+        rewinds = [changes["rewind"]] if "rewind" in changes else PRESETS[name].grid["rewinds"]
+    check_lists(rewinds=list(rewinds))
+    for k in rewinds:
+        if not isinstance(k, Integral) or not 0 <= k < epochs:
+            raise ValueError(f"rewind is {k!r}: expected an epoch from 0 to {epochs - 1}, before the last of {epochs}")
+    imp_rewind = min(changes.get("imp_rewind", base.imp_rewind), epochs - 1)
+    matched_at = changes.get("matched_at", epochs if base.matched_at == base.epochs else base.matched_at)
+    kept = changes.get("checkpoints", [k for k in base.checkpoints if k <= epochs and k != base.epochs])
+    needed = {"rewind": changes.get("rewind", rewinds[0]), "imp_rewind": imp_rewind, "matched_at": matched_at,
+              "checkpoints": (*kept, *rewinds, imp_rewind, matched_at)}
+    return change(base, changes | needed)
+
+
+def reproduces(name, experiment):
+    """The published results that an experiment of a preset repeats, as
+    :func:`permask_core.data.published.published_permuted_masks` names them; None if something differs that decides
+    about accuracies."""
+    return PRESETS[name].reproduces if same_results(experiment, preset(name), _FREE) else None
+
+
+def vary(experiment, widths, rewinds):
+    """One experiment for each width and rewind epoch."""
+    return [replace(experiment, width=width, rewind=rewind) for width in widths for rewind in rewinds]
+
+
+# ---- Networks --------------------------------------------------------------------------------------------------------
 
 def build_network(experiment, state=None, *, seed=0):
     """The experiment's network, freshly initialised from ``seed`` or with the weights of ``state``."""
@@ -164,6 +243,8 @@ def _all_groups(model, input_shape, classes, width):
     return permutation_groups(build_model(model, input_shape, classes, width=width), torch.zeros(2, *input_shape))
 
 
+# ---- Stages ----------------------------------------------------------------------------------------------------------
+
 def train_dense(experiment, store, seed, which):
     """Train dense network ``"a"`` or ``"b"`` of a seed.
 
@@ -174,25 +255,36 @@ def train_dense(experiment, store, seed, which):
     """
     if which not in ("a", "b"):
         raise ValueError(f"which is {which!r}: expected 'a' or 'b'")
+    tensors, record = train(store, _dense_training(experiment, seed, which))
+    return by_epoch(tensors), record
+
+
+def _dense_training(experiment, seed, which):
     own = 2 * seed + (which == "b")
+    names = {epoch: f"epoch {epoch}" for epoch in experiment.checkpoints}
 
-    def train(unfinished):
-        model = build_network(experiment, seed=own)
-        names = {epoch: f"epoch {epoch}" for epoch in experiment.checkpoints}
-        run, evaluation = fitted(
-            store, model, data(experiment).train, experiment.recipe(experiment.epochs, experiment.lr), seed=own,
-            test=data(experiment).test, checkpoints=tuple(names.values()), processes=experiment.processes,
-            resume=unfinished, description=f"dense {which}, seed {seed}")
-        states = {f"{epoch}/{key}": tensor for epoch, name in names.items()
-                  for key, tensor in run.checkpoints[name].items()}
-        return states, evaluation._asdict()
+    def build():
+        return build_network(experiment, seed=own), None
 
-    tensors, record = train_stage(store, "dense", train, seed=own, **experiment.stage_parameters(*_DENSE))
-    states = {epoch: {} for epoch in experiment.checkpoints}
+    return Training(
+        experiment, "dense", {"seed": own, **experiment.stage_parameters(*_DENSE)}, build,
+        experiment.recipe(experiment.epochs, experiment.lr), own,
+        lambda model, run, record: (flatten_epochs(run.checkpoints, names), record), tuple(names.values()),
+        f"dense {which}, seed {seed}")
+
+
+def flatten_epochs(checkpoints, names):
+    """The checkpoints of a run as one dict of tensors, from the ``names`` that they have by epoch."""
+    return {f"{epoch}/{key}": tensor for epoch, name in names.items() for key, tensor in checkpoints[name].items()}
+
+
+def by_epoch(tensors):
+    """States by epoch, from what :func:`flatten_epochs` gave."""
+    states = {}
     for name, tensor in tensors.items():
         epoch, key = name.split("/", 1)
-        states[int(epoch)][key] = tensor
-    return states, record
+        states.setdefault(int(epoch), {})[key] = tensor
+    return dict(sorted(states.items()))
 
 
 def find_ticket(experiment, store, seed, sparsity):
@@ -205,30 +297,51 @@ def find_ticket(experiment, store, seed, sparsity):
     check_sparsity(sparsity)
 
     def compute():
-        states, _ = train_dense(experiment, store, seed, "a")
-        recipe, rounds = experiment.recipe(experiment.imp_epochs, experiment.imp_lr), 0
-
-        def train(state, masks):
-            nonlocal rounds
-            rounds += 1
-
-            def train_round(unfinished):
-                run, _ = fitted(store, build_network(experiment, state), data(experiment).train, recipe, seed=2 * seed,
-                                masks=masks or None, processes=experiment.processes, resume=unfinished,
-                                description=f"pruning round {rounds}, seed {seed}")
-                return run.state, {"sparsity": sparsity_of(masks)}
-
-            return train_stage(store, "imp_round", train_round, seed=seed, round=rounds,
-                               **experiment.stage_parameters(*_IMP))[0]
-
-        (_, found), = iterative_magnitude_pruning(
-            train, states[experiment.epochs], [sparsity], flavour=experiment.imp, rate=experiment.imp_rate,
-            scope=experiment.imp_scope, rewind=states[experiment.imp_rewind] if experiment.imp == "rewind" else None,
-            prunable=prunable_weights(build_network(experiment)))
+        found = _prune(experiment, store, seed, sparsity)
         return found.masks, {"achieved": found.sparsity, "rounds": found.rounds}
 
     masks, record = store.stage("ticket", compute, seed=seed, sparsity=sparsity, **experiment.stage_parameters(*_IMP))
     return Ticket(masks, record["achieved"], record["rounds"])
+
+
+def _prune(experiment, store, seed, sparsity):
+    dense, numbers = train_dense(experiment, store, seed, "a")[0], count(1)
+
+    def train_round(state, masks):
+        return train(store, _round_training(experiment, seed, next(numbers), lambda: (state, masks)))[0]
+
+    (_, ticket), = iterative_magnitude_pruning(
+        train_round, dense[experiment.epochs], [sparsity], flavour=experiment.imp, rate=experiment.imp_rate,
+        scope=experiment.imp_scope, rewind=dense[experiment.imp_rewind] if experiment.imp == "rewind" else None,
+        prunable=prunable_weights(build_network(experiment)))
+    return ticket
+
+
+def _round_training(experiment, seed, number, start):
+    """The training of a round of pruning; ``start()`` gives the state and the masks with which it starts."""
+    def build():
+        state, masks = start()
+        return build_network(experiment, state), masks
+
+    return Training(
+        experiment, "imp_round", {"seed": seed, "round": number, **experiment.stage_parameters(*_IMP)}, build,
+        experiment.recipe(experiment.imp_epochs, experiment.imp_lr), 2 * seed,
+        lambda model, run, record: (run.state, {"sparsity": sparsity_of(run.masks), **record}),
+        description=f"pruning round {number}, seed {seed}")
+
+
+def _next_round(experiment, store, seed, number):
+    """The training of a round of pruning, from the rounds before it, which are finished."""
+    def start():
+        masks = _prune(experiment, store, seed, 1 - (1 - experiment.imp_rate) ** number).masks
+        dense = train_dense(experiment, store, seed, "a")[0]
+        if experiment.imp == "rewind":
+            return dense[experiment.imp_rewind], masks
+        if number == 1:
+            return dense[experiment.epochs], masks
+        return train(store, _next_round(experiment, store, seed, number - 1))[0], masks
+
+    return _round_training(experiment, seed, number, start)
 
 
 def match_dense(experiment, store, seed, by):
@@ -251,7 +364,7 @@ def match_dense(experiment, store, seed, by):
         train, images = data(experiment).train, experiment.matched_images
         chosen = torch.arange(len(train))
         if images < len(train):
-            chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
+            chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(int(seed)))[:images]
         models = [build_network(experiment, state).to(device) for state in (a, b)]
         # Whatever the model sees in one step of training, it can see here.
         batches = progress(train.batches(chosen.split(experiment.batch_size), device),
@@ -294,37 +407,45 @@ def train_sparse(experiment, store, seed, sparsity, method, by=None, *, condense
     if condensed and (experiment.imp_scope != "fan_in" or method == "random"):
         raise ValueError(f"imp_scope is {experiment.imp_scope!r} and the method {method!r}: expected 'fan_in' and not "
                          "'random', since only masks of constant fan-in can be condensed")
+    return train(store, _sparse_training(experiment, store, seed, sparsity, method, by, condensed))
 
-    def train(unfinished):
-        masks = method_masks(experiment, store, seed, sparsity, method, by)
+
+def _sparse_training(experiment, store, seed, sparsity, method, by, condensed=False):
+    @cache
+    def masks():
+        return method_masks(experiment, store, seed, sparsity, method, by)
+
+    def build():
         states, _ = train_dense(experiment, store, seed, parent(method))
         if method == "pruned":  # its weights are adapted
             model = build_network(experiment, states[experiment.epochs])
         else:
-            model = build_sparse_network(experiment, states[experiment.rewind], masks)
-        achieved = sparsity_of(masks)
-        if condensed:
-            model, masks, _ = condense(model, masks)
-        _, evaluation = fitted(
-            store, model, data(experiment).train,
-            experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr), seed=10_000 + seed,
-            test=data(experiment).test, masks=masks or None, processes=experiment.processes, resume=unfinished,
-            description=f"{method} {by or ''} at {100 * sparsity:g} %, seed {seed}")
-        return model.state_dict(), {**evaluation._asdict(), "achieved": achieved}
+            model = build_sparse_network(experiment, states[experiment.rewind], masks())
+        if not condensed:
+            return model, masks()
+        model, remaining, _ = condense(model, masks())
+        return model, remaining or None
 
     settings = experiment.stage_parameters(*_IMP, "sparse_lr", "rewind", "start",
                                            *(_MATCHING if method == "permuted" else []),
                                            *(["matched_images"] if by == "activations" else []))
-    return train_stage(store, "sparse", train, seed=seed, sparsity=sparsity, method=method, by=by, condensed=condensed,
-                       **settings)
+    own = {"seed": seed, "sparsity": sparsity, "method": method, "by": by, "condensed": condensed}
+    return Training(
+        experiment, "sparse", own | settings, build,
+        experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr), 10_000 + seed,
+        lambda model, run, record: (model.state_dict(), {**record, "achieved": sparsity_of(masks())}),
+        description=f"{method} {by or ''} at {100 * sparsity:g} %, seed {seed}")
 
 
-def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1, batched=1):
-    """Run experiments over seeds, sparsities and methods, and tell their results as rows.
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+def run(experiment, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1, batched=1):
+    """Run an experiment, or several, over seeds, sparsities and methods.
 
     Parameters
     ----------
-    experiments : Experiment or list of Experiment
+    experiment : Experiment or list of Experiment
+        Those of a list share what they have in common: the dense networks of several rewind epochs are trained once.
     store : Store
     seeds : sequence of int
     sparsities : sequence of float
@@ -360,7 +481,7 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     if isinstance(sparsities, str):
         raise ValueError(f"sparsities is {sparsities!r}: expected a list of numbers (papermill takes lists with -y, as "
                          "in -y '{sparsities: [0.9, 0.97]}')")
-    experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
+    experiments = [experiment] if isinstance(experiment, Experiment) else list(experiment)
     seeds, sparsities = list(seeds), list(sparsities)
     for value in methods:
         check_one_of("method", value, KNOWN_METHODS)
@@ -372,17 +493,32 @@ def run(experiments, store, *, seeds, sparsities, methods=METHODS, matchings=MAT
     check_integer("batched", batched, 1)
     if batched > 1 and (workers > 1 or any(one.processes > 1 for one in experiments)):
         raise ValueError(f"batched is {batched}, beside several processes: expected one process")
-    for experiment in experiments:
-        groups(experiment)  # a network that cannot be permuted is refused here, not after hours
+    for one in experiments:
+        groups(one)  # a network that cannot be permuted is refused here, not after hours
     runs = [(method, by) for method in methods for by in (matchings if method == "permuted" else ("",))]
     runs = [(method, by, sparsity) for method, by in runs for sparsity in (sparsities if method != "dense" else [0.0])]
-    jobs = [(experiment, seed, runs) for experiment in experiments for seed in map(int, seeds)]
+    seeds = [int(seed) for seed in seeds]
     if batched > 1:
-        return run_batched(_rows, [(one, seed, [run]) for one, seed, runs in jobs for run in runs], store, batched)
-    return run_jobs(_rows, jobs, store, workers, len(jobs) * len(runs))
+        for one in experiments:
+            _train_at_once(one, store, seeds, runs, batched)
+    jobs = [(one, seed, runs) for one in experiments for seed in seeds]
+    return run_jobs(_run_seed, jobs, store, workers, len(jobs) * len(runs))
 
 
-def _rows(store, experiment, seed, runs):
+def _train_at_once(experiment, store, seeds, runs, networks):
+    """Train all that some runs need, up to so many networks at once: dense, then round by round of pruning, then
+    sparse."""
+    sparse = [run for run in runs if run[0] != "dense"]
+    dense = sorted({"a" for _ in sparse} | {parent(method) for method, _, _ in runs})
+    train_batched(store, [_dense_training(experiment, seed, which) for seed in seeds for which in dense], networks)
+    rounds = full_rounds(max(sparsity for _, _, sparsity in sparse), experiment.imp_rate) if sparse else 0
+    for number in range(1, rounds + 1):
+        train_batched(store, [_next_round(experiment, store, seed, number) for seed in seeds], networks)
+    train_batched(store, [_sparse_training(experiment, store, seed, sparsity, method, by or None)
+                          for seed in seeds for method, by, sparsity in sparse], networks)
+
+
+def _run_seed(store, experiment, seed, runs):
     shared = {"seed": seed, **experiment.select("width", "sparse_lr", "rewind", "matched_at"),
               "data": content(experiment)}
     for method, by, sparsity in runs:
@@ -393,6 +529,8 @@ def _rows(store, experiment, seed, runs):
         yield {"method": method, "matching": by, **shared, "sparsity": sparsity, "achieved": record["achieved"],
                **record}
 
+
+# ---- Costs -----------------------------------------------------------------------------------------------------------
 
 def training_epochs(experiment, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS):
     """How many epochs of training :func:`run` needs from an empty store.
@@ -415,6 +553,29 @@ def training_epochs(experiment, *, seeds, sparsities, methods=METHODS, matchings
             "sparse": len(seeds) * len(sparsities) * sparse_runs * (experiment.epochs - experiment.rewind)}
 
 
-def settings_text(experiment):
-    """The settings as one line of ``name value`` pairs, for captions and records."""
-    return str(experiment)
+def training_cost(experiment, grid, images, speeds):
+    """What it costs to run an experiment over the grid of a preset, from how fast its network trains.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    grid : dict
+        ``rewinds``, ``seeds`` (how many), ``sparsities`` and ``matchings``.
+    images : int
+        In the training set.
+    speeds : dict of float to float
+        Images per second of training, by width.
+
+    Returns
+    -------
+    list of dict
+        For each width in ``speeds``: ``width``, ``dense``, ``pruning`` and ``sparse`` (epochs of training over all
+        seeds, sparsities, methods and rewind points), ``speed`` and ``hours``. Matching and evaluation are not in it.
+    """
+    epochs = {}
+    for one in vary(experiment, [experiment.width], grid["rewinds"]):  # which share the dense networks and the tickets
+        own = training_epochs(one, seeds=range(grid["seeds"]), sparsities=grid["sparsities"],
+                              matchings=grid["matchings"])
+        epochs = own | {"sparse": own["sparse"] + epochs.get("sparse", 0)}
+    return [{"width": width, **epochs, "speed": speed, "hours": sum(epochs.values()) * images / speed / 3600}
+            for width, speed in speeds.items()]

@@ -1,36 +1,38 @@
-"""One ticket trained several times: members, of which is asked how differently they answer, and what they start from.
+"""One ticket trained several times: how differently do its members answer, and what do they start from?
 
-A seed has one network A and its ticket. Its members share the mask and differ in what is left to chance: for
-``lth`` the order of the data, for the others also the network B that they start from. Evci, Ioannou, Keskin and
+A seed has one network A and its ticket. Its members share the mask and differ in what is left to chance: for ``lth``
+the order of the data, for the others also the network B that they start from. Evci, Ioannou, Keskin and
 Dauphin, "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022; Adnan, Jain, Sharma, Krishnan
-and Ioannou, ICML 2025. The stages of :mod:`permask_core.experiments.permuted_masks` lie below: its seed of a member is
-``SPAN * seed + member``.
+and Ioannou, ICML 2025. Experiments and stages are those of :mod:`permask_core.experiments.permuted_masks`, with
+``SPAN * seed + member`` as the seed of a member.
 """
 
-from dataclasses import fields
+from functools import cache
 
 from permask_core.experiments.permuted_masks import (
     build_network,
     build_sparse_network,
+    by_epoch,
     find_ticket,
+    flatten_epochs,
     groups,
     logits,
     train_dense,
 )
-from permask_core.experiments.stages import content, data, run_jobs, train_stage
+from permask_core.experiments.stages import content, run_jobs
+from permask_core.experiments.trainings import Training, train
 from permask_core.masks import layer_sparsity
 from permask_core.masks import sparsity as sparsity_of
 from permask_core.matching import match_weights, permute
 from permask_core.pruning import check_sparsity, full_rounds, random_masks
 from permask_core.runs.checks import check_integer, check_lists, check_one_of, check_work
 from permask_core.sparse.initialisation import sparse_init
-from permask_core.training.loop import evaluate, fit
 
 METHODS = ("dense", "pruned", "lth", "permuted", "naive", "random", "scratch", "sparse_init")
 SPAN = 100  # members of a seed at most
 
 
-def kept_epochs(experiment):
+def member_epochs(experiment):
     """The epochs of sparse training after which a member's state is kept: 0 (masked, untrained), 1, 2, 4, ..., the
     last."""
     last = experiment.epochs - experiment.rewind
@@ -68,7 +70,7 @@ def train_member(experiment, store, seed, member, sparsity, method):
     seed, member : int
         Which seed, and which of its members, 0 to ``SPAN`` - 1.
     sparsity : float
-        Sparsity in (0, 1); of no account to ``dense``.
+        In (0, 1); irrelevant to ``dense``.
     method : {"dense", "pruned", "lth", "permuted", "naive", "random", "scratch", "sparse_init"}
         What is trained: ``dense`` is the member's network B; ``pruned`` goes on from the end of a network A of its own
         under that one's mask; ``lth`` starts from the seed's A; ``permuted``, ``naive`` and ``random`` start from the
@@ -78,7 +80,7 @@ def train_member(experiment, store, seed, member, sparsity, method):
     Returns
     -------
     (dict of int to state, dict)
-        States by epoch, of :func:`kept_epochs` (``dense``: the experiment's checkpoints), and the record: test
+        States by epoch, of :func:`member_epochs` (``dense``: the experiment's checkpoints), and the record: test
         ``accuracy`` and ``loss``, and ``achieved``, the real sparsity.
 
     Raises
@@ -87,41 +89,36 @@ def train_member(experiment, store, seed, member, sparsity, method):
         If a value is unknown or out of range.
     """
     check_one_of("method", method, METHODS)
-    check_number(seed, member)
+    check_member(seed, member)
     own = member_seed(seed, member)
     if method == "dense":
         states, record = train_dense(experiment, store, own, "b")
         return states, {"achieved": 0.0, **record}
     check_sparsity(sparsity)
-    kept = kept_epochs(experiment)
+    names = {epoch: f"epoch {epoch}" if epoch else "init" for epoch in member_epochs(experiment)}
 
-    def train(unfinished):
-        masks = member_masks(experiment, store, seed, member, sparsity, method)
+    @cache
+    def masks():
+        return member_masks(experiment, store, seed, member, sparsity, method)
+
+    def build():
         start = _start(experiment, store, seed, member, method)
-        build = build_network if method == "pruned" else lambda *given: build_sparse_network(*given, masks)
-        model = build(experiment, start)
-        if method == "sparse_init":
-            sparse_init(model, masks, seed=own)
-        names = {epoch: f"epoch {epoch}" if epoch else "init" for epoch in kept}
-        run = fit(model, data(experiment).train, experiment.recipe(kept[-1], experiment.sparse_lr), seed=10_000 + own,
-                  masks=masks, checkpoints=tuple(names.values()), processes=experiment.processes, resume=unfinished,
-                  description=f"{method} at {100 * sparsity:g} %, seed {seed}, member {member}")
-        states = {f"{epoch}/{key}": tensor for epoch, name in names.items()
-                  for key, tensor in run.checkpoints[name].items()}
-        return states, {"achieved": sparsity_of(masks), **evaluate(model, data(experiment).test)._asdict()}
+        if method == "pruned":
+            return build_network(experiment, start), masks()
+        model = build_sparse_network(experiment, start, masks())
+        return sparse_init(model, masks(), seed=own) if method == "sparse_init" else model, masks()
 
-    left_out = ("root", "start") if experiment.start == "dense" else ("root",)  # see permuted_masks.sparse
-    settings = experiment.stage_parameters(*(one.name for one in fields(experiment) if one.name not in left_out))
-    tensors, record = train_stage(store, "member", train, seed=seed, member=member, sparsity=sparsity, method=method,
-                                  **settings)
-    states = {epoch: {} for epoch in kept}
-    for name, tensor in tensors.items():
-        epoch, key = name.split("/", 1)
-        states[int(epoch)][key] = tensor
-    return states, record
+    tensors, record = train(store, Training(
+        experiment, "member", {"seed": seed, "member": member, "sparsity": sparsity, "method": method,
+                               **experiment.stage_parameters(*experiment.as_dict())}, build,
+        experiment.recipe(experiment.epochs - experiment.rewind, experiment.sparse_lr), 10_000 + own,
+        lambda model, run, record: (flatten_epochs(run.checkpoints, names), {
+            "achieved": sparsity_of(masks()), **record}), tuple(names.values()),
+        f"{method} at {100 * sparsity:g} %, seed {seed}, member {member}"))
+    return by_epoch(tensors), record
 
 
-def check_number(seed, member):
+def check_member(seed, member):
     """Raise ValueError unless both are integers of at least 0, and the member below ``SPAN``."""
     check_integer("seed", seed, 0)
     check_integer("member", member, 0)
@@ -152,27 +149,27 @@ def _start(experiment, store, seed, member, method):
 
 
 def run(experiment, store, *, seeds, members, sparsity, methods, workers=1):
-    """Train several members of several seeds by several methods, and tell what they answer as rows.
+    """Train the members of several seeds by several methods.
 
     Parameters
     ----------
     experiment : permask_core.experiments.permuted_masks.Experiment
     store : permask_core.runs.store.Store
     seeds : sequence of int
-        The blocks: nothing random is shared between two of them but the split of the data.
+        Two seeds share nothing random except the split of the data.
     members : int
         In each seed and method, at least 1.
     sparsity : float
-        Sparsity in (0, 1).
+        In (0, 1).
     methods : sequence of str
-        As for :func:`member`.
+        As for :func:`train_member`.
     workers : int
         Processes that share the work, seed by seed; see :func:`permask_core.experiments.permuted_masks.run`.
 
     Returns
     -------
     list of dict
-        One row per run: ``method``, ``seed`` (the seed), ``member``, ``sparsity`` and ``achieved`` (0 for dense),
+        One row per run: ``method``, ``seed``, ``member``, ``sparsity`` and ``achieved`` (0 for dense),
         test ``accuracy`` in [0, 1], ``loss`` in nats, ``seconds``, and ``logits`` [n, classes] of the test inputs.
 
     Raises
@@ -186,11 +183,11 @@ def run(experiment, store, *, seeds, members, sparsity, methods, workers=1):
     check_run(seeds, members, sparsity, methods, workers)
     groups(experiment)  # a network that cannot be permuted is refused here
     jobs = [(experiment, seed, members, sparsity, methods) for seed in map(int, seeds)]
-    return run_jobs(_rows, jobs, store, workers, len(jobs) * members * len(methods))
+    return run_jobs(_run_seed, jobs, store, workers, len(jobs) * members * len(methods))
 
 
 def training_epochs(experiment, members, sparsity, method):
-    """How many epochs of training it takes to have some members of a seed, what they share counted once.
+    """How many epochs of training some members of a seed need, what they share counted once.
 
     Parameters
     ----------
@@ -198,9 +195,9 @@ def training_epochs(experiment, members, sparsity, method):
     members : int
         At least 1.
     sparsity : float
-        Sparsity in (0, 1).
+        In (0, 1).
     method : str
-        As for :func:`member`.
+        As for :func:`train_member`.
 
     Returns
     -------
@@ -225,7 +222,7 @@ def training_epochs(experiment, members, sparsity, method):
     return tickets * ticket_epochs + members * (of_b + experiment.epochs - experiment.rewind)
 
 
-def _rows(store, experiment, seed, members, sparsity, methods):
+def _run_seed(store, experiment, seed, members, sparsity, methods):
     for method in methods:
         for member in range(members):
             states, record = train_member(experiment, store, seed, member, sparsity, method)

@@ -16,7 +16,7 @@ MODELS = {
     "vit_b_16": "transformer", "tiny_vit_5m": "transformer", "bert": "language", "distilbert": "language"}
 OF_TEXTS = ("bert", "distilbert")
 
-__all__ = ["MODELS", "build_model", "device_of", "evaluation_mode", "module_of"]
+__all__ = ["MODELS", "build_model", "check_model_options", "device_of", "evaluation_mode", "module_of"]
 
 
 def module_of(name):
@@ -64,11 +64,7 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     >>> list(model.state_dict())
     ['fc1.weight', 'fc1.bias', 'fc2.weight', 'fc2.bias', 'head.weight', 'head.bias']
     """
-    build = getattr(import_module(module_of(name)), name)
-    known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{name} has no option {option!r}: expected one of {', '.join(known)}")
+    build = check_model_options(name, options)
     axes, expected = (1, "(length,) of texts") if name in OF_TEXTS else (3, "(channels, height, width) of images")
     if len(input_shape) != axes or min(input_shape) < 1:
         raise ValueError(f"input_shape is {tuple(input_shape)}: expected {expected}, as {name} takes them")
@@ -79,6 +75,16 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(tuple(input_shape), classes, **options)
+
+
+def check_model_options(name, options):
+    """The function that builds a network; ValueError unless there is one of that name and it takes these options."""
+    build = getattr(import_module(module_of(name)), name)
+    known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}: expected one of {', '.join(known)}")
+    return build
 
 
 def device_of(model):

@@ -17,12 +17,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
+
+from filelock import Timeout
 
 from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, write_whole
 
@@ -103,9 +105,48 @@ class Store:
         path = self._path(identity)
         result = self._finished(identity)
         if result is None:  # of several jobs that need a stage one computes it, and the others wait
-            with self._lock(path, f"waiting for another process that computes {name} {path.stem}"):
-                result = self._finished(identity, repair=True) or self._computed(path, name, identity, compute)
+            with locked(path, f"waiting for another process that computes {name} {path.stem}"):
+                result = self._finished(identity, repair=True) or self._computed(identity, compute)
         return result
+
+    def stages(self, name, function, wanted, compute, at_once):
+        """Many stages of one name, of which ``compute`` computes several at once; afterwards all are finished.
+
+        Those that another process computes are left to it. This one waits for them when nothing else is left to do, and
+        so without holding a lock.
+
+        Parameters
+        ----------
+        name : str
+        function : callable
+            What :meth:`stage` is given as ``compute`` for one of them: only its code is looked at.
+        wanted : list of dict
+            Of each stage the parameters, ``modules`` among them, as :meth:`stage` takes them.
+        compute : callable
+            Takes a list of positions in ``wanted``, and returns as many results, as ``compute`` of :meth:`stage` does,
+            with ``seconds`` in their records.
+        at_once : int
+            Stages at most for one call of ``compute``.
+        """
+        identities = [self._identity(name, function, own.get("modules", ()), {
+            key: value for key, value in own.items() if key != "modules"}) for own in wanted]
+        left = [i for i, identity in enumerate(identities) if self._finished(identity) is None]
+        while left:
+            elsewhere = []
+            for part in (left[first:first + at_once] for first in range(0, len(left), at_once)):
+                with ExitStack() as locks:
+                    busy = [i for i in part if not _lock_now(locks, self._path(identities[i]))]
+                    mine = [i for i in part if i not in busy and self._finished(identities[i], repair=True) is None]
+                    self._kept, outer = {}, self._kept
+                    for i, (tensors, result) in zip(mine, compute(mine) if mine else (), strict=True):
+                        self._written(identities[i], tensors, result)
+                    self._kept = outer | self._kept
+                elsewhere += busy
+            if elsewhere == left:
+                path = self._path(identities[left[0]])
+                with locked(path, f"waiting for another process that computes {name} {path.stem}"):
+                    pass
+            left = elsewhere
 
     def path(self, name, compute, *, modules=(), **parameters):
         """The file to which ``stage(name, compute, modules=modules, **parameters)`` is written."""
@@ -121,9 +162,6 @@ class Store:
             print(f"{name}: goes on from {begun[-1].name}, although its code has changed since", flush=True)
             begun[-1].replace(path)
         return path
-
-    def _lock(self, path, message):
-        return locked(path, message)
 
     def _finished(self, identity, repair=False):
         """The stored result, or None. Files that have its name and are not it are put aside by ``repair``."""
@@ -167,17 +205,23 @@ class Store:
             print(text, flush=True)
             self._said.add(text)
 
-    def _computed(self, path, name, identity, compute):
+    def _computed(self, identity, compute):
         start, inner, outer, self._kept = time.perf_counter(), self._seconds, self._kept, {}
         tensors, result = compute()
         own = time.perf_counter() - start - (self._seconds - inner)
         self._seconds += own
-        result = {**result, "seconds": own, **({"kept": self._kept} if self._kept else {})}
+        found = self._written(identity, tensors, {**result, "seconds": own})
         self._kept = outer | self._kept  # another dict: the record has its own
+        return found
+
+    def _written(self, identity, tensors, result):
+        result = {**result, **({"kept": self._kept} if self._kept else {})}
         try:
             json.dumps(result)
         except TypeError as error:
-            raise ValueError(f"the record of the stage {name!r} cannot be written as JSON: {error}") from error
+            raise ValueError(f"the record of the stage {identity['stage']!r} cannot be written as JSON: "
+                             f"{error}") from error
+        path = self._path(identity)
         save_tensors(path, tensors, {**identity, "commit": commit(), "result": result})
         self.computed += 1
         # What a rerun would find is what the first run returns: through the file.
@@ -195,6 +239,15 @@ class Store:
         except TypeError as error:
             raise ValueError(f"a parameter of the stage {name!r} cannot be written as JSON: {error}") from error
         return {"stage": name, "parameters": parameters, "versions": versions(), "sources": sources(compute, modules)}
+
+
+def _lock_now(locks, path):
+    """Whether a file could be locked without waiting for another process; ``locks`` holds it then."""
+    try:
+        locks.enter_context(locked(path, wait=False))
+    except Timeout:
+        return False
+    return True
 
 
 def _hash(value):

@@ -11,8 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from permask_core.experiments import permuted_masks, queue
-from permask_core.experiments.alignment import cost, gap_closed, idle_units, mask_overlap, planted, units_placed
+from permask_core.experiments import permuted_masks, trainings
+from permask_core.experiments.alignment import (
+    cost,
+    gap_share,
+    idle_units,
+    mask_overlap,
+    plant_permutation,
+    shared_positions,
+)
 from permask_core.experiments.permuted_masks import Experiment
 from permask_core.masks import prunable_weights
 from permask_core.matching import Entry, Group, match_weights, permutation_groups, permute, random_permutations
@@ -51,13 +58,13 @@ def test_by_default_alignment_trains_nothing_that_the_naive_mask_does_not_need()
 
 
 def test_costs_are_what_is_trained(tmp_path, monkeypatch):
-    epochs, fit = {}, queue.fit
+    epochs, fit = {}, trainings.fit
 
     def spy(model, train, recipe, *, resume, **options):
         epochs[resume.parent.name] = epochs.get(resume.parent.name, 0) + recipe.epochs
         return fit(model, train, recipe, resume=resume, **options)
 
-    monkeypatch.setattr(queue, "fit", spy)
+    monkeypatch.setattr(trainings, "fit", spy)
     late = dataclasses.replace(TINY, matched_at=3)  # only then is all that is trained of B needed
     permuted_masks.train_sparse(late, Store(tmp_path), 0, 0.8, "permuted", "weights")
     found = cost(late, "permuted", 0.8)
@@ -82,7 +89,7 @@ def drawn(seed, n=6, share=0.8, gap=0.3, sd=0.02):
 @given(st.integers(0, 10**6), st.integers(3, 12), st.floats(-0.5, 1.2), st.floats(0.6, 0.99))
 def test_at_the_ends_of_the_interval_a_t_test_is_just_significant(seed, n, share, confidence):
     permuted, naive, lth = drawn(seed, n, share)
-    found = gap_closed(permuted, naive, lth, confidence)
+    found = gap_share(permuted, naive, lth, confidence)
     assert found.n == n and found.gap == pytest.approx(lth.mean() - naive.mean()) and not found.undefined
     assert found.low < found.share < found.high
     assert found.share == pytest.approx((permuted.mean() - naive.mean()) / (lth.mean() - naive.mean()))
@@ -92,14 +99,14 @@ def test_at_the_ends_of_the_interval_a_t_test_is_just_significant(seed, n, share
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
-    hits = [found.low <= 0.8 <= found.high for found in (gap_closed(*drawn(seed, 5)) for seed in range(2000))]
+    hits = [found.low <= 0.8 <= found.high for found in (gap_share(*drawn(seed, 5)) for seed in range(2000))]
     assert abs(np.mean(hits) - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
 
 
 def test_naive_closes_nothing_and_the_ticket_all():
     _, naive, lth = drawn(0)
-    assert gap_closed(naive, naive, lth)[:3] == (0, 0, 0)
-    assert gap_closed(lth, naive, lth)[:3] == pytest.approx((1, 1, 1))
+    assert gap_share(naive, naive, lth)[:3] == (0, 0, 0)
+    assert gap_share(lth, naive, lth)[:3] == pytest.approx((1, 1, 1))
 
 
 @pytest.mark.parametrize("lth, why", [
@@ -107,7 +114,7 @@ def test_naive_closes_nothing_and_the_ticket_all():
     ([0.4, 0.4, 0.4], "LTH is -10.0 points"),
     ([0.5, 0.5, 0.8], "at 95 % LTH minus naive, 10.0 points in the mean, may be 0")])
 def test_without_a_gap_nothing_is_closed(lth, why):
-    found = gap_closed([0.5, 0.51, 0.5], [0.5, 0.5, 0.5], lth)
+    found = gap_share([0.5, 0.51, 0.5], [0.5, 0.5, 0.5], lth)
     assert found.undefined.startswith(why) and all(math.isnan(value) for value in found[:3]) and found.n == 3
     assert found.gap == pytest.approx(np.mean(lth) - 0.5)
 
@@ -119,18 +126,18 @@ def test_without_a_gap_nothing_is_closed(lth, why):
     ({"lth": [0.9, math.nan]}, "lth holds [0.9, nan]"), ({"confidence": 95}, "confidence is 95")])
 def test_bad_accuracies_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        gap_closed(**{"permuted": [0.6, 0.6], "naive": [0.5, 0.5], "lth": [0.7, 0.7], **changes})
+        gap_share(**{"permuted": [0.6, 0.6], "naive": [0.5, 0.5], "lth": [0.7, 0.7], **changes})
 
 
 # ---- A planted permutation -------------------------------------------------------------------------------------------
 
 def test_without_noise_it_is_the_permuted_network_and_is_found_back(network):
     groups, state, masks = network
-    moved, truth = planted(groups, state, seed=3)
+    moved, truth = plant_permutation(groups, state, seed=3)
     expected = permute(groups, random_permutations(groups, seed=3), state)
     assert all(torch.equal(moved[name], expected[name]) for name in state)
     found = match_weights(groups, state, moved, seed=0)
-    assert units_placed(found, truth) == 1
+    assert shared_positions(found, truth) == 1
     assert mask_overlap(permute(groups, found, masks), permute(groups, truth, masks)) == 1
 
 
@@ -139,7 +146,7 @@ def test_noise_is_in_standard_deviations_of_each_tensor():
     state = model.state_dict()
     groups = permutation_groups(model, torch.zeros(2, 3, 8, 8))
     before = {name: tensor.clone() for name, tensor in state.items()}
-    (clean, truth), (moved, again) = (planted(groups, state, noise=noise, seed=1) for noise in (0.0, 0.5))
+    (clean, truth), (moved, again) = (plant_permutation(groups, state, noise=noise, seed=1) for noise in (0.0, 0.5))
     assert all(torch.equal(truth[name], again[name]) for name in groups)
     for name, tensor in state.items():
         assert torch.equal(tensor, before[name])
@@ -152,7 +159,7 @@ def test_noise_is_in_standard_deviations_of_each_tensor():
 @pytest.mark.parametrize("noise", [-1, math.inf, math.nan])
 def test_bad_noise_is_refused(network, noise):
     with pytest.raises(ValueError, match=f"noise is {noise}: expected a number of at least 0"):
-        planted(network[0], network[1], noise=noise)
+        plant_permutation(network[0], network[1], noise=noise)
 
 
 def test_overlap_by_hand():
@@ -174,7 +181,7 @@ def test_a_wrong_permutation_of_idle_units_costs_the_mask_nothing(network):
         places = idle[name][order].nonzero()[:, 0]
         assert len(places) > 1
         order[places] = order[places.roll(1)]
-    assert units_placed(found, truth) == 1 - sum(int(one.sum()) for one in idle.values()) / 64
+    assert shared_positions(found, truth) == 1 - sum(int(one.sum()) for one in idle.values()) / 64
     assert mask_overlap(permute(groups, found, masks), permute(groups, truth, masks)) == 1
 
 
@@ -229,10 +236,10 @@ def test_idle_units_of_what_does_not_fit(network):
         idle_units(groups, masks, {**state, name: state[name][:1]})
 
 
-def test_units_placed_by_hand():
+def test_shared_positions_by_hand():
     truth = {"a": torch.tensor([2, 0, 1]), "b": torch.tensor([0])}
-    assert units_placed({"a": torch.tensor([2, 1, 0]), "b": torch.tensor([0])}, truth) == 2 / 4
+    assert shared_positions({"a": torch.tensor([2, 1, 0]), "b": torch.tensor([0])}, truth) == 2 / 4
     with pytest.raises(ValueError, match="expected the same groups"):
-        units_placed({"a": truth["a"]}, truth)
+        shared_positions({"a": truth["a"]}, truth)
     with pytest.raises(ValueError, match="expected the same groups"):
-        units_placed({}, {})
+        shared_positions({}, {})

@@ -111,11 +111,11 @@ def test_a_batchnorm_without_statistics_is_refused_before_any_training(correctio
     ({"sparsities": [1.0]}, "sparsity is 1.0"), ({"by": "eye"}, "unknown matching 'eye'"),
     ({"points": 2}, "points is 2"), ({"seeds": [-1]}, "seed is -1"), ({"workers": 0}, "workers is 0"),
     ({"correction": "rest"}, "unknown correction 'rest'"),
-    ({"experiments": replace(TINY, matched_layers=("head",))}, "unknown group in matched_layers 'head'")])
+    ({"experiment": replace(TINY, matched_layers=("head",))}, "unknown group in matched_layers 'head'")])
 def test_what_is_out_of_range_is_refused_before_any_training(changes, said, tmp_path):
     store = Store(tmp_path)
     with pytest.raises(ValueError, match=said):
-        basins.run(**{"experiments": TINY, "store": store, "seeds": [0], "sparsities": [0], **changes})
+        basins.run(**{"experiment": TINY, "store": store, "seeds": [0], "sparsities": [0], **changes})
     assert store.computed == 0
 
 
@@ -143,7 +143,7 @@ def test_the_chapter_runs_what_it_says():
     ("grid", 1, "grid is 1"), ("workers", 0, "workers is 0"), ("widths", 1.0, "widths is 1.0: expected a list"),
     ("widths", [0], "widths is [0]"), ("sparsities", [0.5, 1.0], "sparsities is [0.5, 1.0]"),
     ("sparsities", [], "sparsities is"), ("epochs", 0, "epochs is 0"), ("epochs", "20", "epochs is '20'"),
-    ("rewind", 20, "rewind is 20: expected fewer than the epochs, 20"), ("rewind", 25, "rewind is 25"),
+    ("rewind", 20, "rewind is 20: expected an epoch from 0 to 19"), ("rewind", 25, "rewind is 25"),
     ("lr", 0, "lr is 0"), ("sparse_lr", "x", "sparse_lr is 'x'")])
 def test_the_chapter_refuses_what_is_out_of_range(name, value, said):
     with pytest.raises(ValueError, match=f"^{re.escape(said)}"):

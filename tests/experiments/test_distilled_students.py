@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from permask_core.experiments import distilled_students
-from permask_core.experiments.distilled_students import Experiment, answers, run, train_network
+from permask_core.experiments.distilled_students import Experiment, run, select_predictions, train_network
 from permask_core.models import build_model
 from permask_core.runs.store import Store
 from permask_core.training import Recipe, evaluate, fit, loop, predict
@@ -102,19 +102,20 @@ def test_workers_get_the_same_rows(finished, tmp_path):
 
 def test_answers_stand_in_the_order_of_the_seeds(finished):
     _, rows = finished
-    found = answers(rows[::-1], "distilled", 4)
+    found = select_predictions(rows[::-1], "distilled", 4)
     assert found.dtype == np.int64 and found.shape == (2, 360)
     assert (found[1] == rows[7]["predictions"].numpy()).all()
     with pytest.raises(ValueError, match="no run of the role 'distilled' at temperature 5"):
-        answers(rows, "distilled", 5)
+        select_predictions(rows, "distilled", 5)
 
 
-@pytest.mark.parametrize("name", distilled_students.PAIRS)
-def test_pairs_change_where_they_are_asked_to(name):
-    plain = distilled_students.pair(name)
-    assert plain == distilled_students.PAIRS[name]
+@pytest.mark.parametrize("name", distilled_students.PRESETS)
+def test_presets_change_where_they_are_asked_to(name):
+    plain = distilled_students.preset(name)
+    stated = distilled_students.PRESETS[name].settings
+    assert plain.dataset == stated["dataset"] and plain.teacher_recipe == Recipe(**stated["teacher_recipe"])
     seeded = {"seed": 3} if name in ("digits", "trifeature", "celeba") else {}
-    changed = distilled_students.pair(name, options=seeded, alpha=0.5, recipe={"batch_size": 512}, root="there",
+    changed = distilled_students.preset(name, options=seeded, alpha=0.5, recipe={"batch_size": 512}, root="there",
                                       student_options=None)
     assert changed.teacher_recipe == replace(plain.teacher_recipe, batch_size=512)
     assert changed.student_recipe == replace(plain.student_recipe, batch_size=512)
@@ -123,21 +124,24 @@ def test_pairs_change_where_they_are_asked_to(name):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"name": "cifar"}, "unknown pair 'cifar': expected one of digits, trifeature"),
+    ({"name": "cifar"}, "unknown preset 'cifar', perhaps 'cifar10': expected one of digits, trifeature"),
     ({"name": "svhn", "epochs": 3}, "unknown setting 'epochs': expected one of dataset, options"),
-    ({"name": "svhn", "recipe": {"epoch": 3}}, "unknown setting 'epoch': expected one of epochs, lr"),
+    ({"name": "svhn", "recipe": {"epoch": 3}}, "unknown setting 'epoch', perhaps 'epochs': expected one of epochs, lr"),
     ({"name": "svhn", "recipe": {"lr": 0}}, "lr is 0"),
     ({"name": "svhn", "options": {"noise": 1}}, "svhn has no option 'noise'"),
 ])
-def test_bad_pairs_are_refused(change, message):
+def test_bad_presets_are_refused(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        distilled_students.pair(**change)
+        distilled_students.preset(**change)
 
 
 @pytest.mark.parametrize("change, message", [
     ({"dataset": "mnist"}, "dataset is 'mnist': expected one of digits"),
     ({"options": {"fold": 1}}, "digits has no option 'fold'"), ({"teacher": "cnn"}, "teacher is 'cnn'"),
-    ({"student": "cnn"}, "student is 'cnn'"), ({"alpha": 2}, "alpha is 2"), ({"scale_by_t2": 0}, "scale_by_t2 is 0"),
+    ({"student": "cnn"}, "student is 'cnn'"),
+    ({"teacher_options": {"depths": 2}}, "teacher_options is {'depths': 2}: mlp has no option 'depths'"),
+    ({"student_options": {"depths": 2}}, "student_options is {'depths': 2}: mlp has no option 'depths'"),
+ ({"alpha": 2}, "alpha is 2"), ({"scale_by_t2": 0}, "scale_by_t2 is 0"),
 ])
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -149,7 +153,6 @@ def test_bad_settings_are_refused(change, message):
     ({"temperatures": "12"}, "temperature is '1'"), ({"workers": 0}, "workers is 0"),
     ({"seeds": [1, 0, 1]}, "seeds is [1, 0, 1]: expected each value once"),
     ({"temperatures": [4, 2, 4.0]}, "temperatures is [4, 2, 4.0]: expected each value once"),
-    ({"experiment": replace(TINY, student_options={"depths": 2})}, "mlp has no option 'depths'"),
     ({"experiment": replace(TINY, teacher="vgg11", teacher_options={})}, "vgg11 halves the image five times"),
 ])
 def test_bad_runs_are_refused_before_training(tmp_path, change, message):

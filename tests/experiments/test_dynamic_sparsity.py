@@ -8,7 +8,15 @@ import torch
 
 from permask_core.data.published import published_dynamic_sparse_training
 from permask_core.experiments import dynamic_sparsity
-from permask_core.experiments.dynamic_sparsity import METHODS, Experiment, preset, run, train_network
+from permask_core.experiments.dynamic_sparsity import (
+    METHODS,
+    PRESETS,
+    Experiment,
+    preset,
+    reproduces,
+    run,
+    train_network,
+)
 from permask_core.masks import layer_sparsity, prunable_weights
 from permask_core.models import build_model
 from permask_core.pruning import erk_densities
@@ -198,16 +206,16 @@ def test_workers_get_the_same_rows(finished, tmp_path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_settings_are_the_published_ones(name):
     chosen, (settings, recipe, sparsities) = preset(name), PUBLISHED[name]
-    assert {key: getattr(chosen.experiment, key) for key in settings} == settings
-    assert {key: getattr(chosen.experiment.recipe, key) for key in recipe} == recipe
-    assert (chosen.experiment.until, chosen.experiment.fraction, chosen.sparsities) == (0.75, 0.3, sparsities)
-    assert {row["sparsity"] for row in published_dynamic_sparse_training() if row["setting"] == chosen.reproduces
-            } - {0.0} == set(sparsities)
+    assert {key: getattr(chosen, key) for key in settings} == settings
+    assert {key: getattr(chosen.recipe, key) for key in recipe} == recipe
+    assert (chosen.until, chosen.fraction, PRESETS[name].grid["sparsities"]) == (0.75, 0.3, sparsities)
+    rows = [row for row in published_dynamic_sparse_training() if row["setting"] == reproduces(name, chosen)]
+    assert {row["sparsity"] for row in rows} - {0.0} == set(sparsities)
 
 
 def test_cifar100_has_the_settings_of_cifar10_and_nothing_published():
     ours, theirs = preset("cifar100-resnet18"), preset("cifar10-resnet18")
-    assert replace(ours.experiment, dataset="cifar10") == theirs.experiment and ours.reproduces is None
+    assert replace(ours, dataset="cifar10") == theirs and reproduces("cifar100-resnet18", ours) is None
 
 
 @pytest.mark.parametrize("changes, kept", [
@@ -215,12 +223,13 @@ def test_cifar100_has_the_settings_of_cifar10_and_nothing_published():
     ({"recipe": {"epochs": None}, "width": None}, True), ({"options": {"verify": False}}, False),
     ({"width": 0.5}, False), ({"recipe": {"epochs": 249}}, False), ({"every": 50}, False)])
 def test_what_was_published_is_not_of_other_settings(changes, kept):
-    assert preset("cifar10-resnet18", **changes).reproduces == ("ResNet18/CIFAR-10" if kept else None)
+    found = reproduces("cifar10-resnet18", preset("cifar10-resnet18", **changes))
+    assert found == ("ResNet18/CIFAR-10" if kept else None)
 
 
 def test_shortcuts_have_masks_and_what_is_to_stay_dense_has_none():
     model = build_model("resnet50", (3, 32, 32), 10, width=0.125)
-    weights = dynamic_sparsity.sparse_weights(preset("imagenet-resnet50").experiment, model)
+    weights = dynamic_sparsity.sparse_weights(preset("imagenet-resnet50"), model)
     expected = {name for name, tensor in model.named_parameters() if tensor.ndim > 1} - {"conv1.weight"}
     assert set(weights) == expected and "layer1.0.downsample.0.weight" in expected
 
@@ -249,7 +258,7 @@ def test_bad_settings_are_refused(change, message):
 @pytest.mark.parametrize("change, message", [
     ({"name": "cifar"}, "unknown preset 'cifar': expected one of digits, cifar10-resnet18"),
     ({"name": "digits", "epochs": 3}, "unknown setting 'epochs': expected one of dataset, options"),
-    ({"name": "digits", "recipe": {"epoch": 3}}, "unknown setting 'epoch': expected one of epochs, lr"),
+    ({"name": "digits", "recipe": {"epoch": 3}}, "unknown setting 'epoch', perhaps 'epochs': expected one of epochs"),
     ({"name": "digits", "options": {"noize": 1}}, "digits has no option 'noize'"),
     ({"name": "imagenet-resnet50", "recipe": {"epochs": 4}}, "warmup is 5: expected a number of epochs below epochs"),
 ])
@@ -263,7 +272,7 @@ def test_bad_presets_are_refused(change, message):
     ({"seeds": [0, 0]}, "seeds is [0, 0]: expected each value once"), ({"sparsities": [1]}, "sparsity is 1"),
     ({"sparsities": 0.9}, "sparsities is 0.9: expected a list (papermill takes lists with -y, as in"),
     ({"sparsities": [0.9, 0.9]}, "expected each value once"), ({"methods": "rigl"}, "methods is 'rigl': expected a li"),
-    ({"methods": ["riglet"]}, "unknown method 'riglet': expected one of dense, random, fan_in, set, rigl, srigl"),
+    ({"methods": ["riglet"]}, "unknown method 'riglet', perhaps 'rigl': expected one of dense, random, fan_in, set"),
     ({"sparsities": [0.8, 0.9999]}, "sparsity is 0.9999: it leaves 'fc1.weight', of 2048 weights, no connection"),
     ({"experiment": replace(TINY, unmasked=("conv1.weight",))}, "unmasked has 'conv1.weight': expected some of fc1"),
     ({"experiment": replace(TINY, unmasked=("fc1.weight", "fc2.weight", "head.weight"))}, "unmasked has all weights"),
@@ -293,7 +302,7 @@ def test_published_networks_train_on_files_in_the_published_formats(name, option
     else:
         write_cifar(tmp_path / "data", dataset, n_train=24, n_test=20)
     short = {"epochs": 1, "batch_size": 8, "accumulate": 1, "warmup": 0, "precision": "float32"}
-    own = preset(name, options=options, root=str(tmp_path / "data"), width=0.0625, every=1, recipe=short).experiment
+    own = preset(name, options=options, root=str(tmp_path / "data"), width=0.0625, every=1, recipe=short)
     rows = run(own, Store(tmp_path / "runs"), seeds=[0], sparsities=[0.8], methods=["rigl", "srigl+ablation"])
     assert [row["method"] for row in rows] == ["rigl", "srigl+ablation"]
     assert rows[0]["achieved"] == rows[1]["achieved"] and 0.5 < rows[0]["achieved"] < 0.95

@@ -20,8 +20,8 @@ from permask_core.experiments.extreme_labels import (
     METHODS,
     PRESETS,
     Experiment,
-    check,
-    classifier,
+    build_classifier,
+    check_run,
     data,
     parameters,
     preset,
@@ -73,8 +73,8 @@ def test_budgets_are_used_up_and_not_exceeded(labels, hidden, drawn):
 
 
 def test_networks_have_the_size_that_was_promised():
-    experiment = PRESETS["planted-10k"]
-    sizes = {method: parameters(classifier(experiment, method, 128, 0)) for method in METHODS}
+    experiment = preset("planted-10k")
+    sizes = {method: parameters(build_classifier(experiment, method, 128, 0)) for method in METHODS}
     assert sizes["static"] == 128 * 129 + 10_000 * 17 == sizes["set"] == sizes["set+auxiliary"]
     for method in ("set+intermediate", "bottleneck"):
         assert 0.95 * sizes["static"] < sizes[method] <= sizes["static"]
@@ -83,35 +83,35 @@ def test_networks_have_the_size_that_was_promised():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_run(name):
-    chosen = PRESETS[name]
-    check(chosen, seeds=[0], methods=chosen.methods)
+    chosen = preset(name)
+    check_run(chosen, seeds=[0], methods=chosen.methods)
     assert chosen.methods == METHODS if name.startswith("planted") else "set+auxiliary" not in chosen.methods
 
 
 def test_published_settings_are_the_published_ones():
     """Ullah et al., NeurIPS 2024; GiB of the output layer as published, without biases and the list of rows."""
-    assert PRESETS["wiki31k"].layers("set+intermediate") == {"fan_in": 64, "intermediate": 4096}
+    assert preset("wiki31k").layers("set+intermediate") == {"fan_in": 64, "intermediate": 4096}
     for name, dense, fan_in, digits in (("amazon-670k", 7.67, 1.60, 2), ("amazon-3m", 32.2, 6.7, 1)):
-        labels, hidden = PRESETS[name].labels, PRESETS[name].hidden
-        assert PRESETS[name].layers("set") == {"fan_in": 128, "intermediate": None}
+        labels, hidden = preset(name).labels, preset(name).hidden
+        assert preset(name).layers("set") == {"fan_in": 128, "intermediate": None}
         assert round((training_bytes(hidden, labels) - 16 * labels) / 2 ** 30, digits) == dense
         assert round((training_bytes(hidden, labels, 128) - 24 * labels) / 2 ** 30, digits) == fan_in
     for name in ("wiki31k", "amazon-670k", "amazon-3m"):
-        recipe = PRESETS[name].recipe
+        recipe = preset(name).recipe
         assert 300 <= recipe.rewire_every <= 1500 and recipe.rewire_until == 0.66 and 0.15 <= recipe.drop <= 0.25
 
 
 def test_a_preset_is_changed_where_asked():
     chosen = preset("planted", labels=3000, recipe={"epochs": 2, "lr": None}, fan_in=12, root=None)
-    standard = PRESETS["planted"]
+    standard = preset("planted")
     assert chosen == dataclasses.replace(standard, labels=3000, points=3 * standard.points, fan_in=12,
                                          recipe=dataclasses.replace(standard.recipe, epochs=2))
     assert preset("planted", labels=3000, points=500).points == 500
-    assert preset("wiki31k", labels=40).points == PRESETS["wiki31k"].points
+    assert preset("wiki31k", labels=40).points == preset("wiki31k").points
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: preset("planned"), "unknown preset 'planned': expected one of planted, planted-10k,"),
+    (lambda: preset("planned"), "unknown preset 'planned', perhaps 'planted': expected one of planted, planted-10k,"),
     (lambda: preset("planted", depth=3), "unknown setting 'depth': expected one of dataset,"),
     (lambda: preset("planted", recipe={"rate": 1}), "unknown setting 'rate': expected one of epochs, lr,"),
     (lambda: preset("planted", recipe={"epochs": 0}), "epochs is 0: expected an integer of at least 1"),
@@ -340,7 +340,7 @@ def test_the_grid_runs_every_preset_of_files():  # it is checked in tests/batch/
     assert all(job.notebook == "extreme_labels" and job.parameters["seeds"] == 1 for job in jobs.values())
     assert {job.parameters["preset"] for job in jobs.values()} == set(PRESETS) - {"planted", "planted-10k"}
     for job in jobs.values():
-        assert job.parameters["methods"][0] in PRESETS[job.parameters["preset"]].methods
+        assert job.parameters["methods"][0] in preset(job.parameters["preset"]).methods
 
 
 def test_a_grid_with_bad_values_is_refused_with_all_of_them(tmp_path):

@@ -54,7 +54,7 @@ def test_all_faults_are_reported_at_once():
 
 
 def test_what_a_notebook_itself_allows():
-    known = {"least": {"seeds": 2}, "methods": ["dense", "rigl"], "preset": ["digits"]}
+    known = {"minimum": {"seeds": 2}, "methods": ["dense", "rigl"], "preset": ["digits"]}
     assert faults(seeds=1, methods=["dense", "rgl"], preset="digit", _known=known) == [
         "seeds is 1: expected at least 2",
         "methods is ['dense', 'rgl']: unknown 'rgl', perhaps 'rigl'; expected some of dense, rigl",
@@ -102,6 +102,11 @@ def test_every_notebook_can_be_a_job_and_checks_its_parameters_first(path):
     assert "check" in check.metadata["tags"]
     calls = [node for node in ast.parse(check.source).body if not isinstance(node, ast.Import)]
     assert ast.unparse(calls[0]) == "from permask_core.experiments.parameters import check_parameters"
-    assert ast.unparse(calls[1]).startswith("check_parameters(globals()")
+    first = next(node for node in calls if isinstance(node, ast.Expr))
+    assert ast.unparse(first).startswith("check_parameters(globals()")
+    light = {f"permask_core.experiments.{name}" for name in ("parameters", "presets")}
+    assert {node.module for node in calls[:calls.index(first)]} <= light, "a wrong parameter is refused at once"
+    named = papermill.inspect_notebook(str(path)).keys() & {"preset", "pair", "pairs"}
+    assert named <= {keyword.arg for keyword in first.value.keywords}, "and so is an unknown preset"
     assert re.search(r"^seed_list\b", check.source, re.MULTILINE) and "check_folder(output" in check.source
     assert any(re.search(r"publish\(\s*\"results\"", cell.source) for cell in cells)

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from permask_core.experiments import permuted_masks, queue, retrained_tickets
+from permask_core.experiments import permuted_masks, retrained_tickets, trainings
 from permask_core.experiments.permuted_masks import Experiment, build_network, find_ticket, train_dense
 from permask_core.experiments.retrained_tickets import (
     METHODS,
     SPAN,
-    kept_epochs,
+    member_epochs,
     member_masks,
     run,
     train_member,
@@ -53,7 +53,7 @@ def test_one_row_per_run(finished):
 
 
 @pytest.mark.parametrize("method", permuted_masks.KNOWN_METHODS[1:])
-def test_the_first_sibling_is_the_lotterys_run(finished, method):
+def test_the_first_member_is_the_run_of_permuted_masks(finished, method):
     store, _ = finished
     for seed in (0, 1):
         states, record = train_member(TINY, store, seed, 0, 0.8, method)
@@ -72,13 +72,13 @@ def test_a_sparse_start_is_the_lotterys(tmp_path):
 
 def test_states_are_kept_on_the_way(finished):
     store, _ = finished
-    assert kept_epochs(TINY) == [0, 1, 2, 3]
-    assert kept_epochs(Experiment()) == [0, 1, 2, 4, 8, 16, 18]
+    assert member_epochs(TINY) == [0, 1, 2, 3]
+    assert member_epochs(Experiment()) == [0, 1, 2, 4, 8, 16, 18]
     states, _ = train_member(TINY, store, 0, 1, 0.8, "lth")
     assert list(states) == [0, 1, 2, 3] and list(train_member(TINY, store, 0, 1, 0.8, "dense")[0]) == [0, 1, 4]
 
 
-def test_what_siblings_start_from(finished):
+def test_what_members_start_from(finished):
     store, _ = finished
     for number in (0, 1):
         b = train_dense(TINY, store, number, "b")[0]
@@ -90,7 +90,7 @@ def test_what_siblings_start_from(finished):
             assert same(train_member(TINY, store, 0, number, 0.8, method)[0][0], apply_masks(start, masks)), method
 
 
-def test_what_masks_siblings_have(finished):
+def test_what_masks_members_have(finished):
     store, _ = finished
     masks = {method: [member_masks(TINY, store, 0, number, 0.8, method) for number in (0, 1)]
              for method in METHODS[1:]}
@@ -125,14 +125,13 @@ def test_finished_runs_are_found_again_and_by_several_workers(finished, tmp_path
 
 @pytest.mark.parametrize("method", ["dense", "pruned", "lth", "permuted", "scratch"])
 def test_the_cost_is_what_is_trained(tmp_path, monkeypatch, method):
-    epochs, fit = [], queue.fit
+    epochs, fit = [], trainings.fit
 
     def spy(model, train, recipe, **options):
         epochs.append(recipe.epochs)
         return fit(model, train, recipe, **options)
 
-    monkeypatch.setattr(queue, "fit", spy)
-    monkeypatch.setattr(retrained_tickets, "fit", spy)
+    monkeypatch.setattr(trainings, "fit", spy)
     retrained_tickets.run(TINY, Store(tmp_path), seeds=[0], members=2, sparsity=0.8, methods=[method])
     assert training_epochs(TINY, 2, 0.8, method) == sum(epochs)
 

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 import permask_core
 from permask_core.experiments import permuted_masks
 from permask_core.runs import store as module
-from permask_core.runs.files import load_tensors, save_tensors
+from permask_core.runs.files import load_tensors, locked, save_tensors
 from permask_core.runs.store import Store, check_folder, commit, device_name, sources
 
 PACKAGE = Path(permask_core.__file__).parent
@@ -169,6 +171,66 @@ def test_a_stage_under_the_name_of_another_is_not_served(store, capsys):
 def test_a_failed_stage_leaves_nothing(store):
     with pytest.raises(AssertionError, match="computed"):
         store.stage("some", never)
+    assert [path for path in store.folder.rglob("*") if path.is_file()] == []
+
+
+def several(calls=None, before=lambda positions: None):
+    """A function that computes several stages, and remembers which."""
+    def compute_several(positions):
+        if calls is not None:
+            calls.append(positions)
+        before(positions)
+        return [({"x": torch.tensor([i])}, {"value": i, "seconds": 0.5}) for i in positions]
+
+    return compute_several
+
+
+@pytest.mark.parametrize("at_once, expected", [(2, [[0, 2], [3, 4]]), (9, [[0, 2, 3, 4]]), (1, [[0], [2], [3], [4]])])
+def test_several_stages_are_computed_at_once_and_found_one_by_one(store, at_once, expected):
+    wanted, calls = [{"seed": i, "modules": ["permask_core.masks"]} for i in range(5)], []
+    store.stage("some", compute, **wanted[1])
+    store.stages("some", compute, wanted, several(calls), at_once)
+    assert calls == expected and (store.computed, store.found) == (5, 1)
+    store.stages("some", compute, wanted, never, at_once)
+    for i in (0, 2, 3, 4):
+        tensors, record = store.stage("some", compute, **wanted[i])
+        assert tensors["x"] == i and record == {"value": i, "seconds": 0.5}
+
+
+def test_a_stage_that_is_wanted_twice_is_computed_once(store):
+    calls = []
+    store.stages("some", compute, [{"n": 1}, {"n": 2}, {"n": 1}], several(calls), 3)
+    assert calls == [[0, 1]] and store.computed == 2
+
+
+def test_stages_that_another_process_computes_are_left_to_it(store):
+    wanted, calls, other = [{"n": n} for n in range(4)], [], ExitStack()
+    other.enter_context(locked(store.path("some", compute, n=0)))
+    store.stages("some", compute, wanted, several(calls, lambda positions: 3 in positions and other.close()), 2)
+    assert calls == [[1], [2, 3], [0]]  # the other one ended without a result
+    with locked(store.path("some", compute, n=4)):
+        waiting = threading.Thread(target=Store(store.folder).stages,
+                                   args=("some", compute, [{"n": 4}], lambda positions: never(), 1))
+        waiting.start()
+        time.sleep(0.1)
+        save_tensors(store.path("some", compute, n=4), *other_result(store, n=4))
+    waiting.join(60)
+    assert not waiting.is_alive() and store.stage("some", compute, n=4)[1]["value"] == 1
+
+
+def other_result(store, **parameters):
+    """What another process writes for a stage: its tensors and its record."""
+    elsewhere = Store(store.folder / "elsewhere")
+    elsewhere.stage("some", compute, **parameters)
+    return load_tensors(elsewhere.path("some", compute, **parameters))
+
+
+def test_several_stages_that_fail_leave_nothing(store):
+    def failing(positions):
+        raise OSError("no memory")
+
+    with pytest.raises(OSError, match="no memory"):
+        store.stages("some", compute, [{"n": 1}, {"n": 2}], failing, 2)
     assert [path for path in store.folder.rglob("*") if path.is_file()] == []
 
 
@@ -376,6 +438,17 @@ def test_a_record_says_what_was_kept_for_it_alone(store, changing):
     keeping.stage("one", never)
     found = keeping.stage("outer", lambda: ({}, {"x": keeping.stage("other", never)[1]["value"]}))[1]["kept"]
     assert found == {"permask_core.masks": "before -> m"}
+
+
+def test_a_record_says_what_was_kept_for_several_stages_at_once(store, changing):
+    changing(OLD)
+    store.stage("one", compute)
+    changing(NEW)
+    keeping = Store(store.folder, on_change="keep")
+    keeping.stages("outer", compute, [{"n": 1}, {"n": 2}], several(before=lambda _: keeping.stage("one", never)), 2)
+    assert keeping.stage("outer", never, n=2)[1]["kept"].keys() == keeping.stage("one", never)[1]["kept"].keys()
+    keeping.stages("other", compute, [{"n": 1}], several(), 2)
+    assert "kept" not in keeping.stage("other", never, n=1)[1]
 
 
 def test_a_damaged_stage_of_other_code_is_not_kept(store, changing, capsys):

@@ -77,7 +77,7 @@ def measured_price_of_alignment():
         training), and for ``permuted`` the recipe (``matched_at``, ``matched_images``, ``matched_layers``),
         ``matching_seconds`` and ``overlap`` (of the mask with the one matched at the end); and ``control``, a list of
         dict: ``matching`` ("": nothing is moved), ``noise`` (standard deviations of the weights), ``seed``,
-        ``sparsity``, ``units_placed``, ``overlap`` (of the mask with the planted one) and ``idle`` (share of units
+        ``sparsity``, ``shared_positions``, ``overlap`` (of the mask with the planted one) and ``idle`` (share of units
         without any connection), all in [0, 1].
     """
     return _read("price_of_alignment")

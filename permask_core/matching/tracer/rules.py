@@ -1,8 +1,8 @@
 """Rules: what each of PyTorch's operations does to the values that it is given.
 
-A rule is called with the follower (``net``), the shape of the result (None if there are several) and the arguments by
+A rule is called with the tracer (``net``), the shape of the result (None if there are several) and the arguments by
 their names in the operation's schema, of which ``self`` and ``shape`` have become ``self_`` and ``shape_``. It returns
-what is known of the result, and raises NotFollowed for a form that it does not cover.
+what is known of the result, and raises NoRule for a form that it does not cover.
 """
 
 import operator
@@ -10,7 +10,7 @@ import operator
 import numpy as np
 import torch
 
-from permask_core.matching.tracer.values import Bundle, NotFollowed, value_of
+from permask_core.matching.tracer.values import Bundle, NoRule, value_of
 
 KERNEL = "they are places in a kernel"
 
@@ -22,7 +22,7 @@ def _same(net, shape, **given):
 def pointwise(net, shape, **given):
     """An elementwise operation on all the tensors that it is given."""
     if shape is None:
-        raise NotFollowed
+        raise NoRule
     return net.pointwise(shape, *net._tensors(given.values()))
 
 
@@ -58,7 +58,7 @@ def _repeat(net, shape, self_, repeats):
 
 def _repeat_interleave(net, shape, self_=None, repeats=None, dim=None, **_):
     if self_ is None or dim is None or not isinstance(repeats, int):
-        raise NotFollowed
+        raise NoRule
     value = net.value(self_)
     before, after = value.shape[:dim % len(shape) + 1], value.shape[dim % len(shape) + 1:]
     return net.view(net.pointwise([*before, repeats, *after], net.view(value, [*before, 1, *after])), shape)
@@ -102,7 +102,7 @@ def _stack(net, shape, tensors, dim=0):
 def _slice_scatter(net, shape, self_, src, dim=0, start=None, end=None, step=1):
     value, n = net.value(self_), shape[dim]
     if step != 1:
-        raise NotFollowed
+        raise NoRule
     start, stop, _ = slice(start, end).indices(n)
     before, after = (net.take(value, dim, range(*part), i) if len(range(*part)) else None
                      for i, part in enumerate(((0, start), (stop, n))))
@@ -136,7 +136,7 @@ def _order_matters(net, shape, self_, dims=None, dim=None, **_):
 def _index(net, shape, self_, indices):
     chosen = [axis for axis, index in enumerate(indices) if index is not None]
     if len(chosen) != 1:
-        raise NotFollowed
+        raise NoRule
     (axis,), value = chosen, net.value(self_)
     net.fix([index := net.value(indices[axis])], net.why_ordered())
     value, extra = net.ordered(value, [axis]), len(index.shape) - 1
@@ -165,7 +165,7 @@ def _reduced(net, shape, dim=None, keepdim=False, **given):
     value = net.value(given["self_"])
     axes = [dim] if isinstance(dim, int) else dim
     if axes is not None and isinstance(axes, torch.fx.Node):  # max of two tensors
-        raise NotFollowed
+        raise NoRule
     result = net.reduce(value, range(len(value.shape)) if axes is None or axes == [] else axes, keepdim)
     return result if shape is not None else (result, result)
 
@@ -176,7 +176,7 @@ def _best(net, shape, self_, dim=None, keepdim=False, **given):
     value = net.value(self_)
     asked = any(user.args[1] == 1 for user in net.node.users if user.target is operator.getitem)
     if dim is not None and asked and any(dim % len(value.shape) in bundle.axes for bundle in value.bundles):
-        raise NotFollowed  # where the best is changes with the order
+        raise NoRule  # where the best is changes with the order
     return _reduced(net, shape, dim, keepdim, self_=self_)
 
 
@@ -188,7 +188,7 @@ def _einsum(net, shape, equation, tensors, **_):
     values, equation = [net.value(t) for t in tensors], equation.replace(" ", "")
     inputs, arrow, out = equation.partition("->")
     if not arrow:
-        raise NotFollowed
+        raise NoRule
     terms = inputs.split(",")
     rank = max(len(v.shape) - len(t.replace("...", "")) for t, v in zip(terms, values) if "..." in t) \
         if "..." in equation else 0
@@ -234,7 +234,7 @@ def _linear(net, shape, input, weight, bias=None):
 def _attention(net, shape, query, key, value, attn_mask=None, is_causal=False, enable_gqa=False, **_):
     q, k, v = (net.value(node) for node in (query, key, value))
     if enable_gqa or not len(q.shape) == len(k.shape) == len(v.shape):
-        raise NotFollowed
+        raise NoRule
     batch = list(range(len(shape) - 2))
     scores = net.contract([[*batch, "l", "e"], [*batch, "s", "e"]], [*batch, "l", "s"], [q, k])
     if attn_mask is not None:

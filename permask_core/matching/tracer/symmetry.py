@@ -38,7 +38,7 @@ def colour_of(*names):
     return value
 
 
-def mixed(x):
+def mix(x):
     """Scatter colours, so that sums of them hardly ever agree by chance (splitmix64)."""
     x = np.asarray(x, np.uint64)
     with np.errstate(over="ignore"):
@@ -76,10 +76,10 @@ class Structure:
         self.fix(u[v == INERT], why := f"they meet fixed values in {at}")
         self.fix(v[u == INERT], why)
         with np.errstate(over="ignore"):
-            self.mark(u[v == UNIFORM], mixed(tags_v[v == UNIFORM].astype(np.uint64)) + colour_of("constant", name))
-            self.mark(v[u == UNIFORM], mixed(tags_u[u == UNIFORM].astype(np.uint64)) + colour_of("constant", name))
+            self.mark(u[v == UNIFORM], mix(tags_v[v == UNIFORM].astype(np.uint64)) + colour_of("constant", name))
+            self.mark(v[u == UNIFORM], mix(tags_u[u == UNIFORM].astype(np.uint64)) + colour_of("constant", name))
             both = (u >= 0) & (v >= 0) & ((u != v) | (tags_u != tags_v))
-            colours = mixed(colour_of("same", name) + mixed(mixed(tags_u[both].astype(np.uint64))
+            colours = mix(colour_of("same", name) + mix(mix(tags_u[both].astype(np.uint64))
                                                           + tags_v[both].astype(np.uint64)))
         self._same.append((u[both], v[both], colours))
         first = (u == INERT) | ((u >= 0) & (v != INERT))
@@ -105,7 +105,7 @@ class Structure:
                 real = row >= 0
                 places = np.arange(len(row))[real] if ordered else np.zeros(real.sum(), np.int64)
                 with np.errstate(over="ignore"):
-                    colours = mixed(mixed(places.astype(np.uint64)) + row_tags[real].astype(np.uint64))
+                    colours = mix(mix(places.astype(np.uint64)) + row_tags[real].astype(np.uint64))
                 self._parts.append((row[real], np.full(real.sum(), block), colours))
             result[i] = self._blocks[key][0]
         return result, new_tags
@@ -126,7 +126,7 @@ class Structure:
         vertices = _joined(self._vertices, (np.int64, np.int64, np.uint64))
         for marked, colours in self._marks:
             with np.errstate(over="ignore"):
-                np.add.at(vertices[2], marked, mixed(colours))
+                np.add.at(vertices[2], marked, mix(colours))
         return vertices, *(_joined(edges, (np.int64, np.int64, np.uint64)) for edges in (self._same, self._parts))
 
 
@@ -194,7 +194,7 @@ class _Units:
         self.members, self.end = _members(unit, site, colour), len(unit)
         self.colours = np.zeros(unit.max(initial=-1) + 1, np.uint64)  # of a unit: those of its vertices, in any order
         with np.errstate(over="ignore"):
-            np.add.at(self.colours, unit, mixed(colour))
+            np.add.at(self.colours, unit, mix(colour))
 
     def whole(self, u):
         """A unit and its parts, and theirs."""
@@ -296,7 +296,7 @@ def _unique(colour, unit, fixed):
     colour = colour.copy()
     chosen = np.isin(unit, list(fixed))
     with np.errstate(over="ignore"):
-        colour[chosen] += mixed(mixed(np.flatnonzero(chosen).astype(np.uint64)) + colour_of("fixed"))
+        colour[chosen] += mix(mix(np.flatnonzero(chosen).astype(np.uint64)) + colour_of("fixed"))
     return colour
 
 
@@ -304,14 +304,14 @@ def _refine(colour, same, parts):
     """Colours of vertices by their surroundings, refined until no more can be told apart."""
     ways = []
     for (u, v, tone), name in ((same, "same"), (parts, "part")):
-        ways += [(u, v, mixed(tone ^ colour_of(name, "out"))), (v, u, mixed(tone ^ colour_of(name, "in")))]
+        ways += [(u, v, mix(tone ^ colour_of(name, "out"))), (v, u, mix(tone ^ colour_of(name, "in")))]
     distinct = len(np.unique(colour))
     with np.errstate(over="ignore"):
         while True:
             around = np.zeros_like(colour)
             for u, v, tone in ways:
-                np.add.at(around, v, mixed(mixed(colour[u]) + tone))
-            colour = mixed(colour + mixed(around))
+                np.add.at(around, v, mix(mix(colour[u]) + tone))
+            colour = mix(colour + mix(around))
             now = len(np.unique(colour))
             if now == distinct:
                 return colour

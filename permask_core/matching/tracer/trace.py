@@ -27,7 +27,7 @@ from permask_core.matching.checking import check_function
 from permask_core.matching.groups import Entry, Fixed, Group, Groups, Tap
 from permask_core.matching.tracer.rules import KERNEL, RULES, pointwise
 from permask_core.matching.tracer.symmetry import Site, orbits
-from permask_core.matching.tracer.values import Algebra, Bundle, NotFollowed, Value, value_of
+from permask_core.matching.tracer.values import Algebra, Bundle, NoRule, Value, value_of
 from permask_core.models import evaluation_mode
 
 BY_HAND = ("groups can be written by hand, as a dict of permask_core.matching.Group, and tested with "
@@ -72,9 +72,9 @@ def permutation_groups(model, example_input, *, check=False):
         2.weight[0] (2), 2.bias[0] (2)
     """
     with evaluation_mode(model):
-        follower = _Follower(model, _exported(model, *arguments(example_input)))
-    follower.run()
-    groups = follower.groups()
+        tracer = _Tracer(model, _exported(model, *arguments(example_input)))
+    tracer.run()
+    groups = tracer.groups()
     if check:
         check_function(groups, model, example_input)
     return groups
@@ -110,7 +110,7 @@ def _has_rule(target):
         schema.name.removeprefix("aten::") in RULES or torch.Tag.pointwise in target.tags)
 
 
-class _Follower(Algebra):
+class _Tracer(Algebra):
     """Walks the graph in order; ``values`` holds what is known of every node's result."""
 
     def __init__(self, model, program):
@@ -158,16 +158,16 @@ class _Follower(Algebra):
         shape = tuple(results.shape) if isinstance(results, torch.Tensor) else None
         try:
             if not _has_rule(node.target) or not isinstance(results, (torch.Tensor, list, tuple)):
-                raise NotFollowed
+                raise NoRule
             given = {a.name + "_" * (a.name in ("self", "shape")): a.default_value for a in schema.arguments}
             given |= dict(zip(given, node.args)) | node.kwargs
             value = RULES.get(name, pointwise)(self, shape=shape, **given)
             for one, result in zip(pytree.tree_leaves([value], is_leaf=lambda v: isinstance(v, Value)),
                                    pytree.tree_leaves(results)):
                 if isinstance(one, Value) and one.shape != tuple(result.shape):
-                    raise NotFollowed
+                    raise NoRule
             return value
-        except (NotFollowed, TypeError, ValueError, LookupError, AttributeError):  # a form that no rule foresees
+        except (NoRule, TypeError, ValueError, LookupError, AttributeError):  # a form that no rule foresees
             self.fix(self._tensors([*node.args, *node.kwargs.values()]), why := f"{name} is not followed")
             return pytree.tree_map(lambda result: self._inert(result, why), results)
 

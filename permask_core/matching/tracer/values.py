@@ -80,7 +80,7 @@ def value_of(shape, bundles=(), uniform=(), why=""):
     return Value(tuple(shape), tuple(kept), frozenset(flat - {a for b in kept for a in b.axes}), why)
 
 
-class NotFollowed(Exception):
+class NoRule(Exception):
     """An operation in a form that has no rule."""
 
 
@@ -149,7 +149,7 @@ class Algebra:
                 common = set(bundle.axes) & set(other.axes)
                 for small, large in ((bundle, other), (other, bundle)):
                     if set(small.axes) < set(large.axes) and (large.vertices == UNIFORM).any():
-                        raise NotFollowed  # where the larger is constant, nothing would remain of the smaller
+                        raise NoRule  # where the larger is constant, nothing would remain of the smaller
                 if common:
                     one, two = self.project(other, common, False), self.project(bundle, common, False)
                     both = self.structure.same(one.vertices, two.vertices, one.tags, two.tags, self.name, self.at)
@@ -184,7 +184,7 @@ class Algebra:
         size = {}
         for term, value in zip(terms, values):
             if len(set(term)) < len(term) or len(term) != len(value.shape):
-                raise NotFollowed
+                raise NoRule
             for letter, n in zip(term, value.shape):
                 size[letter] = max(n, size.get(letter, 1))
         shape = [size[letter] for letter in letters]
@@ -194,7 +194,7 @@ class Algebra:
     def view(self, value, shape):
         """The value in another shape, indices in the same order."""
         if 0 in value.shape or math.prod(value.shape) != math.prod(shape):
-            raise NotFollowed
+            raise NoRule
         segments = _segments(value.shape, shape)
         uniform = {a for old, new in segments if value.uniform.issuperset(old) for a in new}
         kept = {old[0]: new[0] for old, new in segments if len(old) == len(new) == 1}
@@ -271,7 +271,7 @@ class Algebra:
             first, *others = [self.project(part, set(axes) - {axis}, False) for part in parts]
             for other in others:
                 if other.axes != first.axes:
-                    raise NotFollowed
+                    raise NoRule
                 self.structure.same(first.vertices, other.vertices, first.tags, other.tags, self.name, self.at)
         return Bundle(axes, *(np.concatenate([part[j] for part in parts], axes.index(axis)) for j in (1, 2)))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from permask_core.matching.tracer.symmetry import INERT, UNIFORM, Site, Structure, colour_of, mixed, orbits
+from permask_core.matching.tracer.symmetry import INERT, UNIFORM, Site, Structure, colour_of, mix, orbits
 
 ZERO = np.zeros(1, np.int64)
 
@@ -142,9 +142,9 @@ def test_a_block_that_is_its_own_part_is_fixed():
 
 
 def test_colours_are_scattered():
-    assert mixed(0) == 0xE220A8397B1DCDAF  # splitmix64's first number from the seed 0, as published
+    assert mix(0) == 0xE220A8397B1DCDAF  # splitmix64's first number from the seed 0, as published
     assert len({int(colour_of("axis", name, axis)) for name in "abc" for axis in range(3)}) == 9
-    colours = mixed(np.arange(1000))
+    colours = mix(np.arange(1000))
     assert len(np.unique(colours)) == 1000 and len(np.unique(colours[:, None] + colours)) == 1000 * 1001 // 2
 
 

@@ -1,4 +1,4 @@
-"""Experiments whose stages train together, against the same experiments run one stage after the other."""
+"""Experiments whose networks are trained at once, against the same experiments with one network after the other."""
 
 import dataclasses
 import os
@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from permask_core.experiments import permuted_masks, queue
-from permask_core.experiments.queue import run_batched
+from permask_core.experiments import permuted_masks, trainings
 from permask_core.runs.store import Store
 from permask_core.training.batched import Batch, evaluate_batched
 from tests.experiments.test_permuted_masks import TINY, files, without_seconds
@@ -20,14 +19,14 @@ GRID = {"seeds": [0, 1], "sparsities": [0.5, 0.8]}
 
 @pytest.fixture
 def batches(monkeypatch):
-    """How many networks each call trains, and which way."""
-    calls, whole = [], queue.fit_batched
+    """How many networks each call trains."""
+    calls, whole = [], trainings.fit_batched
 
     def spy(models, *given, **options):
         calls.append(len(models))
         return whole(models, *given, **options)
 
-    monkeypatch.setattr(queue, "fit_batched", spy)
+    monkeypatch.setattr(trainings, "fit_batched", spy)
     return calls
 
 
@@ -38,8 +37,7 @@ def test_a_batched_experiment_is_that_one_by_one(tmp_path, batches, model):
     alone = permuted_masks.run(experiment, one_by_one, **GRID)
     assert batches == []
     found = permuted_masks.run(experiment, at_once, **GRID, batched=100)
-    # Two networks of each seed; two rounds of pruning, though sparse networks could be trained; five methods at two
-    # sparsities.
+    # Two networks of each seed; two rounds of pruning; five methods at two sparsities.
     assert batches == [4, 2, 2, 20]
     numbers = ("accuracy", "loss", "seconds")
     assert [{key: value for key, value in row.items() if key not in numbers} for row in found] == [
@@ -60,13 +58,13 @@ def test_no_more_are_trained_at_once_than_asked_for(tmp_path, batches):
 
 
 def test_the_seconds_of_a_batch_are_shared_among_its_networks(tmp_path, monkeypatch):
-    whole, clock = queue.fit_batched, [0.0]
+    whole, clock = trainings.fit_batched, [0.0]
 
     def slow(*given, **options):
         clock[0] += 2
         return whole(*given, **options)
 
-    monkeypatch.setattr(queue, "fit_batched", slow)
+    monkeypatch.setattr(trainings, "fit_batched", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     rows = permuted_masks.run(TINY, Store(tmp_path), seeds=[0, 1], sparsities=[0.5], methods=["dense"], batched=4)
     assert [row["seconds"] for row in rows] == [1, 1]
@@ -75,17 +73,17 @@ def test_the_seconds_of_a_batch_are_shared_among_its_networks(tmp_path, monkeypa
 def test_an_experiment_killed_between_its_stages_goes_on(tmp_path, batches, monkeypatch):
     whole = permuted_masks.run(TINY, Store(tmp_path / "whole"), **GRID, batched=100)
     del batches[:]
-    store, train = Store(tmp_path / "killed"), queue.Queue.train
+    store, train = Store(tmp_path / "killed"), permuted_masks.train_batched
 
-    def interrupted(self, waiting):
+    def interrupted(*given):
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return train(self, waiting)
+        return train(*given)
 
-    monkeypatch.setattr(queue.Queue, "train", interrupted)
+    monkeypatch.setattr(permuted_masks, "train_batched", interrupted)
     with pytest.raises(KeyboardInterrupt):
         permuted_masks.run(TINY, store, **GRID, batched=100)
-    monkeypatch.setattr(queue.Queue, "train", train)
+    monkeypatch.setattr(permuted_masks, "train_batched", train)
     assert without_seconds(permuted_masks.run(TINY, store, **GRID, batched=100)) == without_seconds(whole)
     assert batches == [4, 2, 2, 20]  # nothing twice
     assert not list((tmp_path / "killed" / "batched").iterdir())
@@ -95,12 +93,12 @@ def test_a_training_killed_before_it_is_stored_is_not_done_again(tmp_path, monke
     whole = permuted_masks.run(TINY, Store(tmp_path / "whole"), **GRID, methods=["dense"], batched=100)
     store, steps, forward = Store(tmp_path / "killed"), [], Batch.forward
     monkeypatch.setattr(Batch, "forward", lambda self, x: steps.append(self.training) or forward(self, x))
-    monkeypatch.setattr(queue, "evaluate_batched", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(trainings, "evaluate_batched", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         permuted_masks.run(TINY, store, **GRID, methods=["dense"], batched=100)
     trained = sum(steps)
     assert trained and len(list((tmp_path / "killed" / "batched").iterdir())) == 1
-    monkeypatch.setattr(queue, "evaluate_batched", evaluate_batched)
+    monkeypatch.setattr(trainings, "evaluate_batched", evaluate_batched)
     again = permuted_masks.run(TINY, store, **GRID, methods=["dense"], batched=100)
     assert without_seconds(again) == without_seconds(whole)
     assert sum(steps) == trained
@@ -110,35 +108,35 @@ def test_a_training_killed_before_it_is_stored_is_not_done_again(tmp_path, monke
     ({"batched": 0}, "batched is 0: expected an integer of at least 1"),
     ({"batched": 2.0}, "batched is 2.0: expected an integer"),
     ({"batched": 2, "workers": 2}, "batched is 2, beside several processes"),
-    ({"batched": 2, "experiments": [TINY, dataclasses.replace(TINY, processes=2)]}, "batched is 2, beside several"),
+    ({"batched": 2, "experiment": [TINY, dataclasses.replace(TINY, processes=2)]}, "batched is 2, beside several"),
 ])
 def test_what_cannot_be_is_refused_before_any_training(store, change, said):
     with pytest.raises(ValueError, match=said):
-        permuted_masks.run(**{"experiments": TINY, "store": store, **GRID, **change})
+        permuted_masks.run(**{"experiment": TINY, "store": store, **GRID, **change})
     assert not store.folder.exists()
 
 
-def test_an_error_of_a_job_is_that_of_the_run(store):
-    def rows(store, number):
-        raise ValueError(f"job {number} fails")
-        yield
+def test_an_error_of_a_training_is_that_of_the_batch(store):
+    def build():
+        raise ValueError("no such network")
 
-    with pytest.raises(ValueError, match="job 1 fails"):
-        run_batched(rows, [(1,), (2,)], store, 2)
+    training = trainings.Training(TINY, "dense", {}, build, TINY.recipe(1, 0.1), 0, lambda *given: given)
+    with pytest.raises(ValueError, match="no such network"):
+        trainings.train_batched(store, [training], 2)
 
 
 AT_ONCE = """
 import sys, torch
 from permask_core.experiments import permuted_masks
-from permask_core.experiments import queue
+from permask_core.experiments import trainings
 from permask_core.runs.store import Store
-from tests.experiments.test_queue import GRID, TINY
+from tests.experiments.test_trainings import GRID, TINY
 
 torch.set_num_threads(1)
-whole, alone, trained = queue.fit_batched, queue.fit, []
-queue.fit_batched = lambda models, *given, **more: trained.extend([len(models)]) or whole(models, *given, **more)
+whole, alone, trained = trainings.fit_batched, trainings.fit, []
+trainings.fit_batched = lambda models, *given, **more: trained.extend([len(models)]) or whole(models, *given, **more)
 if sys.argv[2] == "1":
-    queue.fit = lambda *given, **more: trained.append(1) or alone(*given, **more)
+    trainings.fit = lambda *given, **more: trained.append(1) or alone(*given, **more)
 print("ready", flush=True)
 sys.stdin.readline()
 store = Store(sys.argv[1])

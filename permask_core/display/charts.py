@@ -1,0 +1,205 @@
+"""Charts of any rows: means with intervals against a setting, in one panel or several, names at the ends of the lines.
+
+A chart takes rows (a DataFrame or a list of dict), and the names of its columns. Every chart returns its figure. What
+draws into given axes (``draw_...``, :func:`label_ends`) serves figures that a page puts together itself.
+"""
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import isotonic_regression
+
+from permask_core.display.rows import spread
+from permask_core.display.style import DASHED, DOTTED, look, new_figure
+from permask_core.evaluation.statistics import Interval
+
+
+def line_chart(rows, x, y, *, by="method", looks=None, dashes=None, levels=None, place=None, ticks=None, xlabel=None,
+               bars=False, width=7.0, height=3.6, **axes):
+    """Means with 95 % intervals against a setting: a line for each group of rows, a panel for each measure.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame or list of dict
+    x : str
+        The column on the horizontal axis; its values stand at equal distances.
+    y : str or dict
+        The column on the vertical axis. A dict gives several, with the labels of their axes: a panel for each.
+    by : str or list of str
+        The column, or columns, whose values make the lines.
+    looks : dict of Look, optional
+        By group. By default those of the methods.
+    dashes : dict of line styles, optional
+        By group. By default constant fan-in is dashed.
+    levels : pandas.DataFrame or list of dict, optional
+        Rows that have no place on the horizontal axis: their mean is a dotted line across.
+    place : callable, optional
+        Where a value of ``x`` stands, if not at equal distances.
+    ticks : dict, optional
+        Tick labels by value.
+    xlabel : str, optional
+        Name and unit of ``x``; by default the column's name.
+    bars : bool
+        Intervals as bars, side by side, where bands would cover one another.
+    width, height : float
+        Inches.
+    **axes
+        Passed on to :meth:`matplotlib.axes.Axes.set` of each panel: ``ylim=(0, None)``, ``yscale="log"``.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Examples
+    --------
+    >>> rows = [{"method": m, "width": w, "seed": s, "loss": w + s} for m in ("lth", "naive") for w in (1, 2)
+    ...         for s in (0, 1, 2)]
+    >>> figure = line_chart(rows, "width", {"loss": "test loss (nats)"})
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['LTH', 'naive']
+    """
+    columns = y if isinstance(y, dict) else {y: y}
+    figure, panels = new_figure(1, len(columns), width=width, height=height, squeeze=False)
+    for panel, (column, label) in zip(panels[0], columns.items()):
+        names = draw_lines(panel, rows, x, column, by=by, looks=looks, dashes=dashes, levels=levels, place=place,
+                           ticks=ticks, bars=bars)
+        panel.set(xlabel=xlabel or x, ylabel=label, **axes)
+    label_ends(panel, names, panel.get_xlim()[1] if levels is not None else None)  # a level reaches the edge
+    return figure
+
+
+def draw_lines(axes, rows, x, y, *, by="method", looks=None, dashes=None, levels=None, place=None, ticks=None,
+               bars=False):
+    """The lines of :func:`line_chart` in given axes.
+
+    Returns
+    -------
+    list of (float, str, str)
+        The end of each line, its name and colour, for :func:`label_ends`.
+    """
+    rows = pd.DataFrame(rows)
+    values = sorted(rows[x].unique())
+    at = {value: place(value) if place else i for i, value in enumerate(values)}
+    step = min(np.diff([*at.values()]), default=1)
+    groups, names = list(rows.groupby(by, sort=False)), []
+    for i, (group, run) in enumerate(groups):
+        shift = 0.05 * step * (i - (len(groups) - 1) / 2) if bars else 0
+        points = {at[value] + shift: own for value, own in run.groupby(x)[y]}
+        own = _look(looks, group)
+        dash = (dashes or {}).get(group, "--" if group in DASHED else "-")
+        found = draw_means(axes, list(points), list(points.values()), own, bars=bars, linestyle=dash)
+        names.append((found[-1].mean, own.label, own.color))
+    for group, run in pd.DataFrame(levels).groupby(by, sort=False) if levels is not None else ():
+        names.append(draw_level(axes, run[y], _look(looks, group)))
+    axes.set_xticks(list(at.values()), [ticks[value] if ticks else f"{value:g}" for value in values])
+    axes.minorticks_off()
+    return names
+
+
+def draw_means(axes, x, y, look, *, bars=False, **how):
+    """Means joined by a line, with their 95 % intervals.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+    x : sequence of float or Interval
+        Intervals are drawn as horizontal bars, beside vertical ones.
+    y : sequence of Interval or array-like
+        Intervals, or the values that make them.
+    look : Look
+    bars : bool
+        Intervals as bars rather than a band.
+    **how
+        Passed on to the line: ``linestyle=""``, ``alpha=0.5``.
+
+    Returns
+    -------
+    list of Interval
+    """
+    points = [value if isinstance(value, Interval) else spread(value) for value in y]
+    mean, low, high = np.transpose([(p.mean, p.low, p.high) for p in points])
+    how = {"color": look.color, "marker": look.marker, "markeredgecolor": "white", "markeredgewidth": 0.6,
+           "zorder": 3} | how
+    if isinstance(x[0], Interval):
+        width, x = [[p.mean - p.low for p in x], [p.high - p.mean for p in x]], [p.mean for p in x]
+        axes.errorbar(x, mean, [mean - low, high - mean], width, elinewidth=1.2, **how)
+    elif bars:
+        axes.errorbar(x, mean, [mean - low, high - mean], elinewidth=1.2, capsize=2, **how)
+    else:
+        axes.plot(x, mean, **how)
+        axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
+    return points
+
+
+def draw_level(axes, values, look):
+    """A dotted line across at the mean of some values, with its interval; returns what :func:`label_ends` takes."""
+    found = spread(np.asarray(values))
+    axes.axhline(found.mean, color=look.color, linewidth=1.2, linestyle=DOTTED)
+    if found.n > 1:
+        axes.axhspan(found.low, found.high, color=look.color, alpha=0.1, linewidth=0)
+    return found.mean, look.label, look.color
+
+
+def label_ends(axes, names, x=None):
+    """Names at the right ends of lines, as near to them as they can be without covering one another.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        With the limits and the scale that they will have.
+    names : list of (float, str, str)
+        The height of each line's end, its name and its colour.
+    x : float, optional
+        Where the lines end; by default where the furthest does.
+    """
+    if not names:
+        return
+    if x is None:
+        x = max((np.max(line.get_xdata()) for line in axes.lines if line.get_transform() == axes.transData), default=1)
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # final from here on
+    height = 72 * axes.figure.get_figheight() * axes.get_position().height  # points, before the layout is settled
+    step, names = 12 / height, sorted(names, key=lambda name: name[0])
+    ends = axes.transAxes.inverted().transform(axes.transData.transform([(x, y) for y, _, _ in names]))[:, 1]
+    # Heights with a gap of at least a step, nearest in the least-squares sense, are an isotonic regression. They stay
+    # beside the axes, clear of the tick labels below.
+    ladder = step * np.arange(len(names))
+    heights = isotonic_regression(ends - ladder).x.clip(0.03, max(0.03, 1 - ladder[-1])) + ladder
+    for end, (_, text, color) in zip(heights, names):
+        axes.annotate(text, (x, end), xycoords=("data", "axes fraction"), xytext=(10, 0), textcoords="offset points",
+                      color=color, va="center", fontweight="bold", fontsize=9, annotation_clip=False)
+
+
+def heatmap(values, *, label, xlabel, ylabel, title="", limits=(None, None), ticks=None, cmap=None):
+    """A matrix as an image, with its colour bar.
+
+    Parameters
+    ----------
+    values : array-like, shape [rows, columns]
+        NaN is left blank.
+    label : str
+        What the colours mean, with the unit.
+    xlabel, ylabel, title : str
+    limits : (float, float)
+        The values of the first and the last colour.
+    ticks : sequence of str, optional
+        Names of both the rows and the columns.
+    cmap : str, optional
+        Matplotlib's name of a colour map.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, axes = new_figure(width=5.4, height=4.4)
+    image = axes.imshow(values, vmin=limits[0], vmax=limits[1], cmap=cmap, interpolation="none")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, fontweight="normal", fontsize=10)
+    if ticks is not None:
+        axes.set_xticks(range(len(ticks)), ticks)
+        axes.set_yticks(range(len(ticks)), ticks)
+    axes.grid(False)
+    figure.colorbar(image, label=label, shrink=0.85)
+    return figure
+
+
+def _look(looks, group):
+    return looks[group] if looks else look(group if isinstance(group, str) else group[0])

@@ -1,0 +1,87 @@
+"""Trainings as stages of a store: one by one, or many networks at once.
+
+A stage that trains is described by a :class:`Training`. :func:`train` computes it or finds it finished.
+:func:`train_batched` does so for a list of them whose networks are of one architecture: an experiment lists what can be
+trained next, has it trained, and goes on to what depends on it. What is stored is the same, up to rounding, so that
+afterwards everything is found as if it had been trained one by one.
+"""
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from permask_core.experiments.stages import Settings, data, discard_damaged, train_stage
+from permask_core.training.batched import evaluate_batched, fit_batched
+from permask_core.training.loop import Recipe, evaluate, fit
+
+
+class Training(NamedTuple):
+    """A training of an ``experiment`` on its data, as a ``stage`` with ``parameters``.
+
+    ``build()`` gives the network and its masks (None for a dense one) when they are needed, and
+    ``result(model, run, record)`` what the stage keeps of the trained network: tensors and a record, from the
+    :class:`~permask_core.training.loop.FitResult` and a record with the test ``accuracy`` and ``loss``.
+    """
+
+    experiment: Settings
+    stage: str
+    parameters: dict
+    build: Callable
+    recipe: Recipe
+    seed: int
+    result: Callable
+    checkpoints: tuple[str, ...] = ()
+    description: str = "training"
+
+
+def train(store, training):
+    """The tensors and the record of a training, done now or found finished."""
+    task, processes = data(training.experiment), training.experiment.processes
+
+    @functools.wraps(training.build)  # its code is what the stage depends on
+    def compute(unfinished):
+        model, masks = training.build()
+        run = fit(model, task.train, training.recipe, seed=training.seed, masks=masks, processes=processes,
+                  checkpoints=training.checkpoints, resume=unfinished, description=training.description)
+        return training.result(model, run, evaluate(model, task.test)._asdict())
+
+    return train_stage(store, training.stage, compute, **training.parameters)
+
+
+def train_batched(store, trainings, networks):
+    """Have some trainings of one experiment and one stage done, up to ``networks`` of them at once.
+
+    See :func:`permask_core.training.batched.fit_batched`. The seconds of a batch are shared among its networks.
+    """
+    if not trainings:
+        return
+    first = trainings[0]
+
+    def compute(positions):
+        chosen = [trainings[i] for i in positions]
+        unfinished = _unfinished(store, chosen)
+        models, masks = zip(*(training.build() for training in chosen))
+        start, task = time.perf_counter(), data(first.experiment)
+        runs = fit_batched(models, task.train, first.recipe, seeds=[training.seed for training in chosen], masks=masks,
+                           checkpoints=first.checkpoints, resume=unfinished, description=first.stage)
+        evaluations = evaluate_batched(models, task.test)
+        seconds = (time.perf_counter() - start) / len(chosen)
+        for training, model, run, evaluation in zip(chosen, models, runs, evaluations):
+            tensors, record = training.result(model.cpu(), run, evaluation._asdict())
+            yield tensors, record | {"seconds": seconds}
+        for path in unfinished.parent.glob(f"{unfinished.name}*"):
+            path.unlink()
+
+    store.stages(first.stage, first.build, [training.parameters for training in trainings], compute, networks)
+
+
+def _unfinished(store, trainings):
+    """The file from which these trainings, done at once, go on after a kill."""
+    stems = [store.path(one.stage, one.build, **one.parameters).stem for one in trainings]
+    path = store.folder / "batched" / f"{hashlib.sha256(' '.join(stems).encode()).hexdigest()[:20]}.unfinished"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for begun in path.parent.glob(f"{path.name}*"):  # networks that are trained alone have a file each
+        discard_damaged(begun)
+    return path
