@@ -4,20 +4,17 @@ Nothing is installed for it. A fresh process finds only the standard library, th
 of pyproject.toml bring along.
 """
 
-import os
 import re
-import subprocess
-import sys
-import tomllib
-from importlib import metadata
-from pathlib import Path
+from functools import partial
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+from tests import base_install
+from tests.base_install import BASE, PROJECT
+from tests.notebooks import ROOT
+
 EXTRAS = PROJECT["optional-dependencies"]
 README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf8"), re.DOTALL)
 # Modules that import an extra when they are imported themselves; the others wait until it is needed.
@@ -27,58 +24,10 @@ AT_ONCE = {"permask_core.models.vision": "vision", "permask_core.models.imagenet
 LOADED = {"permask_core.sparse.kernels.simd", "permask_core.sparse.kernels.triton"}  # where kernels are chosen
 
 
-def required(names):
-    """The distributions that these bring along, themselves included."""
-    found, waiting = set(), [canonicalize_name(name) for name in names]
-    while waiting:
-        name = waiting.pop()
-        if name in found:
-            continue
-        found.add(name)
-        for line in metadata.requires(name) or []:
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                waiting.append(canonicalize_name(requirement.name))
-    return found
-
-
-BASE = required(Requirement(line).name for line in PROJECT["dependencies"])
-TOP = {name for name, distributions in metadata.packages_distributions().items()
-       if any(canonicalize_name(one) in BASE for one in distributions)}
-FINDER = f"""
-import re, sys
-from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
-from importlib.metadata import DistributionFinder
-
-TOP = set({sorted(TOP)}) | sys.stdlib_module_names | {{"permask_core"}}
-BASE = set({sorted(BASE)})
-
-class OnlyBase:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        top = name.split(".")[0]
-        return PathFinder.find_spec(name, path, target) if top in TOP or top.startswith("_sysconfigdata") else None
-
-    @staticmethod
-    def find_distributions(context=DistributionFinder.Context()):
-        return (one for one in PathFinder.find_distributions(context)
-                if re.sub("[-_.]+", "-", one.name).lower() in BASE)
-
-sys.meta_path[:] = [BuiltinImporter, FrozenImporter, OnlyBase]
-"""
-
-
 @pytest.fixture
 def base(tmp_path):
     """Runs code in a process that has a base install, and gives what it printed."""
-    def run(code):
-        (tmp_path / "script.py").write_text(FINDER + code)
-        done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, cwd=tmp_path, env={
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+    return partial(base_install.run, folder=tmp_path)
 
 
 def modules():

@@ -66,6 +66,10 @@ def check_data(data):
         if len(data) < 2 or not all(isinstance(part, torch.Tensor) for part in data):
             parts = ", ".join(type(part).__name__ for part in data) or "nothing"
             raise ValueError(f"got a {type(data).__name__} of {parts}: {EXPECTED}")
+        inputs, targets = data[:2]
+        if len(data) > 2 or inputs.ndim > 2 and targets.is_floating_point() and targets.shape[1:] == inputs.shape[1:]:
+            raise ValueError(f"got a tuple of {len(data)} tensors, {list(inputs.shape)} and {list(targets.shape)}: "
+                             "expected (inputs, targets); batches, as tensor.split has them, come in a list")
         if len({len(part) for part in data}) > 1:
             raise ValueError(f"got {len(data[0])} inputs and {len(data[1])} labels: expected as many of each")
     elif not isinstance(data, Iterable) and not hasattr(data, "batches") or isinstance(data, (str, bytes, Mapping)):

@@ -33,8 +33,6 @@ def as_split(data):
     """A split as it is, or one made of a tuple of inputs and labels; ValueError for anything else."""
     check_data((data.x, data.y) if isinstance(data, Split) else data)
     if isinstance(data, tuple):
-        if len(data) != 2:
-            raise ValueError(f"got a tuple of {len(data)} tensors: expected (inputs, targets)")
         return Split(*data)
     if not hasattr(data, "batches"):
         raise ValueError(f"got {type(data).__name__}: expected a split, as data.train, or a tuple of tensors (inputs, "
