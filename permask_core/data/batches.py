@@ -7,6 +7,7 @@ name).
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 import torch
 
@@ -42,8 +43,9 @@ def batches_of(data, device=None, *, batch_size=1000):
     [(2, None), (2, None), (1, None)]
     """
     check_data(data)
-    if hasattr(data, "__len__") and not len(data[0] if isinstance(data, tuple) else data):
-        raise ValueError(f"got an empty {type(data).__name__}: expected at least one input")
+    with suppress(TypeError):  # a generator has no length, nor has a progress bar around one
+        if not len(data[0] if isinstance(data, tuple) else data):
+            raise ValueError(f"got an empty {type(data).__name__}: expected at least one input")
     if hasattr(data, "batches"):
         found = data.batches(torch.arange(len(data)).split(batch_size), device or "cpu")
     elif isinstance(data, torch.Tensor):

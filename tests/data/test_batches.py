@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 from permask_core.data import load_dataset
 from permask_core.data.batches import TARGETS, batches_of, call, count, logits_of, parts_of, take_apart, to_device
@@ -82,3 +83,7 @@ def test_parts_are_those_of_torch_and_move_to_a_device():
     assert [len(part["x"]) for part in parts] == [4, 3, 3]
     assert torch.cat([part["more"][0] for part in parts]).equal(Y) and parts[0]["more"][1] is None
     assert to_device(batch, "meta")["more"][0].device.type == "meta" and to_device(batch, None) is batch
+
+
+def test_an_iterable_may_say_that_it_has_no_length():
+    assert [len(x) for x, _ in batches_of(tqdm((part for part in [X, X]), disable=True))] == [10, 10]
