@@ -1,0 +1,75 @@
+"""What the page on fan-in layers says of its own loops and layers, of published times and of bounds."""
+
+import numpy as np
+import pytest
+import torch
+
+from permask_core.sparse import FanInLinear
+from tests.notebooks import run
+
+SMALL = {"inputs": 96, "outputs": 40, "sparsities": [0.9], "seeds": 1, "epochs": 1, "batches": [1, 8], "seconds": 0.001}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The names of the page after its last cell, for a layer that is quick to measure."""
+    return run("fan_in_layers", SMALL, tmp_path_factory.mktemp("page")).space
+
+
+@pytest.mark.parametrize("loop", ["batch_first", "with_transposes"])
+def test_both_loops_compute_the_masked_layer(page, loop):
+    mask, x = page["drawn_mask"](0.9), torch.randn(7, 96)
+    layer = FanInLinear.from_dense(page["dense"], mask)
+    y = page[loop](x.numpy(), layer.values.detach().numpy(), layer.indices.numpy())
+    wanted = x @ (page["dense"].weight.detach() * mask).t()
+    assert np.allclose(y, wanted, atol=1e-5)
+
+
+def test_outputs_and_gradients_are_those_of_double_precision(page):
+    assert page["worst"](0.9, 1) < 1e-5 and page["worst"](0.9, 70) < 1e-5
+
+
+def test_bytes_are_four_for_each_number(page):
+    connections = 40 * round(0.1 * 96)
+    dense, sparse = page["bytes_held"](page["dense"]), page["bytes_held"](FanInLinear(96, 40, round(0.1 * 96)))
+    for held, weights in ((dense, 96 * 40), (sparse, connections)):
+        assert held["weights"] == held["gradients"] == 4 * (weights + 40)  # and the biases
+        assert held["Adam's state"] == 2 * held["weights"]
+    assert dense["mask, indices"] == 0 < sparse["mask, indices"]
+    masked = page["bytes_held"](page["Masked"](page["dense"], page["drawn_mask"](0.9)))
+    assert masked == dense | {"mask, indices": 96 * 40}
+
+
+def test_the_published_layer_wins_for_one_example_and_loses_for_many_at_80_and_90(page):
+    condensed = page["published_faster"]["FanInLinear"]
+    assert (condensed[1] > 1).all()
+    assert condensed[256][condensed[256] < 1].index.tolist() == [0.8, 0.9]
+
+
+def test_published_times_stand_beside_a_layer_of_their_size_alone(page, monkeypatch):
+    assert page["published_at"](256).empty
+    monkeypatch.setitem(page, "inputs", 3072)
+    monkeypatch.setitem(page, "outputs", 768)
+    assert page["published_at"](256)["CSR"].to_dict() == {0.9: 2025 / 4673}
+    assert page["published_at"](256, "forward + backward").empty and page["published_at"](8).empty
+
+
+def test_bounds_on_a_gpu(page):
+    gain = page["bound_gain"]
+    assert 6 < gain("dense, float32", 0.9, 1) < 10 * 4 / 6  # bytes: six for a connection, four for a weight
+    assert 8 < gain("dense, float32", 0.9, 4096) < 10.1  # operations
+    assert gain("dense, bfloat16", 0.9, 4096) < 1 < gain("dense, bfloat16", 0.99, 4096)
+
+
+def test_twins_are_the_same_function_before_training(page):
+    model, x = page["sparse_network"](0), page["data"].test.x
+    twin, masks = page["twin_of"](model)
+    assert torch.allclose(model(x), twin(x), atol=1e-4)
+    assert all(torch.equal(twin.state_dict()[name] != 0, mask) for name, mask in masks.items())
+
+
+def test_layers_with_even_rows_are_condensed_and_others_left(page):
+    even = {name for name, mask in page["mixed"].items() if mask.sum(1)[mask.any(1)].unique().numel() == 1}
+    assert "fc2.weight" in even and {*page["left"]} == {*page["mixed"]} - even
+    replaced = {name for name, layer in page["condensed"].named_children() if isinstance(layer, FanInLinear)}
+    assert replaced == {name.removesuffix(".weight") for name in even}
