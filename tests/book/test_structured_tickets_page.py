@@ -18,7 +18,7 @@ def rows():
 @pytest.fixture(scope="module")
 def accuracy(rows):
     """In percent, [seeds, (method, scope, sparsity)]."""
-    return rows.pivot(index="seed", columns=["method", "scope", "sparsity"], values="accuracy")
+    return rows.pivot(index="seed", columns=["method", "scope", "sparsity"], values="accuracy").sort_index(axis=1)
 
 
 @pytest.fixture(scope="module")
