@@ -107,6 +107,12 @@ def test_disagreement_is_a_metric(p):
     assert (found[:, None, :] <= found[:, :, None] + found[None] + 1e-12).all()  # the triangle inequality
 
 
+@given(models())
+def test_of_two_different_answers_at_least_one_is_wrong(p):
+    found = diversity(p, np.arange(p.shape[1]) % p.shape[2])
+    assert found.disagreement <= 2 * (1 - found.accuracy) + 1e-12
+
+
 @given(models(), st.randoms(use_true_random=False))
 def test_the_order_of_models_and_inputs_does_not_matter(p, chance):
     y = np.arange(p.shape[1]) % p.shape[2]
