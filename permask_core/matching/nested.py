@@ -15,11 +15,18 @@ from permask_core.matching.permutations import assign, permute_
 
 
 class Match(NamedTuple):
-    """The permutations of a group in the source and of parts of its units, by group, parts first, without those that
-    move nothing; and the similarity that they ``gain``."""
+    """The ``order`` of a group's units, and the ``steps`` that lead there: permutations of groups in the source, parts
+    before what they are parts of, without those that move nothing. Then two matrices of similarity, of units as they
+    ``were`` and with their parts at their ``best``."""
 
+    order: torch.Tensor
     steps: dict[str, torch.Tensor]
-    gain: float
+    were: torch.Tensor
+    best: torch.Tensor
+
+    def gain(self):
+        """How much similarity the steps gain."""
+        return float(self.best[torch.arange(len(self.order)), self.order].sum()) - float(self.were.trace())
 
 
 def parts_of(groups):
@@ -73,17 +80,17 @@ def match_units(parts, similarity, to, origin):
     -------
     Match
     """
-    similar, inside = similarity(to, origin), defaultdict(dict)
-    before, similar = float(similar.trace()), similar.cpu().double()
+    were, inside = similarity(to, origin), defaultdict(dict)
+    best = were.to("cpu", torch.float64, copy=True)
     for i, j, a, b in part_pairs(parts, to, origin):
         part = match_units(parts, similarity, a, b)
         inside[i, j] |= part.steps
-        similar[i, j] += part.gain
-    order = assign(similar)
-    steps = {name: step for pair in enumerate(order.tolist()) for name, step in inside[pair].items()}
+        best[i, j] += part.gain()
+    order = assign(best)
+    steps = {name: step for pair in enumerate(order.tolist()) for name, step in inside[pair].items()} if inside else {}
     if not torch.equal(order, torch.arange(len(order))):
         steps[origin] = order
-    return Match(steps, float(similar[torch.arange(len(order)), order].sum()) - before)
+    return Match(order, steps, were, best)
 
 
 def compose_(groups, parts, permutations, steps):

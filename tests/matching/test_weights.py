@@ -3,14 +3,16 @@
 import functools
 import itertools
 import re
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 
-from permask_core.matching import Entry, Group, match_weights, permutation_groups, permute, random_permutations
+from permask_core.matching import Entry, Group, match_weights, permutation_groups, permute, random_permutations, weights
 from permask_core.matching.permutations import assign, permute_
 from permask_core.matching.similarity import Similarities
 from permask_core.matching.weights import _similarity
@@ -216,6 +218,61 @@ def test_restarts_can_find_more_and_the_seed_decides_which():
     for bad in (0, -1, 1.5, "2"):
         with pytest.raises(ValueError, match=re.escape(f"restarts is {bad!r}")):
             match_weights(groups, source, target, restarts=bad)
+
+
+def reference(names, source, target, seed):
+    """Algorithm 1 of Git Re-Basin for a chain of matrices, in numpy: every group in every sweep, nothing kept."""
+    orders = [np.arange(len(source[name])) for name in names[:-1]]
+    generator, before = torch.Generator().manual_seed(seed), -np.inf
+
+    def moved(i):
+        rows = orders[i] if i < len(orders) else slice(None)
+        return source[names[i]][rows][:, orders[i - 1] if i else slice(None)]
+
+    def objective():
+        return sum((moved(i) * target[name]).sum() for i, name in enumerate(names))
+
+    while (now := objective()) > before + 1e-12 * abs(now):
+        before = now
+        for i in torch.randperm(len(orders), generator=generator).tolist():
+            similarity = target[names[i]] @ moved(i).T + target[names[i + 1]].T @ moved(i + 1)
+            orders[i] = orders[i][linear_sum_assignment(similarity, maximize=True)[1]]
+    return orders
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=5), seed=st.integers(0, 2**32))
+def test_it_is_algorithm_1_of_git_re_basin(sizes, seed):
+    random, sizes = np.random.default_rng(seed), [3, *sizes, 2]
+    source, target = ({f"{i}": random.normal(size=(n, m)) for i, (m, n) in enumerate(itertools.pairwise(sizes))}
+                      for _ in range(2))
+    groups = {f"{i}": Group(n, (Entry(f"{i}", 0), Entry(f"{i + 1}", 1))) for i, n in enumerate(sizes[1:-1])}
+    found = match_weights(groups, *({name: torch.from_numpy(w) for name, w in state.items()}
+                                    for state in (source, target)), seed=seed)
+    expected = reference(list(source), source, target, seed)
+    assert [found[name].tolist() for name in groups] == [order.tolist() for order in expected]
+
+
+class Forgetful(Similarities):
+    """Similarities that are all computed when they are asked for."""
+
+    def __call__(self, to, origin):
+        self.kept.clear()
+        return super().__call__(to, origin)
+
+
+@examples(1 / 4)
+@given(seed=st.integers(0, 2**32), rounded=st.booleans())
+def test_keeping_similarities_changes_no_result(attention, attention_groups, seed, rounded):
+    """Also where units are tied, as they are among small whole numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    source, target = ({name: torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+                      for state in [attention(0).state_dict()] * 2)
+    if rounded:
+        source, target = ({name: tensor.round() for name, tensor in state.items()} for state in (source, target))
+    kept = match_weights(attention_groups, source, target, seed=seed)
+    with patch.object(weights, "Similarities", Forgetful):
+        computed = match_weights(attention_groups, source, target, seed=seed)
+    assert all(torch.equal(kept[name], computed[name]) for name in attention_groups)
 
 
 def recurrent(seed, n=5):
