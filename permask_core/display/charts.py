@@ -119,6 +119,7 @@ def draw_means(axes, x, y, look, *, bars=False, **how):
     mean, low, high = np.transpose([(p.mean, p.low, p.high) for p in points])
     how = {"color": look.color, "marker": look.marker, "markeredgecolor": "white", "markeredgewidth": 0.6,
            "zorder": 3} | how
+    x = list(x)
     if isinstance(x[0], Interval):
         width, x = [[p.mean - p.low for p in x], [p.high - p.mean for p in x]], [p.mean for p in x]
         axes.errorbar(x, mean, [mean - low, high - mean], width, elinewidth=1.2, **how)
