@@ -118,6 +118,7 @@ def fit(model, train, recipe, *, seed, loss=None, forward=None, masks=None, rewi
 
     Examples
     --------
+    >>> from permask_core import Recipe
     >>> model = torch.nn.Linear(4, 2)
     >>> data = torch.randn(64, 4), torch.randint(2, (64,))
     >>> result = fit(model, data, Recipe(epochs=3, batch_size=16), seed=0, device="cpu", description=None)
