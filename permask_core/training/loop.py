@@ -179,11 +179,10 @@ class Masked(Dense):
         self.weights = [parameters[name] for name in masks]
         self.keep = [mask.to(weight.device, weight.dtype) for weight, mask in zip(self.weights, masks.values())]
 
-    @torch.no_grad()
     def step(self, optimizer):
-        with torch.enable_grad():
-            optimizer.step()
-        torch._foreach_mul_(self.weights, self.keep)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_mul_(self.weights, self.keep)
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -291,7 +290,8 @@ def _train(team, model, plan, path, description):
                 loss = _loss(network, inputs, targets, plan, order, device)
                 n = count(inputs)
                 with team.accumulating(network, more=i < len(parts)):
-                    (loss.sum() * (team.ranks * n / size)).backward()  # a mean over processes follows
+                    total = loss if plan.networks is None else loss.sum()
+                    (total * (team.ranks * n / size)).backward()  # a mean over processes follows
                 state.totals[team.rank] += loss.detach() * n
             if state.done == 0 and team.ranks > 1:
                 _check_gradients(model)
@@ -493,7 +493,7 @@ def evaluate(model, data, *, state=None, batch_size=1000, metric=None, forward=N
                 found.append((output.cpu(), targets.cpu()))
                 continue
             logits = by_class(output, targets)
-            hits += ((logits.argmax(1) == targets) & (targets != IGNORED)).sum().item()
+            hits += (logits.argmax(1) == targets).sum().item()
             loss += F.cross_entropy(logits, targets, reduction="sum").item()
             n += (targets != IGNORED).sum().item()
     if metric is not None:
