@@ -1,9 +1,11 @@
 import numpy as np
 
-from permask_core.evaluation.fairness import chance_level, difference_interval, equalized_odds_difference
+from permask_core.evaluation import fairness
 
-table = np.genfromtxt("predictions.csv", delimiter=",", names=True, dtype=None, encoding="utf8")
+table = np.genfromtxt("predictions.csv", delimiter=",", names=True,
+                      dtype=None, encoding="utf8")
 given = {"y_true": table["label"], "y_pred": table["prediction"],
-         "sensitive_features": {"age": table["age"], "sex": table["sex"]}}  # their intersections
-print(difference_interval(equalized_odds_difference, **given))
-print(chance_level(equalized_odds_difference, **given))
+         "sensitive_features": {name: table[name] for name in ("age", "sex")}}
+metric = fairness.equalized_odds_difference
+print(fairness.difference_interval(metric, **given))
+print(fairness.chance_level(metric, **given))
