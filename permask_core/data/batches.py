@@ -47,8 +47,9 @@ def batches_of(data, device=None, *, batch_size=1000):
         if not len(data[0] if isinstance(data, tuple) else data):
             raise ValueError(f"got an empty {type(data).__name__}: expected at least one input")
     if hasattr(data, "batches"):
-        found = data.batches(torch.arange(len(data)).split(batch_size), device or "cpu")
-    elif isinstance(data, torch.Tensor):
+        yield from data.batches(torch.arange(len(data)).split(batch_size), device or "cpu")
+        return
+    if isinstance(data, torch.Tensor):
         found = data.split(batch_size)
     elif isinstance(data, tuple):
         found = zip(*(tensor.split(batch_size) for tensor in data))

@@ -344,9 +344,6 @@ class _MaskedLayer:
     def fan_in(self):
         return self.mask.flatten(1).sum(1)
 
-    def apply(self):
-        self.weight.masked_fill_(~self.mask, 0)
-
     def has_gradients(self):
         return self.weight.grad is not None
 
@@ -507,7 +504,9 @@ class Topology:
         if still:
             warnings.warn(f"the connections of {', '.join(map(repr, still))} will not move: a fraction of "
                           f"{rewiring.fraction} of each row, rounded down, is none", stacklevel=2)
-        self._apply_masks()
+        with torch.no_grad():
+            for name in self.masks:  # not by a product, which would keep a NaN
+                self.layers[name].weight.masked_fill_(~self.masks[name], 0)
         self.done, self.fan_in, self._hooks = 0, {}, []
         self._record()
         weakref.finalize(self, _remove, self._hooks)  # a model outlives a training that was interrupted
@@ -518,6 +517,7 @@ class Topology:
         FanInLinear layers are a part, is loaded after the topology is made and before this."""
         for name, mask in masks.items():
             self.masks[name].copy_(mask)
+        self._remember()
         self.fan_in, self.done = dict(fan_in), done
         self._watch(done + 1)
 
@@ -583,10 +583,13 @@ class Topology:
             layers = [self.layers[name] for name in self.moving]
             self._hooks += [layer.watch() for layer in layers if isinstance(layer, _FanInLayer)]
 
+    def _remember(self):
+        self._keep = [mask.to(self.layers[name].weight.dtype) for name, mask in self.masks.items()]
+
     @torch.no_grad()
     def _apply_masks(self):
-        for name in self.masks:
-            self.layers[name].apply()
+        if self.masks:
+            torch._foreach_mul_([self.layers[name].weight for name in self.masks], self._keep)
 
     @torch.no_grad()
     def rewire(self, step, optimizer=None):
@@ -624,6 +627,8 @@ class Topology:
         return keep.cpu(), grow.cpu()
 
     def _record(self):
+        """Note the connections after they moved: for :meth:`_apply_masks`, and their number in :attr:`fan_in`."""
+        self._remember()
         for name, layer in self.layers.items():
             now = layer.fan_in().to("cpu", torch.int32)[None]
             self.fan_in[name] = torch.cat([self.fan_in[name], now]) if name in self.fan_in else now

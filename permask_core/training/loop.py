@@ -495,7 +495,7 @@ def evaluate(model, data, *, state=None, batch_size=1000, metric=None, forward=N
             logits = by_class(output, targets)
             hits += (logits.argmax(1) == targets).sum().item()
             loss += F.cross_entropy(logits, targets, reduction="sum").item()
-            n += (targets != IGNORED).sum().item()
+            n += targets.numel() - (targets == IGNORED).sum().item()
     if metric is not None:
         return metric(*map(torch.cat, zip(*found)))
     if not n:
