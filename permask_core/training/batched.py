@@ -49,8 +49,8 @@ class Batch(nn.Module):
     def __init__(self, models, backend="grouped"):
         super().__init__()
         models = list(models)
-        if len({architecture(model) for model in models}) != 1:
-            raise ValueError(f"got {len(models)} models of {len({architecture(model) for model in models})} "
+        if len({_architecture(model) for model in models}) != 1:
+            raise ValueError(f"got {len(models)} models of {len({_architecture(model) for model in models})} "
                              "architectures: expected some of one")
         if backend not in (known := backends(models[0])) or backend == "alone":
             raise ValueError(f"backend is {backend!r} for a {type(models[0]).__name__}: expected "
@@ -130,7 +130,7 @@ def backends(model):
     return ["grouped"] * plain + ["vmap", "alone"]
 
 
-def architecture(model):
+def _architecture(model):
     return str(model), tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items())
 
 

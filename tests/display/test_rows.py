@@ -1,6 +1,5 @@
 """Numbers out of rows."""
 
-import doctest
 import json
 
 import numpy as np
@@ -8,7 +7,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from permask_core.display import charts, new_figure, plus_minus, publish, rows, select, table
+from permask_core.display import new_figure, plus_minus, publish, select, table
 from permask_core.evaluation.statistics import mean_interval, paired_comparison
 
 RUNS = [{"method": m, "temperature": t, "seed": s, "loss": 10.0 * s + (t or 0), "line": [s, 2 * s]}
@@ -64,9 +63,3 @@ def test_a_published_frame_is_what_its_rows_are(tmp_path):
     one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("rows", "frame"))
     assert one == other and one["runs"] == runs
     assert (tmp_path / "rows.md").read_text() == (tmp_path / "frame.md").read_text()
-
-
-@pytest.mark.parametrize("module", [charts, rows])
-def test_examples_are_right(module):
-    found = doctest.testmod(module)
-    assert found.attempted and not found.failed
