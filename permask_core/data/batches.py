@@ -45,7 +45,7 @@ def batches_of(data, device=None, *, batch_size=1000):
     check_data(data)
     with suppress(TypeError):  # a generator has no length, nor has a progress bar around one
         if not len(data[0] if isinstance(data, tuple) else data):
-            raise ValueError(f"got an empty {type(data).__name__}: expected at least one input")
+            raise ValueError(f"got a {type(data).__name__} without batches: expected at least one input")
     if hasattr(data, "batches"):
         yield from data.batches(torch.arange(len(data)).split(batch_size), device or "cpu")
         return

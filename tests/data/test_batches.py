@@ -47,8 +47,8 @@ def test_what_follows_the_first_of_three_are_targets():
     ((X,), "got a tuple of Tensor"), (X.split(2), r"got a tuple of 5 tensors, \[2, 3\] and \[2, 3\]: expected"),
     (X.view(10, 1, 3).split(5), "batches, as tensor.split has them, come in a list"),
     (7, "got int"), ("digits", "got str"), ({"x": X}, "got dict"),
-    ([], "got an empty list"), (iter([]), "got a list_iterator without batches"),
-    ((X[:0], Y[:0]), "got an empty tuple"), ([{"x": X, "y": Y, "labels": Y}], "a batch has labels and y"),
+    ([], "got a list without batches"), (iter([]), "got a list_iterator without batches"),
+    ((X[:0], Y[:0]), "got a tuple without batches"), ([{"x": X, "y": Y, "labels": Y}], "a batch has labels and y"),
     ([object()], "a batch is object"),
 ])
 def test_what_is_no_data_is_refused(data, expected):

@@ -137,7 +137,7 @@ def test_what_cannot_be_aligned_is_named(lively):
             (lambda: align(a, a, x, "names"), "unknown matching 'names': expected one of weights, activations"),
             (lambda: align(a, a, x, "activations"), "activations cannot be matched on a Tensor"),
             (lambda: align(a, a, {"x": x}, "activations"), "activations cannot be matched on a dict"),
-            (lambda: align(a, a, []), "got an empty list"), (lambda: align(a, a, 3), "got int: expected a split"),
+            (lambda: align(a, a, []), "a list without batches"), (lambda: align(a, a, 3), "got int: expected a split"),
             (lambda: align(a, a, x, restarts=0), "restarts is 0: expected an integer of at least 1"),
             (lambda: align(nn.Linear(8, 3).double(), nn.Linear(8, 3).double(), x),
              "Linear has no units that can be permuted: they reach the network's output; they meet the network's "),

@@ -264,7 +264,7 @@ def test_evaluating_another_state_leaves_the_model(digits):
 
 
 def test_an_empty_split_is_refused(trained, digits):
-    with pytest.raises(ValueError, match="got an empty Split|got an empty tuple"):
+    with pytest.raises(ValueError, match="got a Split without batches|got a tuple without batches"):
         evaluate(trained, (digits.test.x[:0], digits.test.y[:0]))
 
 
