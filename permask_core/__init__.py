@@ -20,7 +20,8 @@ _HOMES = {
     "masks": ("apply_masks", "load_masks", "masks_of", "prunable_weights", "save_masks", "sparsity", "watch"),
     "pruning": ("magnitude_masks",),
     "matching": ("align", "match_activations", "match_weights", "permutation_groups", "permute"),
-    "sparse": ("FanInLinear", "Rewiring", "Topology", "condense"),
+    "sparse": ("FanInLinear", "condense"),
+    "sparse.dynamic": ("Rewiring", "Topology"),
     "training": ("Recipe", "evaluate", "fit", "predict"),
 }
 _HOME = {name: room for room, names in _HOMES.items() for name in names}

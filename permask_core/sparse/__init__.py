@@ -1,7 +1,6 @@
 """Sparse layers that store nothing dense, and training that moves their connections."""
 
 from permask_core.sparse.condense import Condensed, FanInPointwise, condense
-from permask_core.sparse.dynamic import Rewiring, Topology
 from permask_core.sparse.fan_in import FanInLinear, sample_columns
 
-__all__ = ["Condensed", "FanInLinear", "FanInPointwise", "Rewiring", "Topology", "condense", "sample_columns"]
+__all__ = ["Condensed", "FanInLinear", "FanInPointwise", "condense", "sample_columns"]
