@@ -621,8 +621,8 @@ def test_a_batch_that_was_given_up_does_not_count(kind):
     assert_same(*ends)
 
 
-def test_a_compiled_network_that_sees_hooks_is_rewired_as_the_network_itself(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)  # pytest's monkeypatch would delete the setting
+def test_a_compiled_network_that_sees_hooks_is_rewired_as_the_network_itself():
     ends = []
     for compiled in (False, True):
         model, _ = network("fan-in")
