@@ -8,4 +8,3 @@ given = {"y_true": table["label"], "y_pred": table["prediction"],
          "sensitive_features": {name: table[name] for name in ("age", "sex")}}
 metric = fairness.equalized_odds_difference
 print(fairness.difference_interval(metric, **given))
-print(fairness.chance_level(metric, **given))

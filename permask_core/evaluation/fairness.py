@@ -144,11 +144,7 @@ _COMPARED = {demographic_parity_difference: ("selection rate",),
 
 
 class Estimate(NamedTuple):
-    """A value with its interval [low, high], from ``n`` inputs if it is a rate, from ``n`` draws if it is a difference
-    between groups.
-
-    As text, it is in per cent: a table can show rates and their differences as they are.
-    """
+    """A rate with its interval [low, high], from ``n`` inputs. As text, it is in per cent."""
 
     value: float
     low: float
@@ -159,19 +155,53 @@ class Estimate(NamedTuple):
         return "–" if np.isnan(self.value) else f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
+class Chance(NamedTuple):
+    """What a difference is where groups do not matter: its ``mean``, and ``high``, which it exceeds as rarely as the
+    confidence says. As text, it is in per cent."""
+
+    mean: float
+    high: float
+
+    def __str__(self):
+        return "–" if np.isnan(self.mean) else f"{100 * self.mean:.1f}, up to {100 * self.high:.1f}"
+
+
+class Difference(NamedTuple):
+    """A difference between groups: the observed ``value``; ``corrected``, the value without the bias that a bootstrap
+    of ``n`` draws finds; the interval [low, high] of the true difference; and what ``chance`` alone gives.
+
+    As text, it is in per cent, with the interval and the chance level.
+    """
+
+    value: float
+    corrected: float
+    low: float
+    high: float
+    chance: Chance
+    n: int
+
+    def __str__(self):
+        found = str(Estimate(self.value, self.low, self.high, self.n))
+        return found if np.isnan(self.value) else f"{found}; by chance {self.chance}"
+
+
 def difference_interval(metric, y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan", draws=1000,
                         confidence=0.95, seed=0):
-    """A difference between groups with its bootstrap interval, from samples of the inputs drawn with replacement.
+    """A difference between groups, with a correction of its bias, an interval, and the level of chance.
 
-    The interval says how much another test set of this size would move the value. A largest minus smallest grows with
-    noise, and each resample adds noise to what the sample has already: among many groups, all draws may lie above the
-    value. Their percentiles are therefore moved until the mean of the draws is the value. What noise has added to the
-    value itself, and so whether the groups differ at all, is a question for :func:`chance_level`.
+    A largest minus smallest rate is too large on average, because noise adds to it: the more, the smaller and the more
+    numerous the groups. A bootstrap shows part of this bias. Taking it off leaves more than half of the bias where
+    groups do not differ at all, and less where they do: only :func:`chance_level` says whether they differ.
+
+    The interval is for the difference in the population. The difference changes by no more than the range, over the
+    groups, of the errors of the rates. The interval is therefore the value plus and minus a quantile of this range in
+    the bootstrap. For two groups its coverage is that of the ordinary interval of a difference. For more it is at
+    least that, whichever groups are the extreme ones: exact where all groups are equal, cautious where one is apart.
 
     Parameters
     ----------
     metric : callable
-        :func:`demographic_parity_difference`, :func:`equalized_odds_difference`, or one of a single group, as
+        :func:`demographic_parity_difference`, :func:`equalized_odds_difference`, or a function of a single group, as
         :func:`group_difference` takes it; the latter is called for each group in each draw.
     y_true, y_pred, sensitive_features, sample_weight, undefined
         As of the metric, or of :func:`group_difference`. An input keeps its weight.
@@ -183,17 +213,30 @@ def difference_interval(metric, y_true, y_pred, *, sensitive_features, sample_we
 
     Returns
     -------
-    Estimate
+    Difference
         ``n`` counts the draws in which the difference was defined; the others are left out.
 
     Raises
     ------
     ValueError
         As the metric, or if an option is out of range.
+
+    References
+    ----------
+    Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 10 (the estimate of bias); Tukey, "The
+    problem of multiple comparisons", 1953 (the range of errors bounds all differences at once).
+
+    Examples
+    --------
+    >>> y_pred = [1] * 60 + [0] * 40 + [1] * 30 + [0] * 70
+    >>> about = {"sensitive_features": ["a"] * 100 + ["b"] * 100}
+    >>> print(difference_interval(demographic_parity_difference, [0] * 200, y_pred, **about))
+    30.0 [17.1, 42.9]; by chance 5.8, up to 14.0
     """
     _check_draws(draws, confidence)
     sample = _sample(metric, y_true, y_pred, sensitive_features, sample_weight)
-    value = _observed(metric, sample, undefined)
+    value, rates = _observed(metric, sample, undefined), _rates_of_sample(metric, sample, undefined)
+    chance = _chance(metric, sample, value, undefined, draws, confidence, seed)
 
     def resample_table(table):
         filled, n = table > 0, table.sum()
@@ -208,23 +251,16 @@ def difference_interval(metric, y_true, y_pred, *, sensitive_features, sample_we
     def resample_inputs(generator):
         return sample.take(generator.integers(len(sample.kind), size=len(sample.kind)))
 
-    found = _draw(metric, sample, undefined, draws, seed, resample_table, resample_inputs)
-    if np.isnan(value) or not len(found):
-        return Estimate(value, np.nan, np.nan, len(found))
-    around = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2]) - found.mean()
-    low, high = np.clip(value + around, 0, 1 if metric in _COMPARED else None).tolist()
-    return Estimate(value, low, high, len(found))
-
-
-class Chance(NamedTuple):
-    """What a difference is where groups do not matter: its ``mean``, and ``high``, below which it is as often as the
-    confidence says. As text, it is in per cent, as an :class:`Estimate`."""
-
-    mean: float
-    high: float
-
-    def __str__(self):
-        return "–" if np.isnan(self.mean) else f"{100 * self.mean:.1f}, up to {100 * self.high:.1f}"
+    found = [(_spread(drawn, undefined), _spread(drawn - rates, undefined))
+             for drawn in _draw(metric, sample, undefined, draws, seed, resample_table, resample_inputs)]
+    values, errors = (np.concatenate(column) for column in zip(*found))
+    defined = ~np.isnan(errors)
+    if np.isnan(value) or not defined.any():
+        return Difference(value, np.nan, np.nan, np.nan, chance, int(defined.sum()))
+    half, most = np.quantile(errors[defined], confidence), 1 if metric in _COMPARED else np.inf
+    corrected = max(0.0, float(2 * value - values[defined].mean()))
+    return Difference(value, corrected, float(max(0, value - half)), float(min(most, value + half)), chance,
+                      int(defined.sum()))
 
 
 def chance_level(metric, y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan", draws=1000,
@@ -253,7 +289,10 @@ def chance_level(metric, y_true, y_pred, *, sensitive_features, sample_weight=No
     """
     _check_draws(draws, confidence)
     sample = _sample(metric, y_true, y_pred, sensitive_features, sample_weight)
-    value = _observed(metric, sample, undefined)
+    return _chance(metric, sample, _observed(metric, sample, undefined), undefined, draws, confidence, seed)
+
+
+def _chance(metric, sample, value, undefined, draws, confidence, seed):
     by_class = metric is equalized_odds_difference
     strata = ([np.flatnonzero(sample.y_true == k) for k in np.unique(sample.y_true)] if by_class
               else [np.arange(len(sample.kind))])
@@ -277,7 +316,9 @@ def chance_level(metric, y_true, y_pred, *, sensitive_features, sample_weight=No
             order[inputs] = generator.permutation(inputs)
         return sample._replace(y_true=sample.y_true[order], y_pred=sample.y_pred[order])
 
-    found = _draw(metric, sample, undefined, draws, seed, exchange_in_table, exchange_inputs)
+    drawn = _draw(metric, sample, undefined, draws, seed, exchange_in_table, exchange_inputs)
+    found = np.concatenate([_spread(rates, undefined) for rates in drawn])
+    found = found[~np.isnan(found)]
     if np.isnan(value) or not len(found):
         return Chance(np.nan, np.nan)
     return Chance(float(found.mean()), float(np.quantile(found, confidence)))
@@ -485,19 +526,37 @@ def _rates(member, table):
                 "false positive rate": (selected - hits) / (n - positives)}, n
 
 
-def _table_differences(metric, sample, tables, undefined):
-    """A metric that counts classes, of each of some tables [..., sets, classes, classes] of a sample."""
+def _rates_of_tables(metric, sample, tables, undefined):
+    """What a metric that counts classes compares, in tables [..., sets, classes, classes] of a sample: [..., kinds of
+    rate, groups, classes]."""
     rates, n = _rates(sample.member, tables)
-    spreads = [_spread(rates[name][..., sample.compared], n, undefined) for name in _COMPARED[metric]]
-    return np.max(spreads, axis=0).mean(-1)  # the larger one in each class, and only then the mean
+    rates = np.stack([rates[name][..., sample.compared] for name in _COMPARED[metric]], -3)
+    return _filled(rates, n[..., None, :, :], undefined)
 
 
-def _value(metric, sample, undefined):
-    """The metric of a sample."""
+def _rates_of_sample(metric, sample, undefined):
+    """As :func:`_rates_of_tables`, of the sample itself; a metric of the caller's own is one rate of one class."""
     if metric in _COMPARED:
-        return float(_table_differences(metric, sample, sample.table(), undefined))
-    n, values = (np.array(column)[:, None] for column in zip(*_by_group(metric, sample)))
-    return float(_spread(values, n, undefined)[0])
+        return _rates_of_tables(metric, sample, sample.table(), undefined)
+    n, values = (np.array(column)[None, :, None] for column in zip(*_by_group(metric, sample)))
+    return _filled(values, n, undefined)
+
+
+def _filled(rates, n, undefined):
+    """Rates [..., groups, classes] by fairlearn's convention, if asked for: an undefined one of n > 0 inputs is 0."""
+    return np.where(np.isnan(rates) & (n > 0), 0, rates) if undefined == "zero" else rates
+
+
+def _spread(rates, undefined):
+    """A difference between groups from rates [..., kinds, groups, classes]: largest minus smallest over the groups, of
+    the kind of rate for which it is larger in each class, and only then the mean over the classes."""
+    if undefined == "nan":
+        spread = rates.max(-2) - rates.min(-2)
+    else:
+        defined = ~np.isnan(rates)
+        largest, smallest = np.where(defined, rates, -np.inf).max(-2), np.where(defined, rates, np.inf).min(-2)
+        spread = np.where(defined.sum(-2) >= 2, largest - smallest, np.nan)
+    return spread.max(-2).mean(-1)
 
 
 def _by_group(metric, sample):
@@ -512,22 +571,10 @@ def _by_group(metric, sample):
         yield n, float(value)
 
 
-def _spread(rates, n, undefined):
-    """Largest minus smallest over the groups: rates [..., groups, classes] of n inputs [..., groups, 1] to
-    [..., classes]."""
-    if undefined == "nan":
-        return rates.max(-2) - rates.min(-2)
-    if undefined == "zero":
-        rates = np.where(np.isnan(rates) & (n > 0), 0, rates)
-    defined = ~np.isnan(rates)
-    largest, smallest = np.where(defined, rates, -np.inf).max(-2), np.where(defined, rates, np.inf).min(-2)
-    return np.where(defined.sum(-2) >= 2, largest - smallest, np.nan)
-
-
 def _observed(metric, sample, undefined):
     if undefined not in UNDEFINED:
         raise ValueError(f"undefined is {undefined!r}: expected one of {', '.join(UNDEFINED)}")
-    value = _value(metric, sample, undefined)
+    value = float(_spread(_rates_of_sample(metric, sample, undefined), undefined))
     if np.isnan(value):
         name = getattr(metric, "__name__", repr(metric))
         warnings.warn(f"{name} is NaN: {_undefined(metric, sample)}", stacklevel=3)
@@ -563,17 +610,17 @@ def _check_draws(draws, confidence):
 
 
 def _draw(metric, sample, undefined, draws, seed, of_table, of_inputs):
-    """The metric, where it is defined, of random samples: of tables of counts, as many at once as memory allows, which
-    ``of_table(table)(size, generator)`` draws, or of those that ``of_inputs(generator)`` draws."""
+    """Yield the rates of random samples, [some draws, kinds, groups, classes]: of tables of counts, as many at once as
+    memory allows, which ``of_table(table)(size, generator)`` draws, or of those that ``of_inputs(generator)`` draws."""
     generator = np.random.default_rng(seed)
     if metric in _COMPARED and sample.weight is None:
         table = sample.table()
         draw, block = of_table(table), max(1, CHUNK // table.size)
-        sizes = [min(block, draws - done) for done in range(0, draws, block)]
-        found = np.concatenate([_table_differences(metric, sample, draw(size, generator), undefined) for size in sizes])
+        for done in range(0, draws, block):
+            yield _rates_of_tables(metric, sample, draw(min(block, draws - done), generator), undefined)
     else:
-        found = np.array([_value(metric, of_inputs(generator), undefined) for _ in range(draws)])
-    return found[~np.isnan(found)]
+        for _ in range(draws):
+            yield _rates_of_sample(metric, of_inputs(generator), undefined)[None]
 
 
 # ---- Individuals -----------------------------------------------------------------------------------------------------

@@ -141,15 +141,8 @@ def paired_comparison(a, b, confidence=0.95):
     a, b = _checked(a, confidence), _checked(b, confidence)
     if len(a) != len(b):
         raise ValueError(f"a has {len(a)} values, b has {len(b)}: a paired comparison needs one of each per block")
-    differences = a - b
-    mean, sd, low, high, n = mean_interval(differences, confidence)
-    if sd <= ROUNDING * max(np.abs(a).max(), np.abs(b).max()):
-        same = bool(np.allclose(mean, 0, atol=ROUNDING * max(np.abs(a).max(), np.abs(b).max(), 1e-300)))
-        effect, p = (0.0, 1.0) if same else (math.copysign(math.inf, mean), 0.0)
-    else:
-        effect = mean / sd * _small_sample(n - 1)
-        p = float(stats.ttest_rel(a, b).pvalue)
-    return Paired(mean, low, high, int((differences > 0).sum()), effect, p, _sign_flip(differences), n)
+    mean, half, effect, p, _ = map(float, _paired(a, b, confidence))
+    return Paired(mean, mean - half, mean + half, int((a > b).sum()), effect, p, _sign_flip(a - b), len(a))
 
 
 def welch_comparison(a, b, confidence=0.95):
@@ -180,7 +173,7 @@ def welch_comparison(a, b, confidence=0.95):
     Welch, "The generalization of 'Student's' problem when several different population variances are involved", 1947.
     """
     a, b = _checked(a, confidence), _checked(b, confidence)
-    difference, half, effect, p = (float(value) for value in _welch(a, b, confidence))
+    difference, half, effect, p, _ = map(float, _welch(a, b, confidence))
     return Unpaired(difference, difference - half, difference + half, effect, p, _permuted(a, b), len(a), len(b))
 
 
@@ -333,18 +326,48 @@ def affected_classes(a, b, *, normalize="ratio", alpha=0.05, correction="none", 
     if weights.shape != a.shape[1:] or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise ValueError(f"weights is {weights}: expected {a.shape[1]} numbers of at least 0, not all of them 0")
     a, b = (_normalized(name, values, normalize, weights) for name, values in (("a", a), ("b", b)))
-    if paired:
-        found = [paired_comparison(*columns) for columns in zip(a.T, b.T)]
-        differences, effects, p = (np.array([getattr(one, name) for one in found])
-                                   for name in ("difference", "effect", "p"))
-        still = np.ptp(a - b, axis=0) <= ROUNDING * _largest(a, b)
-    else:
-        differences, _, effects, p = _welch(a, b)
-        still = _constant(a, b)
+    differences, _, effects, p, still = (_paired if paired else _welch)(a, b)
     adjusted = p if correction == "none" else stats.false_discovery_control(p, method=correction)
     constant = int((still & (p == 1)).sum())
     return Affected(int((adjusted < alpha).sum()), adjusted < alpha, p, adjusted, differences, effects,
                     alpha * (len(p) - constant), constant)
+
+
+def leave_one_out_counts(a, b, *, weights=None, **options):
+    """How many other classes are affected when one class is left out of everything, the overall accuracy included.
+
+    A class that loses much lowers the overall accuracy, and so raises the ratio of every other class. If the count
+    falls when one class is left out, this class made the others look affected.
+
+    Parameters
+    ----------
+    a, b, weights, **options
+        As of :func:`affected_classes`, with at least two classes.
+
+    Returns
+    -------
+    numpy.ndarray of int, shape [classes]
+        Entry k is the count among the other classes without class k.
+
+    Raises
+    ------
+    ValueError
+        As :func:`affected_classes`.
+
+    Examples
+    --------
+    >>> a = np.random.default_rng(0).normal(0.7, 0.01, (5, 10))
+    >>> b = np.random.default_rng(1).normal(0.7, 0.01, (5, 10))
+    >>> b[:, 3] -= 0.3  # this class alone loses
+    >>> affected_classes(a, b).count, leave_one_out_counts(a, b)[3].item()
+    (10, 0)
+    """
+    a, b = _accuracies("a", a), _accuracies("b", b)
+    weights = np.ones(a.shape[1]) if weights is None else np.asarray(weights)
+    if a.shape[1] < 2:
+        raise ValueError(f"a has {a.shape[1]} class: expected at least two, to leave one out")
+    return np.array([affected_classes(np.delete(a, k, 1), np.delete(b, k, 1), weights=np.delete(weights, k), **options)
+                     .count for k in range(a.shape[1])])
 
 
 def disagreement_matrix(a, b, classes):
@@ -458,31 +481,38 @@ def _sign_flip(differences):
 
 
 def _welch(a, b, confidence=0.95):
-    """Of each column of a and b [seeds, ...]: the difference of the means, half its interval, Hedges' g, Welch's p."""
-    difference = a.mean(0) - b.mean(0)
+    """Of each column of a and b [seeds, ...]: the difference of the means, half its interval, Hedges' g, Welch's p, and
+    whether neither varies."""
     spread_a, spread_b = a.var(0, ddof=1), b.var(0, ddof=1)
     error_a, error_b = spread_a / len(a), spread_b / len(b)
     more_a, more_b = len(a) - 1, len(b) - 1
     with np.errstate(invalid="ignore", divide="ignore"):
         pooled = np.sqrt((more_a * spread_a + more_b * spread_b) / (more_a + more_b))
-        effect = difference / pooled * _small_sample(more_a + more_b)
-        error = np.sqrt(error_a + error_b)
-        t = stats.t((error_a + error_b) ** 2 / (error_a**2 / more_a + error_b**2 / more_b))
+        df = (error_a + error_b) ** 2 / (error_a**2 / more_a + error_b**2 / more_b)
+    constant = np.maximum(np.ptp(a, axis=0), np.ptp(b, axis=0)) <= ROUNDING * _largest(a, b)
+    return _t_test(a, b, np.sqrt(error_a + error_b), df, pooled, more_a + more_b, constant, confidence)
+
+
+def _paired(a, b, confidence=0.95):
+    """As :func:`_welch`, of a paired t-test: whether the differences do not vary."""
+    n, sd = len(a), (a - b).std(0, ddof=1)
+    constant = np.ptp(a - b, axis=0) <= ROUNDING * _largest(a, b)
+    return _t_test(a, b, sd / math.sqrt(n), n - 1, sd, n - 1, constant, confidence)
+
+
+def _t_test(a, b, error, df, sd, more, constant, confidence):
+    difference, t = a.mean(0) - b.mean(0), stats.t(df)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        effect = difference / sd * _small_sample(more)
         half, p = t.ppf((1 + confidence) / 2) * error, 2 * t.sf(np.abs(difference) / error)
-    constant = _constant(a, b)
     same = np.abs(difference) <= ROUNDING * _largest(a, b)
     sure = np.where(same, 0.0, np.copysign(np.inf, difference))
     return (difference, np.where(constant, 0.0, half), np.where(constant, sure, effect),
-            np.where(constant, same.astype(float), p))
+            np.where(constant, same.astype(float), p), constant)
 
 
 def _largest(a, b):
     return np.maximum(np.abs(a).max(0), np.abs(b).max(0))
-
-
-def _constant(a, b):
-    """Which columns vary neither in a nor in b, apart from rounding."""
-    return np.maximum(np.ptp(a, axis=0), np.ptp(b, axis=0)) <= ROUNDING * _largest(a, b)
 
 
 def _small_sample(df):

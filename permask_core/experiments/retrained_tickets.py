@@ -9,6 +9,8 @@ and Ioannou, ICML 2025. Experiments and stages are those of :mod:`permask_core.e
 
 from functools import cache
 
+import torch
+
 from permask_core.experiments.permuted_masks import (
     build_network,
     build_sparse_network,
@@ -26,9 +28,10 @@ from permask_core.masks import sparsity as sparsity_of
 from permask_core.matching import match_weights, permute
 from permask_core.pruning import check_sparsity, full_rounds, random_masks
 from permask_core.runs.checks import check_integer, check_lists, check_one_of, check_work
-from permask_core.sparse.initialisation import sparse_init
+from permask_core.sparse.initialisation import scale_to_fan_in, sparse_init
 
-METHODS = ("dense", "pruned", "lth", "permuted", "naive", "random", "scratch", "sparse_init")
+METHODS = ("dense", "pruned", "lth", "permuted", "naive", "random", "scratch", "rescaled", "he", "sparse_init")
+FROM_SCRATCH = ("scratch", "rescaled", "he", "sparse_init")  # these start from B before any training
 SPAN = 100  # members of a seed at most
 
 
@@ -71,11 +74,13 @@ def train_member(experiment, store, seed, member, sparsity, method):
         Which seed, and which of its members, 0 to ``SPAN`` - 1.
     sparsity : float
         In (0, 1); irrelevant to ``dense``.
-    method : {"dense", "pruned", "lth", "permuted", "naive", "random", "scratch", "sparse_init"}
-        What is trained: ``dense`` is the member's network B; ``pruned`` goes on from the end of a network A of its own
-        under that one's mask; ``lth`` starts from the seed's A; ``permuted``, ``naive`` and ``random`` start from the
-        member's B; ``scratch`` from B before any training, under the seed's mask; ``sparse_init`` likewise, with the
-        weights drawn for the connections that are left. All under a mask have the same recipe.
+    method : str
+        What is trained, with the same recipe for all masked networks. ``dense`` is the member's network B. ``pruned``
+        continues from the end of the member's own network A, under the mask of that network. ``lth`` starts from the
+        seed's A; ``permuted``, ``naive`` and ``random`` start from the member's B. Four methods start before any
+        training, under the seed's mask, and differ in the variance of a weight with n inputs of which the mask keeps m:
+        ``scratch`` 1 / (3n), which is PyTorch's default; ``rescaled`` 1 / (3m); ``he`` 2 / n, which is He's; and
+        ``sparse_init`` 2 / m. The first two are one draw of B, and so are the last two.
 
     Returns
     -------
@@ -106,7 +111,13 @@ def train_member(experiment, store, seed, member, sparsity, method):
         if method == "pruned":
             return build_network(experiment, start), masks()
         model = build_sparse_network(experiment, start, masks())
-        return sparse_init(model, masks(), seed=own) if method == "sparse_init" else model, masks()
+        if method == "rescaled":
+            scale_to_fan_in(model, masks())
+        elif method == "he":
+            sparse_init(model, {name: torch.ones_like(mask) for name, mask in masks().items()}, seed=own)
+        elif method == "sparse_init":
+            sparse_init(model, masks(), seed=own)
+        return model, masks()
 
     tensors, record = train(store, Training(
         experiment, "member", {"seed": seed, "member": member, "sparsity": sparsity, "method": method,
@@ -143,7 +154,7 @@ def _start(experiment, store, seed, member, method):
         return train_dense(experiment, store, member_seed(seed, member), "a")[0][experiment.epochs]
     if method == "lth":
         return train_dense(experiment, store, member_seed(seed, 0), "a")[0][experiment.rewind]
-    if method in ("scratch", "sparse_init"):
+    if method in FROM_SCRATCH:
         return build_network(experiment, seed=2 * member_seed(seed, member) + 1).state_dict()  # B before any training
     return train_dense(experiment, store, member_seed(seed, member), "b")[0][experiment.rewind]
 

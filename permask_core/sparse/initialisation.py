@@ -1,7 +1,8 @@
-"""Where sparse training starts: initial weights that fit the number of connections, and what gradient they let through.
+"""Initial weights that fit the number of connections, and the gradient that they let through.
 
-A dense initialisation makes a neuron with few connections too quiet, and a network of them lets almost no gradient
-through. Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022.
+The variance that keeps signals at their size depends on how many inputs a neuron has. A mask removes inputs: the
+smaller the variance was to begin with, the less gradient is left. Evci et al., "Gradient Flow in Sparse Neural Networks
+and How Lottery Tickets Win", AAAI 2022.
 """
 
 import copy

@@ -40,6 +40,10 @@ def test_fairness():
     assert by["Trifeature", "colour", "EOD", "teacher", None]["value"] == 0
     assert by["CelebA", "Young", "EOD", "distilled", 10]["value"] == pytest.approx(0.0498)
     assert by["HateXplain", "race", "EOD", "distilled", 20]["read_from"] == "figure"
+    deviations = {key: row["sd"] for key, row in by.items() if row["sd"] is not None}
+    assert Counter(key[:3] for key in deviations) == {("CelebA", "Young", "EOD"): 12, ("CelebA", "Young", "DPD"): 12,
+                                                      ("CelebA", "", "accuracy"): 12}
+    assert deviations["CelebA", "Young", "EOD", "distilled", 1] == pytest.approx(0.0011)
     for (dataset, attribute, measure, role, t), row in by.items():
         if role == "distilled" and t == 10 and measure in ("EOD", "DPD"):  # the trend that it claims
             assert row["value"] < by[dataset, attribute, measure, role, 1]["value"]

@@ -320,13 +320,19 @@ def test_a_metric_of_ones_own_has_the_interval_and_chance_of_the_one_that_counts
     assert own == pytest.approx(counted, abs=0.01)
 
 
+def numbers(found):
+    """The numbers of a Difference or of a Chance in one list."""
+    return [number for part in found for number in (part if isinstance(part, tuple) else [part])]
+
+
 @both
 def test_weights_of_one_have_the_interval_and_chance_of_none(metric):
     """Inputs drawn one by one, and tables of them, have one distribution."""
     y_true, y_pred, group = random_sample(np.random.default_rng(26), 300, 3, 3)
     about = {"sensitive_features": group, "draws": 2000}
     for of, near in ((difference_interval, 0.015), (chance_level, 0.008)):
-        found, expected = (of(metric, y_true, y_pred, **about, sample_weight=weight) for weight in (np.ones(300), None))
+        found, expected = (numbers(of(metric, y_true, y_pred, **about, sample_weight=weight))
+                           for weight in (np.ones(300), None))
         assert found == pytest.approx(expected, abs=near)
 
 
@@ -419,23 +425,23 @@ def test_the_interval_of_a_clear_difference_is_that_of_two_proportions():
     assert (found.low, found.high) == pytest.approx((0.35 - half, 0.35 + half), abs=0.003)
 
 
+@pytest.mark.parametrize("rates", [[0.3] * 2, [0.3] * 5, [0.3] * 10, [0.1] + [0.3] * 4, [0.2, 0.6]])
 @both
-@pytest.mark.parametrize("gap", [0, 0.2])
-def test_the_interval_covers_what_test_sets_of_this_size_give(metric, gap):
-    rng = np.random.default_rng(3)
-
-    def sample():
-        y_true, y_pred, group = random_sample(rng, 500, 3, 8)
-        return y_true, np.where((group == 0) & (rng.random(500) < gap), 2, y_pred), group
-
-    expected = np.mean([metric(a, b, sensitive_features=group) for a, b, group in (sample() for _ in range(300))])
-    hits = 0
-    for _ in range(60):
-        y_true, y_pred, group = sample()
-        found = difference_interval(metric, y_true, y_pred, sensitive_features=group, draws=200)
-        assert 0 <= found.low <= found.value <= found.high <= 1
-        hits += found.low <= expected <= found.high
-    assert hits >= 52
+def test_the_interval_covers_the_difference_of_the_population_and_the_correction_takes_bias_off(metric, rates):
+    """Percentiles of the bootstrap, moved onto the value, covered a difference of 0 of 2, 5 and 10 groups in 82, 29 and
+    2 % of samples: a largest minus smallest rate is biased, and a bootstrap adds its own noise to the bias."""
+    rng, truth = np.random.default_rng(3), max(rates) - min(rates)
+    group = np.repeat(np.arange(len(rates)), 100)
+    y_true = np.tile([0, 1], len(group) // 2)  # so that the rates of mistakes are the same in both classes
+    found = []
+    for _ in range(200):
+        selected = rng.random(len(group)) < np.array(rates)[group]
+        found.append(difference_interval(metric, y_true, selected.astype(int), sensitive_features=group, draws=200))
+    covered = np.mean([one.low <= truth <= one.high for one in found])
+    assert covered >= 0.9 and all(0 <= one.low <= one.value <= one.high <= 1 for one in found)
+    raw, corrected = (np.mean([getattr(one, name) for one in found]) - truth for name in ("value", "corrected"))
+    # The wider of two differences is biased even where two groups differ.
+    assert abs(corrected) < 0.01 or corrected < 0.85 * raw
 
 
 def test_draws_in_which_a_rate_is_undefined_are_left_out_and_counted():
@@ -445,7 +451,7 @@ def test_draws_in_which_a_rate_is_undefined_are_left_out_and_counted():
     assert 0.3 < found.n / 1000 < defined and 0 <= found.low <= found.high <= 1
     with pytest.warns(UserWarning, match="no true positive rate"):
         never = difference_interval(equalized_odds_difference, [0] * 5 + y_true[5:], y_pred, sensitive_features=group)
-    assert np.isnan(never[:3]).all() and str(never) == "–"
+    assert np.isnan([*never[:4], *never.chance]).all() and str(never) == "–"
 
 
 def test_chance_between_two_groups_is_hypergeometric():
@@ -508,7 +514,10 @@ def test_draws_come_from_the_seed_and_not_from_the_memory(metric, of, monkeypatc
     assert first == of(*arguments, sensitive_features=group, draws=100) != other
     monkeypatch.setattr(fairness, "CHUNK", 1)
     one_by_one = of(*arguments, sensitive_features=group, draws=100)
-    assert one_by_one == pytest.approx(first, rel=1e-12 if of is difference_interval else 0.2)  # strata take turns
+    one_by_one, first = numbers(one_by_one), numbers(first)
+    assert one_by_one == pytest.approx(first, rel=0.2)  # where inputs are exchanged, strata take turns
+    if of is difference_interval:
+        assert one_by_one[:4] == pytest.approx(first[:4], rel=1e-12)
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_what_masks_members_have(finished):
     masks = {method: [member_masks(TINY, store, 0, number, 0.8, method) for number in (0, 1)]
              for method in METHODS[1:]}
     first = find_ticket(TINY, store, 0, 0.8).masks
-    for method in ("lth", "naive", "scratch", "sparse_init"):
+    for method in ("lth", "naive", *FROM_SCRATCH):
         assert same(masks[method][0], first) and same(masks[method][1], first)
     assert same(masks["pruned"][0], first) and not same(masks["pruned"][1], first)
     for method in ("permuted", "random"):
@@ -103,15 +103,19 @@ def test_what_masks_members_have(finished):
         assert all(layer_sparsity(one) == layer_sparsity(first) for one in masks[method])
 
 
-def test_a_sparse_initialisation_fits_the_connections(finished):
+def test_four_starts_from_scratch_are_two_draws_each_with_two_variances(finished):
     store, _ = finished
-    state = train_member(TINY, store, 0, 0, 0.8, "sparse_init")[0][0]
-    mask = member_masks(TINY, store, 0, 0, 0.8, "sparse_init")["fc1.weight"]
-    weights, rows = state["fc1.weight"], mask.sum(1) > 0
-    assert (weights[~mask] == 0).all()
-    scaled = (weights * (mask.sum(1, keepdim=True) / 2).sqrt())[mask]
-    assert rows.any() and scaled.var().item() == pytest.approx(1, rel=0.25)
-    assert same({"b": state["fc1.bias"]}, {"b": build_network(TINY, seed=1).state_dict()["fc1.bias"]})
+    start = {method: train_member(TINY, store, 0, 0, 0.8, method)[0][0] for method in FROM_SCRATCH}
+    mask = member_masks(TINY, store, 0, 0, 0.8, "he")["fc1.weight"]
+    left, full = mask.sum(1, keepdim=True), mask.shape[1]
+    weights = {method: state["fc1.weight"] for method, state in start.items()}
+    assert all((found[~mask] == 0).all() for found in weights.values())
+    for dense, sparse in (("scratch", "rescaled"), ("he", "sparse_init")):
+        torch.testing.assert_close(weights[dense] * (full / left.clamp(min=1)).sqrt(), weights[sparse])
+    for method, variance in (("scratch", 1 / (3 * full)), ("he", 2 / full)):
+        assert weights[method][mask].var().item() == pytest.approx(variance, rel=0.25)
+    bias = build_network(TINY, seed=1).state_dict()["fc1.bias"]
+    assert all(torch.equal(state["fc1.bias"], bias) for state in start.values())
 
 
 def test_finished_runs_are_found_again_and_by_several_workers(finished, tmp_path):
@@ -141,7 +145,7 @@ def test_the_cost_leaves_out_epochs_that_nobody_looks_at():
     early = replace(TINY, matched_at=1)
     found = {method: training_epochs(early, 3, 0.8, method) for method in METHODS}
     assert found == {"dense": 12, "pruned": 3 * 9, "lth": 6 + 9, "permuted": 6 + 3 * 4, "naive": 6 + 3 * 4,
-                     "random": 6 + 3 * 4, "scratch": 6 + 9, "sparse_init": 6 + 9}
+                     "random": 6 + 3 * 4, **dict.fromkeys(FROM_SCRATCH, 6 + 9)}
     assert training_epochs(TINY, 3, 0.8, "permuted") == 6 + 3 * 7
     with pytest.raises(ValueError, match="members is 0"):
         training_epochs(TINY, 0, 0.8, "lth")

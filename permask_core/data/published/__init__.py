@@ -45,22 +45,24 @@ def published_affected_classes():
 
 
 def published_fairness():
-    """Group and individual fairness of teachers and students, from the same source; it gives no deviations.
+    """Group and individual fairness of teachers and students, from the same source.
 
     Returns
     -------
     list of dict
         ``dataset``, ``attribute`` ("" where there is none), ``measure`` ("DPD", "EOD", "individual" or "accuracy"),
         ``role`` ("teacher", "student" or "distilled"), ``temperature`` (None for the others), ``value`` (a
-        fraction; of "individual", whose unit the source does not state, as published), and ``read_from``, a "table" or
-        a "figure", whose values are less exact.
+        fraction; of "individual", whose unit the source does not state, as published), ``sd``, its standard deviation
+        over five initialisations (None where the source gives none: it gives those of CelebA with the attribute Young,
+        in its Table 2), and ``read_from``, a "table" or a "figure", whose values are less exact.
 
     References
     ----------
     As for :func:`published_affected_classes`.
     """
     return [row | {"temperature": int(row["temperature"]) if row["temperature"] else None,
-                   "value": float(row["value"]) / (1 if row["measure"] == "individual" else 100)}
+                   "value": float(row["value"]) / (1 if row["measure"] == "individual" else 100),
+                   "sd": float(row["sd"]) / 100 if row["sd"] else None}
             for row in _rows("fairness")]
 
 
