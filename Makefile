@@ -56,8 +56,8 @@ $(BOOK)/index.html: $(EXECUTED) $(FIGURES) $(PROSE) $(LIBRARY) $(READY)
 	@mkdir -p $(RESULTS)
 	@find build/source/book -mindepth 1 -maxdepth 1 ! -name results ! -name figures -exec rm -rf {} +
 	@cp -R book batch _config.yml _toc.yml build/source/
-	@# What the landing page shows, if its notebook failed: the result that was committed.
-	@cp -n book/readme/permuted_masks.svg book/readme/permuted_masks.md $(RESULTS)
+	@# What the landing page shows, if its notebooks failed: the results that were committed.
+	@cp -n book/readme/*.svg book/readme/*.md $(RESULTS)
 	$(BIN)/python -m book.tools.claims page $(RESULTS)/claims.md
 	$(BIN)/jupyter-book build --quiet -W --keep-going -n build/source --path-output build
 

@@ -54,8 +54,8 @@ def main() -> None:
     if not (built / "permuted_masks.md").exists():
         sys.exit(f"{built} holds no results: run make first")
     KEPT.mkdir(exist_ok=True)
-    for ending in ("svg", "md"):
-        shutil.copy(built / f"permuted_masks.{ending}", KEPT)
+    for name in ("permuted_masks.svg", "permuted_masks.md", "findings.svg", "findings.md"):
+        shutil.copy(built / name, KEPT)
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     record = json.loads((built / "permuted_masks.json").read_text(encoding="utf8"))

@@ -4,6 +4,7 @@ returns."""
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -270,7 +271,9 @@ def publish(name, figure, rows, caption, *, folder=None, **record):
         return None
     folder, rows = Path(folder), records(rows)
     body = [[str(value).replace("|", "\\|") for value in row.values()] for row in rows]
-    lines = ["| " + " | ".join(cells) + " |" for cells in [list(rows[0]), ["---:"] * len(rows[0]), *body]]
+    # Columns of numbers, which may carry an interval, are aligned to the right.
+    rule = ["---" if any(re.match(r"[^\W\d]", cell) for cell in column) else "---:" for column in zip(*body)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in [list(rows[0]), rule, *body]]
     record = {"caption": caption, "table": rows, "versions": versions(), "commit": commit(),
               "device": device_name(default_device()), **record}
 
