@@ -37,9 +37,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
+torch.set_num_threads(1)  # for the fixtures of modules too, which come before those of tests
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
-    """How a sum is divided among threads decides about its last bits: a test that leaves more is told, not the next."""
+    """How a sum is divided among threads decides about its last bits. A test that leaves more threads fails itself."""
     torch.set_num_threads(1)
     yield
     assert torch.get_num_threads() == 1, f"the test leaves {torch.get_num_threads()} threads"

@@ -62,7 +62,9 @@ def main() -> None:
     record = {"command": "make readme", "commit": commit or "unknown", **record}
     (KEPT / "permuted_masks.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
     readme = ROOT / "README.md"
-    text = with_table(readme.read_text(encoding="utf8"), "results", (KEPT / "permuted_masks.md").read_text("utf8"))
+    text = readme.read_text(encoding="utf8")
+    for mark, name in (("results", "permuted_masks"), ("findings", "findings")):
+        text = with_table(text, mark, (KEPT / f"{name}.md").read_text("utf8"))
     readme.write_text(with_table(text, "speed", speed_table(json.loads(TIMES.read_text("utf8")))), encoding="utf8")
 
 

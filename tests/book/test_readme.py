@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tests.notebooks import run
+
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "book" / "readme"
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -22,8 +24,19 @@ def section(mark):
     return re.search(rf"<!-- {mark}:[^>]*-->\n(.*?)<!-- /{mark} -->", README, re.DOTALL)[1]
 
 
-def test_the_table_is_the_kept_one():
-    assert section("results").strip() == (KEPT / "permuted_masks.md").read_text(encoding="utf8").strip()
+@pytest.mark.parametrize("mark, name", [("results", "permuted_masks"), ("findings", "findings")])
+def test_tables_are_the_kept_ones(mark, name):
+    assert section(mark).strip() == (KEPT / f"{name}.md").read_text(encoding="utf8").strip()
+
+
+def test_the_findings_are_those_of_the_page(tmp_path, monkeypatch):
+    """They follow from stored studies and published values: another text means that `make readme` is due."""
+    monkeypatch.setenv("PERMASK_FIGURES", str(tmp_path))
+    run("findings", {}, tmp_path)
+    assert (tmp_path / "findings.md").read_text(encoding="utf8") == (KEPT / "findings.md").read_text(encoding="utf8")
+
+
+def test_the_picture_is_kept():
     assert "book/readme/permuted_masks.svg" in README and (KEPT / "permuted_masks.svg").stat().st_size > 10_000
 
 

@@ -8,6 +8,7 @@ import torch
 from permask_core.experiments import permuted_masks, retrained_tickets, trainings
 from permask_core.experiments.permuted_masks import Experiment, build_network, find_ticket, train_dense
 from permask_core.experiments.retrained_tickets import (
+    FROM_SCRATCH,
     METHODS,
     SPAN,
     member_epochs,
