@@ -167,13 +167,13 @@ def rewinding():
         ax.axvline(rewind, color=GREY, linewidth=0.8, linestyle=":", ymin=0.04, ymax=0.9, visible=start == rewind)
         ax.set_title(title)
         ax.set(xlim=(-0.04, 1.45), ylim=(-3.5, 0.5), xticks=[0, rewind, ends] if start == rewind else [0, ends],
-               xticklabels=["0", "k", "T"] if start == rewind else ["0", "T"], xlabel="training epoch")
+               xticklabels=["0", "r", "E"] if start == rewind else ["0", "E"], xlabel="training epoch")
         ax.grid(False)
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
     rounds = [f"round {r}\n{100 * 0.8 ** r:.1f} % left" for r in (1, 2, 3)]
     axes[0].set(yticks=[0, -1, -2, -3], yticklabels=["dense\n100 % left", *rounds])
-    axes[0].text(1.05, -0.5, "prune 20 %,\nback to epoch k", fontsize=8.5, va="center", color=INK)
+    axes[0].text(1.05, -0.5, "prune 20 %,\nback to epoch r", fontsize=8.5, va="center", color=INK)
     axes[1].text(0.93, -0.55, "prune 20 %,\nkeep the weights", fontsize=8.5, va="center", ha="right", color=INK)
     return figure
 
@@ -200,9 +200,9 @@ def method():
     _arrow(ax, (4.91, 3.2), (5.79, 3.2), "permute", permuted)
     _arrow(ax, (3.05, 2.55), (5.35, 3.1), "", GREY, bend=0.22)
     ax.text(4.55, 2.38, r"$\pi$", ha="center", fontsize=11, color=INK)
-    _box(ax, 2.55, 0.65, "B, epoch k", permuted, 1.0)
+    _box(ax, 2.55, 0.65, "B, epoch r", permuted, 1.0)
     _arrow(ax, (0.75, 1.65), (2.05, 0.65), "", GREY, bend=0.3)
-    ax.text(0.98, 0.72, "k epochs", ha="right", fontsize=8.5, color=INK)
+    ax.text(0.98, 0.72, "r epochs", ha="right", fontsize=8.5, color=INK)
     _arrow(ax, (3.05, 0.65), (5.3, 0.65), "train sparse", permuted)
     _arrow(ax, (6.275, 2.72), (4.2, 0.98), "", permuted, bend=-0.25)
     _box(ax, 5.98, 0.65, "sparse B", permuted, 1.3)
