@@ -284,7 +284,7 @@ def test_processes_that_fit_starts_are_torchruns_killed_and_resumed_in_a_noteboo
 
 def test_an_error_in_a_process_arrives():
     model, data = net().float(), pictures()
-    with pytest.raises(RuntimeError, match="a training process ended: FloatingPointError: the training loss is nan in "
+    with pytest.raises(RuntimeError, match="a training process failed: FloatingPointError: the training loss is nan in "
                                            "epoch [12]: try a smaller learning rate than 1000000000.0"):
         trained(Recipe(2, 1e9), model, replace(data, x=data.x.float()))
     assert same(model.state_dict(), net().float().state_dict())
