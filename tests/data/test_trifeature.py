@@ -348,7 +348,7 @@ def zeros(*shape, dtype=torch.int64):
     ({"n_test": 2e3}, "n_test is 2000.0"),
     ({"noise": -0.1}, "noise is -0.1"), ({"noise": math.inf}, "noise is inf"), ({"noise": math.nan}, "noise is nan"),
     ({"noise": "1"}, "noise is '1'"),
-    ({"correlated": "size"}, "correlated is 'size': expected colour, which the label leaves open"),
+    ({"correlated": "size"}, "correlated is 'size': expected colour, which is not in the label"),
     ({"correlated": "shape", "label": "shape"}, "correlated is 'shape': expected texture or colour, which the label"),
     ({"correlated": "colour", "match": 0.05}, "match is 0.05: expected a probability from 0.1"),
     ({"correlated": "colour", "match": 1.2}, "match is 1.2"), ({"correlated": "colour", "match": "1"}, "match is '1'"),

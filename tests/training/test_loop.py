@@ -725,7 +725,7 @@ def test_what_is_no_split_is_refused(digits, net, what):
     x, y = digits.train.x, digits.train.y
     data = {"dataset": digits, "numpy": (x.numpy(), y.numpy()), "inputs": x}[what]
     for use in (lambda: fit(net, data, RECIPE, seed=0), lambda: evaluate(net, data)):
-        with pytest.raises(ValueError, match="expected a split, as data.train|the batches have no targets"):
+        with pytest.raises(ValueError, match="expected a split such as data.train|the batches have no targets"):
             use()
 
 
