@@ -77,8 +77,8 @@ def measured_price_of_alignment():
         training), and for ``permuted`` the recipe (``matched_at``, ``matched_images``, ``matched_layers``),
         ``matching_seconds`` and ``overlap`` (with the mask matched at the end); and ``control``, a list of dict:
         ``matching`` ("" if nothing is moved), ``noise`` (in standard deviations of the weights), ``seed``,
-        ``sparsity``, ``shared_positions``, ``overlap`` (with the planted mask) and ``idle`` (fraction of units without any
-        connection), all in [0, 1].
+        ``sparsity``, ``shared_positions``, ``overlap`` (with the planted mask) and ``idle`` (fraction of units without
+        connections), all in [0, 1].
     """
     return _read("price_of_alignment")
 
