@@ -116,15 +116,18 @@ ENTRY = ["groups", "g", "entries", 0]
     (changed(["groups", "g"], 3), "TypeError"), (changed(["groups", "g", "entries"], None), "KeyError: 'entries'"),
     (changed(["groups", "g", "entries"], ["w"]), "TypeError"),
     (changed(["groups", "g", "size"], 2.5), "2.5 is not an integer"),
-    (changed(["groups", "g", "size"], "2"), "'2' is not an integer"), (changed([*ENTRY, "axis"], "0"), "'0' is not an integer"),
+    (changed(["groups", "g", "size"], "2"), "'2' is not an integer"),
+    (changed([*ENTRY, "axis"], "0"), "'0' is not an integer"),
     (changed([*ENTRY, "axis"], True), "True is not an integer"), (changed([*ENTRY, "axis"], None), "KeyError: 'axis'"),
     (changed([*ENTRY, "tensor"], None), "missing 1 required positional argument: 'tensor'"),
     (changed([*ENTRY, "colour"], 1), "unexpected keyword argument 'colour'"),
     (changed([*ENTRY, "positions"], [[0], [0.5]]), "0.5 is not an integer"),
     (changed([*ENTRY, "positions"], [0, 1]), "iterable"),
     (changed([*ENTRY, "positions"], [[0, 1], [2]]), "length"), (changed([*ENTRY, "rows"], [1]), "not enough values"),
-    (changed([*ENTRY, "rows"], [0, "2"]), "'2' is not an integer"), (changed(["groups", "g", "within"], "h"), "missing"),
-    (changed(["groups", "g", "within"], ["h", "0"]), "'0' is not an integer"), (changed(["fixed"], [["w", 0]]), "missing"),
+    (changed([*ENTRY, "rows"], [0, "2"]), "'2' is not an integer"),
+    (changed(["groups", "g", "within"], "h"), "missing"),
+    (changed(["groups", "g", "within"], ["h", "0"]), "'0' is not an integer"),
+    (changed(["fixed"], [["w", 0]]), "missing"),
 ])
 def test_a_damaged_file_is_refused_by_name(tmp_path, text, message):
     assert text != json.dumps(SAVED)

@@ -581,7 +581,7 @@ def test_masks_that_stay_are_those_of_the_run(digits, net, masks):
 def test_what_cannot_be_rewired_is_refused_before_training(digits, net, masks):
     start = copied(net)
     for options, message in (
-            ({"masks": None}, "there is nothing to rewire"),
+            ({"masks": None}, "there is no layer to rewire"),
             ({"masks": masks, "rewiring": "set"}, "rewiring is 'set': expected a Rewiring"),
             ({"masks": masks, "rewiring": Rewiring("srigl", 1, unablated=("fc9",))}, "unablated names 'fc9'")):
         with pytest.raises(ValueError, match=message):
