@@ -30,7 +30,7 @@ class _FanIn(torch.autograd.Function):
     def backward(ctx, grad):
         (x, values), indices = ctx.saved_tensors, ctx.indices
         if ctx.layer.indices is not indices or ctx.version != kernels.version(indices):
-            raise RuntimeError("the layer was rewired between forward and backward, so the gradient has no connections: "
+            raise RuntimeError("the layer was rewired between forward and backward, so gradients have no connections: "
                                "call backward() before rewire()")
         need_x, need_values, need_bias, _ = ctx.needs_input_grad
         dx = dvalues = None

@@ -247,14 +247,14 @@ def test_a_parameter_without_a_gradient_is_named(ranks):
 
 
 def test_a_file_of_other_settings_is_refused_in_every_process(ranks):
-    assert all("is of a run with checkpoints" in rank["other settings"] for rank in ranks)
+    assert all("belongs to a run with checkpoints" in rank["other settings"] for rank in ranks)
 
 
 def test_a_file_of_another_number_of_processes_is_refused_before_any_starts(tmp_path, monkeypatch):
     path, model = tmp_path / "run.safetensors", net()
     trained(processes=1, resume=path)
     monkeypatch.setattr(loop, "launch", None)
-    with pytest.raises(ValueError, match=r"is of a run with processes 1 \(here 2\): give another file, or delete it"):
+    with pytest.raises(ValueError, match=r"belongs to a run with processes 1 \(here 2\): give another file"):
         trained(model=model, masks=masks(), resume=path)
     assert same(model.state_dict(), net().state_dict())
 

@@ -276,7 +276,7 @@ def test_layers_whose_weight_the_module_around_them_reads_are_left(training):
     left = ["0.linear1.weight", "0.linear2.weight", "0.self_attn.in_proj_weight", "0.self_attn.out_proj.weight"]
     masks = masks_of(model, *left, "1.weight")
     assert_condensed(model, masks, torch.randn(2, 4, 8), left)
-    assert condense(model, masks).left["0.linear1.weight"].startswith("the model does not only call it but reads its weight, which")
+    assert "not only call it but reads its weight" in condense(model, masks).left["0.linear1.weight"]
 
 
 @pytest.mark.parametrize("version", ["swin_t", "swin_v2_t"])
