@@ -271,7 +271,7 @@ def _labels(p, y):
 def _square(matrix):
     matrix = np.asarray(matrix, dtype=float)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
-        raise ValueError(f"got a matrix of shape {list(matrix.shape)}: expected [models, models], at least two of them")
+        raise ValueError(f"got a matrix of shape {list(matrix.shape)}: expected [models, models], at least two models")
     return matrix
 
 

@@ -80,7 +80,8 @@ def test_the_barrier_is_not_the_value_in_the_middle():
 
 @pytest.mark.parametrize("alphas, values, said", [
     ([0, 0.5], [1, 2], "increasing numbers from 0"), ([0, 1, 0.5], [1, 2, 3], "increasing numbers from 0"),
-    ([0, 0.5, 0.5, 1], [1, 2, 3, 4], "increasing numbers from 0"), ([0, 0.5, 1], [1, 2], r"shape \[2\] for 3 alphas"),
+    ([0, 0.5, 0.5, 1], [1, 2, 3, 4], "increasing numbers from 0"),
+    ([0, 0.5, 1], [1, 2], r"shape \[2\]: expected \[..., 3\]"),
     ([0, 0.5, 1], [1, math.nan, 2], "all finite"), ([0, math.nan, 1], [1, 2, 3], "increasing numbers from 0")])
 def test_no_barrier(alphas, values, said):
     with pytest.raises(ValueError, match=said):

@@ -122,8 +122,8 @@ def test_without_a_gap_nothing_is_closed(lth, why):
 @pytest.mark.parametrize("changes, message", [
     ({"permuted": [0.5]}, "permuted has the shape [1], lth [2]: expected one value"),
     ({"permuted": [0.5], "naive": [0.5], "lth": [0.5]}, "permuted has the shape [1]"),
-    ({"naive": [50, 60]}, "naive holds [50.0, 60.0]: expected accuracies in [0, 1]"),
-    ({"lth": [0.9, math.nan]}, "lth holds [0.9, nan]"), ({"confidence": 95}, "confidence is 95")])
+    ({"naive": [50, 60]}, "naive is [50.0, 60.0]: expected accuracies in [0, 1]"),
+    ({"lth": [0.9, math.nan]}, "lth is [0.9, nan]"), ({"confidence": 95}, "confidence is 95")])
 def test_bad_accuracies_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         gap_share(**{"permuted": [0.6, 0.6], "naive": [0.5, 0.5], "lth": [0.7, 0.7], **changes})

@@ -107,8 +107,8 @@ def test_a_training_killed_before_it_is_stored_is_not_done_again(tmp_path, monke
 @pytest.mark.parametrize(("change", "said"), [
     ({"batched": 0}, "batched is 0: expected an integer of at least 1"),
     ({"batched": 2.0}, "batched is 2.0: expected an integer"),
-    ({"batched": 2, "workers": 2}, "batched is 2, beside several processes"),
-    ({"batched": 2, "experiment": [TINY, dataclasses.replace(TINY, processes=2)]}, "batched is 2, beside several"),
+    ({"batched": 2, "workers": 2}, "batched is 2 with several processes"),
+    ({"batched": 2, "experiment": [TINY, dataclasses.replace(TINY, processes=2)]}, "batched is 2 with several"),
 ])
 def test_what_cannot_be_is_refused_before_any_training(store, change, said):
     with pytest.raises(ValueError, match=said):
