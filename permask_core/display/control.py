@@ -1,9 +1,9 @@
-"""One call for a figure that the reader can steer, with a kernel or without one.
+"""Interactive figures, with or without a kernel.
 
 Without a kernel (the rendered book, nbviewer, a notebook run by papermill) every combination of the choices is drawn
-beforehand; plain HTML controls and a few lines of script switch between the frames, with no network and from
-``file://`` too. In a live notebook the same ``draw`` is called whenever an ipywidgets control moves. Frames are
-SVG images as data addresses: each keeps its own ids and its own alternative text.
+in advance; plain HTML controls and a short script switch between the frames, without a network and also from
+``file://``. In a live notebook ``draw`` is called whenever an ipywidgets control changes. Frames are SVG images in data
+URLs: each has its own ids and its own alternative text.
 """
 
 import html
@@ -50,13 +50,13 @@ box.addEventListener("input",update);update()})()</script>"""
 
 
 def explore(draw, *, alt, caption="", start=None, **choices):
-    """A figure with one control per choice: a slider for numbers, buttons for anything else.
+    """Show a figure with one control for each choice: a slider for numbers, buttons for other values.
 
     Parameters
     ----------
     draw : callable
-        ``draw(**values)`` returns a Matplotlib figure; it is called with one value per choice and must depend on
-        nothing else, since without a kernel every combination is drawn beforehand.
+        ``draw(**values)`` returns a Matplotlib figure. It is called with one value for each choice and must depend only
+        on these, because without a kernel every combination is drawn in advance.
     alt : str or callable
         Alternative text of a frame: a format string over the choices (``"accuracy at {sparsity:.0%}"``), or
         ``alt(**values)``.

@@ -114,11 +114,11 @@ def accuracy_by_sparsity(rows):
     whole.set_ylabel("test accuracy (%)")
     if enlarged:
         top.set_ylim(floor - 0.4, ceiling + 0.15 * (ceiling - floor))
-        whole.set_title("all of it", fontweight="normal")
-        top.set_title("the top, enlarged", fontweight="normal")
+        whole.set_title("whole range", fontweight="normal")
+        top.set_title("top, enlarged", fontweight="normal")
         label_ends(whole, [label for label in labels if label[0] < top.get_ylim()[0]], max(place.values()))
         labels = [label for label in labels if label[0] >= top.get_ylim()[0]]
-    figure.supxlabel("sparsity (% of the prunable weights; spaced by what is left)", fontsize=10)
+    figure.supxlabel("sparsity (% of the prunable weights; log scale of the density)", fontsize=10)
     label_ends(top, labels, max(place.values()))
     return figure
 
@@ -169,7 +169,7 @@ def matched_units(source, target, mask, permutation, *, shape, count=8):
     matplotlib.figure.Figure
     """
     units = target.norm(dim=1).argsort(descending=True)[:count]
-    rows = [("B's unit", target, None, units), ("A's, same place\n(naive)", source, mask, units),
+    rows = [("B's unit", target, None, units), ("A's, same position\n(naive)", source, mask, units),
             ("A's, matched\n(permuted)", source, mask, permutation[units])]
     figure, axes = new_figure(3, count, width=7.2, height=2.9)
     figure.get_layout_engine().set(h_pad=0.02, hspace=0)
