@@ -53,7 +53,7 @@ def test_without_a_grid_the_grids_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("given, said", [
-    (["grid=smoke", "seeds=3"], "--config has 'seeds': expected grid, output, store; parameters of notebooks stand in"),
+    (["grid=smoke", "seeds=3"], "--config has 'seeds': expected grid, output, store; parameters of notebooks are in"),
     (["grid=smoke", "ouput=x"], "--config has 'ouput', perhaps 'output': expected"),
     (["grid=3"], "--config has grid=3, a int: expected the name of a file or folder"),
 ])
