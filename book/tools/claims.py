@@ -123,7 +123,7 @@ def write_page(pages: list[Page]) -> str:
                       "repetitions, so nothing is known of how often the claims there hold.")
     if any(page.rates for page in pages):
         blocks.append(table(_repetitions(pages, repeated), caption="The repetitions, and how many claims held in each. "
-                            f"Measured beforehand: {repeated['command']}.").data)
+                            f"Measured in advance: {repeated['command']}.").data)
     part = ""
     for page in (page for page in pages if page.claims or page.failed):
         if page.part != part:

@@ -96,5 +96,5 @@ def provenance(measured):
     -------
     str
     """
-    return (f"Measured beforehand: {measured['command']}, commit {measured['commit']}, torch "
+    return (f"Measured in advance: {measured['command']}, commit {measured['commit']}, torch "
             f"{measured['versions']['torch']}, {measured['device']}.")

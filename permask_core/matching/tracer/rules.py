@@ -12,7 +12,7 @@ import torch
 
 from permask_core.matching.tracer.values import Bundle, NoRule, value_of
 
-KERNEL = "they are places in a kernel"
+KERNEL = "they are positions in a kernel"
 
 
 def _same(net, shape, **given):

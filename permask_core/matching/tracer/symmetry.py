@@ -180,7 +180,7 @@ def _settle(colour, unit, site, same, parts, why):
         ambiguous = _ambiguous(refined, unit, site, parts) - why.keys()
         if not ambiguous:
             return refined
-        why |= dict.fromkeys(ambiguous, "two places of one unit cannot be told apart")
+        why |= dict.fromkeys(ambiguous, "two entries of one unit cannot be distinguished")
 
 
 class _Units:

@@ -169,7 +169,7 @@ class _Tracer(Algebra):
                     raise NoRule
             return value
         except (NoRule, TypeError, ValueError, LookupError, AttributeError):  # a form that no rule covers
-            self.fix(self._tensors([*node.args, *node.kwargs.values()]), why := f"{name} is not followed")
+            self.fix(self._tensors([*node.args, *node.kwargs.values()]), why := f"{name} is not supported")
             return pytree.tree_map(lambda result: self._inert(result, why), results)
 
     @staticmethod
