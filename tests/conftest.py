@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """How a sum is divided among threads decides about its last bits: a test that leaves more is told, not the next."""
+    """The number of threads affects the last bits of sums: a test that changes it fails, not the next one."""
     torch.set_num_threads(1)
     yield
     assert torch.get_num_threads() == 1, f"the test leaves {torch.get_num_threads()} threads"

@@ -156,7 +156,7 @@ def test_only_the_layers_asked_for_move(finished):
     one, both = (dataclasses.replace(TINY, matched_layers=names) for names in (["fc2"], ("fc1", "fc2")))
     found = match_dense(one, store, 0, "weights")[0]
     assert same(found, match_weights({"fc2": permuted_masks.groups(TINY)["fc2"]}, a, b, seed=0))
-    # The units of a layer respond alike wherever those of another one stand.
+    # The responses of a layer's units do not depend on the order of units in other layers.
     apart, together = (match_dense(experiment, store, 0, "activations")[0] for experiment in (one, TINY))
     assert same(apart, {"fc2": together["fc2"]}) and same(match_dense(both, store, 0, "activations")[0], together)
     pruned, moved = find_ticket(TINY, store, 0, 0.8).masks, method_masks(one, store, 0, 0.8, "permuted", "weights")

@@ -175,7 +175,7 @@ def test_any_valid_change_gives_experiments_that_can_run(name, data):
     epochs = data.draw(st.none() | st.integers(1, 400), "epochs")
     length = epochs or base.epochs
     assume(length > base.warmup)
-    rewinds = data.draw(values(st.integers(0, int(length - base.warmup - 1))), "rewinds")  # warmup fits in what is left
+    rewinds = data.draw(values(st.integers(0, int(length - base.warmup - 1))), "rewinds")  # warmup fits
     changes = {
         "epochs": epochs,
         "width": data.draw(st.none() | st.floats(0.01, 20), "width"),

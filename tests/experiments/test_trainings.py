@@ -147,7 +147,7 @@ print(sum(trained), store.computed, [row["accuracy"] for row in rows])
 
 @pytest.mark.parametrize("numbers", [(100, 100), (100, 1)])
 def test_processes_at_once_never_train_a_network_twice(tmp_path, numbers):
-    """Two that collect what they train at once, and one that does beside one that trains one after the other."""
+    """Two that train batched, and one that does next to one that trains one network after the other."""
     (tmp_path / "script.py").write_text(AT_ONCE)
     processes = [subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path / "runs", str(number)], text=True,
                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,

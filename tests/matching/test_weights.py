@@ -76,7 +76,7 @@ def test_planted_permutations_are_recovered_in_float32_10_of_10(name, options, l
 
 
 def test_a_search_that_stalls_is_helped_by_restarts():
-    """A fresh ResNet, whose BatchNorms are all alike, is anchored weakly: one search in forty or so stalls, this one
+    """A new ResNet, whose BatchNorms are all equal, is anchored weakly: one search in forty or so stalls, this one
     where it was tried."""
     model = build_model("resnet20", (3, 32, 32), 10, seed=4, width=4)
     groups, source = permutation_groups(model, torch.zeros(2, 3, 32, 32)), model.state_dict()

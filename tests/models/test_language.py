@@ -62,7 +62,7 @@ def texts(n):
 
 
 def lively(model):
-    """Weights ten times as large: initial ones are so small that all texts are nearly alike."""
+    """Weights ten times as large: initial ones are so small that all texts are nearly equal."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(10 if parameter.ndim > 1 else 1)

@@ -1,4 +1,4 @@
-"""condense: the same outputs as the masked model from layers that store nothing else, and what is left, and why."""
+"""condense: the same outputs as the masked model from layers that store nothing else, and which layers are not replaced, and why."""
 
 import copy
 import io
@@ -178,7 +178,7 @@ def test_every_reason_to_leave_a_layer():
                          "padded.weight": "padding (1, 1)", "norm.weight": "LayerNorm", "embedding.weight": "Embedding",
                          "subclass.weight": "Mine", "good.bias": "bias"}.items():
         assert reason in left[name], name
-    for name, mask in masks.items():  # what is left is masked
+    for name, mask in masks.items():  # the rest is masked
         if name in left and name != "good.bias":
             tensor = condensed.state_dict()[name]
             assert torch.equal(tensor, before[name].masked_fill(~mask, 0)), name

@@ -220,7 +220,7 @@ FOLLOWED = {
         c=Linear(8, 6), n=nn.BatchNorm1d(8), b=Linear(8, 3)), vectors())),
     "padded by a number": ("a:6 n:3", lambda: (Net(lambda s, x: s.b(s.n(F.pad(s.a(x), (1, 2), value=.7)).tanh()),
         a=Linear(8, 6), n=nn.BatchNorm1d(9), b=Linear(9, 3)), vectors())),
-    "parts beside units": ("a:5", lambda: (Net(
+    "parts next to units": ("a:5", lambda: (Net(
         lambda s, x: s.b(torch.cat([s.a(x).view(-1, 2, 5), s.g(x)[:, None]], 1).relu()).mean(1), a=Linear(8, 10),
         g=Linear(8, 5), b=Linear(5, 3)), vectors())),
     "a part written": ("a:2 a#2:4", written(slice(0, 2))),
@@ -532,7 +532,7 @@ def beside_parts(s, x):
 
 
 LEFT_FIXED |= {
-    "constants beside parts": ("", "add is not supported", lambda: (Net(
+    "constants next to parts": ("", "add is not supported", lambda: (Net(
         beside_parts, a=Linear(8, 4), g=Linear(8, 6), p=parameter(12), b=Linear(12, 3)), vectors())),
 }
 
