@@ -37,9 +37,9 @@ ATTRIBUTES = {
 def hatexplain(root=None, tokenizer="bert-base-uncased", length=128, attributes=("gender", "race")):
     """HateXplain as a classification task with two classes: 0 is normal, 1 is toxic.
 
-    A post belongs to the groups that at least two of its three annotators named: to several, one or (most posts) none.
-    Posts on which all three labels differ are excluded; the published divisions have none. The validation division is
-    not used, because no hyperparameter is selected.
+    A post belongs to the groups that its three annotators together named at least twice: several, one or (for most
+    posts) none. Posts on which all three labels differ are excluded; the published divisions have none. The validation
+    division is not used, because no hyperparameter is selected.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""condense: the same outputs as the masked model from layers that store nothing else, and which layers are not replaced, and why."""
+"""condense: the same outputs as the masked model from fan-in layers, and which layers are not replaced, and why."""
 
 import copy
 import io
