@@ -514,8 +514,8 @@ def surface(model, plane, xs, ys, data, *, batches=None):
     Parameters
     ----------
     model, data, batches
-        As in :func:`evaluate_mixtures`. Without batches a BatchNorm's running statistics are those of the three
-        networks, mixed, which far from them mean little and may become impossible; with them each point has its own.
+        As in :func:`evaluate_mixtures`. Without batches, the running statistics of BatchNorm are mixtures of those of
+        the three networks, which are unreliable far from the networks, where variances may even be negative.
     plane : Plane
     xs, ys : array-like, shapes [columns] and [rows]
 

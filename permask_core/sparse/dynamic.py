@@ -508,7 +508,7 @@ class Topology:
                  if rewiring.method == "set" and not _drop_count(rewiring.fraction, module.fan_in)]
         if still:
             warnings.warn(f"the connections of {', '.join(map(repr, still))} will not move: a fraction of "
-                          f"{rewiring.fraction} of each row, rounded down, is none", stacklevel=2)
+                          f"{rewiring.fraction} of each row rounds down to 0", stacklevel=2)
         with torch.no_grad():
             for name in self.masks:  # not a product, because NaN times zero is NaN
                 self.layers[name].weight.masked_fill_(~self.masks[name], 0)
