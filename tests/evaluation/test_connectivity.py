@@ -287,7 +287,7 @@ def test_batches_give_each_point_its_own_statistics(residual):
 
 def test_a_negative_variance_is_refused(residual):
     plane = plane_through(*states_of(residual))
-    with pytest.raises(ValueError, match=r"running_var' is negative in the mixture \[.*give batches"):
+    with pytest.raises(ValueError, match=r"running_var' is negative in the mixture \[.*pass batches"):
         surface(residual[0], plane, *plane.grid(3, margin=9.0), SPLIT)
 
 

@@ -166,7 +166,7 @@ def one(size, *entries, within=None):
      "'h' takes index [1] along axis 1 of 'w'"),
     (one(2, Entry("c", 1, None, (0, 5))), "restricted to rows (0, 5) of shape [4, 2]: expected rows of axis 0"),
     (one(2, Entry("c", 1, None, (2, 2))), "restricted to rows (2, 2)"),
-    (one(4, Entry("c", 0, None, (0, 4))), "expected rows of axis 0, and another axis"),
+    (one(4, Entry("c", 0, None, (0, 4))), "expected rows of axis 0, and an axis above 0"),
     ({**one(2, Entry("c", 1, None, (0, 3))), "h": Group(2, (Entry("c", 1, None, (2, 4)),))}, "'h' takes index [0, 1]"),
     ({**one(2, Entry("c", 1)), "h": Group(2, (Entry("c", 1, None, (2, 4)),))}, "'h' takes index [0, 1] along axis 1"),
     (one(3, Entry("w", 0), within=("h", 0)), "group 'g' is within unit 0 of 'h': expected a unit of another group"),
