@@ -212,8 +212,8 @@ def rigl_step(active, scores, fraction):
 def srigl_step(active, scores, fraction, budget, min_salient=None):
     """SRigL step of a layer: afterwards every neuron has the same fan-in or is ablated.
 
-    A neuron without enough salient weights loses all connections to the other neurons. There is no memory of ablated
-    neurons: a neuron whose weights have large gradients becomes active again.
+    A neuron without enough salient weights loses all its connections, and the other neurons share them. Ablated neurons
+    are not remembered: a neuron whose weights have large gradients becomes active again.
 
     Parameters
     ----------
