@@ -179,7 +179,7 @@ def test_missing_files_are_named(tmp_path, load, gone):
     (write_hatexplain(tmp_path) / gone).unlink()
     with pytest.raises(FileNotFoundError) as found:
         load()
-    for part in (f"HateXplain is not in {tmp_path}: expected the folder hatexplain with", f"missing: {gone}. Fetch",
+    for part in (f"HateXplain is not in {tmp_path}: expected the folder hatexplain with", f"missing: {gone}. Download",
                  "the folder Data of https://github.com/hate-alert/HateXplain", f"put them in {tmp_path}/hatexplain"):
         assert part in str(found.value)
 

@@ -349,7 +349,7 @@ def zeros(*shape, dtype=torch.int64):
     ({"noise": -0.1}, "noise is -0.1"), ({"noise": math.inf}, "noise is inf"), ({"noise": math.nan}, "noise is nan"),
     ({"noise": "1"}, "noise is '1'"),
     ({"correlated": "size"}, "correlated is 'size': expected colour, which is not in the label"),
-    ({"correlated": "shape", "label": "shape"}, "correlated is 'shape': expected texture or colour, which the label"),
+    ({"correlated": "shape", "label": "shape"}, "correlated is 'shape': expected texture or colour, which is not"),
     ({"correlated": "colour", "match": 0.05}, "match is 0.05: expected a probability from 0.1"),
     ({"correlated": "colour", "match": 1.2}, "match is 1.2"), ({"correlated": "colour", "match": "1"}, "match is '1'"),
     ({"augment": 1}, "augment is 1: expected True or False"),
