@@ -1,9 +1,9 @@
-"""What the jobs of a grid found, as one tidy table for each notebook, and how far they are.
+"""Gather the results of a grid's jobs as one tidy table for each notebook, and report progress.
 
-`python -m batch.gather JOBS FOLDER`, with JOBS as :func:`batch.grids.freeze` wrote it, writes ``tables/NOTEBOOK.csv``,
-with a row for each run, of which the same grid on the same machine gives the same bytes whatever happened on the way;
-``jobs.csv`` with the parameters of each job and what is never the same: when, where, how long; and ``status.json`` with
-what is missing. With ``--list`` it writes nothing and says what is finished and what is left to do.
+`python -m batch.gather JOBS FOLDER`, with JOBS from :func:`batch.grids.freeze`, writes ``tables/NOTEBOOK.csv`` with a
+row for each run, which is the same bit for bit for the same grid on the same machine, even after interruptions;
+``jobs.csv`` with the parameters of each job, and when, where and how long it ran; and ``status.json`` with the missing
+jobs. With ``--list`` it writes nothing and prints the finished and the remaining jobs.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from permask_core.runs.tables import write_table
 
 
 def finished(folder, job):
-    """What a finished job found, as a dict; None if it is not finished. A file of it that is damaged, or of other
-    parameters, is reported, and the job is not finished."""
+    """Return the result of a finished job as a dict, or None if it is not finished. A damaged file, or one with other
+    parameters, is reported and does not count as finished."""
     result, notebook = folder / "jobs" / f"{job.name}.json", folder / "notebooks" / f"{job.name}.ipynb"
     if not result.exists():
         return None
@@ -32,13 +32,13 @@ def finished(folder, job):
     except (ValueError, KeyError, TypeError):
         fault = "a damaged result"
     if fault:
-        print(f"{job.name} has {fault}: it is run again", file=sys.stderr)
+        print(f"{job.name} has {fault}: it will be run again", file=sys.stderr)
         return None
     return found
 
 
 def gather(jobs, folder):
-    """Write the tables of what is finished.
+    """Write the tables of finished jobs.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def gather(jobs, folder):
     Returns
     -------
     str
-        How much that is, for people.
+        A summary for readers.
     """
     tables, times, status = {}, [], {"finished": [], "failed": [], "missing": []}
     for name, job in sorted(jobs.items()):
@@ -57,13 +57,13 @@ def gather(jobs, folder):
         if not found:
             continue
         about = {"commit": found["commit"], "device": found["device"], "threads": found["threads"]}
-        for row in found["runs"]:  # of which jobs that share a network, such as the dense one, have the same
+        for row in found["runs"]:  # jobs that share a network, such as the dense one, have equal rows
             line = _cells(found["settings"]) | _cells(row)
             tables.setdefault(job.notebook, {}).setdefault(json.dumps(line, sort_keys=True),
                                                            {"job": name, **line, **about})
         times.append({"job": name, **found["times"], "given": found["parameters"], "versions": found["versions"]})
     text = f"{len(times)} of {len(jobs)} jobs are finished"
-    if times or (folder / "status.json").exists():  # of which nothing may be left
+    if times or (folder / "status.json").exists():  # which may be outdated
         for left in (folder / "tables").glob("*.csv"):
             if left.stem not in tables:
                 left.unlink()
@@ -78,16 +78,18 @@ def gather(jobs, folder):
 
 
 def _cells(values):
-    """What fits into cells: lists stay in the job's own file, and seconds, which are never the same, too."""
+    """Return the values that fit into cells; lists, and seconds, which always differ, are only in the file of the
+    job."""
     return {key: _cells(value) if isinstance(value, dict) else value for key, value in values.items()
             if not isinstance(value, list) and key != "seconds"}
 
 
 def outlook(jobs, folder, every=False):
-    """How many jobs are finished, and how long the others take: as text, with a line for each if ``every``.
+    """Return a text with the number of finished jobs and the time of the remaining ones; with ``every``, a line for
+    each.
 
-    A job is expected to take as long as the finished ones of the same notebook and preset did in the median, or of the
-    same notebook; where there are none, at most the time that its grid allows.
+    The expected time of a job is the median of finished jobs of the same notebook and preset, or of the same notebook;
+    if there are none, at most the time limit in its grid.
     """
     found = {name: finished(folder, job) for name, job in jobs.items()}
     took = [(jobs[name].notebook, jobs[name].combination.get("preset"), record["times"]["seconds"])
@@ -107,7 +109,7 @@ def outlook(jobs, folder, every=False):
         lines.append(f"{state}  {name}, {'about' if alike else 'at most'} {_duration(seconds)}")
     text = f"{len(jobs)} jobs, {len(took)} of them finished"
     if measured:
-        text += f"; the others take {'about' if all(measured) else 'at most'} {_duration(left)}, one after the other"
+        text += f"; the rest take {'about' if all(measured) else 'at most'} {_duration(left)}, one after the other"
     return "\n".join([*(lines if every else []), text])
 
 

@@ -1,9 +1,9 @@
-"""Grids of runs: a YAML file names a notebook, its fixed parameters and lists to cross, and every combination is a job.
+"""Grids of runs: a YAML file lists a notebook, its fixed parameters and lists to cross; every combination is a job.
 
-Before anything starts each parameter of each job is checked: that the notebook has it, that it is of the type that
-stands there, and that the notebook accepts it, by running the notebook as far as its cell with the tag "check", which
-also looks for the files of data sets. All faults are reported at once. What was checked is then kept beside the
-results, and jobs read that: an edit of the grid changes nothing that has begun.
+Before the first job, all parameters of all jobs are checked: the notebook must have the parameter, the type must be
+that in the notebook, and the notebook must accept the value. For this, the notebook is run until its cell with the tag
+"check", which also checks the files of data sets. All errors are reported at once. The checked jobs are then saved next
+to the results and read from there, so editing the grid does not affect jobs that have started.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ ROOT = Path(__file__).parents[1]
 TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
 KEYS = ("notebook", "presets", "fixed", "cross", "resources")
 RESOURCES = {"threads": 1, "gpus": 0, "mem_mb": 4000, "runtime": 60}  # runtime in minutes
-NAME, LONGEST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"), 180  # characters of a job's name: files add theirs
+NAME, LONGEST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"), 180  # characters of a job's name, to which files add more
 
 
 class GridError(ValueError):
-    """All that is wrong with a grid, a line each."""
+    """All errors in a grid, one in each line."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a notebook: its ``name``, the ``notebook`` (a name), the ``parameters`` that it is given, what it
-    needs: ``resources``, and the ``combination`` that sets it apart in its grid."""
+    """One run of a notebook: its ``name``, the name of the ``notebook``, its ``parameters``, its ``resources``, and the
+    ``combination`` of values that identifies it in its grid."""
 
     name: str
     notebook: str
@@ -45,12 +45,12 @@ class Job:
 
 
 def grid_path(name):
-    """The file of a grid: a path as it is, or the name of one in batch/grids.
+    """Return the file of a grid, given as a path or as a name in batch/grids.
 
     Raises
     ------
     FileNotFoundError
-        If there is neither.
+        If there is no such file and no such name.
     """
     for path in (Path(name), ROOT / "batch" / "grids" / f"{name}.yaml"):
         if path.is_file():
@@ -61,17 +61,17 @@ def grid_path(name):
 
 
 def read_grid(path, is_finished=lambda job: False):
-    """The jobs of a grid by name, checked.
+    """Return the checked jobs of a grid by name.
 
     Parameters
     ----------
     path : path-like
-        YAML: one mapping, or a list of them, with ``notebook`` (a name in notebooks/), ``presets`` (a mapping of names
-        to parameters, each of which is run), ``fixed`` (parameters of all jobs), ``cross`` (a mapping of parameters to
-        lists of values, all combinations of which are run), and ``resources`` (threads, gpus, mem_mb, runtime in
-        minutes). Only ``notebook`` has to be there. A parameter may stand in one of presets, fixed and cross.
+        YAML: one mapping or a list of mappings, with ``notebook`` (a name in notebooks/), ``presets`` (a mapping of
+        names to parameters, each of which is run), ``fixed`` (parameters of all jobs), ``cross`` (a mapping of
+        parameters to lists of values, all combinations of which are run), and ``resources`` (threads, gpus, mem_mb,
+        runtime in minutes). Only ``notebook`` is required. A parameter may be in only one of presets, fixed and cross.
     is_finished : callable, optional
-        Says of a job whether it is finished: the parameters of such a job are not checked again.
+        Returns whether a job is finished; the parameters of finished jobs are not checked again.
 
     Returns
     -------
@@ -80,7 +80,7 @@ def read_grid(path, is_finished=lambda job: False):
     Raises
     ------
     GridError
-        With everything that is wrong, a line each; nothing has been run then.
+        With all errors, one in each line; no job has been run.
     """
     jobs, faults = _parsed(Path(path))
     faults += _faults([job for job in jobs.values() if not is_finished(job)])
@@ -89,10 +89,10 @@ def read_grid(path, is_finished=lambda job: False):
     return jobs
 
 
-# ---- What was checked, beside the results ----------------------------------------------------------------------------
+# ---- Checked jobs ----------------------------------------------------------------------------------------------------
 
 def freeze(jobs, folder):
-    """Write checked jobs to a file below ``folder`` whose name says what they are, and return its path."""
+    """Write checked jobs to a file below ``folder`` whose name is a hash of them, and return its path."""
     text = json.dumps([dataclasses.asdict(job) for job in jobs.values()], indent=1) + "\n"
     path = Path(folder) / "grids" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
     with write_whole(path) as temporary:
@@ -101,18 +101,18 @@ def freeze(jobs, folder):
 
 
 def frozen(path):
-    """The jobs that :func:`freeze` wrote, by name."""
+    """Read the jobs that :func:`freeze` wrote, by name."""
     return {job["name"]: Job(**job) for job in json.loads(Path(path).read_text())}
 
 
 # ---- The file --------------------------------------------------------------------------------------------------------
 
 class _Loader(yaml.SafeLoader):
-    """Also notes keys that stand twice in a mapping, of which YAML's readers take the last."""
+    """Records duplicate keys of a mapping, of which YAML readers take the last."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        self.faults += [f"line {key.start_mark.line + 1} has {name!r} a second time: expected it once"
+        self.faults += [f"line {key.start_mark.line + 1} has {name!r} a second time: expected each key once"
                         for i, ((key, _), name) in enumerate(zip(node.value, keys))
                         if name in keys[:i] and key.tag != "tag:yaml.org,2002:merge"]
         return super().construct_mapping(node, deep)
@@ -124,7 +124,7 @@ def _parsed(path):
     try:
         parts = loader.get_single_data()
     except yaml.YAMLError as error:
-        raise GridError(f"{path} is no YAML: {error}") from error
+        raise GridError(f"{path} is not YAML: {error}") from error
     finally:
         loader.dispose()
     jobs, parts = {}, parts if isinstance(parts, list) else [parts]
@@ -136,10 +136,10 @@ def _parsed(path):
         faults += found
         for job in [] if found else _jobs(part):
             if job.name in jobs:
-                faults.append(f"two jobs are called {job.name}: expected combinations that differ")
+                faults.append(f"two jobs have the name {job.name}: expected different combinations")
             if len(job.name) > LONGEST:
-                faults.append(f"a job is called {job.name[:60]}..., {len(job.name)} characters: expected at most "
-                              f"{LONGEST}, as of presets with a short name in place of long values in cross")
+                faults.append(f"a job has the name {job.name[:60]}... of {len(job.name)} characters: expected at most "
+                              f"{LONGEST}; give long values in cross a short name as presets")
             jobs[job.name] = job
     return jobs, faults
 
@@ -157,18 +157,18 @@ def _shape_faults(part):
     if misshapen:
         return faults + misshapen
     presets, fixed, cross = (part.get(key, {}) for key in ("presets", "fixed", "cross"))
-    faults += [f"a preset is called {name!r}: expected letters, digits and _ . + -" for name in presets
+    faults += [f"a preset has the name {name!r}: expected letters, digits and _ . + -" for name in presets
                if not isinstance(name, str) or not NAME.fullmatch(name)]
     faults += [f"the preset {name} is {values!r}: expected a mapping of parameters" for name, values in presets.items()
                if not isinstance(values, dict)]
-    faults += [f"cross has {name}: {values!r}, expected a list of values, at least one"
+    faults += [f"cross has {name}: {values!r}, expected a list of at least one value"
                for name, values in cross.items() if not isinstance(values, list) or not values]
-    faults += [f"resources has {name}: {value!r}, expected whole numbers for {', '.join(RESOURCES)}, of at least 1 "
+    faults += [f"resources has {name}: {value!r}, expected integers for {', '.join(RESOURCES)}, of at least 1 "
                "except for gpus" for name, value in part.get("resources", {}).items() if name not in RESOURCES
                or not isinstance(value, int) or isinstance(value, bool) or value < (name != "gpus")]
     given = {"fixed": fixed, "cross": cross, **{f"the preset {name}": values for name, values in presets.items()
                                                 if isinstance(values, dict)}}
-    faults += [f"{name} stands in {where} and in {other}: expected it in one of them"
+    faults += [f"{name} is in {where} and in {other}: expected it in one of them"
                for (where, one), (other, two) in itertools.combinations(given.items(), 2)
                if "preset" not in where for name in one if name in two]
     for where, values in given.items():
@@ -180,12 +180,12 @@ def _shape_faults(part):
 
 
 def _foreign(value):
-    """The name of a type in a value that YAML has and a parameter cannot be, such as date; empty if there is none."""
+    """Return the name of a YAML type in a value that a parameter cannot have, such as date, or an empty text."""
     try:
         json.dumps(value, allow_nan=False)
         return ""
     except TypeError as error:
-        return re.search(r"type (\w+)", str(error))[1] if "type " in str(error) else "name that is no text"
+        return re.search(r"type (\w+)", str(error))[1] if "type " in str(error) else "name that is not a text"
     except ValueError:
         return "number that is not finite"
 
@@ -202,17 +202,17 @@ def _jobs(part):
 
 
 def _plain(value):
-    """A value as a part of a file's name."""
+    """Return a value as a part of a file name."""
     return re.sub(r"[^A-Za-z0-9.+-]+", ",", json.dumps(value)).strip(",")
 
 
 # ---- The parameters --------------------------------------------------------------------------------------------------
 
 def _faults(jobs):
-    """What is wrong with the parameters of jobs; what several jobs have in common is said once."""
+    """Yield the errors in the parameters of jobs; common errors of several jobs are reported once."""
     if not jobs:
         return
-    import papermill  # which takes its time: processes that only run jobs need not wait for it
+    import papermill  # slow to import, and not needed by processes that only run jobs
 
     cells, known, seeds = {}, {}, {}
     for job in jobs:
@@ -221,11 +221,11 @@ def _faults(jobs):
             known[job.notebook] = papermill.inspect_notebook(str(path))
             cells[job.notebook] = _checked_cells(path)
             if not {"runs", "output"} <= set(known[job.notebook]):
-                yield f"{job.notebook} leaves no results: expected a notebook with the parameters runs and output"
+                yield f"{job.notebook} writes no results: expected a notebook with the parameters runs and output"
         right, preset = {}, job.combination.get("preset")
         where = f"{job.notebook}, {preset}" if preset else job.notebook
         for name, value in job.parameters.items():
-            fault = (f"{name} is set by the batch itself: expected no such parameter" if name in ("runs", "output") else
+            fault = (f"{name} is set by the batch: expected no such parameter" if name in ("runs", "output") else
                      _fault(name, value, known[job.notebook]))
             if fault:
                 yield f"{where}: {fault}"
@@ -255,7 +255,7 @@ def _fault(name, value, known):
 
 
 def _checked_cells(path):
-    """The code of a notebook from its parameters to its check, and nothing of what comes after."""
+    """Return the code of a notebook from its parameters to its check."""
     import nbformat
 
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -267,8 +267,8 @@ def _checked_cells(path):
 
 
 def _refused(cells, parameters):
-    """What a notebook says against parameters of the right names and types, error after error, each with the parameter
-    that it names taken back; and the names that it has after its check."""
+    """Return the errors that a notebook raises for parameters of the right names and types, and its names after the
+    check. After each error, the parameter in its message is reset, to find further errors."""
     faults, space = [], {}
     while cells:
         space = {"__name__": "check"}
@@ -293,7 +293,7 @@ def _refused(cells, parameters):
 
 
 def _named(line, parameters):
-    """The parameter that a message is about, or None."""
+    """Return the parameter to which an error message refers, or None."""
     about = [name for name in parameters if line.startswith(f"{name} ")]
     about += [name for name in parameters if re.search(rf"\b{name}\b", line)]
     about += [name for name, value in parameters.items() if repr(value) in line]
@@ -301,4 +301,4 @@ def _named(line, parameters):
 
 
 class _Missing(str):
-    """A fault of the machine, which all jobs have in common: a file that is not there."""
+    """An error common to all jobs on a machine: a missing file."""

@@ -1,8 +1,8 @@
-"""One job of a grid: its notebook is executed under a temporary name, and kept when it has succeeded.
+"""One job of a grid: execute its notebook under a temporary name, and rename the notebook if it succeeds.
 
-`python -m batch.job JOBS NAME FOLDER --store STORE`, with JOBS as :func:`batch.grids.freeze` wrote it, leaves there:
-``notebooks/NAME.ipynb``, ``figures/NAME.svg`` and, last of all, ``jobs/NAME.json`` (what it found); or
-``failed/NAME.ipynb``, and ends with status 1.
+`python -m batch.job JOBS NAME FOLDER --store STORE`, with JOBS from :func:`batch.grids.freeze`, writes
+``notebooks/NAME.ipynb``, ``figures/NAME.svg`` and, last, ``jobs/NAME.json`` (the results) into FOLDER. If the notebook
+fails, it writes ``failed/NAME.ipynb`` and ends with status 1.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from batch.gather import finished
 from batch.grids import ROOT, frozen
 from permask_core.runs.files import locked, write_whole
 
-LOCKS = Path("/tmp")  # not the folder for temporary files, which differs from user to user
+LOCKS = Path("/tmp")  # not the folder for temporary files, which differs between users
 
 
 def run(job, folder, store):
@@ -36,20 +36,20 @@ def run(job, folder, store):
     ----------
     job : Job
     folder : pathlib.Path
-        Of the grid's results.
+        Folder of the grid's results.
     store : pathlib.Path
-        Of the stages, which several grids may share.
+        Folder of the stages, which several grids may share.
 
     Returns
     -------
     bool
-        Whether it is finished now.
+        Whether the job is now finished.
     """
     result = folder / "jobs" / f"{job.name}.json"
     with locked(result, f"another process runs {job.name}: waiting for it"):
         if finished(folder, job):
             return True
-        # A folder of its own, as the kernel of a job that was killed may live a second longer.
+        # A separate folder, because the kernel of a killed job may run for another second.
         for left in folder.glob(f".running/{job.name}/*"):
             shutil.rmtree(left, ignore_errors=True)
         (folder / ".running" / job.name).mkdir(parents=True, exist_ok=True)
@@ -80,9 +80,9 @@ def run(job, folder, store):
 
 
 def _execute(job, notebook, parameters):
-    # How a sum is divided among threads decides about its last bits, so the grid says how many there are.
+    # The number of threads affects the last bits of sums, so it is set in the grid.
     os.environ["OMP_NUM_THREADS"] = str(job.resources["threads"])
-    os.environ.setdefault("PERMASK_DISPLAY", "static")  # notebooks that can be read without a kernel
+    os.environ.setdefault("PERMASK_DISPLAY", "static")  # so that the notebook can be read without a kernel
     with gpus_of_its_own(job.resources["gpus"]):
         papermill.execute_notebook(ROOT / "notebooks" / f"{job.notebook}.ipynb", notebook, parameters, cwd=ROOT,
                                    progress_bar=False, log_output=True)
@@ -90,17 +90,17 @@ def _execute(job, notebook, parameters):
 
 @contextmanager
 def gpus_of_its_own(count):
-    """In the block this process and its kernel see ``count`` of this machine's GPUs, which no other job has.
+    """Reserve ``count`` of this machine's GPUs for this process and its kernel in the block.
 
-    Snakemake counts GPUs but does not say which is whose. SLURM does, and is left alone. A machine with fewer gives
-    what it has: a grid with GPUs runs on a processor, too.
+    Snakemake counts GPUs but does not assign them. SLURM does, so under SLURM this has no effect. With fewer GPUs, the
+    job gets all of them: a grid with GPUs also runs on a CPU.
     """
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not count or "SLURM_JOB_ID" in os.environ or seen == "":
         yield
         return
     if seen is None:
-        import torch  # of which a job needs nothing else
+        import torch  # imported here because only this function needs it
 
         seen = ",".join(map(str, range(torch.cuda.device_count())))
     names = [name for name in seen.split(",") if name]
@@ -110,7 +110,7 @@ def gpus_of_its_own(count):
             for name in names:
                 if name not in held and len(held) < count and (lock := _gpu_lock(name)) is not None:
                     held[name] = lock
-            if len(held) < min(count, len(names)):  # or two jobs, each with half of what it needs, would wait for ever
+            if len(held) < min(count, len(names)):  # or two jobs with half of their GPUs would wait for ever
                 while held:
                     os.close(held.popitem()[1])
                 time.sleep(random.uniform(1, 2))
@@ -123,17 +123,18 @@ def gpus_of_its_own(count):
 
 
 def _gpu_lock(name):
-    """An open file that is locked as long as it is open, one for each GPU of this machine; None if another job has it.
+    """Return an open file that is locked while it is open, one for each GPU of this machine, or None if another job has
+    it.
 
-    Whoever comes first makes the file, and all users of the machine may read it, which suffices for a lock. It is never
-    deleted. Files in /tmp that are somebody else's cannot be opened for writing, nor by a call that might make them.
+    The first user creates the file, and all users of the machine may read it, which is enough for a lock. It is never
+    deleted. Files of other users in /tmp cannot be opened for writing, nor by a call that may create them.
     """
     import fcntl
 
     path = LOCKS / f"permask-gpu-{name}.lock"
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY, 0o444))
-        os.chmod(path, 0o444)  # whatever the umask is
+        os.chmod(path, 0o444)  # for any umask
     lock = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: how long something takes and how much memory, and how results are written."""
+"""Common parts of the benchmarks: measuring time and memory, and writing results."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from permask_core.runs.files import write_whole
 
 
 def timed(part, device):
-    """(seconds, result) of one call, of the device's work too."""
+    """Return (seconds, result) of one call, including the work of the device."""
     def finish():
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
@@ -26,12 +26,12 @@ def timed(part, device):
 
 
 def resident(field):
-    """``VmRSS``, the resident memory of this process, or ``VmHWM``, its peak, in bytes; Linux alone has them."""
+    """Return ``VmRSS``, the resident memory of this process, or ``VmHWM``, its peak, in bytes (Linux only)."""
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def at_least(least):
-    """The type of an argument that is a whole number of at least ``least``."""
+    """Return the type of an argument that is an integer of at least ``least``."""
     def number(text):
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
@@ -40,12 +40,12 @@ def at_least(least):
 
 
 def command(script, argv):
-    """How a script is called, with the arguments that its ``main`` was given or else with those of this process."""
+    """Return the command line of a script, with the arguments of its ``main`` or else those of this process."""
     return " ".join([f"python benchmarks/{script}.py", *(sys.argv[1:] if argv is None else argv)])
 
 
 def written(path, record, indent=1):
-    """Write a record as JSON, whole or not at all, in a folder that is made if need be."""
+    """Write a record as JSON, completely or not at all; the folder is created if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(path) as temporary:
         temporary.write_text(json.dumps(record, indent=indent) + "\n")

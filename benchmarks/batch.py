@@ -1,8 +1,9 @@
-"""What a job of a batch costs over its notebook: to start, to check, to rename and to gather.
+"""The overhead of a batch job compared with its notebook: starting, checking, renaming and gathering.
 
-The notebook does nothing for a tenth of a second and leaves a result. It is executed by papermill alone, as one job,
-and by Snakemake as a grid of eight on one core, in turns; medians, and the difference for each job. Raw times go to
-benchmarks/results/batch.json. Run it with `python benchmarks/batch.py`, about three minutes.
+The notebook sleeps for a tenth of a second and writes a result. It is executed by papermill directly, as one job, and
+by Snakemake as a grid of eight jobs on one core, in turns. Medians and the difference for each job are printed. Raw
+times are written to benchmarks/results/batch.json. Run it with `python benchmarks/batch.py`; it takes about three
+minutes.
 """
 
 import argparse
@@ -35,7 +36,7 @@ if output:
 
 
 def prepared(root, jobs):
-    """A copy of batch/ with one notebook and a grid of so many jobs."""
+    """Make a copy of batch/ with one notebook and a grid of ``jobs`` jobs."""
     shutil.copytree(ROOT / "batch", root / "batch")
     (root / "permask_core").symlink_to(ROOT / "permask_core")
     (root / "notebooks").mkdir()
@@ -46,7 +47,7 @@ def prepared(root, jobs):
     nbformat.write(notebook, root / "notebooks" / "idle.ipynb")
     (root / "grid.yaml").write_text(json.dumps({"notebook": "idle", "cross": {"seed": list(range(jobs))}}))
     one = {"name": "idle_seed-0", "notebook": "idle", "parameters": {"seed": 0}, "resources": {"threads": 1, "gpus": 0}}
-    (root / "jobs.json").write_text(json.dumps([one]))  # as batch.grids.freeze writes it
+    (root / "jobs.json").write_text(json.dumps([one]))  # in the format of batch.grids.freeze
 
 
 def main(argv=None):

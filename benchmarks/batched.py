@@ -1,15 +1,15 @@
-"""Images per second x networks, trained together, beside a plain loop that trains one after the other.
+"""Images per second x networks in batched training, compared with a plain loop that trains one network after the other.
 
-The plain loop is the one of benchmarks/training.py: CIFAR-sized images one by one through PIL and torchvision's crops
-and mirror images, in a DataLoader (with pinned memory and eight worker processes that stay, where there is a GPU), with
-the batches, precision and optimizer of fit. It trains one network; k networks one after the other take k times as long.
-Beside it are `fit_batched` for k networks with seeds of their own, in each of its ways, plain and compiled, and `fit`
-alone. A way that fails is told and does not stop the others.
+The plain loop is that of benchmarks/training.py: CIFAR-sized images one by one through PIL and torchvision's crops and
+mirror images, in a DataLoader (with pinned memory and eight persistent workers on a GPU), with the batches, precision
+and optimizer of fit. It trains one network; k networks one after the other take k times as long. It is compared with
+`fit_batched` for k networks with different seeds, with each backend, plain and compiled, and with `fit`. A failure is
+reported and does not stop the other measurements.
 
-A run is one epoch of each network. The sides take turns; ratios are of the medians. Run it with
-`python benchmarks/together.py`: on a GPU if there is one, in float32 and bf16, after a turn that is not counted,
-results in results/together_cuda.json, some ten minutes (--networks 12 alone takes three); else on the CPU, on one
-thread, results in results/together.json. It asserts nothing.
+A run is one epoch of each network. The sides take turns; ratios are of medians. Run it with
+`python benchmarks/batched.py`: on a GPU if there is one, in float32 and bf16, after a warm-up turn, with results in
+results/batched_cuda.json, in about ten minutes (three with --networks 12); otherwise on the CPU, on one thread, with
+results in results/batched.json. It asserts nothing.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from permask_core.training.loop import fit
 from permask_core.training.recipe import PRECISIONS, Recipe
 from permask_core.training.streams import as_split
 
-# Network, width and images of an epoch: what the experiments train, and on a CPU what they train there.
+# Network, width and images of an epoch: those of the experiments on each device.
 NETWORKS = {"cuda": [("resnet20", 1, 25_600), ("resnet20", 4, 12_800)],
             "cpu": [("mlp", 0.25, 2560), ("mlp", 1, 2560), ("mlp", 4, 2560), ("resnet8 on digits", 0.5, 1280),
                     ("resnet8", 1, 256), ("resnet20", 1, 256)]}
 
 
 def inputs(network, n):
-    """Random images in CIFAR's size, or for what is trained on digits noise in theirs."""
+    """Return random images of CIFAR's size, or of the size of the digits for networks that are trained on digits."""
     if network == "mlp" or network.endswith("digits"):
         data = load_dataset("digits", channels=3 if network.endswith("digits") else 1)
         chosen = torch.arange(n) % len(data.train)
@@ -46,7 +46,7 @@ def inputs(network, n):
 
 
 def sides(network, width, n, k, recipe, readers, device):
-    """Each way to train k networks for an epoch, as a function that does it once and how many networks that trains."""
+    """Return the ways to train k networks for an epoch: by name, a function that does it once, and its networks."""
     split, shape = inputs(network, n)
 
     def made(count):
@@ -73,14 +73,14 @@ def sides(network, width, n, k, recipe, readers, device):
 
 
 def compared(every, n, rounds, device):
-    """Seconds of every run, images per second x networks, and what failed."""
+    """Return the seconds of every run, images per second x networks, and failures."""
     failed, seconds = {}, {side: [] for side in every}
-    for turn in range(rounds + 1):  # in the first one kernels load and are compiled, and workers start
+    for turn in range(rounds + 1):  # the first turn loads and compiles kernels and starts workers
         for side, (_, run) in every.items():
             if side not in failed:
                 try:
                     spent = timed(run, device)[0]
-                except Exception as error:  # of a compiler or a device, whatever it may be
+                except Exception as error:  # compilers and devices raise various exceptions
                     failed[side] = f"{type(error).__name__}: {error}"[:500]
                     continue
                 if turn:
@@ -93,23 +93,23 @@ def compared(every, n, rounds, device):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=at_least(1), default=3, help="how often each side is timed")
-    parser.add_argument("--networks", type=at_least(1), nargs="+", default=[4, 12, 24], help="trained at once")
+    parser.add_argument("--networks", type=at_least(1), nargs="+", default=[4, 12, 24], help="networks at once")
     parser.add_argument("--readers", type=at_least(0), help="the DataLoader's workers; by default 0, 8 with a GPU")
     parser.add_argument("--device", choices=list(NETWORKS), default=torch.device(default_device()).type)
-    parser.add_argument("--quick", action="store_true", help="two batches of 2, to see that everything runs")
-    parser.add_argument("--result", type=Path, help="where the JSON goes")
+    parser.add_argument("--quick", action="store_true", help="two batches of 2, to check that everything runs")
+    parser.add_argument("--result", type=Path, help="path of the JSON file")
     given = parser.parse_args(argv)
     device, on_gpu = torch.device(given.device), given.device == "cuda"
     readers = (min(8, os.cpu_count()) if on_gpu else 0) if given.readers is None else given.readers
     torch.set_num_threads(1)
-    record = {"command": command("together", argv), "commit": commit(),
+    record = {"command": command("batched", argv), "commit": commit(),
               "device": device_name(device), "machine": device_name("cpu"), "readers": readers, "rounds": given.rounds,
               "versions": versions(), "rows": []}
     print(", ".join(f"{name} {record[name]}" for name in list(record)[:-2]), flush=True)
     for network, width, n in NETWORKS[given.device]:
         n, batch_size = (4, 2) if given.quick else (n, 128)
         for precision in PRECISIONS if on_gpu else ["float32"]:
-            # A learning rate at which random labels do no harm.
+            # A small learning rate, because labels are random.
             recipe = Recipe(1, lr=0.01, batch_size=batch_size, precision=precision)
             for k in given.networks:
                 every, chosen = sides(network, width, n, k, recipe, readers, device)
@@ -122,7 +122,7 @@ def main(argv=None):
                     f"{side} {speed:,.0f}" + (f" ({speed / speeds[base]:.2f} x {base})" if side != base else "")
                     for side, speed in speeds.items()), *(f"\n  {side} failed: {why}" for side, why
                                                           in row["failed"].items()), flush=True)
-    name = f"together{'_cuda' if on_gpu else ''}.json"
+    name = f"batched{'_cuda' if on_gpu else ''}.json"
     written(given.result or Path(__file__).parent / "results" / name, record)
 
 

@@ -1,14 +1,14 @@
 """The permuted-mask experiment at CIFAR's size: ResNet20 on 50,000 + 10,000 Trifeature images in 100 classes.
 
 It is the preset `trifeature-resnet20`: pairs of networks, tickets by rewinding, masks permuted by matched activations,
-four methods at two sparsities and two rewind points. Networks of all seeds and methods are trained at once, as many as
---batched says (permask_core.training.batched). Every stage is stored, and a training is saved every minute; after
---minutes the script ends with status 1, and the same command goes on. The results, with the time that all pieces took,
-go to permask_core/data/measured/cifar_sized.json.
+four methods at two sparsities and two rewind points. Up to --batched networks of all seeds and methods are trained at
+once (permask_core.training.batched). Every stage is stored, and a training is saved every minute; after --minutes the
+script ends with status 1, and the same command continues. The results, with the time of all pieces, are written to
+permask_core/data/measured/cifar_sized.json.
 
-Run it with `python benchmarks/cifar_sized.py` on a GPU; more with `--widths 4 --seeds 1`, `--sparsities`, `--rewinds`
-and `--matchings`: what is stored is not trained again. `--quick` takes a hundredth of the images, two epochs and one
-pair, on a CPU a minute; its accuracies mean nothing.
+Run it with `python benchmarks/cifar_sized.py` on a GPU. `--widths 4 --seeds 1`, `--sparsities`, `--rewinds` and
+`--matchings` add runs; stored stages are not trained again. `--quick` uses a hundredth of the images, two epochs and
+one pair, and takes a minute on a CPU; its accuracies are meaningless.
 """
 
 import argparse
@@ -32,12 +32,12 @@ QUICK = {"epochs": 2, "imp_epochs": 1, "options": {"n_train": 500, "n_test": 100
 
 @contextmanager
 def piece(store, minutes):
-    """A part of the work, whose time is kept beside the stages; after some minutes it is ended."""
+    """Measure a piece of the work, store its time next to the stages, and stop it after ``minutes``."""
     path, start = store.folder / "pieces.json", time.perf_counter()
     pieces = json.loads(path.read_text()) if path.exists() else []
 
     def end(*_):
-        raise SystemExit(f"stopped after {minutes:g} minutes: the same command goes on from here")
+        raise SystemExit(f"stopped after {minutes:g} minutes: the same command continues from here")
 
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
@@ -52,7 +52,7 @@ def piece(store, minutes):
 
 
 def choose(given):
-    """The preset with what was asked for, and what it is run over."""
+    """Return the preset with the requested changes, and its grid."""
     grid = permuted_masks.PRESETS["trifeature-resnet20"].change_grid(
         widths=given.widths, rewinds=given.rewinds, matchings=given.matchings, seeds=1 if given.quick else given.seeds,
         sparsities=[0.9] if given.quick else given.sparsities)
@@ -70,9 +70,9 @@ def main(argv=None):
     parser.add_argument("--matchings", nargs="+", help="by default activations")
     parser.add_argument("--epochs", type=at_least(2), help="of dense training, by default 10")
     parser.add_argument("--precision", default="bf16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--batched", type=at_least(1), default=48, help="networks that are trained at once")
-    parser.add_argument("--minutes", type=float, default=9, help="after which it ends, to be run again")
-    parser.add_argument("--quick", action="store_true", help="a hundredth of the images, to see that everything runs")
+    parser.add_argument("--batched", type=at_least(1), default=48, help="maximum number of networks trained at once")
+    parser.add_argument("--minutes", type=float, default=9, help="time limit, after which it can be run again")
+    parser.add_argument("--quick", action="store_true", help="a hundredth of the images, to check that it runs")
     parser.add_argument("--runs", default="build/cifar_sized", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)

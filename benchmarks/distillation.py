@@ -1,14 +1,14 @@
-"""Teachers, students and distilled students on Trifeature, at 32 pixels: class by class, by group and by individual.
+"""Teachers, students and distilled students on Trifeature at 32 pixels: by class, by group and by individual.
 
-Too long for a notebook. Two tasks, each with ten seeds (all fixed before the run; the recipes were chosen on other
-seeds, by the accuracy of teacher and student alone):
+This takes too long for a notebook. There are two tasks, each with ten seeds (all fixed before the run; the recipes were
+chosen on other seeds, only by the accuracy of teacher and student):
 
 - groups: tell shapes apart, with colours and textures balanced, at temperatures from 1 to 40
-- correlated: the same, but in half of the training images the colour goes with the shape; the test stays balanced
+- correlated: the same, but in half of the training images the colour depends on the shape; the test set is balanced
 
-20,000 test images, because the largest difference between ten groups is mostly chance on a few thousand. Results go to
-permask_core/data/measured/distillation.json. A run that was killed goes on where it was. Run it with
-`python benchmarks/distillation.py`; about half an hour on two cores.
+There are 20,000 test images, because with a few thousand the largest difference between ten groups is mostly chance.
+Results are written to permask_core/data/measured/distillation.json. An interrupted run continues from its stored
+stages. Run it with `python benchmarks/distillation.py`; it takes about half an hour on two cores.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def experiment(task, quick):
 
 
 def measured(chosen, store, row):
-    """What is kept of a run: accuracies of classes, and what fairness says of it."""
+    """Return the stored measures of a run: accuracies of classes, and fairness."""
     test, classes = data(chosen).test, data(chosen).classes
     found = {key: row[key] for key in ("role", "temperature", "seed", "accuracy", "loss", "seconds")}
     found["class_accuracies"] = class_accuracies(test.y, row["predictions"], classes).round(5).tolist()
@@ -73,7 +73,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--workers", type=at_least(1), default=2)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--quick", action="store_true", help="tiny images and one epoch: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny images and one epoch, to check that it runs")
     parser.add_argument("--runs", default="build/distillation", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)

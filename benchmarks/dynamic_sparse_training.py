@@ -1,21 +1,21 @@
-"""Masks that stay against connections that move, on digits, at four sparsities; and SparseOpt beside plain SGD.
+"""Static masks compared with moving connections on digits, at four sparsities; and SparseOpt compared with plain SGD.
 
-Too long for a notebook. In each network a seed gives all methods the same data and order of the data, and at a sparsity
-every layer as many connections: what constant fan-in leaves of Erdős-Rényi-Kernel densities, rounded down in each
-neuron, but at least one. Weights start from the sparse initialisation.
+This takes too long for a notebook. In each network a seed gives all methods the same data in the same order, and at
+each sparsity every layer has equally many connections: Erdős-Rényi-Kernel densities rounded down to constant fan-in,
+but at least one connection for each neuron. Weights start from the sparse initialisation.
 
-- random, fan_in: masks that stay, drawn in a layer as a whole or with equally many connections for each neuron
-- set, rigl: from the random masks
-- srigl, srigl+ablation: from the fan-in masks, and so is all that follows
-- srigl+ablation/erk: with as many connections as the densities allow before rounding, which may be more or fewer
-- set/layers, srigl+ablation/layers: in FanInLinear layers, which store nothing else
+- random, fan_in: static masks, drawn over a whole layer or with equally many connections for each neuron
+- set, rigl: starting from the random masks
+- srigl, srigl+ablation: starting from the fan-in masks, as do all methods below
+- srigl+ablation/erk: with the number of connections before rounding, which may be larger or smaller
+- set/layers, srigl+ablation/layers: in FanInLinear layers, which store only their connections
 
-SparseOpt runs in the wide network with BatchNorm, from the dense initialisation under a mask: a random one, one in
-which every other neuron of a hidden layer has about nine times as many connections, or RigL's.
+SparseOpt runs in the wide network with BatchNorm, from the dense initialisation under one of three masks: a random
+mask, one in which every other neuron of a hidden layer has about nine times as many connections, or that of RigL.
 
-The networks were chosen with seeds 0 and 1; the methods keep their published settings, but for a shorter time between
-rewirings; results are of seeds from 100 on, in permask_core/data/measured/dynamic_sparse_training.json. Run it with
-`python benchmarks/dynamic_sparse_training.py`; ten to fifteen minutes on one core.
+The networks were chosen with seeds 0 and 1. The methods have their published settings, except for a shorter interval
+between rewirings. Results are for seeds from 100 on, in permask_core/data/measured/dynamic_sparse_training.json. Run it
+with `python benchmarks/dynamic_sparse_training.py`; it takes ten to fifteen minutes on one core.
 """
 
 import argparse
@@ -56,13 +56,13 @@ MASKS = {"random": None, "uneven": None, "rigl": METHODS["rigl"]}
 
 
 def matched_masks(model, wanted, seed, *, unequal):
-    """Where a method starts: as many connections in each layer for all."""
+    """Return the initial masks of a method; all methods have equally many connections in each layer."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim > 1}
     return starting_masks(weights, erk_densities(weights, 1 - wanted), unequal=unequal, seed=seed)
 
 
 def as_layers(model, masks):
-    """The model with a FanInLinear in place of each masked layer."""
+    """Return the model with each masked layer replaced by a FanInLinear."""
     return nn.Sequential(OrderedDict(
         (name, FanInLinear.from_dense(module, masks[f"{name}.weight"]) if f"{name}.weight" in masks else module)
         for name, module in model.named_children()))
@@ -91,7 +91,7 @@ def trained(network, method, wanted, seed, recipe):
 
 
 def with_batchnorm(model):
-    """The perceptron with a BatchNorm after each hidden linear layer."""
+    """Return the perceptron with a BatchNorm after each hidden linear layer."""
     layers = OrderedDict()
     for name, module in model.named_children():
         layers[name] = module
@@ -101,7 +101,8 @@ def with_batchnorm(model):
 
 
 def uneven_masks(masks, seed):
-    """Random masks of the same size, where the even neurons have 90 % of a hidden layer's connections, up to all."""
+    """Return random masks of the same size, in which the even neurons have up to 90 % of a hidden layer's
+    connections."""
     generator, uneven = torch.Generator().manual_seed(seed), {}
     for name, mask in masks.items():
         shares = torch.tensor([1.8, 0.2] if name != "head.weight" else [1.0, 1.0])

@@ -1,9 +1,9 @@
-"""Ensembles from one mask: how good they are, what they cost to train, and how many weights they keep.
+"""Ensembles from one mask: their accuracy, the cost of training, and the number of weights.
 
-Noisy digits and a small perceptron; seeds 0 to 9 with eight members by each method, and the mean over all subsets of
-each size. The recipe, the sparsity and the epoch of the early matching were fixed on two other seeds. Results go to
-permask_core/data/measured/ensembles_from_one_mask.json. A run that was killed goes on where it was. Run it with
-`python benchmarks/ensembles_from_one_mask.py`; about six minutes of one core.
+Noisy digits and a small perceptron; seeds 0 to 9 with eight members for each method, and the mean over all subsets of
+each size. The recipe, the sparsity and the epoch of the early matching were chosen on two other seeds. Results are
+written to permask_core/data/measured/ensembles_from_one_mask.json. An interrupted run continues from its stored stages.
+Run it with `python benchmarks/ensembles_from_one_mask.py`; it takes about six minutes on one core.
 """
 
 import argparse
@@ -29,20 +29,19 @@ METHODS = ("dense", "pruned", "lth", "permuted", "permuted early", "naive")
 
 
 def arrange(chosen, method):
-    """The experiment and the method of :mod:`permask_core.experiments.retrained_tickets` behind a name of this
-    script."""
+    """Return the experiment and the method of :mod:`permask_core.experiments.retrained_tickets` for a method name."""
     return (replace(chosen, matched_at=EARLY), "permuted") if method == "permuted early" else (chosen, method)
 
 
 def ensembles(p, y):
-    """Of each size the accuracy of an ensemble, a mean over all subsets of the members."""
+    """Return the accuracy of ensembles of each size, averaged over all subsets of the members."""
     sizes = range(1, len(p) + 1)
     return [np.mean([ensemble_accuracy(p[list(subset)], y) for subset in itertools.combinations(range(len(p)), size)])
             for size in sizes]
 
 
 def measure(chosen, store, seeds, members, method, workers):
-    """A row for each seed and each size of an ensemble."""
+    """Return a row for each seed and each size of an ensemble."""
     used, base = arrange(chosen, method)
     rows = retrained_tickets.run(used, store, seeds=seeds, members=members, sparsity=SPARSITY, methods=[base],
                                  workers=workers)
@@ -60,7 +59,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--members", type=at_least(2), default=8)
     parser.add_argument("--workers", type=at_least(1), default=1)
-    parser.add_argument("--quick", action="store_true", help="few epochs: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="few epochs, to check that it runs")
     parser.add_argument("--runs", default="build/ensembles_from_one_mask", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)

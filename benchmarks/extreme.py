@@ -1,17 +1,17 @@
-"""Output layers with fixed fan-in on a long-tailed problem with planted structure: precision, and memory.
+"""Output layers with fixed fan-in on a long-tailed problem with planted structure: precision and memory.
 
-The methods are those of permask_core.experiments.extreme_labels. All share a first layer, the data of a seed and the
-recipe, and all but the dense one have as many parameters.
+The methods are those of permask_core.experiments.extreme_labels. All have the same first layer, data of a seed and
+recipe, and all except the dense one have equally many parameters.
 
-Precision at k is given over all labels, among the most frequent 20 % (head) and among the others (tail). Settings were
-fixed before the run by looking at the dense layer alone. Run it with `python benchmarks/extreme.py`, about ten minutes
-on one core; results in permask_core/data/measured/extreme.json. `--labels 100000` and `--labels 1000000` are for long
-runs, without the dense layer.
+Precision at k is computed over all labels, among the most frequent 20 % (head) and among the rest (tail). Settings were
+chosen before the run, only with the dense layer. Run it with `python benchmarks/extreme.py`; it takes about ten minutes
+on one core, with results in permask_core/data/measured/extreme.json. `--labels 100000` and `--labels 1000000` are for
+long runs, without the dense layer.
 
-`python benchmarks/extreme.py --memory` measures what two training steps with a million labels take instead, 768 inputs,
-fan-in 32 and Adam, then two with SET; results in extreme_memory.json beside the other. A peak is the highest resident
-memory of the process minus the resident memory before the model is made, with the data and the compiled kernels in
-place. It needs Linux.
+`python benchmarks/extreme.py --memory` instead measures the memory of two training steps with a million labels, 768
+inputs, fan-in 32 and Adam, then two with SET, with results in extreme_memory.json in the same folder. A peak is the
+highest resident memory of the process minus the resident memory before the model is created, after loading the data and
+compiling the kernels. It needs Linux.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def print_summary(rows):
 
 
 def compared(rows):
-    """Paired differences of precision at 1 over the seeds."""
+    """Return paired differences of precision at 1 over the seeds."""
     found = []
     for a, b in COMPARED:
         for group in rows[0]["precision"]:
@@ -129,7 +129,7 @@ def main(argv=None):
     parser.add_argument("--threads", type=at_least(1), default=1)
     parser.add_argument("--memory", action="store_true", help="measure memory with a million labels instead")
     parser.add_argument("--batch", type=at_least(1), default=64, help="points in a step, with --memory")
-    parser.add_argument("--result", type=Path, help="where the JSON goes")
+    parser.add_argument("--result", type=Path, help="path of the JSON file")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     record = {"command": command("extreme", argv), "commit": commit(),

@@ -1,16 +1,16 @@
-"""Who pays for sparsity: classes, groups and individuals under every method, beside the dense networks they come from.
+"""Fairness of sparse networks by class, group and individual for every method, compared with their dense networks.
 
-Too long for a notebook. Two tasks, each with ten seeds and five sparsities (all fixed before the run; recipes and
-matching were chosen on the seeds 0 and 1, by accuracy alone):
+This takes too long for a notebook. There are two tasks, each with ten seeds and five sparsities (all fixed before the
+run; recipes and matching were chosen on the seeds 0 and 1, only by accuracy):
 
 - digits: ten classes of noisy digits, a small perceptron
-- trifeature: ten shapes at 24 pixels, LeNet-5; in half of the training images the colour goes with the shape, the test
-  is balanced
+- trifeature: ten shapes at 24 pixels, LeNet-5; in half of the training images the colour depends on the shape, the test
+  set is balanced
 
-Masks are permuted by matching weights: on the seeds of the choice it was ahead of matching activations wherever the two
-differed by more than a point. Results go to permask_core/data/measured/fairness_of_sparse_networks.json. A run that was
-killed goes on where it was. Run it with `python benchmarks/fairness_of_sparse_networks.py`; about 20 minutes of one
-core.
+Masks are permuted by matching weights, which was better than matching activations on the seeds 0 and 1 wherever both
+differed by more than a point. Results are written to permask_core/data/measured/fairness_of_sparse_networks.json. An
+interrupted run continues from its stored stages. Run it with `python benchmarks/fairness_of_sparse_networks.py`; it
+takes about 20 minutes on one core.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def experiment(task, quick):
 
 
 def trained(chosen, store, row):
-    """The last state of a row's network."""
+    """Return the final state of a row's network."""
     if row["method"] == "dense":
         return permuted_masks.train_dense(chosen, store, row["seed"], row["network"])[0][chosen.epochs]
     run = row["seed"], row["sparsity"], row["method"], row["matching"] or None
@@ -57,7 +57,7 @@ def trained(chosen, store, row):
 
 
 def measured(chosen, store, row):
-    """What is kept of a run: accuracies of classes, individual fairness, and where there are groups, what they get."""
+    """Return the stored measures of a run: accuracies of classes, individual fairness and, if any, group fairness."""
     test, logits = permuted_masks.data(chosen).test, permuted_masks.logits(chosen, trained(chosen, store, row))
     p, named = logits.softmax(1), logits.argmax(1)
     found = {key: row[key] for key in ("method", "matching", "sparsity", "seed", "network", "accuracy", "loss")}
@@ -75,12 +75,13 @@ def measured(chosen, store, row):
 
 
 def pixels(x):
-    """Images in [0, 1]; those that are standardised already stay."""
+    """Return images in [0, 1]; standardised images are not changed."""
     return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 def shortcut(test, named):
-    """Of the wrong answers where the colour speaks for another shape, the share that follow it; chance is 1 in 9."""
+    """Return the fraction of wrong predictions that follow the colour, where it indicates another shape; chance is
+    1/9."""
     colour = test.attributes["colour"].member.int().argmax(1)
     wrong = (named != test.y) & (colour != test.y)
     return (named == colour)[wrong].double().mean().item()
@@ -90,7 +91,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--workers", type=at_least(1), default=2)
-    parser.add_argument("--quick", action="store_true", help="tiny images, few epochs and sparsities: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny images, few epochs, to check that it runs")
     parser.add_argument("--runs", default="build/fairness_of_sparse_networks", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)

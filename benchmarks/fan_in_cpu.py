@@ -1,15 +1,15 @@
-"""A fan-in layer on a CPU beside what else computes it: forward, and forward with backward, by sparsity and batch.
+"""A fan-in layer on a CPU compared with alternatives: forward, and forward with backward, by sparsity and batch.
 
 Peers: a dense torch.nn.Linear; the same with its weight multiplied by a mask at every call; CSR matrices of torch and
-of SciPy (forward alone); torch's embedding_bag over the transposed input; the one-line gather, compiled by
-torch.compile where there is a C++ compiler. Every way starts from x [batch, in]: what it must transpose is counted.
+of SciPy (forward only); torch's embedding_bag over the transposed input; the one-line gather, compiled by
+torch.compile if there is a C++ compiler. Each peer starts from x [batch, in]; transposing it counts for the time.
 Outputs and gradients of the fan-in layer are compared with a dense layer in float64 before anything is timed.
 
-All ways take turns. A call that takes less than two milliseconds is repeated for that long, after one that does not
-count, so that its weights lie in the cache as far as they fit. Medians over turns and ratios of medians are printed.
-Run it with `python benchmarks/fan_in_cpu.py`: some ten minutes, results in results/fan_in_cpu.json. At the end come the
-bytes that a training step with Adam keeps, counted, the peak of resident memory in fresh processes (Linux), and the
-ratios beside the ones hoped for. It asserts nothing about time.
+All peers take turns. A call shorter than two milliseconds is repeated for that long, after a warm-up call, so that its
+weights are in the cache as far as they fit. Medians over turns and ratios of medians are printed. Run it with
+`python benchmarks/fan_in_cpu.py`; it takes about ten minutes, with results in results/fan_in_cpu.json. At the end it
+prints the computed bytes of a training step with Adam, the peak of resident memory in new processes (Linux), and the
+ratios next to the expected ones. It asserts nothing about time.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from permask_core.sparse import FanInLinear
 SIZES = [(3072, 768), (4096, 4096)]
 SPARSITIES = [0.9, 0.95, 0.99]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
-GATHERED = 2 ** 26  # numbers: beyond, the gather is left out
+GATHERED = 2 ** 26  # numbers; above, the gather is omitted
 # (inputs, outputs), sparsity, batch, way, peer, least ratio
 HOPED = [(size, 0.9, *rest) for size in SIZES for rest in (
     (1, "forward", "dense", 3.4), (1, "forward", "torch CSR", 2.5), (64, "forward", "dense", 8.0),
@@ -43,7 +43,7 @@ HOPED = [(size, 0.9, *rest) for size in SIZES for rest in (
 
 
 def layers(inputs, outputs, sparsity):
-    """The fan-in layer, and the dense one that computes the same."""
+    """Return a fan-in layer and an equivalent dense layer."""
     torch.manual_seed(0)
     layer = FanInLinear(inputs, outputs, round(inputs * (1 - sparsity)))
     torch.nn.init.normal_(layer.bias)
@@ -51,7 +51,7 @@ def layers(inputs, outputs, sparsity):
 
 
 def check(layer, dense, x):
-    """Outputs and gradients against float64; the largest error, in units of the largest value."""
+    """Compare outputs and gradients with float64; return the largest error, in units of the largest value."""
     exact, worst = layer.to_dense().double(), 0.0
     grad = torch.randn(len(x), layer.out_features)
     ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -73,7 +73,7 @@ def gathered(x, values, indices, bias):
 
 
 def peers(layer, dense, compiled):
-    """By name: how to compute y from x, and the weights whose gradients a training step needs, or None."""
+    """Return by name: a function from x to y, and the weights whose gradients a training step needs, or None."""
     mask, indices = layer.mask(), layer.indices.long()
     values, bias, weight = layer.values, layer.bias, dense.weight
     csr, scipy_csr = weight.detach().to_sparse_csr(), csr_array(weight.detach().numpy())
@@ -93,7 +93,7 @@ def peers(layer, dense, compiled):
 
 
 def timed_turns(calls, seconds, least=5, clock=time.perf_counter):
-    """Seconds of a call in every turn, by a clock; turns are taken until ``seconds`` are over, but ``least`` times."""
+    """Return the seconds of a call in every turn, for a total of ``seconds`` but at least ``least`` turns."""
     times, repeats = {name: [] for name in calls}, {}
     for name, call in calls.items():
         call()
@@ -113,13 +113,13 @@ def timed_turns(calls, seconds, least=5, clock=time.perf_counter):
 
 
 def step(way, weights, x):
-    """Forward and backward to the input and the weights."""
+    """Run forward and backward, with gradients of the input and the weights."""
     y = way(x)
     return torch.autograd.grad(y, [x, *weights], torch.ones_like(y))
 
 
 def compare(layer, dense, compiled, batch, seconds):
-    """Two rows: forward, and both."""
+    """Return two rows: forward, and both."""
     x = torch.randn(batch, layer.in_features)
     error = check(layer, dense, x)
     ways = peers(layer, dense, compiled if batch * layer.values.numel() <= GATHERED else None)
@@ -138,7 +138,7 @@ def compare(layer, dense, compiled, batch, seconds):
 
 
 def kept_bytes(layer):
-    """Bytes of parameters, gradients, Adam's two moments, and indices with their transposed copy."""
+    """Return the bytes of parameters, gradients, both moments of Adam, and indices with their transposed copy."""
     optimizer = torch.optim.Adam(layer.parameters())
     layer(torch.randn(4, layer.in_features, requires_grad=True)).sum().backward()
     optimizer.step()
@@ -149,8 +149,8 @@ def kept_bytes(layer):
 
 
 def peak(kind, inputs, outputs, sparsity, batch=256):
-    """Peak of resident memory above what was there before the layer was made, over three steps with Adam, in bytes."""
-    warm = FanInLinear(64, 64, 6)  # code is loaded, threads have started
+    """Return the peak of resident memory over three steps with Adam, minus the memory before the layer, in bytes."""
+    warm = FanInLinear(64, 64, 6)  # loads code and starts threads
     for size in (8, batch):
         warm(torch.randn(size, 64, requires_grad=True)).sum().backward()
     torch.nn.Linear(64, 64)(torch.randn(batch, 64)).sum().backward()
@@ -177,7 +177,7 @@ def memory(inputs, outputs, sparsity):
 
 
 def hoped(rows):
-    """What the ratios came to, beside what was hoped for."""
+    """Return the measured ratios and the expected ones."""
     found = []
     for (inputs, outputs), sparsity, batch, way, peer, least in HOPED:
         for row in rows:
@@ -191,10 +191,10 @@ def hoped(rows):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=at_least(1), default=2)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of taking turns, for each row")
-    parser.add_argument("--quick", action="store_true", help="a small layer, to see that everything runs")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of turns for each row")
+    parser.add_argument("--quick", action="store_true", help="a small layer, to check that everything runs")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help="where the JSON goes")
+    parser.add_argument("--result", type=Path, help="path of the JSON file")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
     if given.peak:

@@ -1,17 +1,18 @@
-"""A fan-in layer on a GPU beside what else computes it: forward, and forward with backward, by sparsity and batch.
+"""A fan-in layer on a GPU compared with alternatives: forward, and forward with backward, by sparsity and batch.
 
-Peers: a dense torch.nn.Linear in float32, TF32 and bfloat16; a CSR matrix of cuSPARSE; torch's 2:4 sparsity, which has
-half of all weights whatever the row says; fan-in arithmetic in plain torch. Every way starts from x [batch, in]: what
-it must transpose is counted. "Tuned" layers run plans measured to be the fastest, others those of a rule; "tiled" ones
-read the batch in tiles of 64 or 16 examples. Before anything is timed, the outputs and gradients of up to 4096 neurons
-are compared with float64. What does not fit, or takes over a second a call, is left out, said and recorded.
+Peers: a dense torch.nn.Linear in float32, TF32 and bfloat16; a CSR matrix of cuSPARSE; torch's 2:4 sparsity, which
+keeps half of all weights at every sparsity; fan-in arithmetic in plain torch. Each peer starts from x [batch, in];
+transposing it counts for the time. "Tuned" layers run the fastest measured plans, all others the plans of a rule;
+"tiled" layers read the batch in tiles of 64 or 16 examples. Before the timing, outputs and gradients of up to 4096
+neurons are compared with float64. Peers that do not fit or take more than a second for a call are omitted, which is
+printed and recorded.
 
-All ways take turns, as plain calls and, in rows of their own, replayed from CUDA graphs. A turn repeats a call for two
-milliseconds between two events of the device, after one that does not count: weights lie in the cache as far as they
-fit. Medians over turns and their ratios are printed, and which fraction of the bandwidth of a large copy the counted
-bytes over the time of a forward pass are; within the cache it can exceed 1. Run it with `python
-benchmarks/fan_in_gpu.py`, results in results/fan_in_gpu.json, row by row. At the end come the peak of memory in
-training with a million labels, and the ratios beside the ones hoped for. It asserts nothing about time.
+All peers take turns, as plain calls and, in separate rows, replayed from CUDA graphs. A turn repeats a call for two
+milliseconds between two events of the device, after a warm-up call, so that weights are in the cache as far as they
+fit. Medians over turns and their ratios are printed, and the bandwidth of a forward pass as a fraction of that of a
+large copy, which can exceed 1 in the cache. Run it with `python benchmarks/fan_in_gpu.py`; results are written to
+results/fan_in_gpu.json row by row. At the end it prints the peak of memory in training with a million labels, and the
+ratios next to the expected ones. It asserts nothing about time.
 """
 
 import argparse
@@ -42,7 +43,7 @@ SIZES = {"3072x768": (3072, 768), "4096x4096": (4096, 4096), "768x131072": (768,
          "768x1000000": (768, 1_000_000)}
 SPARSITIES, BATCHES = [0.8, 0.9, 0.95, 0.99], [1, 16, 256, 2048]
 CHECKED = 4096  # neurons
-GATHERED, LONG = 2 ** 30, 1.0  # numbers that plain torch gathers, seconds of a call: beyond, a way is left out
+GATHERED, LONG = 2 ** 30, 1.0  # numbers that plain torch gathers, seconds of a call; above, a peer is omitted
 TILED = {"fan-in, tiled by 64": 64, "fan-in, tiled by 16": 16}  # examples
 PRECISION = {"fan-in": "float32", "fan-in, tuned": "float32", **dict.fromkeys(TILED, "float32"),
              "fan-in bf16": "bfloat16, sums in float32", "fan-in bf16, tuned": "bfloat16, sums in float32",
@@ -58,12 +59,12 @@ HOPED = [(0.9, "fan-in", "dense fp32", 2.0), (0.9, "fan-in, tuned", "dense fp32"
 
 
 def width(name):
-    """Bytes of a number."""
+    """Return the bytes of a number."""
     return 2 if "bf16" in name else 4
 
 
 def weight_bytes(name, inputs, outputs, fan_in):
-    """Values and indices; of 2:4 half the weights, and two bits for each of them."""
+    """Return the bytes of values and indices; for 2:4, of half the weights and two bits for each."""
     if name.startswith("dense"):
         return inputs * outputs * width(name)
     if name.startswith("2:4"):
@@ -73,14 +74,14 @@ def weight_bytes(name, inputs, outputs, fan_in):
 
 
 def moved_bytes(name, inputs, outputs, fan_in, batch):
-    """What a forward pass must move: values, indices, x and y, each once. Biases are not counted, nor transposed
-    copies, nor what is read again because no cache holds it."""
+    """Return the bytes that a forward pass must move: values, indices, x and y, each once. Biases, transposed copies
+    and repeated reads are not counted."""
     return weight_bytes(name, inputs, outputs, fan_in) + batch * (inputs + outputs) * width(name)
 
 
 def needed_bytes(name, inputs, outputs, fan_in, batch, way):
-    """About what a way takes beside x and the gradient by y: weights, two copies of x and y; in training also the
-    gradient by the weights, a third copy, and the connections listed by input."""
+    """Return approximately the bytes that a peer needs besides x and the gradient of y: weights, two copies of x and y;
+    in training also the gradient of the weights, a third copy, and the connections listed by input."""
     both = way == "both"
     extra = {"2:4 bf16, 50 %": 2 * inputs * outputs, "plain torch": 16 * eager.CHUNK}.get(name, 0)
     return (1 + both) * weight_bytes(name, inputs, outputs, fan_in) + extra + 8 * outputs * fan_in * (
@@ -95,17 +96,17 @@ def free_bytes():
 def demand(size):
     free = free_bytes()
     if size > free:
-        raise MemoryError(f"it needs {size / 2**30:.2f} GiB, of {free / 2**30:.2f} that are free")
+        raise MemoryError(f"it needs {size / 2**30:.2f} GiB, of {free / 2**30:.2f} GiB that are free")
 
 
 def names(sparsity, batch, way):
-    """The ways of a row. A tile of the whole batch is what the rule has already."""
+    """Return the peers of a row. Tiles as large as the batch are excluded, because the rule already has that layout."""
     return [name for name in PRECISION if not (way == "both" and name.startswith(("CSR", "2:4")))
             and (name not in TILED or (sparsity == 0.9 and batch > TILED[name]))]
 
 
 def settle(name):
-    """What a way runs under: whether float32 may be multiplied in TF32, and which plans the kernels take."""
+    """Configure a peer: whether float32 may be multiplied in TF32, and which plans the kernels use."""
     module = kernels._triton()
     rule = getattr(module.rule, "func", module.rule)
     module.rule = partial(rule, examples=TILED[name], tiled=True) if name in TILED else rule
@@ -114,12 +115,13 @@ def settle(name):
 
 
 def made(name, layer):
-    """Three things: y from x; gradients by x, weights and bias from x and that by y; the weights if not the layer's."""
+    """Return functions for y and for the gradients of x, weights and bias, and the weights if not those of the
+    layer."""
     indices, values, bias, (n, k) = layer.indices, layer.values.detach(), layer.bias.detach(), layer.values.shape
     if name.startswith(("fan-in", "dense")):
         if width(name) == 2:
             layer = copy.deepcopy(layer).bfloat16()
-            layer.indices = indices  # what is made of them is then made once
+            layer.indices = indices  # so that data derived from them are cached
         layer = layer.to_dense() if name.startswith("dense") else layer
         return layer, lambda x, grad: torch.autograd.grad(layer(x), [x, *layer.parameters()], grad), None
     if name.startswith("CSR"):
@@ -139,7 +141,7 @@ def made(name, layer):
 
 
 def agreed(name, pairs):
-    """The largest error, in units of the largest value, if it is no more than rounding makes."""
+    """Return the largest error, in units of the largest value; end the script if it is larger than rounding."""
     errors = [((found.detach().double() - right).abs().max() / right.abs().max()).item() for found, right in pairs]
     if not all(error <= (1e-4 if PRECISION[name] == "float32" else 3e-2) for error in errors):
         raise SystemExit(f"{name} is off by {errors} of the largest value")
@@ -147,7 +149,7 @@ def agreed(name, pairs):
 
 
 def check(name, layer, forward, both, weight, x, grad):
-    """The error of outputs, or where there is a gradient by y of the others, against float64."""
+    """Return the error of outputs or, given a gradient of y, of the other gradients, compared with float64."""
     n, exact = layer.out_features, x.detach().double()
     rows = torch.linspace(0, n - 1, min(n, CHECKED), dtype=torch.float64, device=DEVICE).round().long()
     chosen, values, bias = layer.indices[rows].long(), layer.values.detach()[rows], layer.bias.detach()[rows]
@@ -155,7 +157,7 @@ def check(name, layer, forward, both, weight, x, grad):
         else weight[rows].double()
     if grad is None:
         return agreed(name, [(forward(x)[:, rows], exact @ weight.t() + bias.double())])
-    some = torch.zeros_like(grad)  # of these neurons alone, so that what it makes of x is known
+    some = torch.zeros_like(grad)  # only of these neurons, so that the gradient of x is known
     some[:, rows] = grad[:, rows]
     (dx, dweight, dbias), some = both(x, some), some[:, rows].double()
     dweight = dweight[rows] if dweight.shape == layer.values.shape else dweight[rows].gather(1, chosen)
@@ -164,7 +166,7 @@ def check(name, layer, forward, both, weight, x, grad):
 
 
 def elapsed(call, repeats):
-    """Seconds of a call on the device, the gaps between its kernels included."""
+    """Return the seconds of a call on the device, including the gaps between its kernels."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
@@ -175,17 +177,18 @@ def elapsed(call, repeats):
 
 
 def captured(name, call, graphs):
-    """A replay of the call, with results that agree with it. All graphs share memory: they run one after the other."""
+    """Return a replay of the call, after checking its results. All graphs share memory: they run one after the
+    other."""
     stream, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(stream)
-    with torch.cuda.stream(side):  # what a first call makes once, none of a graph may make
+    with torch.cuda.stream(side):  # a graph must not compute what a first call caches
         for _ in range(3):
             right = call()
     stream.wait_stream(side)
     with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
         found = call()
     for part in found:
-        part.fill_(math.nan)  # an earlier graph may have left the right numbers there
+        part.fill_(math.nan)  # an earlier graph may have written the right numbers
     graph.replay()
     agreed(name, [(mine[:64], theirs[:64].double()) for mine, theirs in zip(found, right)])
     graphs.append(graph)
@@ -193,7 +196,7 @@ def captured(name, call, graphs):
 
 
 def prepared(name, layer, at, x, grad, graphs):
-    """(call, error) of a way that fits and was checked."""
+    """Return (call, error) of a peer that fits and was checked."""
     shape = layer.in_features, layer.out_features, layer.fan_in, at["batch"]
     demand(needed_bytes(name, *shape, at["way"]))
     if name == "plain torch" and math.prod(shape[1:]) > GATHERED:
@@ -209,7 +212,7 @@ def prepared(name, layer, at, x, grad, graphs):
 
 
 def timed_turns(calls, seconds, least=5):
-    """Seconds of a call in every turn; turns are taken until ``seconds`` are over, but ``least`` times."""
+    """Return the seconds of a call in every turn, for a total of ``seconds`` but at least ``least`` turns."""
     times, repeats, spent, turns = {name: [] for name in calls}, {}, 0.0, 0
     while spent < seconds or turns < least:
         for name, call in calls.items():
@@ -225,14 +228,14 @@ def timed_turns(calls, seconds, least=5):
 
 
 def copy_bandwidth(size):
-    """Bytes a second, read and written, of a copy of ``size`` bytes."""
+    """Return the bytes per second, read and written, of a copy of ``size`` bytes."""
     source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * size / statistics.median(timed_turns({"copy": lambda: target.copy_(source)}, 0.2)["copy"])
 
 
 def compare(layer, at, bandwidth, seconds, skip):
-    """A row; ``skip(way, reason)`` is told what is not in it."""
+    """Return a row; ``skip(way, reason)`` is called for omitted peers."""
     shape = layer.in_features, layer.out_features, layer.fan_in, at["batch"]
     x, grad = (torch.randn(at["batch"], features, device=DEVICE) for features in shape[:2])
     trains, calls, errors, graphs = at["way"] == "both", {}, {}, []
@@ -260,13 +263,13 @@ def compare(layer, at, bandwidth, seconds, skip):
 
 
 def memory(inputs, labels, fan_in, batch, skip):
-    """Peaks above what was there before the model, over two training steps with Adam, beside the bytes of the output
-    layer in training, computed."""
+    """Return the peak of memory over two training steps with Adam, minus the memory before the model, and the computed
+    bytes of the output layer in training."""
     train = make_multilabel(labels, n_train=2 * batch, n_test=1, n_features=inputs, n_clusters=100).train
     recipe, peaks, computed = ExtremeRecipe(epochs=1, batch_size=batch, rewire_until=0), {}, {}
     settle("fan-in")
     for name, connections in (("fan-in", fan_in), ("dense", None)):
-        model = None  # the one before goes
+        model = None  # frees the previous model
         computed[name], before = training_bytes(inputs, labels, connections), torch.cuda.memory_allocated()
         try:
             demand(computed[name])
@@ -281,7 +284,7 @@ def memory(inputs, labels, fan_in, batch, skip):
 
 
 def line(row):
-    """What is printed of a row."""
+    """Return a row as text."""
     ours, fraction = (row[key].get("fan-in") for key in ("median_seconds", "bandwidth_fraction"))
     return (f"{row['batch']:>5} {row['way']:8}{'graph' if row['graph'] else 'calls'}"
             + (f"{1e6 * ours:>12.1f} us" if ours else "") + (f", {fraction:.0%} of the bandwidth" if fraction else "")
@@ -289,7 +292,7 @@ def line(row):
 
 
 def hoped(rows, peaks):
-    """What the ratios and the peak came to, beside what was hoped for, as far as they were measured."""
+    """Return the measured ratios and the peak next to the expected ones, as far as they were measured."""
     found = []
     for row, (sparsity, ours, peer, least) in product(rows, HOPED):
         median = row["median_seconds"]
@@ -307,11 +310,11 @@ def hoped(rows, peaks):
 
 
 def machine():
-    """Device and versions; the script ends where the kernels cannot run."""
+    """Return device and versions; end the script if the kernels cannot run."""
     if not torch.cuda.is_available():
         raise SystemExit("fan_in_gpu.py measures a GPU, and torch finds no CUDA device here")
     if kernels._triton() is None:
-        raise SystemExit("fan_in_gpu.py needs Triton and a C compiler: without them a layer takes the plain path")
+        raise SystemExit("fan_in_gpu.py needs Triton and a C compiler: without them a layer uses plain torch")
     driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
                             text=True).stdout.split("\n")[0] if shutil.which("nvidia-smi") else None
     return {"device": device_name(DEVICE), "versions": versions() | {
@@ -320,11 +323,11 @@ def machine():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=at_least(0), default=1, help="of taking turns, for each row")
+    parser.add_argument("--seconds", type=at_least(0), default=1, help="of turns for each row")
     parser.add_argument("--only", nargs="+", choices=SIZES, default=list(SIZES), help="shapes, inputs x outputs")
-    parser.add_argument("--quick", action="store_true", help="a small layer, to see that everything runs")
+    parser.add_argument("--quick", action="store_true", help="a small layer, to check that everything runs")
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "fan_in_gpu.json",
-                        help="where the JSON goes")
+                        help="path of the JSON file")
     given = parser.parse_args(argv)
     if given.result.is_dir():
         parser.error(f"--result {given.result} is a folder: expected a file")
@@ -340,7 +343,7 @@ def main(argv=None):
 
     def skip(at, way, reason):
         record["skipped"].append(at | {"left_out": way, "reason": reason})
-        print(f"      left out: {way}: {reason}", flush=True)
+        print(f"      omitted: {way}: {reason}", flush=True)
 
     sizes, batches = ([(96, 64)], [1, 80]) if given.quick else ([SIZES[name] for name in given.only], BATCHES)
     for (inputs, outputs), sparsity in product(sizes, SPARSITIES):

@@ -1,9 +1,9 @@
-"""How little rewinding a sparse training needs, from weights as they are and from weights scaled to their connections.
+"""How much rewinding sparse training needs, with dense weights and with weights scaled to the remaining connections.
 
 Noisy digits and a small perceptron at 99 % sparsity, seeds 0 to 9. The recipe, the sparsity and the rewind points were
-fixed on two other seeds. A's mask is the same at all of them: what changes is where its sparse training starts. Results
-go to permask_core/data/measured/how_little_rewinding.json. A run that was killed goes on where it was. Run it with
-`python benchmarks/how_little_rewinding.py`; about six minutes of one core.
+chosen on two other seeds. A's mask is the same at all rewind points: only the start of sparse training changes. Results
+are written to permask_core/data/measured/how_little_rewinding.json. An interrupted run continues from its stored
+stages. Run it with `python benchmarks/how_little_rewinding.py`; it takes about six minutes on one core.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--workers", type=at_least(1), default=1)
-    parser.add_argument("--quick", action="store_true", help="few epochs and rewind points: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="few epochs and rewind points, to check that it runs")
     parser.add_argument("--runs", default="build/how_little_rewinding", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""How long matching takes: all parts of the digits experiment beside one training run, then residual networks.
+"""The time of matching: all parts of the digits experiment compared with one training run, then residual networks.
 
-First, on one thread: medians over repeats and their ratio to one dense training run; the parts take turns, so that a
-machine that slows down slows them all. Then ResNet20 of four widths and ResNet50: tracing, weight matching of two fresh
-networks and of one with a permuted copy of itself, permuting, and activation matching, with where the time of weight
-matching goes, and how long it takes if no similarity is kept from one step to the next. All times are left in
-results/matching.json. Run it with `python benchmarks/matching.py`, or with `--device cuda` for the residual networks on
-a GPU, whose times go to results/matching_cuda.json; it asserts nothing.
+First, on one thread: medians over repeats and their ratio to one dense training run. The parts take turns, so that a
+slow-down of the machine affects all of them. Then ResNet20 of four widths and ResNet50: tracing, weight matching of two
+new networks and of a network with its permuted copy, permuting, and activation matching. The time of weight matching is
+split into stages, and also measured without the cache of similarities. All times are written to results/matching.json.
+Run it with `python benchmarks/matching.py`, or with `--device cuda` for the residual networks on a GPU, with results in
+results/matching_cuda.json. It asserts nothing.
 """
 
 import argparse
@@ -38,14 +38,14 @@ EXPERIMENT = permuted_masks.Experiment()  # the book's settings
 TRAINING = "one dense training run"
 NETWORKS = {**{f"resnet20 x {width}": ("resnet20", width, 32) for width in (1, 4, 8, 16)},
             "resnet50": ("resnet50", 1, 64)}  # name, width, side of the images
-BATCHES, IMAGES = 2, 16  # of activation matching: batches, and images in each
+BATCHES, IMAGES = 2, 16  # of activation matching: number of batches, and images in each
 STAGES = {"similarities": [(weights, "_similarity"), (similarity.Similarities, "update")],
           "assignments": [(permutations, "linear_sum_assignment")],
           "moving": [(weights, "permute_"), (weights, "unpermute_")], "objective": [(weights, "_inner")]}
 
 
 class Forgetful(similarity.Similarities):
-    """Similarities that are all computed when they are asked for."""
+    """Similarities without a cache."""
 
     def __call__(self, to, origin):
         self.kept.clear()
@@ -53,13 +53,13 @@ class Forgetful(similarity.Similarities):
 
 
 def match_without_keeping(*arguments, **options):
-    """:func:`match_weights`, with nothing kept from one step to the next."""
+    """:func:`match_weights` without the cache of similarities."""
     with patch.object(weights, "Similarities", Forgetful):
         return match_weights(*arguments, **options)
 
 
 def digits_parts():
-    """The parts of the digits experiment by name, each a function that does it once."""
+    """Return the parts of the digits experiment by name, each a function that runs once."""
     data = load_dataset(EXPERIMENT.dataset)
     dense = EXPERIMENT.recipe(EXPERIMENT.epochs, EXPERIMENT.lr)
     again = EXPERIMENT.recipe(EXPERIMENT.imp_epochs, EXPERIMENT.imp_lr)
@@ -75,7 +75,7 @@ def digits_parts():
     batches = data.train.x  # in batches of 1000
 
     def imp_round():
-        """Prune a fifth, train, and prune to 30 %: exactly one training."""
+        """Prune a fifth, train, and prune to 30 %, with exactly one training."""
         return list(iterative_magnitude_pruning(lambda state, masks: train(state, masks, again).state_dict(),
                                                 a.state_dict(), [0.3], rewind=start))
 
@@ -91,7 +91,7 @@ def digits_parts():
 
 
 def measured(parts, repeats, device="cpu"):
-    """Seconds of each part, [repeats] by name; one part after the other, repeat by repeat."""
+    """Return the seconds of each part, [repeats] by name; the parts take turns in each repeat."""
     seconds = {name: [] for name in parts}
     for _ in range(repeats):
         for name, part in parts.items():
@@ -100,7 +100,7 @@ def measured(parts, repeats, device="cpu"):
 
 
 def staged(part, device):
-    """Seconds in each of :data:`STAGES` during one call of ``part``, and in all of it."""
+    """Return the seconds in each of :data:`STAGES` during one call of ``part``, and in total."""
     spent = dict.fromkeys(STAGES, 0.0)
 
     def clocked(stage, function):
@@ -119,7 +119,7 @@ def staged(part, device):
 
 
 def residual(name, width, side, repeats, device):
-    """Times of one residual network, and what its matching found."""
+    """Return the times of one residual network, and the result of its matching."""
     nets = [build_model(name, (3, side, side), 10, width=width, seed=seed) for seed in (0, 1)]
     example = torch.zeros(1, 3, side, side)
     groups = permutation_groups(nets[0], example)
@@ -170,9 +170,9 @@ def print_residual(label, record):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="how often each part of the digits runs")
-    parser.add_argument("--residual-repeats", type=int, default=5, help="how often each part of the others")
+    parser.add_argument("--residual-repeats", type=int, default=5, help="the same for residual networks")
     parser.add_argument("--threads", type=int, default=2, help="for the residual networks")
-    parser.add_argument("--device", default="cpu", help="for the residual networks; on another than the CPU only these")
+    parser.add_argument("--device", default="cpu", help="for the residual networks; on a GPU only these are run")
     options = parser.parse_args(argv)
     record = {"command": "python benchmarks/matching.py " + " ".join(
         f"--{name.replace('_', '-')} {value}" for name, value in vars(options).items()),

@@ -1,9 +1,9 @@
 """The permuted-mask experiment on noisy digits: every method at four sparsities and three widths, over twelve seeds.
 
-Too long for a notebook: it is the notebook `cifar` with its default preset, and more seeds, widths and sparsities. All
-were fixed before the run, and the seeds are none of those on which the preset was chosen. Results go to
-permask_core/data/measured/noisy_digits.json. A run that was killed goes on where it was. Run it with
-`python benchmarks/noisy_digits.py`; about half an hour on two cores.
+This is the notebook `cifar` with its default preset and more seeds, widths and sparsities, which takes too long for a
+notebook. All were fixed before the run, and the preset was chosen on other seeds. Results are written to
+permask_core/data/measured/noisy_digits.json. An interrupted run continues from its stored stages. Run it with
+`python benchmarks/noisy_digits.py`; it takes about half an hour on two cores.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""How fast a plane of losses is evaluated, many networks at once, beside a loop over the points of its grid.
+"""The time of evaluating a plane of losses, many networks at once, compared with a loop over the points of its grid.
 
-Planes through three fresh perceptrons for the digits, on the 360 test images. (Networks with convolutions are evaluated
-one by one on a CPU.) The loop mixes the weights of a point, loads them and calls `evaluate`. Both ways run in one
-process, in turns; before they are timed, their losses must agree. Medians and raw times go to
-benchmarks/results/planes.json. Run it with `python benchmarks/planes.py`; some minutes, with --quick some seconds.
+The planes go through three new perceptrons for the digits, with the 360 test images. (Networks with convolutions are
+evaluated one by one on a CPU.) The loop mixes the weights of a point, loads them and calls `evaluate`. Both methods run
+in one process, in turns; before the timing, their losses must agree. Medians and raw times are written to
+benchmarks/results/planes.json. Run it with `python benchmarks/planes.py`; it takes a few minutes, with --quick seconds.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WANTED = 5  # times as fast
 
 
 def one_by_one(model, plane, xs, ys, split):
-    """The losses of :func:`permask_core.evaluation.connectivity.surface`, by a loop."""
+    """Compute the losses of :func:`permask_core.evaluation.connectivity.surface` in a loop."""
     losses = np.empty((len(ys), len(xs)))
     for (row, column), _ in np.ndenumerate(losses):
         model.load_state_dict(plane.state(xs[column], ys[row]))
@@ -35,7 +35,7 @@ def one_by_one(model, plane, xs, ys, split):
 
 
 def compare(width, points, rounds, data):
-    """A row of the result: both ways on one plane, timed in turns."""
+    """Return a row of the result: both methods on one plane, timed in turns."""
     model, *three = (build_model("mlp", data.input_shape, data.classes, width=width, seed=seed) for seed in range(4))
     plane = connectivity.plane_through(*(one.state_dict() for one in three))
     xs, ys = (np.linspace(0, length, points) for length in plane.points.max(0))

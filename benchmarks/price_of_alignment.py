@@ -1,10 +1,10 @@
-"""How cheaply two networks can be matched before the permuted mask loses its advantage, beside a planted permutation.
+"""How cheaply two networks can be matched before the permuted mask loses its advantage, and a planted permutation.
 
-Too long for a notebook: noisy digits and a small perceptron, ten seeds, three sparsities and 28 recipes of matching. A
-recipe says at which epoch A and B are matched, by what, with how many images, and which layers may move. All were fixed
-before the run, after a look at the seeds 100 and 101. Results go to
-permask_core/data/measured/price_of_alignment.json. A run that was killed goes on where it was. Run it with
-`python benchmarks/price_of_alignment.py`; about a quarter of an hour of one core.
+This takes too long for a notebook: noisy digits and a small perceptron, ten seeds, three sparsities and 28 recipes of
+matching. A recipe determines the epoch at which A and B are matched, the method, the number of images, and the layers
+that are permuted. All were fixed before the run with the seeds 100 and 101. Results are written to
+permask_core/data/measured/price_of_alignment.json. An interrupted run continues from its stored stages. Run it with
+`python benchmarks/price_of_alignment.py`; it takes about 15 minutes on one core.
 """
 
 import argparse
@@ -31,7 +31,8 @@ KNOBS = ("matched_at", "matched_images", "matched_layers")
 
 
 def recipes(base):
-    """(matching, experiment) of each recipe: all epochs; at the rewind point and the end fewer images, one layer."""
+    """Return (matching, experiment) of each recipe: all epochs; at the rewind point and the end, fewer images, one
+    layer."""
     late = (base.rewind, base.epochs)
     found = [(by, {"matched_at": k}) for by in permuted_masks.MATCHINGS for k in base.checkpoints]
     found += [("activations", {"matched_at": k, "matched_images": n}) for k in late for n in IMAGES]
@@ -41,7 +42,8 @@ def recipes(base):
 
 
 def recipe_rows(by, experiment, base, store, seeds, sparsities, workers):
-    """The runs of a recipe, with the seconds of its matching and how far its mask is that of the latest matching."""
+    """Return the runs of a recipe, with the seconds of its matching and the overlap with the mask of the latest
+    matching."""
     found, groups = [], permuted_masks.groups(base)
     rows = permuted_masks.run(experiment, store, seeds=seeds, sparsities=sparsities, methods=["permuted"],
                               matchings=[by], workers=workers)
@@ -61,7 +63,7 @@ def kept(row):
 
 
 def control_rows(base, store, seed, sparsities):
-    """A network A beside itself, moved at random and disturbed: how far each matching finds back."""
+    """Return how well each matching recovers a network A that was permuted at random and perturbed."""
     groups, data = permuted_masks.groups(base), permuted_masks.data(base).train
     a = permuted_masks.train_dense(base, store, seed, "a")[0][base.epochs]
     tickets = {s: permuted_masks.find_ticket(base, store, seed, s).masks for s in sparsities}
@@ -85,7 +87,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--workers", type=at_least(1), default=1)
-    parser.add_argument("--quick", action="store_true", help="few epochs, one sparsity: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="few epochs, one sparsity, to check that it runs")
     parser.add_argument("--runs", default="build/price_of_alignment", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)

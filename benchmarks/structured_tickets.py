@@ -1,19 +1,18 @@
-"""Tickets of constant fan-in that move to another network: what they lose in accuracy, and how fast they answer.
+"""Tickets of constant fan-in that are moved to another network: their loss of accuracy, and their prediction time.
 
-Noisy digits and a perceptron of two hidden layers of 768 units. Tickets are pruned on A in two ways: by magnitude over
-all weights (``global``), and to the same number of weights in every neuron of a layer (``fan_in``). Three methods use
-each mask: ``lth``, ``permuted`` (by matching weights) and ``naive``. Permuted tickets of constant fan-in are also
-trained condensed. The recipe was chosen on seed 100.
+Noisy digits and a perceptron with two hidden layers of 768 units. Tickets are pruned on A in two ways: by magnitude
+over all weights (``global``), and to the same number of weights in every neuron of a layer (``fan_in``). Three methods
+use each mask: ``lth``, ``permuted`` (by matching weights) and ``naive``. Permuted tickets of constant fan-in are also
+trained in condensed form. The recipe was chosen on seed 100.
 
-Then the trained networks of each seed answer in turns, in one process and one thread: B dense; the unstructured
-permuted ticket with its zeros in dense layers, in smaller dense layers without the neurons that it has cut off, and in
-CSR matrices of torch; and the permuted ticket of constant fan-in, condensed. Time is the processor's: on a busy machine
-a long call waits for other programs and a short one does not, so that a clock on the wall would flatter the short one.
-Before they are timed, their outputs are compared with those of the network under its mask. Medians over the turns are
-kept.
+Then the trained networks of each seed predict in turns, in one process and one thread: B dense; the unstructured
+permuted ticket with its zeros in dense layers, in smaller dense layers without disconnected neurons, and in CSR
+matrices of torch; and the permuted ticket of constant fan-in, condensed. Processor time is measured: on a busy machine
+a long call waits for other programs and a short one does not, so wall-clock time would favour the short one. Before the
+timing, outputs are compared with those of the network under its mask. Medians over the turns are stored.
 
-Run it with `python benchmarks/structured_tickets.py`; about ten minutes of one core. A run that was killed goes on
-where it was. Results go to permask_core/data/measured/structured_tickets.json.
+Run it with `python benchmarks/structured_tickets.py`; it takes about ten minutes on one core. An interrupted run
+continues from its stored stages. Results are written to permask_core/data/measured/structured_tickets.json.
 """
 
 import argparse
@@ -56,7 +55,7 @@ class CSR(nn.Module):
 
 
 def with_csr(model):
-    """A copy of a perceptron with CSR matrices for the weights of its linear layers."""
+    """Return a copy of a perceptron with CSR matrices as the weights of its linear layers."""
     model = copy.deepcopy(model)
     for name, layer in model.named_children():
         if isinstance(layer, nn.Linear):
@@ -66,19 +65,19 @@ def with_csr(model):
 
 @torch.no_grad()
 def trimmed(model):
-    """A smaller dense perceptron that computes the same: neurons that read nothing, or that none reads, are gone."""
+    """Return a smaller dense perceptron that computes the same, without neurons that have no inputs or no outputs."""
     model = copy.deepcopy(model)
     linear = [layer for layer in model.children() if isinstance(layer, nn.Linear)]
     for before, after in reversed(list(zip(linear, linear[1:]))):
         fed, read = (before.weight != 0).any(1), (after.weight != 0).any(0)
-        after.bias += after.weight[:, ~fed] @ before.bias[~fed].relu()  # what reads nothing says the same every time
+        after.bias += after.weight[:, ~fed] @ before.bias[~fed].relu()  # neurons without inputs are constant
         before.weight, before.bias = nn.Parameter(before.weight[fed & read]), nn.Parameter(before.bias[fed & read])
         after.weight = nn.Parameter(after.weight[:, fed & read])
     return model
 
 
 def networks(chosen, store, seed, sparsity):
-    """The trained networks that are timed, by name, each with the one that it must agree with."""
+    """Return the trained networks to time, by name, each with the network with which it must agree."""
     dense = permuted_masks.build_network(chosen, permuted_masks.train_dense(chosen, store, seed, "b")[0][chosen.epochs])
     masked = {scope: replace(chosen, imp_scope=scope) for scope in SCOPES}
     states = (permuted_masks.train_sparse(one, store, seed, sparsity, "permuted", "weights")[0]
@@ -91,7 +90,7 @@ def networks(chosen, store, seed, sparsity):
 
 @torch.no_grad()
 def times(chosen, store, seed, sparsity, seconds):
-    """Median seconds of the processor for an answer, one row for each batch."""
+    """Return the median seconds of processor time for a prediction, one row for each batch."""
     compared = networks(chosen, store, seed, sparsity)
     for batch in BATCHES:
         x = permuted_masks.data(chosen).test.x[:batch]
@@ -108,13 +107,14 @@ def times(chosen, store, seed, sparsity, seconds):
 
 
 def connections(masks):
-    """For each layer: how many connections a neuron has at least and at most, and how many neurons have any."""
+    """Return, for each layer, the minimum and maximum number of connections of a neuron, and how many neurons have
+    any."""
     counts = {name.removesuffix(".weight"): mask.sum(1) for name, mask in masks.items()}
     return {name: [int(count.min()), int(count.max()), int((count > 0).sum())] for name, count in counts.items()}
 
 
 def accuracies(chosen, store, seeds, sparsities, workers):
-    """Rows of all methods under both kinds of masks, and of what is trained condensed."""
+    """Return the rows of all methods under both kinds of masks, and of condensed training."""
     rows = []
     for scope in SCOPES:
         one = replace(chosen, imp_scope=scope)
@@ -136,7 +136,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=at_least(1), default=10)
     parser.add_argument("--workers", type=at_least(1), default=1)
-    parser.add_argument("--quick", action="store_true", help="a small network and one sparsity: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="a small network and one sparsity, to check that it runs")
     parser.add_argument("--runs", default="build/structured_tickets", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args(argv)

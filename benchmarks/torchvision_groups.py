@@ -1,11 +1,11 @@
-"""The permutation groups of every torchvision classification model: how many units, and whether the function is kept.
+"""The permutation groups of every torchvision classification model: number of units, and a test of the function.
 
-Each model is built without trained weights and traced; then a copy in float64, everything in it drawn at random
-(permask_core.matching.steady), is run before and after a random permutation of all groups. For as many groups as the
-time allows, one entry is left out, which must change the outputs. Results go to
-permask_core/data/measured/torchvision_groups.json, model by model, each with the commit that it was measured at: a run
-that was killed goes on where it was; delete a row to measure it again. Run it with
-`python benchmarks/torchvision_groups.py`; about an hour on two cores, 16 GB of memory for the largest.
+Each model is built without trained weights and traced. Then a copy in float64 with random parameters and buffers
+(permask_core.matching.checking.draw_stable_weights) is run before and after a random permutation of all groups. For as
+many groups as the time allows, one entry is omitted, which must change the outputs. Results are written to
+permask_core/data/measured/torchvision_groups.json model by model, each with its commit. An interrupted run continues
+with the next model; delete a row to measure it again. Run it with `python benchmarks/torchvision_groups.py`; it takes
+about an hour on two cores, and 16 GB of memory for the largest model.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SIDES = {"inception_v3": 96} | {name: 224 for name in ("maxvit_t", "vit_b_16", "
 
 
 def measured(name, seconds):
-    """A row of the table; ``seconds`` is the time for leaving out entries."""
+    """Return a row of the table; ``seconds`` is the time for omitting entries."""
     model, side = torchvision.models.get_model(name, weights=None), SIDES.get(name, 64)
     example = torch.randn(1, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     start = time.perf_counter()
@@ -59,7 +59,7 @@ def measured(name, seconds):
 
 
 def spread(names):
-    """The names in an order of which every beginning is spread over the network (a van der Corput sequence)."""
+    """Return the names in an order of which every beginning is spread over the network (a van der Corput sequence)."""
     bits = max(1, (len(names) - 1).bit_length())
     order = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(2**bits))
     return [names[i] for i in order if i < len(names)]
@@ -69,7 +69,7 @@ def main(argv=None):
     models = torchvision.models.list_models(module=torchvision.models)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=models, choices=models, metavar="NAME", help="default: all")
-    parser.add_argument("--seconds", type=float, default=15, help="for leaving out entries, in each model")
+    parser.add_argument("--seconds", type=float, default=15, help="for omitting entries in each model")
     options = parser.parse_args(argv)
     record = {"command": f"python benchmarks/torchvision_groups.py --seconds {options.seconds:g}",
               "versions": versions() | {"torchvision": torchvision.__version__}, "device": platform.machine(),
@@ -82,7 +82,7 @@ def main(argv=None):
     for name in progress([name for name in options.models if name not in done], "models"):
         row = measured(name, options.seconds)
         print(f"{name:22}{row['groups']:6} groups{row['units']:8} units  traced in {row['seconds']:5.1f} s  changed by "
-              f"{row['change']:.1e}, with an entry left out at least {row['left_out']:.1e} "
+              f"{row['change']:.1e}, with an entry omitted by at least {row['left_out']:.1e} "
               f"({row['left_out_groups']} tried)", flush=True)
         record["rows"] = sorted([*record["rows"], row], key=lambda row: row["model"])
         written(RESULT, record)

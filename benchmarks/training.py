@@ -1,18 +1,17 @@
-"""Images per second of training ResNet20 at three widths: permask's fit beside the loop that everybody writes.
+"""Images per second of training ResNet20 at three widths: permask's fit compared with a conventional loop.
 
-The plain loop reads CIFAR-sized images one by one, as torchvision's CIFAR10 hands them out: PIL, RandomCrop,
-RandomHorizontalFlip, ToTensor and Normalize, in a shuffling DataLoader (with pinned memory and worker processes that
-stay, where there is a GPU). Network, batches, precision, memory format and optimizer (fused SGD) are those of fit, and
-it waits for the device only at the end: what is left of the difference is how images arrive. It is measured once more
-without a network. The images are random; how fast they go does not depend on what they show.
+The plain loop reads CIFAR-sized images one by one, like torchvision's CIFAR10: PIL, RandomCrop, RandomHorizontalFlip,
+ToTensor and Normalize, in a shuffling DataLoader (with pinned memory and persistent workers on a GPU). Network,
+batches, precision, memory format and optimizer (fused SGD) are those of fit, and it synchronises with the device only
+at the end, so the difference is due to the loading of images. Loading is also measured without a network. The images
+are random, which does not affect the speed.
 
-A run is one epoch, with a fresh optimizer, up to the end of the device's work. What a long training does once is done
-before: fit's images lie on the device, the plain loop's workers have started. The checks and copies of weights with
-which fit ends are counted. The two take turns; ratios are of the medians. Run it with `python benchmarks/training.py`:
-on a GPU if there is one, in float32 and bf16, after a turn that is not counted, results in results/training_cuda.json;
-else on the CPU, on one thread and without workers, so that each side has one core, results in results/training.json,
-five to eight minutes. There the ratio of processor times is printed too, which hardly depends on what else the machine
-does. It asserts nothing.
+A run is one epoch with a new optimizer, until the end of the device's work. One-time work is done before: fit's images
+are on the device, and the workers of the plain loop have started. The checks and copies of weights at the end of fit
+are counted. Both take turns; ratios are of medians. Run it with `python benchmarks/training.py`: on a GPU if there is
+one, in float32 and bf16, after a warm-up turn, with results in results/training_cuda.json; otherwise on the CPU, on one
+thread and without workers, so that each side has one core, with results in results/training.json, in five to eight
+minutes. There the ratio of processor times is printed too, which barely depends on other programs. It asserts nothing.
 """
 
 import argparse
@@ -38,19 +37,20 @@ from permask_core.training.recipe import OPTIMIZERS, PRECISIONS, Recipe
 
 CLASSES, SIDE = 10, 32
 LOADERS = "loaders alone"
-# Images of a run, by width of the network; a step of the widest takes a CPU's core many seconds.
+# Images of a run by width of the network; a step of the widest takes many seconds on one CPU core.
 IMAGES = {"cpu": {LOADERS: 2560, 1: 512, 4: 128, 8: 128}, "cuda": {LOADERS: 50_000, 1: 50_000, 4: 25_000, 8: 12_500}}
 
 
 def random_split(n):
-    """Images as CIFAR-10's training split has them: uint8, standardised, cropped from 4 pixels around, mirrored."""
+    """Return random images like CIFAR-10's training split: uint8, standardised, cropped with a padding of 4,
+    mirrored."""
     generator = torch.Generator().manual_seed(0)
     return Split(torch.randint(256, (n, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator),
                  torch.randint(CLASSES, (n,), generator=generator), (0.5,) * 3, (0.25,) * 3, pad=4, flip=True)
 
 
 class PlainImages(Dataset):
-    """The images of a split, one by one and through PIL."""
+    """The images of a split, one by one through PIL."""
 
     def __init__(self, split):
         self.x, self.y = split.x.permute(0, 2, 3, 1).contiguous().numpy(), split.y.tolist()
@@ -71,13 +71,13 @@ def plain_loader(split, batch_size, readers, device):
 
 
 def on_device(loader, device):
-    """The batches of a DataLoader, copied while the device works."""
+    """Yield the batches of a DataLoader, copied while the device works."""
     for x, y in loader:
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def plain_loop(model, loader, recipe, device):
-    """One epoch."""
+    """Train for one epoch."""
     model.to(device, memory_format=torch.channels_last).train()
     optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), recipe)
     for x, y in on_device(loader, device):
@@ -89,7 +89,7 @@ def plain_loop(model, loader, recipe, device):
 
 
 def loaders(n, recipe, readers, device):
-    """Both ways to an epoch's batches, each a function that makes them once."""
+    """Return both loaders of an epoch's batches, each as a function that runs once."""
     split = random_split(n)
     there, loader = split.to(device), plain_loader(split, recipe.batch_size, readers, device)
 
@@ -106,7 +106,7 @@ def loaders(n, recipe, readers, device):
 
 
 def trainings(width, n, recipe, readers, device):
-    """Both ways to train for an epoch, each a function that does it once."""
+    """Return both training loops of an epoch, each as a function that runs once."""
     split = random_split(n)
     there, loader = split.to(device), plain_loader(split, recipe.batch_size, readers, device)
     ours, theirs = (build_model("resnet20", (3, SIDE, SIDE), CLASSES, width=width, seed=0) for _ in range(2))
@@ -115,10 +115,10 @@ def trainings(width, n, recipe, readers, device):
 
 
 def compared(sides, n, rounds, device, alone):
-    """Seconds of every run of n images, medians of images per second, and their ratio; where this process does all of
-    the work ``alone``, also that of the processor's time."""
+    """Return the seconds of every run of n images, medians of images per second, and their ratio; if this process does
+    all of the work (``alone``), also the ratio of processor times."""
     if not alone:
-        for run in sides.values():  # kernels load, workers start
+        for run in sides.values():  # loads kernels, starts workers
             run()
     seconds, busy = ({side: [] for side in sides} for _ in range(2))
     for _ in range(rounds):
@@ -148,8 +148,8 @@ def main(argv=None):
     parser.add_argument("--threads", type=at_least(1), default=1, help="of the main process on the CPU")
     parser.add_argument("--readers", type=at_least(0), help="the DataLoader's workers; by default 0, 8 with a GPU")
     parser.add_argument("--device", choices=list(IMAGES), default=torch.device(default_device()).type)
-    parser.add_argument("--quick", action="store_true", help="batches of 2, to see that everything runs")
-    parser.add_argument("--result", type=Path, help="where the JSON goes")
+    parser.add_argument("--quick", action="store_true", help="batches of 2, to check that everything runs")
+    parser.add_argument("--result", type=Path, help="path of the JSON file")
     given = parser.parse_args(argv)
     device, on_gpu = torch.device(given.device), given.device == "cuda"
     readers = (min(8, os.cpu_count()) if on_gpu else 0) if given.readers is None else given.readers
@@ -176,7 +176,7 @@ def main(argv=None):
     add(LOADERS, "float32", loaders(n, Recipe(batch_size=batch_size), readers, device), n)
     for width, n in images.items():
         for precision in PRECISIONS if on_gpu else ["float32"]:
-            # A learning rate at which random labels do no harm.
+            # A small learning rate, because labels are random.
             recipe = Recipe(1, lr=0.01, batch_size=batch_size, precision=precision)
             add(f"resnet20 x {width}", precision, trainings(width, n, recipe, readers, device), n)
     name = f"training{'_cuda' if on_gpu else ''}.json"

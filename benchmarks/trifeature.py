@@ -1,8 +1,8 @@
-"""How many images of Trifeature are drawn in a second, beside decoding as many JPEG files of the same size with PIL.
+"""Images of Trifeature drawn per second, compared with decoding JPEG files of the same size with PIL.
 
-Both in one process, in turns, medians. Drawing uses torch's threads, decoding one: that is how they are used, the
-one when a set is made, the other by each worker that reads files. Raw times go to benchmarks/results/trifeature.json.
-Run it with `python benchmarks/trifeature.py --threads 2`; some seconds.
+Both run in one process, in turns; medians are printed. Drawing uses torch's threads, decoding one thread, as in
+practice: a data set is drawn by one process, and files are read by workers. Raw times are written to
+benchmarks/results/trifeature.json. Run it with `python benchmarks/trifeature.py --threads 2`; it takes a few seconds.
 """
 
 import argparse

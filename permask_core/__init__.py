@@ -1,6 +1,6 @@
 """permask_core: sparse training and weight symmetry, as pure functions over flat dicts of tensors.
 
-The rooms, ground floor first (a module imports only from rooms below its own, or from its own):
+The packages by level, lowest first (a module imports only from its own package or from packages on lower levels):
 
 0. ``runs``, ``models``
 1. ``masks``, ``data``
@@ -9,7 +9,7 @@ The rooms, ground floor first (a module imports only from rooms below its own, o
 4. ``evaluation``
 5. ``experiments``, ``display``
 
-The names below are what most scripts need; they are imported when they are first used.
+The names below are what most scripts need. Each is imported when it is first used.
 """
 
 from importlib import import_module

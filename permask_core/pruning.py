@@ -1,4 +1,4 @@
-"""Which weights to keep: magnitude, chance, the densities of layers, and iterative magnitude pruning.
+"""Which weights to keep: by magnitude, at random, densities of layers, and iterative magnitude pruning.
 
 Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019; Renda et al., "Comparing Rewinding and Fine-tuning in
 Neural Network Pruning", ICLR 2020; Mocanu et al. 2018 and Evci et al. 2020 for the Erdős-Rényi(-Kernel) densities.
@@ -28,19 +28,19 @@ def magnitude_masks(state, sparsity, scope="global", previous=None):
     Parameters
     ----------
     state : dict of str to torch.Tensor
-        A ``state_dict`` or a part of it. Pruned are the tensors that ``previous`` names; without it, all of two or
-        more axes. Use :func:`permask_core.masks.prunable_weights` to leave out shortcuts.
+        A ``state_dict`` or a part of it. The tensors in ``previous`` are pruned; without it, all tensors of two or more
+        axes. Use :func:`permask_core.masks.prunable_weights` to exclude shortcuts.
     sparsity : float
-        Fraction of zeros in (0, 1), over all pruned tensors together (``global``) or in each of them (``layer``);
-        the count of zeros is that fraction rounded to the nearest whole weight.
+        Fraction of zeros in (0, 1), over all pruned tensors together (``global``) or in each of them (``layer``). The
+        number of zeros is rounded to the nearest integer.
     scope : {"global", "layer", "fan_in"}
-        ``fan_in`` keeps the same number of weights in every row [out, ...] of a tensor, so that
-        :func:`permask_core.sparse.condense` can store nothing else. Layers have the densities of
-        :func:`erk_densities`; a row keeps that fraction of its weights, rounded to the nearest whole number, but at
-        least one. The sparsity is hit to within half a weight for each row, but may fall short by more where rows
-        would have less than that one: :func:`permask_core.masks.sparsity` tells it.
+        ``fan_in`` keeps the same number of weights in every row of a tensor [out, ...], so that
+        :func:`permask_core.sparse.condense` can store only these. Layers have the densities of :func:`erk_densities`; a
+        row keeps that fraction of its weights, rounded to the nearest integer, but at least one. The sparsity is
+        therefore exact to half a weight for each row, or lower where rows would have less than one weight:
+        :func:`permask_core.masks.sparsity` returns the actual value.
     previous : Masks, optional
-        The new masks are nested in these: what they drop stays dropped.
+        The new masks are nested in these: weights that ``previous`` drops are dropped again.
 
     Returns
     -------
@@ -49,7 +49,8 @@ def magnitude_masks(state, sparsity, scope="global", previous=None):
     Raises
     ------
     ValueError
-        If the sparsity or scope is unknown, ``previous`` does not fit or is sparser already, or a weight is NaN.
+        If the sparsity is out of range or the scope unknown, ``previous`` does not fit or is already sparser, or a
+        weight is NaN.
     """
     check_sparsity(sparsity)
     check_scope(scope)
@@ -57,11 +58,11 @@ def magnitude_masks(state, sparsity, scope="global", previous=None):
         previous = {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in state.items() if tensor.ndim >
         1}
     check_fit(previous, state)
-    # Weights that are dropped already come last, whatever their value.
+    # Weights that are already dropped come last, whatever their value.
     scores = {name: state[name].abs().masked_fill(~mask.to(state[name].device), -1) for name, mask in previous.items()}
     for name, score in scores.items():
         if score.isnan().any():
-            raise ValueError(f"{name!r} holds NaN: its weights cannot be ranked")
+            raise ValueError(f"{name!r} holds NaN: expected numbers that can be ranked")
     if scope == "global":
         flat = torch.cat([score.flatten() for score in scores.values()])
         mask = _keep_largest("previous", flat[None], round(sparsity * flat.numel()))[0]
@@ -79,32 +80,33 @@ def magnitude_masks(state, sparsity, scope="global", previous=None):
 
 
 def check_scope(scope):
-    """Raise ValueError unless :func:`magnitude_masks` knows the scope."""
+    """Raise ValueError unless ``scope`` is one of those of :func:`magnitude_masks`."""
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}: expected one of {', '.join(SCOPES)}")
 
 
 def _keep_largest(name, scores, zeros):
-    """Which scores of each row to keep, bool [rows, n]: all but so many; what is below 0 is dropped already."""
+    """Return which scores of each row to keep, bool [rows, n]: all except ``zeros``. Scores below 0 are already
+    dropped."""
     kept, alive = scores.shape[1] - zeros, int((scores >= 0).sum(1).min())
     if kept > alive:
-        raise ValueError(f"{name} keeps {alive} of {scores.shape[1]} weights{' in a row' * (len(scores) > 1)}: the "
-                         f"sparsity would keep {kept}, expected nested masks")
-    # Stable: ties fall the same everywhere.
+        raise ValueError(f"{name} keeps {alive} of {scores.shape[1]} weights{' in a row' * (len(scores) > 1)}, but the "
+                         f"sparsity keeps {kept}: expected nested masks")
+    # A stable sort breaks ties in the same way on every machine.
     largest = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :kept]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, largest, True)
 
 
 def random_masks(shapes, densities, *, seed):
-    """Masks whose kept weights are drawn without replacement, each tensor at exactly its density.
+    """Draw masks at random; each tensor has exactly its density.
 
     Parameters
     ----------
     shapes : dict of str to torch.Tensor
-        The tensors to mask; only their shapes are used, so masks do as well. For the shuffle of a ticket give
-        ``densities={name: 1 - s for name, s in layer_sparsity(ticket).items()}``.
+        The tensors to mask, or masks: only shapes are used. To shuffle a ticket, pass ``densities={name: 1 - s for
+        name, s in layer_sparsity(ticket).items()}``.
     densities : float or dict of str to float
-        Fraction kept, in [0, 1], for all tensors or by name; counts are rounded to the nearest whole weight.
+        Fraction kept, in [0, 1], for all tensors or by name; numbers of weights are rounded to the nearest integer.
     seed : int
 
     Returns
@@ -130,7 +132,7 @@ def random_masks(shapes, densities, *, seed):
 
 
 def erk_densities(shapes, density):
-    """Erdős-Rényi-Kernel densities: a layer's density goes with the sum of its axes over their product.
+    """Erdős-Rényi-Kernel densities: the density of a layer is proportional to the sum of its axes over their product.
 
     Parameters
     ----------
@@ -142,7 +144,8 @@ def erk_densities(shapes, density):
     Returns
     -------
     dict of str to float
-        In (0, 1]. Layers whose share would exceed 1 are kept dense, and the others share what is left.
+        In (0, 1]. Layers whose density would exceed 1 are dense, and the remaining weights are distributed over all
+        other layers.
 
     Raises
     ------
@@ -154,7 +157,8 @@ def erk_densities(shapes, density):
     Evci et al., "Rigging the Lottery", ICML 2020, section 3 (Sparsity Distribution).
     """
     if not shapes or not 0 < density <= 1:
-        raise ValueError(f"density is {density!r} over {len(shapes)} tensors: expected a number in (0, 1] and a tensor")
+        raise ValueError(f"density is {density!r} over {len(shapes)} tensors: expected a number in (0, 1] and at "
+                         "least one tensor")
     sizes = {name: tensor.numel() for name, tensor in shapes.items()}
     raw = {name: sum(tensor.shape) / tensor.numel() for name, tensor in shapes.items()}
     dense = set()
@@ -169,8 +173,8 @@ def erk_densities(shapes, density):
 
 
 class Ticket(NamedTuple):
-    """A mask found by iterative magnitude pruning: ``masks``, the ``sparsity`` they really have, and how many
-    ``rounds`` of pruning led to them."""
+    """The result of iterative magnitude pruning: ``masks``, their actual ``sparsity``, and the number of ``rounds`` of
+    pruning."""
 
     masks: Masks
     sparsity: float
@@ -178,7 +182,7 @@ class Ticket(NamedTuple):
 
 
 def full_rounds(sparsity, rate):
-    """How many full rounds, each with a training, come before the last one to a sparsity, which only prunes."""
+    """Return the number of full rounds, each with a training, before the last round, which only prunes."""
     rounds = 0
     while 1 - (1 - rate) ** (rounds + 1) < sparsity - 1e-9:  # 0.36 is two rounds of 20 %, not three
         rounds += 1
@@ -187,11 +191,11 @@ def full_rounds(sparsity, rate):
 
 def iterative_magnitude_pruning(train, trained, sparsities, *, rewind=None, flavour="rewind", rate=0.2, scope="global",
                                 prunable=None):
-    """Prune, train, prune, ...: a ladder on which each round removes ``rate`` of the weights that are left.
+    """Prune, train, prune, ...: each round removes the fraction ``rate`` of the remaining weights.
 
-    The masks for every sparsity asked for come from one ladder: the last, partial step of each branches off the network
-    of the last full round before it. This costs no training of its own and gives exactly what a ladder to that
-    sparsity alone would give.
+    The masks for all sparsities come from one sequence of rounds: the last, partial round of each sparsity starts from
+    the network of the last full round before it. This needs no further training, and the result is exactly that of a
+    separate sequence for each sparsity.
 
     Parameters
     ----------
@@ -200,29 +204,30 @@ def iterative_magnitude_pruning(train, trained, sparsities, *, rewind=None, flav
     trained : dict of str to torch.Tensor
         The dense network, trained.
     sparsities : sequence of float
-        Each in (0, 1), hit as the ``scope`` hits it.
+        Each in (0, 1); how exactly it is reached depends on the ``scope``.
     rewind : dict of str to torch.Tensor
         The state to which ``flavour="rewind"`` returns before each training: the true initialisation, or an early
         checkpoint of the dense run.
     flavour : {"rewind", "finetune"}
-        ``finetune`` trains on from the weights that were just pruned, and takes no ``rewind``.
+        ``finetune`` continues from the weights that were just pruned, and does not accept ``rewind``.
     rate : float
         Fraction of the remaining weights that a full round removes, in (0, 1), by magnitude.
     scope : {"global", "layer", "fan_in"}
-        Among which weights the largest are kept: see :func:`magnitude_masks`.
+        Weights among which the largest are kept: see :func:`magnitude_masks`.
     prunable : iterable of str, optional
-        The keys to prune; without it all tensors of two or more axes.
+        The keys to prune. The default is all tensors of two or more axes.
 
     Yields
     ------
     (float, Ticket)
-        The sparsity asked for and its ticket, by increasing sparsity. After n full rounds (1 - rate)^n is left: 80,
-        90, 95 and 97 % take 8, 11, 14 and 16 rounds at 20 %, the last one partial.
+        The requested sparsity and its ticket, in order of increasing sparsity. After n full rounds a fraction
+        (1 - rate)^n of the weights remains: 80, 90, 95 and 97 % take 8, 11, 14 and 16 rounds at a rate of 20 %, the
+        last one partial.
 
     Raises
     ------
     ValueError
-        If an argument is out of range, before anything is trained.
+        If an argument is out of range; this is checked before the first training.
     """
     sparsities = list(sparsities)
     for value in sparsities:
@@ -230,18 +235,19 @@ def iterative_magnitude_pruning(train, trained, sparsities, *, rewind=None, flav
     if flavour not in FLAVOURS:
         raise ValueError(f"flavour is {flavour!r}: expected one of {', '.join(FLAVOURS)}")
     if (rewind is None) == (flavour == "rewind"):
-        raise ValueError(f"flavour {flavour!r} {'needs' if rewind is None else 'takes no'} rewind state")
+        raise ValueError(f"flavour {flavour!r} {'needs a' if rewind is None else 'takes no'} rewind state")
     if not 0 < rate < 1:
         raise ValueError(f"rate is {rate!r}: expected a number in (0, 1)")
     check_scope(scope)
     keys = list(prunable) if prunable is not None else [name for name, tensor in trained.items() if tensor.ndim > 1]
     unknown = [name for name in keys if name not in trained]
     if unknown or not keys:
-        raise ValueError(f"prunable names {unknown[0] if unknown else 'nothing'!r}: expected keys of the trained state")
+        raise ValueError(f"prunable names {unknown[0] if unknown else 'nothing'!r}: expected keys of trained")
     for name in trained if rewind is not None else ():
         if name not in rewind or rewind[name].shape != trained[name].shape:
             got = list(rewind[name].shape) if name in rewind else "nothing"
-            raise ValueError(f"{name!r} has shape {list(trained[name].shape)} in the trained state and {got} in rewind")
+            raise ValueError(f"{name!r} has shape {list(trained[name].shape)} in trained and {got} in rewind: expected "
+                             "the same shape")
     return _ladder(train, trained, sorted(sparsities), rewind, rate, scope, keys)
 
 

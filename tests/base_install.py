@@ -39,7 +39,7 @@ from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
 from importlib.metadata import DistributionFinder
 from pathlib import Path
 
-OWN = {{path.stem for path in Path().glob("*.py")}}  # of the user, beside the script
+OWN = {{path.stem for path in Path().glob("*.py")}}  # files of the user next to the script
 TOP = set({sorted(TOP)}) | sys.stdlib_module_names | {{"permask_core"}} | OWN
 BASE = set({sorted(BASE)})
 

@@ -42,7 +42,7 @@ torch.set_num_threads(1)  # for the fixtures of modules too, which come before t
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """How a sum is divided among threads decides about its last bits. A test that leaves more threads fails itself."""
+    """The number of threads affects the last bits of sums: a test that changes it fails, not the next one."""
     torch.set_num_threads(1)
     yield
     assert torch.get_num_threads() == 1, f"the test leaves {torch.get_num_threads()} threads"

@@ -503,7 +503,7 @@ def test_the_experiment_at_cifars_size_in_small_and_its_page(tmp_path, monkeypat
             assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60 * 7  # what --minutes says
             signal.raise_signal(signal.SIGALRM)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command goes on from here"):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="the same command continues from here"):
         patch.setattr("permask_core.runs.store.save_tensors", alarm_after_the_third)
         record(*options, "--minutes", 7)
     assert len(saved) == 3 and not (tmp_path / "result.json").exists()

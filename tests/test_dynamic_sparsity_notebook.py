@@ -81,7 +81,7 @@ def test_the_published_table_is_the_data(whole):
         levels = [row["sparsity"]] if row["sparsity"] else [key[1] for key in found if key[0] == row["setting"]]
         assert all(found[row["setting"], level, LABELS[row["method"]]] == pytest.approx(100 * row["accuracy"])
                    for level in levels)
-    assert len(found) == 4 * 4 + 4 + 2 * 4 and len(rows) == len(found) - 3 - 1  # dense stands beside each sparsity
+    assert len(found) == 4 * 4 + 4 + 2 * 4 and len(rows) == len(found) - 3 - 1  # dense is listed with each sparsity
 
 
 @pytest.mark.parametrize("methods, sparsities", [(["dense"], None), (["srigl+ablation"], [0.9])])

@@ -183,8 +183,8 @@ def test_two_processes_are_one_parameter(data, tmp_path):
 
 
 @pytest.mark.parametrize("preset, looked, remedy", [
-    ("cifar10-resnet20", "cifar-10-batches-py", "Load it with download=True, or fetch https://www.cs.toronto.edu"),
-    ("imagenet-resnet50", "train/<class>/*.JPEG", "Fetch ILSVRC2012_img_train.tar"),
+    ("cifar10-resnet20", "cifar-10-batches-py", "Load it with download=True, or download https://www.cs.toronto.edu"),
+    ("imagenet-resnet50", "train/<class>/*.JPEG", "Download ILSVRC2012_img_train.tar"),
 ])
 def test_a_notebook_without_its_data_says_where_it_looked_and_how_to_get_it(preset, looked, remedy, data, tmp_path):
     name, given = parameters(preset, data, tmp_path)

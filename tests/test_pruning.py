@@ -95,7 +95,7 @@ def test_the_floor_of_one_weight_a_row_keeps_more_than_half_a_weight_too_many():
 def test_a_mask_that_is_not_of_constant_fan_in_has_no_constant_fan_in_within():
     state, uneven = {"fc": torch.randn(20, 10)}, {"fc": torch.ones(20, 10, dtype=torch.bool)}
     uneven["fc"][3, 2:] = False
-    with pytest.raises(ValueError, match="fc keeps 2 of 10 weights in a row: the sparsity would keep 5"):
+    with pytest.raises(ValueError, match="fc keeps 2 of 10 weights in a row, but the sparsity keeps 5"):
         magnitude_masks(state, 0.5, "fan_in", uneven)
     kept = magnitude_masks(state, 0.8, "fan_in", uneven)["fc"]
     assert (kept.sum(1) == 2).all() and nested({"fc": kept}, uneven)
@@ -114,7 +114,7 @@ def test_previous_masks_say_which_tensors_are_pruned_and_hide_what_was_dropped()
     ({"sparsity": 0}, "sparsity is 0"), ({"sparsity": 1.0}, "sparsity is 1.0"), ({"sparsity": float("nan")}, "nan"),
     ({"sparsity": "0.9"}, "sparsity is '0.9'"), ({"scope": "channel"}, "scope is 'channel'"),
     ({"previous": {"x": torch.ones(1, dtype=torch.bool)}}, "'x' of shape [1]"),
-    ({"previous": {"fc1.weight": torch.ones(30, dtype=torch.bool)}}, "has shape [30], its tensor [30, 20]"),
+    ({"previous": {"fc1.weight": torch.ones(30, dtype=torch.bool)}}, "has shape [30]: expected [30, 20]"),
     ({"previous": {"fc1.weight": torch.zeros(30, 20, dtype=torch.bool)}}, "previous keeps 0 of 600"),
     ({"state": {"fc1.bias": torch.ones(3)}}, "masks are empty"),
     ({"state": {"w": torch.tensor([[1.0, float("nan")]])}}, "'w' holds NaN"),
@@ -262,10 +262,10 @@ def test_sparsities_from_a_generator_are_not_lost():
 
 @pytest.mark.parametrize("change, message", [
     ({"sparsities": [0.5, 1.0]}, "sparsity is 1.0"), ({"flavour": "restart"}, "flavour is 'restart'"),
-    ({"rewind": None}, "flavour 'rewind' needs rewind"), ({"flavour": "finetune"}, "'finetune' takes no rewind"),
+    ({"rewind": None}, "flavour 'rewind' needs a rewind"), ({"flavour": "finetune"}, "'finetune' takes no rewind"),
     ({"rate": 1}, "rate is 1"), ({"rate": 0.0}, "rate is 0.0"),
     ({"prunable": ["fc1.weight", "fc9"]}, "prunable names 'fc9'"), ({"prunable": []}, "prunable names 'nothing'"),
-    ({"rewind": {"other": torch.ones(1)}}, "in the trained state and nothing in rewind"),
+    ({"rewind": {"other": torch.ones(1)}}, "in trained and nothing in rewind"),
 ])
 def test_errors_come_at_the_call_before_any_training(change, message):
     arguments = {"train": never, "trained": normal_state(1), "sparsities": [0.5], "rewind": normal_state(0)}

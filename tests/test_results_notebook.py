@@ -1,4 +1,4 @@
-"""The page of results, over tables of every kind: what it shows beside what was published, and what it misses."""
+"""The page of results, over tables of every kind: its results next to the published ones, and what is missing."""
 
 import json
 import re

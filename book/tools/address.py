@@ -1,8 +1,7 @@
 """Set the repository's address, which turns the launch buttons on: ``address.py https://github.com/owner/name``.
 
-The address stands once, as repository.url in _config.yml. A notebook that is opened on a notebook service has no
-library beside it, so this script also writes the tagged first cell that installs it there. An empty address removes
-both.
+The address is stored once, as repository.url in _config.yml. On a notebook service the library is missing, so this
+script also writes the tagged first cell that installs it there. An empty address removes both.
 """
 
 import re
@@ -26,11 +25,11 @@ def write_address(config: str, url: str) -> str:
     Raises
     ------
     ValueError
-        If `url` is neither empty nor ``https://github.com/owner/name`` (Colab opens notebooks from GitHub alone), or
+        If `url` is neither empty nor ``https://github.com/owner/name`` (Colab opens notebooks only from GitHub), or
         `config` has no line for it.
     """
     if url and not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
-        raise ValueError(f"the address should be https://github.com/owner/name or empty, got {url!r}")
+        raise ValueError(f"the address is {url!r}: expected https://github.com/owner/name or an empty text")
     changed, count = ADDRESS.subn(rf'\g<1>"{url}"', config)
     if count != 1:
         raise ValueError(f'_config.yml should have one line \'  url: "..."\' under repository, found {count}')
@@ -38,7 +37,7 @@ def write_address(config: str, url: str) -> str:
 
 
 def setup_cell(url: str) -> nbformat.NotebookNode:
-    """Return the code cell that installs permask_core from the repository `url` where it is missing."""
+    """Return the code cell that installs permask_core from the repository `url` if it is missing."""
     source = (
         "# On a notebook service: install the library. Elsewhere it is there already, and this does nothing.\n"
         "import importlib.util\n\n"

@@ -1,10 +1,9 @@
-"""Sphinx extension of this book: no request to other hosts, launch buttons only with an address, a clean API page.
+"""Sphinx extension of this book: no requests to other hosts, launch buttons only with an address, a clean API page.
 
-Mathematics is typeset by the copy of MathJax in the PyPI package sphinx-mathjax-offline. That package is 24 MB of every
-MathJax component; a page loads one script, whose glyphs are SVG paths inside it (so no font files, which some browsers
-refuse over file://), and now and then a TeX extension. Only those are copied. What the theme brings for its own
-developers is removed. Launch buttons are left out while _config.yml names no repository, because the theme cannot build
-their links then.
+Mathematics is typeset by the copy of MathJax in the PyPI package sphinx-mathjax-offline, which has 24 MB of MathJax
+components. A page loads one script, whose glyphs are SVG paths (so there are no font files, which some browsers refuse
+over file://), and sometimes a TeX extension. Only these are copied. Files for developers of the theme are removed.
+Launch buttons are omitted while _config.yml has no repository, because the theme cannot build their links.
 """
 
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / "
 
 
 def launch_from_repository(app, config):
-    """Switch launch and repository buttons on or off, as the one address in _config.yml says."""
+    """Switch launch and repository buttons on if _config.yml has an address, else off."""
     options = config.html_theme_options
     if options.get("repository_url"):
         options["use_repository_button"] = True
@@ -24,7 +23,7 @@ def launch_from_repository(app, config):
 
 
 def finish_static_files(app, error):
-    """Copy the parts of MathJax that a page can ask for, and remove what no page asks for."""
+    """Copy the parts of MathJax that a page can load, and remove files that no page loads."""
     if error is not None or app.builder.format != "html":
         return
     static = Path(app.outdir, "_static")
@@ -36,7 +35,7 @@ def finish_static_files(app, error):
 
 
 def skip_tuple_fields(app, what, name, obj, skip, options):
-    """Leave out the fields of a NamedTuple that have no docstring but Python's own; the class describes them."""
+    """Skip the fields of a NamedTuple that have only Python's default docstring; the class describes them."""
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 

@@ -1,9 +1,9 @@
-"""What the book claims, read from its executed notebooks: ``claims.py summary``, ``page FILE`` or ``check``.
+"""Report the claims of the book from its executed notebooks: ``claims.py summary``, ``page FILE`` or ``check``.
 
-``summary`` prints how many claims hold in this build and lists the others, and ends with status 1 if a notebook failed.
-``page`` writes the list of all claims that the chapter *Claims* shows. ``check`` is for continuous integration, where
-chance must not stop anybody: it fails only if more claims fail than their rates allow (:func:`allowed`), or if a claim
-that held in every repetition fails with other seeds, too.
+``summary`` prints how many claims hold in this build and lists those that do not, and ends with status 1 if a notebook
+failed. ``page`` writes the list of all claims for the chapter *Claims*. ``check`` is for continuous integration, where
+chance must not cause failures: it fails only if more claims fail than their rates allow (:func:`allowed`), or if a
+claim that held in every repetition also fails with other seeds.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from permask_core.display.tables import table
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "source" / "notebooks"
-CONFIDENCE = 0.999  # that chance alone does not exceed the bound of a build
+CONFIDENCE = 0.999  # probability that chance does not exceed the bound of a build
 OTHER_SEEDS = 500_000  # added for the second try of a claim; far from the seeds of any repetition
 
 
 class Page(NamedTuple):
-    """A chapter: its ``name``, ``title`` and ``part`` of the book, what ``failed`` ("" if nothing), its ``claims``, and
-    their ``rates`` by sentence (empty if this version was not repeated)."""
+    """A chapter: its ``name``, ``title`` and ``part`` of the book, its error ``failed`` ("" if none), its ``claims``,
+    and their ``rates`` by sentence (empty if this version was not repeated)."""
 
     name: str
     title: str
@@ -67,17 +67,17 @@ def failing(pages: list[Page]) -> list[tuple[Page, dict]]:
 
 
 def allowed(pages: list[Page], repeated: dict, confidence: float = CONFIDENCE) -> int:
-    """Return how many claims may fail in one build before that is more than chance.
+    """Return how many claims may fail in one build by chance.
 
-    Claims of one page share their networks and fail together, so pages are the units. A page is expected to lose as
-    many claims as in one of its n repetitions, each as likely as the others, or, once in n + 1 times, one more than in
-    the worst of them. The sum over the pages, taken as independent, stays within the bound with `confidence`. A page
-    that was not repeated may lose all its claims.
+    Claims of one page share their networks and fail together, so pages are the units. The model of a page is that it
+    loses as many claims as in one of its n repetitions, each with equal probability, or with probability 1/(n + 1) one
+    more than in the worst repetition. The sum over the pages, which are independent in the model, is within the bound
+    with probability `confidence`. A page that was not repeated may lose all its claims.
 
     Parameters
     ----------
     pages
-        Of :func:`read_book`.
+        Result of :func:`read_book`.
     repeated
         ``pages`` of :func:`permask_core.data.measured.measured_claims`.
     """
@@ -101,7 +101,7 @@ def line(page: Page, one: dict) -> str:
 
 
 def summary(pages: list[Page]) -> int:
-    """Print how the claims did and which notebooks failed, and return the status: 1 if any failed."""
+    """Print how many claims hold and which notebooks failed, and return the status: 1 if a notebook failed."""
     lost, made = failing(pages), sum(len(page.claims) for page in pages)
     print(f"Claims: {made - len(lost)} of {made} hold in this build{'; these do not:' if lost else '.'}")
     for page, one in lost:
@@ -123,7 +123,7 @@ def write_page(pages: list[Page]) -> str:
                       "repetitions, so nothing is known of how often the claims there hold.")
     if any(page.rates for page in pages):
         blocks.append(table(_repetitions(pages, repeated), caption="The repetitions, and how many claims held in each. "
-                            f"Measured beforehand: {repeated['command']}.").data)
+                            f"Measured in advance: {repeated['command']}.").data)
     part = ""
     for page in (page for page in pages if page.claims or page.failed):
         if page.part != part:
@@ -153,7 +153,7 @@ def _repetitions(pages, repeated):
 
 
 def check(pages: list[Page]) -> int:
-    """Print what is wrong with the claims of a build beyond chance, and return the status: 1 if anything is."""
+    """Print failures of claims that exceed chance, and return the status: 1 if there are any."""
     lost, bound = failing(pages), allowed(pages, measured_claims()["pages"])
     print(f"{len(lost)} claims do not hold; chance allows {bound}.")
     wrong = len(lost) > bound
@@ -175,7 +175,7 @@ def check(pages: list[Page]) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("summary", "page", "check"))
-    parser.add_argument("file", type=Path, nargs="?", help="of `page`: what is written")
+    parser.add_argument("file", type=Path, nargs="?", help="output file of `page`")
     given = parser.parse_args()
     book = read_book()
     if given.what == "page":

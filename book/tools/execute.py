@@ -1,9 +1,9 @@
 """Execute one notebook with papermill: ``execute.py notebooks/x.ipynb build/source/notebooks/x.ipynb``.
 
-The notebook runs in the folder that its executed copy goes to, so that whatever it writes beside itself stays in
-build/. The copy appears under its own name when the last cell has finished. A notebook that fails does not take the
-book with it: the copy ends at the error, begins with a notice, and is out of date at once, so that the next `make` runs
-it again. ``--seed`` is added to the seed that the notebook was committed with.
+The notebook runs in the folder of its executed copy, so that its files are written below build/. The copy gets its
+final name when the last cell has finished. A notebook that fails does not stop the build of the book: the copy ends at
+the error, begins with a notice, and is immediately out of date, so that the next `make` runs it again. ``--seed`` is
+added to the committed seed of the notebook.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from papermill.exceptions import PapermillExecutionError
 
 from permask_core.display.claims import PAGE, notebook_version, read_claims
 
-SEED = "first_seed"  # the parameter of a notebook that draws random numbers
+SEED = "first_seed"  # the parameter of notebooks that draw random numbers
 RUNNING, FAILED = Path("build/running"), Path("build/failed")
-PARTIAL = "permask_failure"  # metadata of a page that ends at an error: what the error says
+PARTIAL = "permask_failure"  # metadata of a page that ends at an error: the error message
 
 
 class Narrator(NBClientEngine):
-    """Papermill's engine, printing one whole line (two notebooks may run at once) for each cell that has finished."""
+    """Papermill's engine, which prints one complete line for each finished cell (two notebooks may run at once)."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
@@ -47,9 +47,9 @@ class Narrator(NBClientEngine):
 
 
 def seeded(source: Path, added: int) -> dict:
-    """Return the parameter that gives the notebook `source` other seeds: its own seed plus `added`.
+    """Return the parameter that changes the seeds of the notebook `source`: its own seed plus `added`.
 
-    A notebook without a seed draws no random numbers, and gets none.
+    A notebook without a seed draws no random numbers and gets no parameter.
     """
     found = papermill.inspect_notebook(source)
     return {SEED: int(found[SEED]["default"]) + added} if SEED in found else {}
@@ -61,9 +61,9 @@ def run(source: Path, target: Path, parameters: dict, **options) -> str:
     Returns
     -------
     str
-        What failed, empty if nothing did: an error of a cell, a kernel that died, a sentence that is claimed twice.
+        The failure, empty if there is none: an error of a cell, a dead kernel, or a sentence that is claimed twice.
     """
-    # The name of the page gives its claims their rates, which hold for the committed parameters: other seeds included.
+    # The claims find their rates by the name of the page. Rates are for the committed parameters, with any seed.
     os.environ[PAGE] = f"{source.stem}@{notebook_version(source)}" if parameters.keys() <= {SEED} else ""
     try:  # a kernel inherits the environment
         papermill.execute_notebook(source, target, parameters, cwd=target.parent, progress_bar=False,
@@ -73,7 +73,7 @@ def run(source: Path, target: Path, parameters: dict, **options) -> str:
     except PapermillExecutionError as error:
         return f"code cell {error.exec_count} failed: {error.ename}: {error.evalue}"
     except DeadKernelError:
-        return "its kernel died, perhaps for want of memory"
+        return "its kernel died, perhaps because it ran out of memory"
     except ValueError as error:
         return str(error)
     finally:
@@ -82,7 +82,7 @@ def run(source: Path, target: Path, parameters: dict, **options) -> str:
 
 
 def with_notice(notebook: nbformat.NotebookNode, failure: str) -> nbformat.NotebookNode:
-    """Return an executed `notebook` that failed with a notice below its title, and without papermill's own."""
+    """Return an executed `notebook` that failed with a notice below its title instead of papermill's notice."""
     cells = [cell for cell in notebook.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
     text = failure.replace("`", "'").splitlines()[0]
     notice = nbformat.v4.new_markdown_cell(
@@ -93,9 +93,9 @@ def with_notice(notebook: nbformat.NotebookNode, failure: str) -> nbformat.Noteb
 
 
 def execute(source: Path, target: Path, added: int = 0) -> str:
-    """Execute the notebook `source` into `target` and return what failed, empty if nothing did.
+    """Execute the notebook `source` into `target` and return the failure, empty if there is none.
 
-    A copy of a failed notebook is in build/failed/ too.
+    A failed notebook is also copied to build/failed/.
     """
     for folder in (target.parent, RUNNING, FAILED, Path(os.environ["PERMASK_FIGURES"])):
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ if __name__ == "__main__":
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--seed", type=int, default=int(os.environ.get("PERMASK_SEED") or 0),
-                        help="what is added to the notebook's seed (default: the environment's PERMASK_SEED, or 0)")
+                        help="number added to the notebook's seed (default: the environment's PERMASK_SEED, or 0)")
     given = parser.parse_args()
     if failure := execute(given.source, given.target, given.seed):
-        print(f"{given.source}: {failure}\nUp to there it is in {FAILED / given.target.name}.", flush=True)
+        print(f"{given.source}: {failure}\nThe notebook until the error is {FAILED / given.target.name}.", flush=True)

@@ -1,8 +1,9 @@
-"""Create .venv and install the pinned packages; run by `make` with the system's Python, so standard library only.
+"""Create .venv and install the pinned packages; `make` runs it with the system's Python, so it uses the standard
+library.
 
-pip's own output goes to .venv/pip.log; the terminal gets one line. PyTorch's own index has builds for the CPU that are
-gigabytes smaller than the ordinary ones. They are taken on a Linux machine without an NVIDIA GPU where that index
-answers a quick probe; everywhere else the ordinary index serves.
+The output of pip is written to .venv/pip.log; the terminal shows one line. PyTorch's own index has CPU builds that are
+gigabytes smaller than the default builds. They are installed on Linux without an NVIDIA GPU if that index responds to a
+quick probe; otherwise the default index is used.
 """
 
 import re
@@ -16,7 +17,7 @@ from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
-BACK = "\r\033[K"  # to the start of the line, which it clears
+BACK = "\r\033[K"  # go to the start of the line and clear it
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -44,7 +45,7 @@ def torch_pins(requirements: str) -> list[str]:
     """
     pins = re.findall(r"^(?:torch|torchvision)==\S+", requirements, flags=re.MULTILINE)
     if len(pins) != 2:
-        raise ValueError(f"requirements.txt should pin torch and torchvision with ==, found {pins}")
+        raise ValueError(f"requirements.txt pins {pins}: expected torch and torchvision with ==")
     return pins
 
 
@@ -59,7 +60,7 @@ def main() -> None:
     ]
     if sys.platform == "linux" and not has_nvidia_gpu() and answers(CPU_INDEX):
         pins = torch_pins((ROOT / "requirements.txt").read_text(encoding="utf8"))
-        # --no-deps: what torch needs comes, pinned, with everything else.
+        # --no-deps: the dependencies of torch are installed, pinned, with all other packages.
         commands.insert(0, [*pip, "--no-deps", "--index-url", CPU_INDEX, *pins])
     log = VENV / "pip.log"
     log.write_text("")

@@ -1,8 +1,8 @@
 """Bring the README's picture and tables up to date: `make readme`.
 
-The notebook left picture and results in build/source/book/results; copies go to book/readme, so that the repository's
-page shows what a build measured, with the numbers of every run, the versions and the commit beside it. Times are those
-that benchmarks/fan_in_cpu.py kept. Nothing in the README's tables is typed by hand.
+The notebook wrote the picture and results to build/source/book/results. They are copied to book/readme, so that the
+README shows the results of a build, with the numbers of every run, the versions and the commit in the same folder.
+Times are those of benchmarks/fan_in_cpu.py. No number in the README's tables is typed by hand.
 """
 
 import json
@@ -19,12 +19,12 @@ SPARSITY, BATCHES = 0.9, (1, 64, 256, 2048)
 
 
 def with_table(readme: str, mark: str, table: str) -> str:
-    """Return the text of the README with `table` between its two marks of a name.
+    """Return the text of the README with `table` between the two comments of the name `mark`.
 
     Raises
     ------
     ValueError
-        If the marks are not there.
+        If there are no such comments.
     """
     section = re.compile(rf"(<!-- {mark}:[^>]*-->\n).*?(<!-- /{mark} -->)", re.DOTALL)
     if not section.search(readme):
@@ -33,7 +33,8 @@ def with_table(readme: str, mark: str, table: str) -> str:
 
 
 def speed_table(record: dict) -> str:
-    """How many times as long other layers took as the fan-in layer, by the record of benchmarks/fan_in_cpu.py."""
+    """Return a table of the times of other layers divided by that of the fan-in layer, from
+    benchmarks/fan_in_cpu.py."""
     heads = ["in x out", "pass", "peer", *(f"batch {batch}" for batch in BATCHES)]
     lines = [heads, ["---:"] * len(heads)]
     rows = {(row["inputs"], row["outputs"], row["way"], row["batch"]): row["ratios"]
@@ -52,7 +53,7 @@ def main() -> None:
     """Copy the results and rewrite the tables of the README."""
     built = ROOT / "build" / "source" / "book" / "results"
     if not (built / "permuted_masks.md").exists():
-        sys.exit(f"{built} holds no results: run make first")
+        sys.exit(f"{built} has no results: run make first")
     KEPT.mkdir(exist_ok=True)
     for name in ("permuted_masks.svg", "permuted_masks.md", "findings.svg", "findings.md"):
         shutil.copy(built / name, KEPT)

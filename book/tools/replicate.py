@@ -1,10 +1,10 @@
-"""Repeat every notebook with other seeds and other arithmetic, and keep how often its claims held.
+"""Repeat every notebook with other seeds and other arithmetic, and record how often its claims held.
 
-`make replicate N=10`: each of 10 repetitions adds a multiple of 1000 to the seed of every notebook. Three more keep the
-seeds and change how the processor computes: narrower vector units twice, and two threads. The work can be interrupted
-and started again: what has finished is kept in build/replicate, and stages of experiments are found in the store of
-their repetition. The rates go to permask_core/data/measured/claims.json; a notebook whose code changes has no rates
-until it has been repeated.
+`make replicate N=10`: each of 10 repetitions adds a multiple of 1000 to the seed of every notebook. Three more
+repetitions do not change the seeds but the arithmetic: narrower vector units twice, and two threads. The work can be
+interrupted and restarted: finished repetitions are in build/replicate, and finished stages are loaded from the store of
+their repetition. The rates are written to permask_core/data/measured/claims.json. A notebook whose code has changed has
+no rates until it is repeated.
 """
 
 import argparse
@@ -34,23 +34,23 @@ ARITHMETIC = {
 
 
 def repetitions(n: int) -> dict:
-    """Return the `n` repetitions with other seeds and those with other arithmetic, by name, settings as a dict."""
+    """Return the settings of the `n` repetitions with other seeds and of those with other arithmetic, dicts by name."""
     return {f"seeds + {1000 * k}": {"seeds": 1000 * k, "environment": {}} for k in range(1, n + 1)} | {
         name: {"seeds": 0, "environment": environment} for name, environment in ARITHMETIC.items()}
 
 
 def replicated(notebooks: list[Path]) -> list[Path]:
-    """Return those of `notebooks` that draw random numbers, which have a seed among their parameters."""
+    """Return those of `notebooks` that draw random numbers: those with a seed among their parameters."""
     return [path for path in notebooks if SEED in papermill.inspect_notebook(path)]
 
 
 def result_path(name: str, page: str) -> Path:
-    """Where the result of repeating a page is kept."""
+    """Return the path of the result of repeating a page."""
     return WORK / name.replace(" ", "") / f"{page}.json"
 
 
 def result(name: str, source: Path) -> dict | None:
-    """Return what repeating the notebook `source` gave, or None if this version of it was not repeated."""
+    """Return the result of repeating the notebook `source`, or None if this version was not repeated."""
     path = result_path(name, source.stem)
     if not path.exists():
         return None
@@ -59,12 +59,12 @@ def result(name: str, source: Path) -> dict | None:
 
 
 def repeat(name: str, source: Path) -> None:
-    """Execute the notebook `source` in a process of its own as one repetition, and keep its claims."""
+    """Execute the notebook `source` in this process as one repetition, and store its claims."""
     settings = json.loads(os.environ["PERMASK_REPETITION"])
     target = result_path(name, source.stem).with_suffix(".ipynb")
     version = notebook_version(source)
     if failure := run(source, target, seeded(source, settings["seeds"])):
-        sys.exit(f"{source}, {name}: {failure}\nUp to there it is in {target}.")
+        sys.exit(f"{source}, {name}: {failure}\nThe notebook until the error is {target}.")
     record = {"version": version, "machine": {"processor": device_name("cpu"), "commit": commit(),
                                               "versions": versions()}, "claims": read_claims(target)}
     with write_whole(target.with_suffix(".json")) as temporary:
@@ -74,7 +74,7 @@ def repeat(name: str, source: Path) -> None:
 def started(name: str, settings: dict, source: Path) -> bool:
     """Run :func:`repeat` in the environment of a repetition and return whether it succeeded."""
     folder = result_path(name, source.stem).parent
-    figures = folder / "figures"  # not of the book
+    figures = folder / "figures"  # separate from those of the book
     figures.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings["environment"], "PERMASK_DISPLAY": "static",
                    "PERMASK_RUNS": str(folder), "PERMASK_FIGURES": str(figures), "PYTHONPATH": str(ROOT),
@@ -84,7 +84,7 @@ def started(name: str, settings: dict, source: Path) -> bool:
 
 
 def gather(named: dict, notebooks: list[Path]) -> dict:
-    """Return the record of all results that belong to the present version of their notebook."""
+    """Return the record of all results for the current version of their notebook."""
     record = {"command": f"make replicate N={len(named) - len(ARITHMETIC)}",
               "repetitions": {name: {**settings, "machines": []} for name, settings in named.items()}, "pages": {}}
     for source in notebooks:
@@ -101,7 +101,7 @@ def gather(named: dict, notebooks: list[Path]) -> dict:
 
 
 def main(n: int, only: list[str], jobs: int) -> int:
-    """Run what is missing, write the rates, and return how many notebooks failed."""
+    """Run missing repetitions, write the rates, and return how many notebooks failed."""
     everything = sorted((ROOT / "notebooks").glob("*.ipynb"))
     unknown = set(only) - {path.stem for path in everything}
     if unknown:
@@ -112,7 +112,7 @@ def main(n: int, only: list[str], jobs: int) -> int:
     waiting = [(name, settings, source) for name, settings in named.items() for source in notebooks
                if not result(name, source)]
     print(f"{len(named) * len(notebooks) - len(waiting)} of {len(named) * len(notebooks)} repetitions of notebooks are "
-          "there", flush=True)
+          "finished", flush=True)
     failed = []
 
     def work(job):

@@ -1,4 +1,4 @@
-"""Data sets by name, in one form: two splits that hand out batches, the shape of an input, the number of classes."""
+"""Data sets by name, in one form: two splits that yield batches, the shape of an input, the number of classes."""
 
 import inspect
 from importlib import import_module
@@ -12,7 +12,7 @@ __all__ = ["DATASETS", "Dataset", "check_files", "check_options", "load_dataset"
 
 class Dataset(NamedTuple):
     """A data set: its ``name``, ``train`` and ``test`` splits, the shape of one input (channels, height and width
-    of an image, the length of a text), and the number of classes."""
+    of an image, or the length of a text), and the number of ``classes``."""
 
     name: str
     train: Split | Folder
@@ -21,21 +21,21 @@ class Dataset(NamedTuple):
     classes: int
 
 
-# Names, and the modules that have a function of that name, which are loaded when they are asked for: stored results
-# depend on what the data are, not on the code that reads them.
+# Name -> the module that has a function of that name, which is loaded by name: stored results depend on the content of
+# the data, not on the code that reads them.
 DATASETS = {"digits": "digits", "trifeature": "trifeature", "cifar10": "cifar", "cifar100": "cifar",
             "imagenet": "imagenet", "svhn": "svhn", "tiny_imagenet": "tiny_imagenet", "celeba": "celeba",
             "hatexplain": "hatexplain"}
 
 
 def load_dataset(name, **options):
-    """A data set.
+    """Load a data set.
 
     Parameters
     ----------
     name : {"digits", "trifeature", "cifar10", "cifar100", "imagenet", "svhn", "tiny_imagenet", "celeba", "hatexplain"}
     **options
-        What the data set itself takes: see the function of that name below.
+        Options of the data set: see the function of that name below.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def load_dataset(name, **options):
     ValueError
         If the name or an option is unknown, an option is out of range, or a file is damaged.
     FileNotFoundError
-        If the files of a data set are not there; it says where they were looked for and how to get them.
+        If files of the data set are missing; the message says where they are expected and how to get them.
     ImportError
         If a data set needs a package that is not installed.
     """
@@ -56,7 +56,7 @@ def load_dataset(name, **options):
 
 
 def check_options(name, options):
-    """Raise ValueError unless there is a data set of that name and it takes these options."""
+    """Raise ValueError unless there is a data set of that name with these options."""
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}: expected one of {', '.join(DATASETS)}")
     known = options_of(name)
@@ -66,13 +66,13 @@ def check_options(name, options):
 
 
 def options_of(name):
-    """The names of the options that a data set takes."""
+    """Return the names of the options of a data set."""
     return list(inspect.signature(_reader(name)).parameters)
 
 
 def check_files(name, root=None):
-    """Raise FileNotFoundError, with the way to get them, unless the files of a data set are below ``root``, or without
-    one where :func:`load_dataset` looks for them; they are not read."""
+    """Raise FileNotFoundError, which says how to get them, if files of a data set are missing below ``root`` (by
+    default the folder where :func:`load_dataset` expects them). The files are not read."""
     check_options(name, {})
     module = import_module(f"{__name__}.{DATASETS[name]}")
     if hasattr(module, "check_files"):

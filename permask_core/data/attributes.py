@@ -1,4 +1,4 @@
-"""Attributes of inputs: to which groups each belongs, such as the colour of a shape or the gender that a text names."""
+"""Attributes of inputs: the groups to which each belongs, such as the colour of a shape or the gender in a text."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ import torch
 
 
 class Attribute(NamedTuple):
-    """To which of an attribute's ``groups`` each of n inputs belongs: their names, and ``member``, bool [n, groups].
+    """The names of the ``groups`` of an attribute, and which of n inputs belong to each: ``member``, bool [n, groups].
 
-    An input may be in one group, in several (a text that names women and men) or in none.
+    An input may be in one group, in several (a text about women and men) or in none.
     """
 
     groups: tuple[str, ...]
@@ -16,7 +16,7 @@ class Attribute(NamedTuple):
 
 
 def attribute(groups, values):
-    """An attribute of which every input has one value.
+    """Make an attribute of which every input has one value.
 
     Parameters
     ----------
@@ -37,13 +37,13 @@ def attribute(groups, values):
     groups = tuple(groups)
     wrong = values[(values < 0) | (values >= len(groups))]
     if len(wrong):
-        raise ValueError(f"got the value {int(wrong[0])}: expected 0 to {len(groups) - 1}, one for each of "
+        raise ValueError(f"values has {int(wrong[0])}: expected 0 to {len(groups) - 1}, one for each of "
                          f"{', '.join(groups)}")
     return Attribute(groups, torch.nn.functional.one_hot(values, len(groups)).bool())
 
 
 def check_attributes(names, known):
-    """Raise ValueError unless ``names`` is a list of attributes of which ``known`` has every one."""
+    """Raise ValueError unless ``names`` is a list of names that are all in ``known``."""
     if isinstance(names, str):
         raise ValueError(f"attributes is {names!r}: expected a list of names")
     for name in names:

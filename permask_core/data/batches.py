@@ -1,9 +1,9 @@
-"""Batches of anybody's: what goes into a network, what its answer is compared with, and the logits in its answer.
+"""Batches in any form: find the inputs and the targets, and the logits in the output of a model.
 
 Data are a split, a tensor of inputs, a tuple of tensors (inputs, targets), or any iterable of batches, such as a
 DataLoader. A batch is a tensor of inputs, a tuple or list of inputs and targets, or a dict of named inputs, in which
-the targets are called as :data:`TARGETS` says. Inputs are a tensor, a tuple (several arguments) or a dict (arguments by
-name).
+the targets have one of the names in :data:`TARGETS`. Inputs are a tensor, a tuple (several arguments) or a dict
+(arguments by name).
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,21 +11,21 @@ from contextlib import suppress
 
 import torch
 
-EXPECTED = ("expected a split, as data.train, a tuple of tensors (inputs, targets), or an iterable of batches such as "
-            "a DataLoader")
+EXPECTED = ("expected a split such as data.train, a tuple of tensors (inputs, targets), or an iterable of batches such "
+            "as a DataLoader")
 TARGETS = ("labels", "label", "targets", "target", "y")  # the names of the targets in a batch that is a dict
 
 
 def batches_of(data, device=None, *, batch_size=1000):
-    """The batches of some data in their order, not augmented.
+    """Yield the batches of some data in order, without augmentation.
 
     Parameters
     ----------
     data : Split, torch.Tensor, tuple of torch.Tensor, or iterable of batches
     device : torch.device or str, optional
-        Where the batches go; by default they remain where they are.
+        The device of the batches; by default they are not moved.
     batch_size : int
-        Of a split or of tensors; an iterable has batches of its own.
+        Batch size for a split or tensors; an iterable already has batches.
 
     Yields
     ------
@@ -35,7 +35,7 @@ def batches_of(data, device=None, *, batch_size=1000):
     Raises
     ------
     ValueError
-        If the data are of another kind or empty, or the tensors of a tuple differ in length.
+        If the data have a different form or are empty, or the tensors of a tuple differ in length.
 
     Examples
     --------
@@ -43,7 +43,7 @@ def batches_of(data, device=None, *, batch_size=1000):
     [(2, None), (2, None), (1, None)]
     """
     check_data(data)
-    with suppress(TypeError):  # a generator has no length, nor has a progress bar around one
+    with suppress(TypeError):  # generators, and progress bars around them, have no length
         if not len(data[0] if isinstance(data, tuple) else data):
             raise ValueError(f"got a {type(data).__name__} without batches: expected at least one input")
     if hasattr(data, "batches"):
@@ -64,7 +64,7 @@ def batches_of(data, device=None, *, batch_size=1000):
 
 
 def check_data(data):
-    """Raise ValueError unless :func:`batches_of` can take the data; their batches are not looked at."""
+    """Raise ValueError unless :func:`batches_of` accepts the data; the batches themselves are not checked."""
     if isinstance(data, tuple):
         if len(data) < 2 or not all(isinstance(part, torch.Tensor) for part in data):
             parts = ", ".join(type(part).__name__ for part in data) or "nothing"
@@ -72,15 +72,15 @@ def check_data(data):
         inputs, targets = data[:2]
         if len(data) > 2 or inputs.ndim > 2 and targets.is_floating_point() and targets.shape[1:] == inputs.shape[1:]:
             raise ValueError(f"got a tuple of {len(data)} tensors, {list(inputs.shape)} and {list(targets.shape)}: "
-                             "expected (inputs, targets); batches, as tensor.split has them, come in a list")
+                             "expected (inputs, targets); pass batches, such as those of tensor.split, as a list")
         if len({len(part) for part in data}) > 1:
-            raise ValueError(f"got {len(data[0])} inputs and {len(data[1])} labels: expected as many of each")
+            raise ValueError(f"got {len(data[0])} inputs and {len(data[1])} labels: expected equally many")
     elif not isinstance(data, Iterable) and not hasattr(data, "batches") or isinstance(data, (str, bytes, Mapping)):
         raise ValueError(f"got {type(data).__name__}: {EXPECTED}")
 
 
 def take_apart(batch):
-    """The inputs and the targets of a batch; the targets are None if it has none."""
+    """Return the inputs and the targets of a batch; the targets are None if the batch has none."""
     if isinstance(batch, torch.Tensor):
         return batch, None
     if isinstance(batch, Mapping):
@@ -96,20 +96,21 @@ def take_apart(batch):
 
 
 def arguments(inputs):
-    """Positional and named arguments of a model: one of a tensor, several of a tuple, named ones of a dict."""
+    """Return the positional and the named arguments of a model: a tensor is one argument, a tuple several, a dict
+    named."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}
 
 
 def call(model, inputs):
-    """What a model answers to inputs: a tensor, a tuple of arguments or a dict of named ones."""
+    """Call a model with inputs: a tensor, a tuple of arguments or a dict of named arguments."""
     positional, named = arguments(inputs)
     return model(*positional, **named)
 
 
 def logits_of(output):
-    """The logits in a model's output: the tensor itself, what is called ``logits``, or the first tensor.
+    """Return the logits in a model's output: the tensor itself, the entry ``logits``, or the first tensor.
 
     Raises
     ------
@@ -128,7 +129,7 @@ def logits_of(output):
 
 
 def count(inputs):
-    """How many examples there are in a batch: the length of its first tensor."""
+    """Return the number of examples in a batch: the length of its first tensor."""
     if isinstance(inputs, torch.Tensor):
         return len(inputs)
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
@@ -136,12 +137,12 @@ def count(inputs):
 
 
 def to_device(values, device):
-    """Tensors, and those in tuples, lists and dicts, on a device; anything else as it is."""
+    """Move tensors, also those in tuples, lists and dicts, to a device; other values do not change."""
     return _each(values, lambda tensor: tensor.to(device, non_blocking=True)) if device is not None else values
 
 
 def parts_of(values, n):
-    """The rows of a batch in n parts that are as equal as possible, as :meth:`torch.Tensor.tensor_split` has them."""
+    """Split the rows of a batch into n parts that are as equal as possible, as in :meth:`torch.Tensor.tensor_split`."""
     return [_each(values, lambda tensor, i=i: tensor.tensor_split(n)[i]) for i in range(n)]
 
 

@@ -1,7 +1,7 @@
-"""CelebA: 202,599 aligned faces of 178x218 pixels with 40 attributes each, in torchvision's folder.
+"""CelebA: 202,599 aligned faces of 178x218 pixels with 40 attributes each, in torchvision's folder layout.
 
-A face's label is one of the attributes; others, such as age and gender, are what a classifier should not depend on.
-They are what annotators saw in the pictures, not what the people say of themselves.
+The label of a face is one of the attributes. A classifier should not depend on others, such as age and gender.
+Annotators assigned all attributes from the pictures; the people themselves were not asked.
 
 Source: Liu et al., "Deep Learning Face Attributes in the Wild", ICCV 2015. Label, protected attributes and the balanced
 training set are those of Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledge Transfer Impacts
@@ -21,7 +21,7 @@ from permask_core.runs.checks import check_integer
 
 ATTRIBUTES, PARTITION, IMAGES = "list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"
 TRAIN, VALIDATION, TEST = 0, 1, 2
-# The names of the 40 attributes, as the published list has them.
+# The names of the 40 attributes in the published list.
 PUBLISHED = """
     5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair
     Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones
@@ -29,8 +29,9 @@ PUBLISHED = """
     Rosy_Cheeks Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick
     Wearing_Necklace Wearing_Necktie Young
 """.split()
-# Ours, of an image's area: such a crop is at least 174 pixels high and 152 wide, so that wherever it lies, the eyes
-# (about 111 pixels from the top) and the mouth (152) are inside. ImageNet's 8 % would cut off many a smile.
+# Our choice, as a fraction of the image's area: such a crop is at least 174 pixels high and 152 wide and therefore
+# always contains the eyes (about 111 pixels from the top) and the mouth (152). ImageNet's 8 % would cut off many
+# smiles.
 SMALLEST = 0.8
 
 
@@ -38,46 +39,46 @@ def celeba(root=None, label="Smiling", attributes=("Young", "Male"), balanced=Tr
            download=False, verify=True, readers=None):
     """CelebA as a classification task of two classes: whether a face has an attribute.
 
-    The published validation part is not used: nothing is selected on it.
+    The published validation part is not used, because no hyperparameter is selected.
 
     Parameters
     ----------
     root : path-like, optional
-        The folder with ``celeba`` in it, and there ``img_align_celeba``, ``list_attr_celeba.txt`` and
+        The folder that contains ``celeba`` with ``img_align_celeba``, ``list_attr_celeba.txt`` and
         ``list_eval_partition.txt``: see :func:`permask_core.data.root.data_root`.
     label : str
-        One of the 40 attributes: class 1 has it, class 0 has not.
+        One of the 40 attributes; images of class 1 have it.
     attributes : sequence of str
-        Which attributes the splits carry beside the labels, with the groups "not Young" and "Young".
+        Attributes of the splits, each with two groups such as "not Young" and "Young".
     balanced : bool
-        Whether to leave out training images, drawn at random, until both classes have equally many. The test images
-        are always all there.
+        Whether to exclude training images at random until both classes are equally large. All test images are always
+        used.
     image_size : int
-        Height and width of a network's input, in pixels. The centre that is tested on is 156 of an image's own pixels
-        wide, of which 160 lose nothing.
+        Height and width of a network's input, in pixels. The centre crop of test images is 156 original pixels wide, so
+        160 loses no resolution.
     seed : int
-        Of what is left out, at least 0.
+        Seed of the random exclusion, at least 0.
     download : bool
-        Whether to fetch what is missing (1.4 GB, with the package gdown).
+        Whether to download missing files (1.4 GB, with the package gdown).
     verify : bool
-        Whether to accept the published lists only, by their md5 sums.
+        Whether to require the md5 sums of the published lists.
     readers : int, optional
-        Number of processes that read images, 0 for none; by default one for each core, at most 8.
+        Number of processes that read images; 0 reads in this process. The default is one for each core, at most 8.
 
     Returns
     -------
     (Folder, Folder, tuple of int, int)
-        Training and test split, the training split augmented by crops of at least 80 % of the area and by mirror
-        images; the shape [3, image_size, image_size]; the number of classes, 2.
+        Training and test split (the training split is augmented by crops of at least 80 % of the area and by mirror
+        images); the shape [3, image_size, image_size]; the number of classes, 2.
 
     Raises
     ------
     FileNotFoundError
         If a file or a listed image is missing.
     OSError
-        If it cannot be downloaded.
+        If the download fails.
     ValueError
-        If an attribute is unknown or an option out of range, a list is damaged or not the published one, or a class
+        If an attribute is unknown, an option is out of range, a list is damaged or is not the published one, or a class
         has no training image.
     """
     check_image_size(image_size)
@@ -89,7 +90,7 @@ def celeba(root=None, label="Smiling", attributes=("Young", "Male"), balanced=Tr
     part = _partition(folder / PARTITION, names)
     gone = set(names) - set(os.listdir(folder / IMAGES))
     if gone:
-        raise FileNotFoundError(f"{folder / IMAGES} lacks {len(gone)} of the {len(names)} images in {ATTRIBUTES}: "
+        raise FileNotFoundError(f"{len(gone)} of the {len(names)} images in {ATTRIBUTES} are not in {folder / IMAGES}: "
                                 f"{some(gone)}; unpack {IMAGES}.zip again")
     train, test = (np.flatnonzero(part == number) for number in (TRAIN, TEST))
     counts = np.bincount(has[label][train], minlength=2)
@@ -124,7 +125,7 @@ def _published(folder, download, verify):
             if file == f"{IMAGES}.zip":
                 utils.extract_archive(to / file)
 
-    # torchvision asks for identities, boxes and landmarks too, which nothing here reads.
+    # torchvision also requires identities, boxes and landmarks, which are not used here.
     sums = {ATTRIBUTES: listed[ATTRIBUTES][1], PARTITION: listed[PARTITION][1], IMAGES: None}
     ensure_files("CelebA", folder, sums, download, verify, fetch=fetch, place=f"put them in {folder}, unpacked",
                     source=f"{IMAGES}.zip, {ATTRIBUTES} and {PARTITION} from "
@@ -132,7 +133,7 @@ def _published(folder, download, verify):
 
 
 def _attributes(path, label, attributes):
-    """The names of the images, and whether each has the label and the attributes, 0 or 1, int64 [n] by name."""
+    """Return the names of the images, and by attribute whether each image has it: 0 or 1, int64 [n]."""
     lines = path.read_text(errors="replace").splitlines()
     known = lines[1].split() if lines[1:] else []
     if not known or lines[0].strip() != str(len(lines) - 2):
@@ -148,18 +149,18 @@ def _attributes(path, label, attributes):
 
 
 def _partition(path, names):
-    """The part of each image, int64 [n]."""
+    """Return the part (training, validation or test) of each image, int64 [n]."""
     listed, (part,) = _rows(path, path.read_text(errors="replace").splitlines(), 0, 2, [1],
                             {"0": TRAIN, "1": VALIDATION, "2": TEST})
     if listed != names:
         differing = set(listed) ^ set(names)
-        raise ValueError(f"{path} lists {len(listed)} images, {ATTRIBUTES} {len(names)}; only in one of them: "
-                         f"{some(differing)}: expected the same, in the same order")
+        raise ValueError(f"{path} lists {len(listed)} images, {ATTRIBUTES} {len(names)}; in only one of them: "
+                         f"{some(differing)}: expected the same images in the same order")
     return part
 
 
 def _rows(path, lines, first, width, columns, numbers):
-    """The first column of the lines, names, and of some columns the numbers their values stand for, int64 [n] each."""
+    """Return the first column of the lines, which has names, and the chosen ``columns`` as numbers, int64 [n] each."""
     names, values = [], []
     for number, line in enumerate(lines[first:], first + 1):
         fields = line.split()
@@ -176,6 +177,6 @@ def _rows(path, lines, first, width, columns, numbers):
 
 
 def _balanced(chosen, labels, seed):
-    """Equally many of both labels, in order: all of the rarer, and a draw of the others."""
+    """Return equally many of both labels, in order: all of the rarer, and a random choice of the more frequent."""
     rng, fewest = np.random.default_rng(seed), np.bincount(labels).min()
     return np.sort(np.concatenate([rng.permutation(chosen[labels == value])[:fewest] for value in (0, 1)]))

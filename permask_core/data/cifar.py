@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100: 50,000 training and 10,000 test images of 32x32 pixels, from torchvision's files on disk.
 
-The files are Python pickles, which may run code when they are read. torchvision guards them by their published md5
-sums alone; here they are read by an unpickler that knows arrays and plain values only, so that a subset or a changed
-set in the same format is as safe.
+The files are Python pickles, which can run code when they are read. torchvision relies only on the published md5 sums.
+Here the files are read by an unpickler that accepts only arrays and plain values, so that subsets and modified sets in
+the same format are safe too.
 
 Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
@@ -24,32 +24,33 @@ def cifar10(root=None, download=False, verify=True):
     Parameters
     ----------
     root : path-like, optional
-        The folder with ``cifar-10-batches-py`` in it: see :func:`permask_core.data.root.data_root`.
+        The folder that contains ``cifar-10-batches-py``: see :func:`permask_core.data.root.data_root`.
     download : bool
-        Whether to fetch files that are missing (170 MB).
+        Whether to download missing files (170 MB).
     verify : bool
-        Whether to accept the published files only, by their md5 sums.
+        Whether to require the md5 sums of the published files.
 
     Returns
     -------
     (Split, Split, tuple of int, int)
-        Training and test split, uint8 images of [3, 32, 32] standardised by the training images' channels, the training
-        split augmented by crops from 4 black pixels around and by mirror images; that shape; the number of classes.
+        Training and test split of uint8 images, standardised by the channels of the training images (the training split
+        is augmented by crops with a padding of 4 black pixels and by mirror images); the shape [3, 32, 32]; the number
+        of classes.
 
     Raises
     ------
     FileNotFoundError
         If a file is missing.
     OSError
-        If it cannot be downloaded.
+        If the download fails.
     ValueError
-        If a file is damaged, is not the published one, or holds something else than images and their labels.
+        If a file is damaged, is not the published one, or does not hold images and labels.
     """
     return _load("CIFAR10", "labels", root, download, verify)
 
 
 def cifar100(root=None, download=False, verify=True):
-    """CIFAR-100: the fine labels, 100 classes; the folder is ``cifar-100-python``. Otherwise like :func:`cifar10`."""
+    """CIFAR-100 with its 100 fine labels, in the folder ``cifar-100-python``. Otherwise like :func:`cifar10`."""
     return _load("CIFAR100", "fine_labels", root, download, verify)
 
 
@@ -59,8 +60,8 @@ def check_files(root=None, name="cifar10"):
 
 
 def _published(name, root, download, verify):
-    """torchvision's class of the set, which lists its files, and the folder where they are."""
-    from permask_core.models.vision import torchvision  # takes a second, which whoever needs no images should not wait
+    """Return torchvision's class of the data set, which lists its files, and the folder of the files."""
+    from permask_core.models.vision import torchvision  # here, because it takes a second to import
 
     published = getattr(torchvision.datasets, name)
     root = data_root(root)
@@ -89,7 +90,7 @@ def _load(name, key, root, download, verify):
 
 
 def _images(paths, key, classes):
-    """The images of several files as uint8 [n, 3, 32, 32], and their labels as int64 [n]."""
+    """Return the images of several files as uint8 [n, 3, 32, 32], and their labels as int64 [n]."""
     parts = [_batch(path, key, classes) for path in paths]
     images, labels = (np.concatenate(part) for part in zip(*parts))
     return torch.from_numpy(images).view(-1, 3, 32, 32), torch.from_numpy(labels)
@@ -101,10 +102,10 @@ def _batch(path, key, classes):
     if not (isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 2
             and images.shape[1] == 3072 and len(images) > 0):
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise ValueError(f"'data' in {path} is {found}: expected uint8 [n, 3072], n at least 1")
+        raise ValueError(f"'data' in {path} is {found}: expected uint8 [n, 3072] with n at least 1")
     if not isinstance(labels, (list, np.ndarray)) or len(labels) != len(images):
         found = f"{len(labels)} of them" if isinstance(labels, (list, np.ndarray)) else type(labels).__name__
-        raise ValueError(f"{key!r} in {path} is {found}: expected a list of one for each of the {len(images)} images")
+        raise ValueError(f"{key!r} in {path} is {found}: expected a list with one for each of the {len(images)} images")
     for label in labels:
         if not is_integer(label) or not 0 <= label < classes:
             raise ValueError(f"{key!r} in {path} has the label {label!r}: expected integers from 0 to {classes - 1}")
@@ -116,7 +117,7 @@ def _entry(path, keys):
     try:
         entry = _Arrays(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a damaged pickle may raise anything
-        raise ValueError(f"{path} is damaged or no file of CIFAR ({error}): delete it and load the set with "
+        raise ValueError(f"{path} is damaged or not a CIFAR file ({error}): delete it and load the data set with "
                          "download=True") from error
     if not isinstance(entry, dict) or not set(keys) <= set(entry):
         found = f"has the keys {list(entry)}" if isinstance(entry, dict) else f"holds {type(entry).__name__}"
@@ -125,7 +126,7 @@ def _entry(path, keys):
 
 
 class _Type:
-    """What a file says of an array's type: its name, such as ``u1``, and in its state the order of its bytes."""
+    """The type of an array in a file: its name, such as ``u1``, and its byte order, which is in the pickled state."""
 
     def __init__(self, name, *_):
         self.name = name
@@ -135,14 +136,14 @@ class _Type:
 
 
 class _Array:
-    """What a file says of an array. numpy would trust it, and could be told to take any bytes for Python's objects."""
+    """An array in a file. It replaces NumPy's own unpickling, which can be made to read any bytes as Python objects."""
 
     def __init__(self, *_):
         pass
 
     def __setstate__(self, state):
         _, shape, kind, by_columns, raw = state
-        # Python 2's strings are read as latin1.
+        # Strings of Python 2 are decoded as latin1.
         raw = raw.encode("latin1") if isinstance(raw, str) else raw
         self.array = _array(raw, kind, shape, "F" if by_columns else "C")
 
@@ -152,17 +153,17 @@ def _array(raw, kind, shape, order):
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads arrays and plain values; nothing that a file names is ever looked up or imported."""
+    """Reads arrays and plain values; nothing named in a file is imported."""
 
     KNOWN = {
         **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
-        **{(f"numpy.{core}.numeric", "_frombuffer"): _array for core in ("core", "_core")},  # from protocol 5 on
-        ("numpy", "ndarray"): None,  # only handed to _reconstruct
+        **{(f"numpy.{core}.numeric", "_frombuffer"): _array for core in ("core", "_core")},  # since protocol 5
+        ("numpy", "ndarray"): None,  # only an argument of _reconstruct
         ("numpy", "dtype"): _Type,
-        ("_codecs", "encode"): str.encode,  # how protocols 0 to 2 write Python 3's bytes
+        ("_codecs", "encode"): str.encode,  # used by protocols 0 to 2 for the bytes of Python 3
     }
 
     def find_class(self, module, name):
         if (module, name) not in self.KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+            raise pickle.UnpicklingError(f"it uses {module}.{name}, which no array needs")
         return self.KNOWN[module, name]

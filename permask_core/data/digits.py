@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels in 10 classes, part of the package itself.
+"""scikit-learn's handwritten digits: 1,797 grey images of 8x8 pixels in 10 classes, included in that package.
 
 Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998 (its
 test part).
@@ -15,26 +15,26 @@ from permask_core.runs.checks import check_integer
 
 
 def digits(seed=0, test_size=360, noise=0.0, copies=1, channels=1):
-    """The digits, split stratified by class, standardised by the training part's mean and deviation.
+    """The digits, split stratified by class and standardised by the mean and deviation of the training part.
 
     Parameters
     ----------
     seed : int
-        Of the split and of the noise.
+        Seed of the split and of the noise.
     test_size : int
-        Number of test images, 10 to 1,787: both parts keep every class.
+        Number of test images, 10 to 1,787, so that both parts contain every class.
     noise : float
-        Standard deviation of normal noise, drawn once for every pixel and added to the standardised images: the
-        clean set is too easy to tell sparse networks apart.
+        Standard deviation of normal noise, drawn once for every pixel and added to the standardised images: on the
+        clean digits sparse networks hardly differ.
     copies : int
-        How many noisy copies of each test image there are, so that chance in the noise weighs less.
+        Number of noisy copies of each test image, which reduce the variance due to the noise.
     channels : int
-        1, or 3 for networks that expect colour: the same image three times, the noise included.
+        1, or 3 for networks that expect colour images: the same image, with its noise, three times.
 
     Returns
     -------
     (Split, Split, tuple of int, int)
-        Training and test split, float32 images of [channels, 8, 8]; that shape; and the number of classes.
+        Training and test split of float32 images; the shape [channels, 8, 8]; the number of classes.
     """
     check_integer("test_size", test_size, 10, 1787)
     check_integer("copies", copies, 1)
@@ -43,7 +43,7 @@ def digits(seed=0, test_size=360, noise=0.0, copies=1, channels=1):
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels!r}: expected 1 or 3")
     check_extra("digits", "sklearn", "data")
-    # Takes a second, which a process that only looks for finished stages need not spend.
+    # Here, because it takes a second to import and loading finished stages does not need it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

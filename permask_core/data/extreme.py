@@ -1,7 +1,7 @@
-"""Multi-label problems with very many labels: one with planted structure, drawn by seed, and a reader of public sets.
+"""Multi-label problems with very many labels: a synthetic one with planted structure, and a reader of public data sets.
 
-Labels of such problems are long-tailed: a few are everywhere, most have a handful of examples. They are kept as a list
-of ids per point, never as an array [points, labels].
+The labels of such problems are long-tailed: a few are frequent, most have a handful of examples. They are stored as a
+list of ids for each point, never as an array [points, labels].
 
 Sources: Bhatia et al., "The Extreme Classification Repository: Multi-label Datasets & Code", 2016 (the text format);
 Ullah et al., "Navigating Extremes: Dynamic Sparsity in Large Output Spaces", NeurIPS 2024.
@@ -24,11 +24,11 @@ from permask_core.runs.progress import progress
 
 @dataclass(frozen=True, eq=False)
 class MultiLabel:
-    """Points with any number of labels each.
+    """Points that each have any number of labels.
 
     ``features`` are float32 [n, d]: a tensor, or a SciPy CSR array of bags of words. The labels of point i are
-    ``labels[offsets[i]:offsets[i + 1]]``, int32, ascending, none twice; ``offsets`` are int64 [n + 1]. ``clusters``,
-    int64 [n_labels], is the cluster of each label, where that is known.
+    ``labels[offsets[i]:offsets[i + 1]]``, int32, ascending and without duplicates; ``offsets`` are int64 [n + 1].
+    ``clusters``, int64 [n_labels], is the cluster of each label, if known.
     """
 
     features: torch.Tensor | csr_array
@@ -42,15 +42,15 @@ class MultiLabel:
 
     @property
     def frequencies(self):
-        """How many points have each label, int64 [n_labels]."""
+        """Return how many points have each label, int64 [n_labels]."""
         return torch.bincount(self.labels, minlength=self.n_labels)
 
     def pairs(self):
-        """Point and label of each positive, int64 [offsets[-1]] both."""
+        """Return the point and the label of each positive pair, both int64 [offsets[-1]]."""
         return torch.arange(len(self)).repeat_interleave(self.offsets.diff()), self.labels.long()
 
     def subset(self, chosen):
-        """The points with the indices ``chosen``, int64 [m], in that order."""
+        """Return the points with the indices ``chosen``, int64 [m], in that order."""
         counts = self.offsets.diff()[chosen]
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         places = torch.arange(offsets[-1]) + (self.offsets[chosen] - offsets[:-1]).repeat_interleave(counts)
@@ -61,8 +61,8 @@ class MultiLabel:
 # ---- Planted ---------------------------------------------------------------------------------------------------------
 
 class MultiLabelProblem(NamedTuple):
-    """A problem whose answer is known: ``train`` and ``test`` points; ``latent`` int32 [n_labels, 2 ``per_set``], the
-    latent features of each label; and the ``rotation`` [n_features, n_features] that hides them."""
+    """A problem with a known solution: ``train`` and ``test`` points, the ``latent`` features of each label, int32
+    [n_labels, 2 ``per_set``], and the ``rotation`` [n_features, n_features] that hides them."""
 
     train: MultiLabel
     test: MultiLabel
@@ -72,20 +72,21 @@ class MultiLabelProblem(NamedTuple):
 
 def make_multilabel(n_labels=10_000, *, n_train=30_000, n_test=2_000, n_features=128, n_clusters=100, per_set=4,
                     most=3, noise=0.1, zipf=1.0, seed=0):
-    """A long-tailed problem in which a sparse row per label suffices, once a rotation is undone.
+    """Draw a long-tailed problem that one sparse row for each label solves, once a rotation is inverted.
 
-    What is drawn, all from the seed:
+    The following are drawn, all from the seed:
 
-    1. For each cluster ``per_set`` latent features, for each label its cluster and ``per_set`` latent features of its
-       own, all uniformly and independently: a feature may come twice, and then counts twice.
+    1. For each cluster, ``per_set`` latent features; for each label, its cluster and ``per_set`` further latent
+       features. All are uniform and independent: a feature that is drawn twice counts twice.
     2. The rotation Q, the orthogonal factor of a normal matrix.
-    3. For each point 1 to ``most`` labels, uniformly; each label l with probability proportional to (l + 1)^-``zipf``,
-       independently. One that comes twice counts once.
-    4. The features of a point, x = z Q + e. z_j is how often feature j is among the latent features of its labels and
-       of their clusters; e is normal with standard deviation ``noise``.
+    3. For each point, a number of labels, uniform from 1 to ``most``, then each label independently: label l has a
+       probability proportional to (l + 1)^-``zipf``. A label that is drawn twice counts once.
+    4. The features of a point, x = z Q + e, where z_j is the number of times that feature j is among the latent
+    features
+       of its labels and their clusters, and e is normal with standard deviation ``noise``.
 
-    Labels are sorted by expected frequency. In x Q^T a row of ones on a label's latent features is a filter matched to
-    it; but a model is given x.
+    Labels are sorted by expected frequency. On x Q^T, a row of ones at the latent features of a label is a matched
+    filter for that label, but a model only sees x.
 
     Parameters
     ----------
@@ -134,7 +135,7 @@ def make_multilabel(n_labels=10_000, *, n_train=30_000, n_test=2_000, n_features
 
 
 def _merged(point, labels, n, n_labels):
-    """Pairs of point and label sorted, each once: points int64 [m], labels int32 [m], and offsets [n + 1]."""
+    """Sort pairs of point and label, without duplicates: points int64 [m], labels int32 [m], and offsets [n + 1]."""
     keys = torch.unique(point * n_labels + labels)
     point = keys // n_labels
     offsets = torch.zeros(n + 1, dtype=torch.int64)
@@ -147,28 +148,29 @@ def _merged(point, labels, n, n_labels):
 def read_sparse_text(path, description=None):
     """Read a file of the Extreme Classification Repository.
 
-    Its first line is ``points features labels``, three numbers; then follows a line for each point, its labels
-    separated by commas and its features as ``feature:value``, separated by spaces: ``3,17 0:0.5 12:1.25``. Labels and
-    features are counted from 0. A point without labels begins with a space; one without features ends after its labels.
+    The first line has three numbers: ``points features labels``. Each further line is one point: its labels, separated
+    by commas, then its features as ``feature:value``, separated by spaces: ``3,17 0:0.5 12:1.25``. Labels and features
+    are numbered from 0. The line of a point without labels begins with a space; without features it ends after the
+    labels.
 
     Parameters
     ----------
     path : path-like
     description : str, optional
-        Shown with a progress bar.
+        Text of a progress bar.
 
     Returns
     -------
     MultiLabel
-        With features as a CSR array [points, features], float32, and no clusters. A label that is there twice counts
-        once; values of a feature that is there twice are added.
+        The features are a CSR array [points, features], float32; there are no clusters. A duplicate label counts once;
+        the values of a duplicate feature are added.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is not of that form; the message names the line.
+        If the file has a different format; the message has the line number.
     """
     path = Path(path)
     if not path.is_file():
@@ -176,17 +178,17 @@ def read_sparse_text(path, description=None):
     with path.open(encoding="ascii", errors="backslashreplace") as file:
         header = file.readline().split()
         if len(header) != 3 or not all(size.isdecimal() and len(size) < 20 and int(size) > 0 for size in header):
-            raise ValueError(f"line 1 of {path} is {' '.join(header)[:80]!r}: expected three numbers above 0, how many "
-                             "points, features and labels there are")
+            raise ValueError(f"line 1 of {path} is {' '.join(header)[:80]!r}: expected three numbers above 0, those "
+                             "of points, features and labels")
         n, n_features, n_labels = map(int, header)
         if max(n_features, n_labels) >= 2 ** 31:
             raise ValueError(f"line 1 of {path} announces {n_features} features and {n_labels} labels: expected fewer "
                              "than 2^31")
         needed, memory = 8 * (n + n_features + n_labels), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > memory / 2:
-            raise ValueError(f"line 1 of {path} announces {n} points, {n_features} features and {n_labels} labels: a "
+            raise ValueError(f"line 1 of {path} announces {n} points, {n_features} features and {n_labels} labels: one "
                              f"number for each takes {needed / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB "
-                             "of memory. Expected at most half of it")
+                             "of memory: expected at most half of it")
         labels, columns, values = [], [], []
         for number, line in enumerate(progress(file, description, total=n), 2):
             if number > n + 1:
@@ -211,7 +213,7 @@ def read_sparse_text(path, description=None):
 
 
 def _point(line, n_features, n_labels):
-    """Labels int64, features int32 and their values float32 of a line."""
+    """Return the labels (int64), features (int32) and values (float32) of a line."""
     first, _, rest = line.rstrip().partition(" ")
     if ":" in first:
         first, rest = "", line
@@ -219,7 +221,7 @@ def _point(line, n_features, n_labels):
     pairs = [pair.split(":") for pair in rest.split()]
     for pair in pairs:
         if len(pair) != 2:
-            raise ValueError(f"{':'.join(pair)!r} is no pair: expected feature:value")
+            raise ValueError(f"{':'.join(pair)!r} is not a pair: expected feature:value")
     columns = _numbers([column for column, _ in pairs], np.int32, (0, n_features - 1), "feature")
     largest = float(np.finfo(np.float32).max)
     return labels, columns, _numbers([value for _, value in pairs], np.float32, (-largest, largest), "value")
@@ -241,4 +243,4 @@ def _numbers(texts, dtype, limits, what):
             wrong = True
         if wrong:
             raise ValueError(f"the {what} is {text[:80]!r}: expected "
-                             + ("a finite number" if kind is float else f"a whole number from {low} to {high}"))
+                             + ("a finite number" if kind is float else f"an integer from {low} to {high}"))

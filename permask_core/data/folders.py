@@ -1,8 +1,8 @@
-"""Images that stay on disk: a split whose batches are read, decoded with PIL and cut by worker processes.
+"""Images on disk: a split whose batches are read, decoded with PIL and cropped by worker processes.
 
-Each call of ``batches`` starts new workers. Kept from epoch to epoch, they would need the new seed and
-epoch, and a split would be no value that other processes can be sent; their start takes a fraction of a second, an
-epoch of a set too large for memory takes minutes.
+Each call of ``batches`` starts new workers. Persistent workers would have to be sent each new seed and epoch, and a
+split could not be sent to other processes. Starting workers takes a fraction of a second; an epoch of a data set too
+large for memory takes minutes.
 """
 
 import functools
@@ -20,22 +20,23 @@ from permask_core.runs.checks import check_integer
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """Image files below ``root``: their ``names`` [n] relative to it, and labels ``y`` [n], int64.
+    """Image files below ``root``: their relative ``names`` [n] and their labels ``y`` [n], int64.
 
     Batches are like those of :class:`~permask_core.data.splits.Split`, with images of ``image_size`` x ``image_size``
-    pixels, standardised by ``mean`` and ``sd`` of each channel. Augmented, an image is a crop of at least ``smallest``
-    of the area and 3:4 to 4:3, resized, and mirrored in half of the cases; otherwise it is the centre, 224/256 of the
-    shorter side. ``readers`` processes read ahead; with 0 this process reads. ``attributes`` are as a Split's.
+    pixels, standardised by ``mean`` and ``sd`` of each channel. Augmented, an image is a crop with at least the
+    fraction ``smallest`` of the area and an aspect ratio of 3:4 to 4:3, resized, and mirrored with probability 1/2;
+    otherwise it is the centre crop, 224/256 of the shorter side. ``readers`` processes read ahead; with 0 this process
+    reads. ``attributes`` are as in Split.
     """
 
     root: Path
-    names: np.ndarray  # of str: worker processes share an array's memory, but copy a list by counting references
+    names: np.ndarray  # of str: workers share the memory of an array, but reference counts make them copy a list
     y: torch.Tensor
     image_size: int
     readers: int
     mean: tuple[float, ...]
     sd: tuple[float, ...]
-    smallest: float = 0.08  # the share that ImageNet's recipes have
+    smallest: float = 0.08  # the fraction in the usual recipes for ImageNet
     attributes: dict[str, Attribute] = field(default_factory=dict)
     augments = True  # whether an augmented image differs from the plain one
 
@@ -44,27 +45,27 @@ class Folder:
 
     @functools.cached_property
     def sizes(self):
-        """Bytes of each file, int64 [n]."""
+        """Return the size of each file in bytes, int64 [n]."""
         return np.array([os.path.getsize(self.root / name) for name in self.names])
 
     def to(self, device):
-        """The split itself: its images stay on disk."""
+        """Return the split itself, because its images are on disk."""
         return self
 
     def batches(self, indices, device="cpu", augmented=None):
-        """Batches of some images: see :meth:`permask_core.data.splits.Split.batches`.
+        """Yield batches of some images: see :meth:`permask_core.data.splits.Split.batches`.
 
         Raises
         ------
         ValueError
-            If a file is no readable image.
+            If a file is not a readable image.
         """
         device = torch.device(device)
         indices = [chosen.cpu() for chosen in indices]
         loader = torch.utils.data.DataLoader(
             _Pictures(self, augmented), batch_sampler=[chosen.tolist() for chosen in indices],
             num_workers=self.readers, pin_memory=device.type == "cuda",
-            generator=torch.Generator())  # its own: the global one belongs to whoever trains
+            generator=torch.Generator())  # so that the global generator does not change
         for chosen, x in zip(indices, loader):
             yield standardise(x.to(device, non_blocking=True), self.mean, self.sd), self.y[chosen].to(device)
 
@@ -81,41 +82,42 @@ class _Pictures(torch.utils.data.Dataset):
         moved, plain = _transforms(self.split.image_size, self.split.smallest)
         if self.augmented is None:
             return plain(image)
-        # torchvision's transforms draw from torch's global generator. Only the CPU's is seeded and given back:
-        # torch.manual_seed would also seed the GPUs', on which dropout may depend.
+        # torchvision's transforms draw from torch's global generator. Only that of the CPU is seeded and restored:
+        # torch.manual_seed would also seed those of the GPUs, on which dropout may depend.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(*self.augmented, index))
             return moved(image)
 
 
 def open_image(path):
-    """An image file as a PIL image in RGB, whatever the file is.
+    """Open an image file of any format as a PIL image in RGB.
 
     Raises
     ------
     ValueError
-        If it is no readable image.
+        If the file is not a readable image.
     """
     from permask_core.models.vision import torchvision
 
     try:
         return torchvision.datasets.folder.pil_loader(path)
-    except Exception as error:  # PIL's formats raise what they like
-        raise ValueError(f"{path} is no readable image ({error}): replace or delete it") from error
+    except Exception as error:  # the decoders of PIL raise various exceptions
+        raise ValueError(f"{path} is not a readable image ({error}): replace or delete it") from error
 
 
 def check_image_size(image_size):
-    """Raise ValueError unless it is an integer of at least 1."""
+    """Raise ValueError unless ``image_size`` is an integer of at least 1."""
     check_integer("image_size", image_size, 1)
 
 
 def count_readers(readers=None):
-    """How many processes or threads read images: ``readers``, or without it one for each core, at most 8.
+    """Return the number of processes or threads that read images: ``readers``, or by default one for each core, at most
+    8.
 
     Raises
     ------
     ValueError
-        If ``readers`` is no integer of at least 0.
+        If ``readers`` is not an integer of at least 0.
     """
     if readers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -126,8 +128,10 @@ def count_readers(readers=None):
 
 @functools.cache
 def _transforms(image_size, smallest):
-    """From a PIL image to uint8, augmented and plain. Made where they are used: to unpickle them, a new process would
-    import torchvision directly."""
+    """Return the transforms of a PIL image to uint8, with and without augmentation.
+
+    They are made where they are used, because unpickling them in a new process would import torchvision directly.
+    """
     from permask_core.models.vision import torchvision
 
     made = torchvision.transforms

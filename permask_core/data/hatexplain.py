@@ -1,12 +1,12 @@
-"""HateXplain: 20,148 posts of Twitter and Gab, each judged by three people, as token numbers with a label of toxic or
-not and the groups of people that a post is about.
+"""HateXplain: 20,148 posts from Twitter and Gab, each annotated by three people, as token ids with a label (toxic or
+normal) and the groups of people that a post is about.
 
-Whether a post is toxic is the majority's word on the three published labels, as in the published code for measuring
-bias: hatespeech, offensive and normal are counted before the first two are merged, or posts on which all three differ
-would count as toxic.
+Whether a post is toxic is decided by a majority over the three published labels, as in the published code for measuring
+bias: hatespeech, offensive and normal are counted before the first two are merged. Otherwise posts on which all three
+annotators differ would count as toxic.
 
 Source: Mathew et al., "HateXplain: A Benchmark Dataset for Explainable Hate Speech Detection", AAAI 2021. The two
-attributes that come by default are those of Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledge
+default attributes are those of Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledge
 Transfer Impacts Fairness and Bias", TMLR 2025.
 """
 
@@ -25,7 +25,7 @@ from permask_core.runs.checks import check_integer
 
 POSTS, DIVISIONS = "dataset.json", "post_id_divisions.json"
 TOXIC = {"hatespeech": 1, "offensive": 1, "normal": 0}
-# The source's groups; its remaining targets (Refugee, Indigenous, Nonreligious, Other, ...) belong to none of these.
+# The groups of the source; its other targets (Refugee, Indigenous, Nonreligious, Other, ...) belong to none of these.
 ATTRIBUTES = {
     "gender": ("Men", "Women"),
     "race": ("African", "Arab", "Asian", "Caucasian", "Hispanic"),
@@ -35,43 +35,44 @@ ATTRIBUTES = {
 
 
 def hatexplain(root=None, tokenizer="bert-base-uncased", length=128, attributes=("gender", "race")):
-    """HateXplain as a classification task of two classes: 0 is normal, 1 toxic.
+    """HateXplain as a classification task with two classes: 0 is normal, 1 is toxic.
 
-    A post belongs to the groups that were named at least twice by its three annotators together: to several, or, as
-    most posts do, to none. Posts on which the three labels all differ are left out; the published divisions have none.
-    The division for validation is not used: nothing is selected on it.
+    A post belongs to the groups that its three annotators together named at least twice: several, one or (for most
+    posts) none. Posts on which all three labels differ are excluded; the published divisions have none. The validation
+    division is not used, because no hyperparameter is selected.
 
     Parameters
     ----------
     root : path-like, optional
-        The folder with ``hatexplain`` in it, and there ``dataset.json`` and ``post_id_divisions.json``: see
+        The folder that contains ``hatexplain`` with ``dataset.json`` and ``post_id_divisions.json``: see
         :func:`permask_core.data.root.data_root`.
     tokenizer : str or path-like
-        A folder with a tokenizer of the package transformers, or the name of one on the Hugging Face hub. It has to be
-        the one of the network that is trained.
+        A folder with a tokenizer of the package transformers, or the name of one on the Hugging Face hub. It must be
+        the tokenizer of the network to be trained.
     length : int
-        Number of tokens: longer posts are cut, shorter ones padded. The first and last mark the beginning and the end.
+        Number of tokens: longer posts are cut, shorter posts are padded. The first token marks the beginning, the last
+        the end.
     attributes : sequence of str
         Some of gender, race, religion, sexual_orientation.
 
     Returns
     -------
     (Split, Split, tuple of int, int)
-        Training and test split, int64 tokens; the shape [length]; the number of classes, 2.
+        Training and test split of int64 token ids; the shape [length]; the number of classes, 2.
 
     Raises
     ------
     FileNotFoundError
-        If a file is missing, or there is no such tokenizer or no network to fetch it.
+        If a file is missing, or the tokenizer does not exist or cannot be downloaded.
     ImportError
         If the package transformers is not installed.
     ValueError
-        If an option is out of range, a file or the tokenizer is damaged, or the tokenizer cannot mark beginning, end
-        and padding.
+        If an option is out of range, a file or the tokenizer is damaged, or the tokenizer has no tokens for beginning,
+        end and padding.
     """
     check_attributes(attributes, ATTRIBUTES)
     check_integer("length", length, 3)
-    judged = _judged(check_files(root))  # first: a tokenizer that is not at hand is looked for on the hub, slowly
+    judged = _judged(check_files(root))  # first, because a search for the tokenizer on the hub is slow
     tokenizer = _tokenizer(tokenizer, length)
     train, test = (_split(posts, tokenizer, length, attributes) for posts in judged)
     return train, test, (length,), 2
@@ -81,13 +82,14 @@ def check_files(root=None, name="hatexplain"):
     """See :func:`permask_core.data.check_files`; returns the folder."""
     folder = data_root(root) / name
     check_there("HateXplain", folder, [POSTS, DIVISIONS],
-                f"Fetch both from the folder Data of https://github.com/hate-alert/HateXplain and put them in {folder}")
+                f"Download both from the folder Data of https://github.com/hate-alert/HateXplain and put them "
+                f"in {folder}")
     return folder
 
 
 class Post(NamedTuple):
-    """What is used of a post: its ``text``, whether it is ``toxic`` (None where no two annotators agree), and the
-    ``targets`` that were named at least twice."""
+    """A post: its ``text``, whether it is ``toxic`` (None if no two annotators agree), and the ``targets`` that were
+    named at least twice."""
 
     text: str
     toxic: int | None
@@ -95,16 +97,16 @@ class Post(NamedTuple):
 
 
 def _judged(folder):
-    """The posts of the training and the test division on which two annotators agree."""
+    """Return the posts of the training and the test division on which at least two annotators agree."""
     posts, divisions = (_read(folder / file) for file in (POSTS, DIVISIONS))
     listed = [divisions.get(name) for name in ("train", "test")]
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in listed):
-        raise ValueError(f"{folder / DIVISIONS} has the keys {some(divisions)}: expected train and test, lists of the "
+        raise ValueError(f"{folder / DIVISIONS} has the keys {some(divisions)}: expected train and test, lists of "
                          "names of posts")
     unknown, shared = set().union(*listed) - set(posts), set(listed[0]) & set(listed[1])
     if unknown or shared:
         raise ValueError(f"{folder / DIVISIONS} lists posts that are not in {POSTS}: {some(unknown)}; in train and in "
-                         f"test: {some(shared)}: expected none of either")
+                         f"test: {some(shared)}: expected no such posts")
     both = [[post for name in names if (post := _post(name, posts[name], folder / POSTS)).toxic is not None]
             for names in listed]
     if not all(both):
@@ -117,14 +119,14 @@ def _read(path):
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or no JSON ({error}): fetch it again") from error
+        raise ValueError(f"{path} is damaged or not JSON ({error}): download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}: expected an object")
     return content
 
 
 def _post(name, post, path):
-    """A post as it stands in the file, checked and judged."""
+    """Check a post of the file and convert it to a :class:`Post`."""
     def check(good, found, expected):
         if not good:
             raise ValueError(f"the post {name!r} in {path} has {found}: expected {expected}")
@@ -151,22 +153,22 @@ def _texts(value):
 
 def _tokenizer(name, length):
     check_extra("hatexplain", "transformers", "text")
-    from transformers import AutoTokenizer  # takes seconds, which whoever needs no text should not wait
+    from transformers import AutoTokenizer  # here, because it takes seconds to import
 
     try:
         made = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers raises what the files lead it to
+    except Exception as error:  # transformers raises various exceptions
         raise (ValueError if os.path.isdir(name) else FileNotFoundError)(
             f"cannot load the tokenizer {str(name)!r} ({error}): expected a folder with its files, such as "
-            "tokenizer_config.json and vocab.txt, or its name on the Hugging Face hub; where there is no network, "
-            "fetch the files elsewhere and name their folder") from error
-    # Without its vocabulary's file, a tokenizer knows its special tokens alone and takes all words for one.
+            "tokenizer_config.json and vocab.txt, or its name on the Hugging Face hub; without network access, "
+            "download the files elsewhere and pass their folder") from error
+    # Without the vocabulary file, a tokenizer has only special tokens and maps all words to one of them.
     if len(made) <= len(made.all_special_ids):
         raise ValueError(f"the tokenizer {str(name)!r} has no vocabulary: expected a file such as vocab.txt or "
-                         "tokenizer.json beside its configuration")
+                         "tokenizer.json next to its configuration")
     if None in (made.pad_token_id, made.cls_token_id, made.sep_token_id):
         raise ValueError(f"the tokenizer {str(name)!r} pads with {made.pad_token!r}, begins with {made.cls_token!r}, "
-                         f"ends with {made.sep_token!r}: expected a token for each, as BERT has")
+                         f"ends with {made.sep_token!r}: expected a token for each, as in BERT")
     if length > made.model_max_length:
         raise ValueError(f"length is {length}: expected at most {made.model_max_length}, the limit of the tokenizer "
                          f"{str(name)!r}")

@@ -1,7 +1,7 @@
-"""ImageNet (ILSVRC 2012): 1.28 million training and 50,000 validation images of 1,000 classes in torchvision's folders.
+"""ImageNet (ILSVRC 2012): 1.28 million training and 50,000 validation images of 1,000 classes in torchvision's layout.
 
-The images cannot be downloaded without an account. Where the published archives lie in the folder and the images do
-not, torchvision checks and unpacks them.
+The images cannot be downloaded without an account. If the folder has the published archives but not the images,
+torchvision verifies and unpacks the archives.
 
 Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 115, 2015.
 """
@@ -16,37 +16,38 @@ import torch
 from permask_core.data.folders import Folder, check_image_size, count_readers
 from permask_core.data.root import data_root, some
 
-# Of the training images' channels in units of 255, as used by torchvision's published models.
+# Of the channels of the training images, in units of 255; torchvision's published models use these values.
 MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def imagenet(root=None, image_size=224, readers=None):
-    """ImageNet, or any other set in folders ``train/<class>`` and ``val/<class>``; labels number the sorted classes.
+    """ImageNet, or any data set in folders ``train/<class>`` and ``val/<class>``; labels are indices of the sorted
+    classes.
 
     Parameters
     ----------
     root : path-like, optional
-        The folder with ``train`` and ``val`` in it; by default ``imagenet`` in
+        The folder that contains ``train`` and ``val``; by default ``imagenet`` in
         :func:`permask_core.data.root.data_root`.
     image_size : int
         Height and width of a network's input, in pixels.
     readers : int, optional
-        Number of processes that read images, 0 for none; by default one for each core, at most 8.
+        Number of processes that read images; 0 reads in this process. The default is one for each core, at most 8.
 
     Returns
     -------
     (Folder, Folder, tuple of int, int)
-        Training and validation split; the shape [3, image_size, image_size]; the number of classes found.
+        Training and validation split; the shape [3, image_size, image_size]; the number of classes.
 
     Raises
     ------
     FileNotFoundError
-        If there is neither folder nor archive, or a class has no images.
+        If a folder and its archive are missing, or a class has no images.
     RuntimeError
         If an archive is not the published one.
     ValueError
-        If the two folders have different classes, or some that ``meta.bin``, where there is one, does not know; or
-        an argument is out of range.
+        If the two folders have different classes, a class is not in ``meta.bin`` (if that file exists), or an argument
+        is out of range.
     """
     check_image_size(image_size)
     readers = count_readers(readers)
@@ -68,7 +69,7 @@ def check_files(root=None, name="imagenet"):
 
 
 def _missing(root):
-    """The folders that are still in their archives, and these by their names."""
+    """Return the names of the missing folders, and the archives by name of the folder."""
     from permask_core.models.vision import torchvision
 
     known = torchvision.datasets.imagenet
@@ -77,22 +78,22 @@ def _missing(root):
     if any(not archives[name].is_file() for name in missing):
         raise FileNotFoundError(
             f"ImageNet is not in {root}: expected train/<class>/*.JPEG and val/<class>/*.JPEG; missing: "
-            f"{', '.join(missing)}. Fetch {', '.join(path.name for path in archives.values())} from "
-            f"https://image-net.org (with an account) and put them in {root}, where they are unpacked; or name another "
-            "folder by root, or the one that has imagenet in it by the environment variable PERMASK_DATA")
+            f"{', '.join(missing)}. Download {', '.join(path.name for path in archives.values())} from "
+            f"https://image-net.org (with an account) into {root}, where they are unpacked; or pass another folder as "
+            "root, or set the environment variable PERMASK_DATA to the folder that contains imagenet")
     return missing
 
 
 def _unpack(root):
-    """Have torchvision unpack the archives of folders that are missing."""
+    """Let torchvision unpack the archives of the missing folders."""
     from permask_core.models.vision import torchvision
 
     known, missing = torchvision.datasets.imagenet, _missing(root)
     if "val" in missing and not (root / known.META_FILE).is_file():
-        known.parse_devkit_archive(root)  # knows the class of each validation image
+        known.parse_devkit_archive(root)  # has the class of each validation image
     for name, parse in (("train", known.parse_train_archive), ("val", known.parse_val_archive)):
         if name in missing:
-            # Under another name until it is whole, or a run after a kill would take half of the images for all.
+            # Unpacked under a temporary name: after an interruption, a rerun would take a part of the images for all.
             unfinished = root / f".{name}.unpacking"
             shutil.rmtree(unfinished, ignore_errors=True)
             parse(root, folder=unfinished.name)
@@ -100,27 +101,28 @@ def _unpack(root):
 
 
 def _classes(root):
-    """The sorted names of the classes, the same in both folders."""
+    """Return the sorted names of the classes, which must be the same in both folders."""
     from permask_core.models.vision import torchvision
 
     train, val = ({entry.name for entry in os.scandir(root / name) if entry.is_dir()} for name in ("train", "val"))
     if train != val or not train:
         raise ValueError(f"{root} has {len(train)} classes in train and {len(val)} in val; only in train: "
-                         f"{some(train - val)}; only in val: {some(val - train)}: expected the same, at least one")
+                         f"{some(train - val)}; only in val: {some(val - train)}: expected the same classes, at "
+                         "least one")
     meta = root / torchvision.datasets.imagenet.META_FILE
     if meta.is_file():
         try:
             known = set(torchvision.datasets.imagenet.load_meta_file(root)[0])
-        except Exception as error:  # torch.load raises what the bytes lead it to
+        except Exception as error:  # torch.load raises various exceptions
             raise ValueError(f"{meta} is damaged ({error}): delete it") from error
         if not train <= known:
-            raise ValueError(f"{meta} does not know {some(train - known)}: expected names of ImageNet's classes, such "
+            raise ValueError(f"{meta} does not have {some(train - known)}: expected names of ImageNet's classes, such "
                              "as n01440764")
     return sorted(train)
 
 
 def _files(folder, classes):
-    """Image files by their names relative to the folder, class by class, and their labels."""
+    """Return the names of the image files relative to the folder, class by class, and their labels."""
     from permask_core.models.vision import torchvision
 
     known = torchvision.datasets.folder

@@ -1,8 +1,8 @@
-"""The two parts of a data set, and how batches are made of them: the one way in for training and evaluation.
+"""The two splits of a data set, which yield the batches for training and evaluation.
 
-A split hands out batches on the training device, standardised, and augmented where an epoch asks for it. What happens
-to an image in an epoch is a function of the seed, the epoch and the image's index, not of the batch that it is in:
-neither the number of processes nor a restart in the middle changes it.
+Batches are on the training device, standardised, and augmented if requested. The augmentation of an image is a function
+of the seed, the epoch and the index of the image, not of its batch: neither the number of processes nor a restart
+within an epoch changes it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,12 +17,11 @@ from permask_core.data.attributes import Attribute
 @dataclass(frozen=True, eq=False)
 class Split:
     """Inputs in memory, ``x``, and labels ``y`` [n], int64. Images are [n, channels, height, width], float32 or uint8;
-    texts are the numbers of their tokens [n, length], int64, which are handed out as they are.
+    texts are token ids [n, length], int64, and are not standardised.
 
-    uint8 images are divided by 255; ``mean`` and ``sd`` of each channel, where given, then standardise. ``pad`` and
-    ``flip`` are the augmentation: crops of the image's own size from the image with that many black pixels around it,
-    and the mirror image of half of them. ``attributes``, by name, say what else is known of each input; nothing is
-    trained on them.
+    uint8 images are divided by 255 and then standardised by ``mean`` and ``sd`` of each channel, if given. ``pad`` and
+    ``flip`` are the augmentation: crops of the original size after a padding of ``pad`` black pixels, and mirror images
+    with probability 1/2. ``attributes``, by name, are further properties of each input, which training does not use.
     """
 
     x: torch.Tensor
@@ -42,31 +41,31 @@ class Split:
         return self.pad > 0 or self.flip
 
     def to(self, device):
-        """The split with its images and labels on a device."""
+        """Return the split with its images and labels on a device."""
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
     def batches(self, indices, device="cpu", augmented=None):
-        """Batches of some images.
+        """Yield batches of some images.
 
         Parameters
         ----------
         indices : iterable of torch.Tensor
-            int64, the images of each batch.
+            Indices of the images in each batch, int64.
         device : torch.device or str
-            Where the batches go; they are made where the images are.
+            Device of the batches; they are computed on the device of the images.
         augmented : (int, int), optional
-            Seed and epoch of the augmentation; without it there is none.
+            Seed and epoch of the augmentation; without it, images are not augmented.
 
         Yields
         ------
         (torch.Tensor, torch.Tensor)
-            Inputs, float32 (int64 if they are tokens), and labels.
+            Inputs, float32 (int64 for tokens), and labels.
         """
         moving = augmented is not None and self.augments
         if moving:
             corners, mirrored = (draw.to(self.x.device) for draw in self._draws(*augmented))
         indices = list(indices)
-        everything = torch.cat(indices).to(self.x.device)  # at once: a transfer for each batch would make a GPU wait
+        everything = torch.cat(indices).to(self.x.device)  # in one transfer: one for each batch would make a GPU wait
         for chosen in everything.split([len(chosen) for chosen in indices]):
             x = self.x[chosen]
             if moving:
@@ -81,18 +80,18 @@ class Split:
 
 
 def crop(x, pad, corners, mirrored):
-    """Crops of images in their own size, all at once.
+    """Crop all images at once, to their original size.
 
     Parameters
     ----------
     x : torch.Tensor
         [n, channels, height, width].
     pad : int
-        How many zeros surround an image.
+        Number of zeros on each side of an image.
     corners : torch.Tensor
-        int64 [n, 2]: row and column of each crop's first pixel in the padded image, 0 to 2 ``pad``.
+        int64 [n, 2]: row and column of the first pixel of each crop in the padded image, 0 to 2 ``pad``.
     mirrored : torch.Tensor
-        bool [n]: whose crop is flipped left to right.
+        bool [n]: whether the crop is flipped left to right.
     """
     n, channels, height, width = x.shape
     rows = corners[:, :1] + torch.arange(height, device=x.device)
@@ -104,8 +103,8 @@ def crop(x, pad, corners, mirrored):
 
 
 def standardise(x, mean, sd):
-    """uint8 images as float32 in [0, 1]; then, where there are a mean and a deviation of each channel, minus the one
-    and divided by the other."""
+    """Convert uint8 images to float32 in [0, 1]; then, if given, subtract the mean of each channel and divide by its
+    deviation."""
     if x.dtype == torch.uint8:
         x = x.float().div_(255)
     if not mean:
@@ -115,19 +114,20 @@ def standardise(x, mean, sd):
 
 
 @lru_cache(maxsize=16)
-def _per_channel(values, dtype, device):  # kept, because a GPU would wait for every new one
+def _per_channel(values, dtype, device):  # cached, because a GPU would wait for every new tensor
     return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 def channel_moments(x):
-    """Mean and deviation of each channel of uint8 images [n, channels, height, width], in units of 255: two tuples.
+    """Return mean and deviation of each channel of uint8 images [n, channels, height, width], in units of 255: two
+    tuples.
 
     Raises
     ------
     ValueError
-        If a channel has one value only: it cannot be standardised.
+        If a channel has only one value and therefore cannot be standardised.
     """
-    # Of how often each value occurs: exact, and small however many images there are.
+    # Computed from the counts of each value: exact, and small for any number of images.
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in x.transpose(0, 1)]).double()
     values, pixels = torch.arange(256).double() / 255, counts[0].sum()
     mean = (counts * values).sum(1) / pixels
@@ -138,11 +138,11 @@ def channel_moments(x):
 
 
 def in_order(split, batch_size):
-    """The indices of a split's images from first to last, in batches."""
+    """Return the indices of all images of a split in order, in batches."""
     return torch.arange(len(split)).split(batch_size)
 
 
 def mix_seed(*parts):
-    """One seed of 63 bits made of several integers of at least 0, such as a seed, an epoch and an index."""
-    # Their number is one of the parts: to SeedSequence, (3, 4) and (3, 4, 0) are the same.
+    """Combine several integers of at least 0, such as a seed, an epoch and an index, into one seed of 63 bits."""
+    # The number of parts is included, because SeedSequence gives the same for (3, 4) and (3, 4, 0).
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,6 +1,6 @@
 """SVHN: 73,257 training and 26,032 test images of 32x32 pixels, the digits of house numbers, from torchvision's files.
 
-The third part that is published, 531,131 easier images, is not used.
+The third published part, 531,131 easier images, is not used.
 
 Source: Netzer et al., "Reading Digits in Natural Images with Unsupervised Feature Learning", NIPS Workshop on Deep
 Learning and Unsupervised Feature Learning, 2011.
@@ -15,33 +15,33 @@ from permask_core.data.splits import Split, channel_moments
 
 
 def svhn(root=None, download=False, verify=True):
-    """SVHN: the digits 0 to 9, with whatever of the number stands beside them. A label is the digit itself.
+    """SVHN: the digits 0 to 9, often with parts of the neighbouring digits. A label is the digit itself.
 
     Parameters
     ----------
     root : path-like, optional
-        The folder with ``svhn`` in it, and there ``train_32x32.mat`` and ``test_32x32.mat``: see
+        The folder that contains ``svhn`` with ``train_32x32.mat`` and ``test_32x32.mat``: see
         :func:`permask_core.data.root.data_root`.
     download : bool
-        Whether to fetch files that are missing (246 MB).
+        Whether to download missing files (246 MB).
     verify : bool
-        Whether to accept the published files only, by their md5 sums.
+        Whether to require the md5 sums of the published files.
 
     Returns
     -------
     (Split, Split, tuple of int, int)
-        Training and test split, uint8 images of [3, 32, 32] standardised by the training images' channels, the training
-        split augmented by crops from 4 black pixels around, but not by mirror images, which are other signs; that
-        shape; the number of classes.
+        Training and test split of uint8 images, standardised by the channels of the training images (the training split
+        is augmented by crops with a padding of 4 black pixels, but not by mirror images, which would change digits);
+        the shape [3, 32, 32]; the number of classes.
 
     Raises
     ------
     FileNotFoundError
         If a file is missing.
     OSError
-        If it cannot be downloaded.
+        If the download fails.
     ValueError
-        If a file is damaged, is not the published one, or holds something else than images and their labels.
+        If a file is damaged, is not the published one, or does not hold images and labels.
     """
     files = _published(data_root(root) / "svhn", download, verify)
     train, test = (_images(file) for file in files)
@@ -55,8 +55,8 @@ def check_files(root=None, name="svhn"):
 
 
 def _published(folder, download, verify):
-    """The two files in their folder."""
-    from permask_core.models.vision import torchvision  # takes a second, which whoever needs no images should not wait
+    """Return the paths of the two files."""
+    from permask_core.models.vision import torchvision  # here, because it takes a second to import
 
     parts = torchvision.datasets.SVHN.split_list
     published = {file: (url, md5) for url, file, md5 in (parts["train"], parts["test"])}
@@ -72,22 +72,22 @@ def _published(folder, download, verify):
 
 
 def _images(path):
-    """The images of a file as uint8 [n, 3, 32, 32], and their labels as int64 [n]."""
+    """Return the images of a file as uint8 [n, 3, 32, 32], and their labels as int64 [n]."""
     try:
         content = loadmat(path, variable_names=["X", "y"])
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{path} is damaged or no file of MATLAB ({error}): delete it and load the set with "
+        raise ValueError(f"{path} is damaged or not a MATLAB file ({error}): delete it and load the data set with "
                          "download=True") from error
     images, labels = (np.asarray(content.get(name)) for name in ("X", "y"))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3) or not images.size:
-        raise ValueError(f"'X' in {path} is {images.dtype} {list(images.shape)}: expected uint8 [32, 32, 3, n], n at "
-                         "least 1")
+        raise ValueError(f"'X' in {path} is {images.dtype} {list(images.shape)}: expected uint8 [32, 32, 3, n] with "
+                         "n at least 1")
     if labels.dtype.kind not in "iuf" or labels.size != images.shape[3]:
         raise ValueError(f"'y' in {path} is {labels.dtype} {list(labels.shape)}: expected one number for each of the "
                          f"{images.shape[3]} images")
     labels = labels.flatten()
     wrong = labels[~np.isin(labels, np.arange(1, 11))]
     if wrong.size:
-        raise ValueError(f"'y' in {path} has the label {wrong[0]}: expected 1 to 10, which stands for the digit 0")
+        raise ValueError(f"'y' in {path} has the label {wrong[0]}: expected 1 to 10, where 10 is the digit 0")
     images = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
     return images, torch.from_numpy(labels.astype(np.int64) % 10)

@@ -1,6 +1,6 @@
 """Tiny ImageNet: 100,000 training and 10,000 validation images of 64x64 pixels, 200 of ImageNet's classes.
 
-The published test images have no labels; the validation images are tested on. All are held in memory, 1.35 GB.
+The published test images have no labels, so the validation images are the test set. All images are in memory, 1.35 GB.
 
 Source: Le and Yang, "Tiny ImageNet Visual Recognition Challenge", Stanford CS 231N, 2015.
 """
@@ -17,30 +17,30 @@ from permask_core.data.splits import Split, channel_moments
 from permask_core.runs.progress import progress
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-SIDE, CHUNK = 64, 200  # pixels; images that a thread reads at a time
+SIDE, CHUNK = 64, 200  # in pixels; images that a thread reads at a time
 
 
 def tiny_imagenet(root=None):
-    """Tiny ImageNet. Labels number the sorted WordNet identifiers, in both splits.
+    """Tiny ImageNet. In both splits, labels are indices of the sorted WordNet identifiers.
 
     Parameters
     ----------
     root : path-like, optional
-        The folder with ``tiny-imagenet-200`` in it: see :func:`permask_core.data.root.data_root`.
+        The folder that contains ``tiny-imagenet-200``: see :func:`permask_core.data.root.data_root`.
 
     Returns
     -------
     (Split, Split, tuple of int, int)
-        Training and validation split, uint8 images of [3, 64, 64] standardised by the training images' channels, grey
-        images included, the training split augmented by crops from 8 black pixels around and by mirror images; that
-        shape; the number of classes.
+        Training and validation split of uint8 images, standardised by the channels of the training images, grey images
+        included (the training split is augmented by crops with a padding of 8 black pixels and by mirror images); the
+        shape [3, 64, 64]; the number of classes.
 
     Raises
     ------
     FileNotFoundError
         If a file or a folder is missing.
     ValueError
-        If a list or an image is damaged, or the lists and the folders name different classes or images.
+        If a list or an image is damaged, or the lists and the folders have different classes or images.
     """
     folder = check_files(root)
     classes = _classes(folder)
@@ -55,24 +55,24 @@ def check_files(root=None, name="tiny_imagenet"):
     """See :func:`permask_core.data.check_files`; returns the folder."""
     folder = data_root(root) / "tiny-imagenet-200"
     check_there("Tiny ImageNet", folder, ["wnids.txt", "train", "val/images", "val/val_annotations.txt"],
-                f"Fetch {URL} and unpack it in {folder.parent} (no md5 sum of it is published, so it is not "
-                "downloaded unchecked)")
+                f"Download {URL} and unpack it in {folder.parent} (its md5 sum is not published, so it is not "
+                "downloaded automatically)")
     return folder
 
 
 def _classes(folder):
-    """The number of each class by its name."""
+    """Return the index of each class by its name."""
     listed = (folder / "wnids.txt").read_text(errors="replace").split()
     there = set(os.listdir(folder / "train"))
     if set(listed) != there or len(listed) != len(there) or not listed:
         raise ValueError(f"{folder / 'wnids.txt'} lists {len(listed)} classes, and train has {len(there)}; only "
                          f"listed: {some(set(listed) - there)}; only in train: {some(there - set(listed))}: expected "
-                         "each class once, and the same")
+                         "the same classes, each once")
     return {name: number for number, name in enumerate(sorted(listed))}
 
 
 def _training(folder, classes):
-    """The paths of the training images, class by class, and their labels."""
+    """Return the paths of the training images, class by class, and their labels."""
     files = {name: sorted((folder / name / "images").glob("*.JPEG")) for name in classes}
     empty = [name for name, found in files.items() if not found]
     if empty:
@@ -83,23 +83,23 @@ def _training(folder, classes):
 
 
 def _validation(folder, classes):
-    """The paths of the validation images in the order of their list, and their labels."""
+    """Return the paths of the validation images in the order of their list, and their labels."""
     path = folder / "val_annotations.txt"
     rows = [line.split("\t") for line in path.read_text(errors="replace").splitlines()]
     for number, row in enumerate(rows, 1):
-        if len(row) != 6 or row[1] not in classes:  # image, class, and the corners of a box that is not used
-            raise ValueError(f"line {number} of {path} is {row}: expected six columns, the second one of the "
-                             f"{len(classes)} classes in wnids.txt")
+        if len(row) != 6 or row[1] not in classes:  # image, class, and the corners of a box, which are not used
+            raise ValueError(f"line {number} of {path} is {row}: expected six columns, the second with one of "
+                             f"the {len(classes)} classes in wnids.txt")
     listed, there = {row[0] for row in rows}, set(os.listdir(folder / "images"))
     if listed != there or len(listed) != len(rows) or not rows:
         raise ValueError(f"{path} lists {len(rows)} images, and {folder / 'images'} has {len(there)}; only listed: "
-                         f"{some(listed - there)}; only there: {some(there - listed)}: expected each once, and the "
-                         "same")
+                         f"{some(listed - there)}; only there: {some(there - listed)}: expected the same "
+                         "images, each once")
     return [folder / "images" / row[0] for row in rows], [classes[row[1]] for row in rows]
 
 
 def _split(paths, labels, description):
-    """Images as uint8 [n, 3, 64, 64], read by a few threads, and their labels as int64 [n]."""
+    """Read images with several threads; return them as uint8 [n, 3, 64, 64], and their labels as int64 [n]."""
     images = np.empty((len(paths), 3, SIDE, SIDE), np.uint8)
 
     def read(first):
@@ -110,7 +110,7 @@ def _split(paths, labels, description):
             images[i] = np.asarray(image).transpose(2, 0, 1)
 
     parts = range(0, len(paths), CHUNK)
-    with ThreadPoolExecutor(count_readers()) as pool:  # PIL decodes beside Python's lock
+    with ThreadPoolExecutor(count_readers()) as pool:  # PIL releases Python's lock while it decodes
         for _ in progress(pool.map(read, parts), description, total=len(parts)):
             pass
     return torch.from_numpy(images), torch.tensor(labels)

@@ -1,9 +1,9 @@
-"""Trifeature: a shape of one colour, filled with a texture, on grey; ten of each, drawn by formula, without a download.
+"""Trifeature: coloured shapes filled with a texture on grey, ten of each, drawn by formulas without a download.
 
-Everything random about an image is a function of the seed and the image's index alone. Any subset, in any order, split
-over any number of processes, is the same images bit for bit on one kind of device. The random numbers are those of
-splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), which can be asked
-for the n-th number of a stream without the ones before it.
+Everything random in an image is a function of the seed and the index of the image. Any subset in any order, split over
+any number of processes, therefore has the same images bit for bit on one kind of device. The random numbers are those
+of splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), which gives the
+n-th number of a stream without computing the ones before it.
 
 Source: Hermann and Lampinen, "What shapes feature representations? Exploring datasets, architectures, and training",
 NeurIPS 2020, arXiv 2006.12433. It fixes the names, the colours and the lengths; the formulas of the figures are ours.
@@ -19,11 +19,11 @@ from permask_core.data.attributes import attribute
 from permask_core.data.splits import Split, channel_moments
 from permask_core.runs.checks import check_integer, is_integer
 
-# The source's lengths, in pixels of its images: the image, the square a shape is drawn in, a texture's period.
+# Lengths of the source in pixels of its images: the image, the square of a shape, the period of a texture.
 IMAGE, TEMPLATE, PERIOD = 224, 128, 10
 SMALLEST_IMAGE = 16
-# In pixels of whatever image: with finer textures, at 32 pixels one could no longer be told from another.
-SMALLEST_PERIOD = {"hexgrid": 6.5, "triangles": 6.5, "pluses": 6.5}  # figures with corners of their own
+# In pixels of the drawn image, because at 32 pixels finer textures could not be distinguished.
+SMALLEST_PERIOD = {"hexgrid": 6.5, "triangles": 6.5, "pluses": 6.5}  # textures of figures with corners
 SMALLEST_PERIOD_OF_OTHERS = 4.5
 SMALLEST_CELL = 0.8
 ANGLES = torch.arange(-45, 45)  # degrees
@@ -32,7 +32,7 @@ LEVELS = SAMPLES ** 2
 CHUNK = 2 ** 21  # samples drawn at once, to bound memory
 
 
-# ---- What there is to draw -------------------------------------------------------------------------------------------
+# ---- Shapes, textures and colours ------------------------------------------------------------------------------------
 
 BACKGROUND = (0.5, 0.5, 0.5)
 COLOURS = {
@@ -46,13 +46,13 @@ def _framed(x, y):
 
 
 def _pentagon_lines(x, y, distance):
-    """Of five lines, one that far below the centre and the others each 72 degrees on: how many have the point on the
-    centre's side."""
+    """Return for how many of five lines a point is on the side of the centre. The first line is ``distance`` below the
+    centre, each next one is turned by 72 degrees."""
     turns = [math.radians(72 * k) for k in range(5)]
     return sum((math.sin(turn) * x + math.cos(turn) * y <= distance).to(torch.uint8) for turn in turns)
 
 
-# Where a shape is, x to the right and y down; its template is the square from -1 to 1.
+# True inside a shape, with x to the right and y down; the template is the square from -1 to 1.
 SHAPES = {
     "triangle": lambda x, y: (2 * x.abs() - 1 <= y) & (y <= 1),
     "square": _framed,
@@ -68,24 +68,24 @@ SHAPES = {
 
 
 class Cells(NamedTuple):
-    """A texture of square cells: in each, with probability ``share``, a streak of ``length`` cells begins."""
+    """A texture of square cells: in each cell, a streak of ``length`` cells begins with probability ``share``."""
 
     share: float
     length: int
 
 
 def _centred(x):
-    """A coordinate from the middle of the period that it is in: -1/2 to 1/2."""
+    """Return a coordinate relative to the middle of its period: -1/2 to 1/2."""
     return x - x.floor() - 0.5
 
 
 def _hexagon(x, y):
-    """How far out a point is in its cell of a honeycomb: 0 in the middle, 1 on the cell's edge."""
+    """Return how far a point is from the middle of its honeycomb cell: 0 in the middle, 1 at the edge."""
     def on_lattice(x, y):
         x, y = _centred(x).abs(), _centred(y / math.sqrt(3)).abs() * math.sqrt(3)
         return torch.maximum(2 * x, x + math.sqrt(3) * y)
 
-    # The middles of a honeycomb are two rectangular lattices, one moved by half a period against the other.
+    # The middles of a honeycomb form two rectangular lattices, shifted by half a period.
     return torch.minimum(on_lattice(x, y), on_lattice(x + 0.5, y + math.sqrt(3) / 2))
 
 
@@ -93,7 +93,7 @@ def _plus(x, y):
     return (torch.minimum(x, y) <= 0.14) & (torch.maximum(x, y) <= 0.37)
 
 
-# Where a texture has the shape's colour, x and y in periods; elsewhere the background shows.
+# True where a texture has the colour of the shape, with x and y in periods; elsewhere it has that of the background.
 TEXTURES = {
     "solid": lambda x, y: torch.ones_like(x, dtype=torch.bool),
     "stripes": lambda x, y: _centred(x) <= 0,
@@ -111,7 +111,7 @@ CLASSES = {"shape x texture": len(SHAPES) * len(TEXTURES), "shape": len(SHAPES),
 
 
 def period(texture, image_size=IMAGE):
-    """After how many pixels a texture repeats itself (noise and rain: the size of ten cells)."""
+    """Return the period of a texture in pixels (for noise and rain, the size of ten cells)."""
     scale = image_size / IMAGE
     if isinstance(TEXTURES[texture], Cells):
         return 10 * max(PERIOD / 10 * scale, SMALLEST_CELL)
@@ -122,39 +122,41 @@ def period(texture, image_size=IMAGE):
 
 def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape x texture", correlated=None, match=0.5,
                augment=True, seed=0):
-    """Trifeature as a classification task, balanced: every class, and as evenly as the numbers allow every combination
-    of shape, texture and colour, is there equally often in both splits, unless the training images' are to go together.
+    """Trifeature as a balanced classification task.
 
-    The splits have the attributes ``shape``, ``texture`` and ``colour``.
+    Both splits contain all classes equally often, and all combinations of shape, texture and colour as equally often as
+    the numbers allow, unless ``correlated`` changes the training images. The splits have the attributes ``shape``,
+    ``texture`` and ``colour``.
 
     Parameters
     ----------
     n_train, n_test : int
         Number of images, at least one of each class. No test image is a training image.
     image_size : int
-        Height and width in pixels, at least 16; the source has 224.
+        Height and width in pixels, at least 16; 224 in the source.
     noise : float
         Standard deviation of normal noise, drawn once for every pixel and channel, in units of the standardised images.
-        The images stay uint8: values are rounded, and clipped to 0 to 255. Colours at the end of the range lose half of
-        their noise; of the background, next to nothing is clipped at 1, about a sixth of the pixels at 3.
+        The images are still uint8: values are rounded and clipped to 0 to 255. Colours at the end of the range lose
+        half of their noise; in the background almost nothing is clipped at a noise of 1, about a sixth of the pixels
+        at 3.
     label : {"shape x texture", "shape", "texture", "colour"}
-        What to tell apart: 100 classes, 10 shape + texture, or the 10 of one feature.
+        The class: 100 classes, 10 shape + texture, or the 10 of one feature.
     correlated : {"shape", "texture", "colour"}, optional
-        A feature that goes with the label in the training images: see :func:`correlate`. With 100 classes it is the
-        colour, which goes with the shape. The test images are balanced as ever.
+        A feature that is correlated with the label in the training images: see :func:`correlate`. With 100 classes it
+        must be the colour, which is then correlated with the shape. The test images are always balanced.
     match : float
-        How often it does, 0.1 to 1; 0.1 is chance.
+        Probability that this feature has the number of the label, 0.1 to 1; 0.1 is chance.
     augment : bool
-        Whether training images are augmented, by crops from image_size / 8 black pixels around and by mirror images,
-        which leave every class as it is.
+        Whether to augment training images by crops with a padding of image_size / 8 black pixels and by mirror images,
+        which do not change the class.
     seed : int
-        Of everything random, 0 to 2^63 - 1.
+        Seed of everything random, 0 to 2^63 - 1.
 
     Returns
     -------
     (Split, Split, tuple of int, int)
-        Training and test split, uint8 images of [3, image_size, image_size] standardised by the channels of the
-        training images without noise; that shape; the number of classes.
+        Training and test split of uint8 images, standardised by the channels of the training images without noise; the
+        shape [3, image_size, image_size]; the number of classes.
 
     Raises
     ------
@@ -165,7 +167,7 @@ def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape
         raise ValueError(f"label is {label!r}: expected one of {', '.join(CLASSES)}")
     for name, n in (("n_train", n_train), ("n_test", n_test)):
         if not is_integer(n) or n < CLASSES[label]:
-            raise ValueError(f"{name} is {n!r}: expected an integer of at least {CLASSES[label]}, one a class")
+            raise ValueError(f"{name} is {n!r}: expected an integer of at least {CLASSES[label]}, one for each class")
     if not isinstance(noise, Real) or not 0 <= noise < math.inf:
         raise ValueError(f"noise is {noise!r}: expected a standard deviation of at least 0")
     if not isinstance(augment, bool):
@@ -173,8 +175,8 @@ def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape
     leading = label.split(" x ")[0]
     free = [name for name in Attributes._fields if name not in label]
     if correlated is not None and correlated not in free:
-        raise ValueError(f"correlated is {correlated!r}: expected {' or '.join(free)}, which the label leaves "
-                         "open")
+        raise ValueError(f"correlated is {correlated!r}: expected {' or '.join(free)}, which is not in the "
+                         "label")
     index = torch.arange(n_train + n_test).split([int(n_train), int(n_test)])
     kinds = [attributes(n, seed) for n in (n_train, n_test)]
     if correlated:
@@ -195,8 +197,8 @@ def trifeature(n_train=5000, n_test=2000, image_size=32, noise=0.0, label="shape
 
 
 class Attributes(NamedTuple):
-    """The numbers of n images' ``shape``, ``texture`` and ``colour``, int64 [n] each, in the order of SHAPES, TEXTURES
-    and COLOURS."""
+    """The ``shape``, ``texture`` and ``colour`` of n images as indices into SHAPES, TEXTURES and COLOURS, int64 [n]
+    each."""
 
     shape: torch.Tensor
     texture: torch.Tensor
@@ -204,16 +206,16 @@ class Attributes(NamedTuple):
 
 
 def attributes(n, seed=0):
-    """Shape, texture and colour of n images, in an order in which not only the whole but every beginning is balanced.
+    """Return shape, texture and colour of n images, in an order of which every beginning is balanced.
 
-    Among the first m images, whatever m is, the counts of any two shapes differ by at most one. So do those of
-    textures, of colours, of pairs of shape and texture or texture and colour, and of the 1,000 combinations.
+    Among the first m images, for any m, the counts of any two shapes differ by at most one. The same is true for
+    textures, colours, pairs of shape and texture or texture and colour, and the 1,000 combinations.
 
     Parameters
     ----------
     n : int
     seed : int
-        Decides which come first.
+        Seed of the order.
 
     Returns
     -------
@@ -225,31 +227,31 @@ def attributes(n, seed=0):
         If ``n`` is below 1 or the seed out of range.
     """
     check_integer("n", n, 1)
-    order = _draws(_keys(torch.arange(-3, 0), seed), torch.arange(10)).argsort(1)  # no image has these indices
+    order = _draws(_keys(torch.arange(-3, 0), seed), torch.arange(10)).argsort(1)  # indices that no image has
     place = torch.arange(n)
     ones, tens, hundreds = place % 10, place // 10 % 10, place // 100 % 10
-    # In each ten, every feature goes through all its values; in each hundred, the tens move texture against shape, and
-    # from one hundred to the next colour moves against both.
+    # Every ten images, each feature takes all its values. Within a hundred images, each ten shifts the texture relative
+    # to the shape; each hundred shifts the colour relative to both.
     turns = ones, (ones + tens) % 10, (ones + 2 * tens + hundreds) % 10
     return Attributes(*(values[turn] for values, turn in zip(order, turns)))
 
 
 def correlate(kinds, index, leading, following, match, seed=0):
-    """Attributes of which one goes with another: with its number k, in a share ``match`` of the images.
+    """Correlate two features: both have the same number in a fraction ``match`` of the images.
 
-    In some images, drawn by index, the following feature takes the number of the leading one; in the others it stays
-    what it was, which is the same number in one of ten. All of the source's correlated sets have two features that go
-    together in this way; what the shares of the pairs are is a matter of chance, within its limits.
+    In some images, chosen at random by index, the following feature is set to the number of the leading one. In all
+    other images it does not change, and has the same number in one of ten. The correlated data sets of the source pair
+    two features in this way; the fraction of each pair is random.
 
     Parameters
     ----------
     kinds : Attributes
-        Balanced, as :func:`attributes` gives them.
+        Balanced attributes from :func:`attributes`.
     index : torch.Tensor
-        int64 [n]: which images they are.
+        Indices of the images, int64 [n].
     leading, following : {"shape", "texture", "colour"}
     match : float
-        Probability that the two have the same number, 0.1 to 1.
+        Probability that both have the same number, 0.1 to 1.
     seed : int
 
     Returns
@@ -263,7 +265,7 @@ def correlate(kinds, index, leading, following, match, seed=0):
     """
     if not isinstance(match, Real) or not 0.1 <= match <= 1:
         raise ValueError(f"match is {match!r}: expected a probability from 0.1, which is chance, to 1")
-    # What is matched by chance counts: m = q + (1 - q) / 10.
+    # Matches by chance count: m = q + (1 - q) / 10.
     share = (match - 0.1) / 0.9
     drawn = _draws(_keys(index, seed), torch.tensor([_MATCH], device=index.device))[:, 0] >> 39 < share * 2 ** 24
     values = torch.where(drawn, getattr(kinds, leading), getattr(kinds, following))
@@ -273,19 +275,19 @@ def correlate(kinds, index, leading, following, match, seed=0):
 # ---- Drawing ---------------------------------------------------------------------------------------------------------
 
 def draw(shape, texture, colour, index, seed=0, image_size=IMAGE):
-    """Images, each with a shape at a random place and angle, filled with a texture at a random angle of its own.
+    """Draw images, each with a shape at a random position and angle, filled with a texture at another random angle.
 
-    All lengths are the source's in proportion: of 224 pixels, the shape's template has 128, a texture's period 10, a
-    cell of noise and rain 1. In small images that would be finer than the pixels. There we deviate from the source: a
-    period is at least 4.5 pixels (6.5 in hexgrid, triangles and pluses), a cell at least 0.8; see :func:`period`. A
+    All lengths are proportional to the source: of 224 pixels, the template of a shape has 128, the period of a texture
+    10, a cell of noise and rain 1. In small images this would be finer than the pixels. There, unlike the source, a
+    period is at least 4.5 pixels (6.5 in hexgrid, triangles and pluses) and a cell at least 0.8; see :func:`period`. A
     pixel is the mean of 3x3 samples.
 
     Parameters
     ----------
     shape, texture, colour : torch.Tensor
-        int64 [n], 0 to 9: numbers in SHAPES, TEXTURES and COLOURS.
+        int64 [n], 0 to 9: indices into SHAPES, TEXTURES and COLOURS.
     index : torch.Tensor
-        int64 [n], at least 0: which image of these attributes. Images with the same index have the same pose.
+        int64 [n], at least 0: indices of the images. Images with the same index have the same pose.
     seed : int
         0 to 2^63 - 1.
     image_size : int
@@ -299,7 +301,7 @@ def draw(shape, texture, colour, index, seed=0, image_size=IMAGE):
     Raises
     ------
     ValueError
-        If a number is out of range, or the tensors are not int64 or not of one shape [n].
+        If a number is out of range, or the tensors are not all int64 [n].
     """
     for name, values in (("shape", shape), ("texture", texture), ("colour", colour), ("index", index)):
         if values.dtype != torch.int64 or values.dim() != 1 or len(values) != len(index):
@@ -318,9 +320,9 @@ def draw(shape, texture, colour, index, seed=0, image_size=IMAGE):
 
 
 class Pose(NamedTuple):
-    """What is random about n images: ``angle`` and ``texture_angle`` [n], int64, degrees clockwise; ``centre`` [n, 2],
-    x and y of the template's middle in pixels; ``phase`` [n, 2], where the texture begins, in periods; ``key`` [n],
-    int64, of which cells and noise are made."""
+    """The random properties of n images: ``angle`` and ``texture_angle`` [n], int64, degrees clockwise; ``centre`` [n,
+    2], x and y of the template's middle in pixels; ``phase`` [n, 2], the offset of the texture in periods; ``key`` [n],
+    int64, the key of the random numbers for cells and noise."""
 
     angle: torch.Tensor
     texture_angle: torch.Tensor
@@ -330,7 +332,8 @@ class Pose(NamedTuple):
 
 
 def poses(index, seed=0, image_size=IMAGE):
-    """The random part of images: angles from -45 to 44 degrees, and places uniform where the whole template is inside.
+    """Draw the poses of images: angles from -45 to 44 degrees, and uniform positions with the template inside the
+    image.
 
     Parameters
     ----------
@@ -348,21 +351,21 @@ def poses(index, seed=0, image_size=IMAGE):
     uniform = (draws[:, 2:] >> 39).float() / 2 ** 24
     reach = _side(image_size) * sum(value.abs() for value in _cos_sin(angle))[:, None]
     centre = reach + uniform[:, :2] * (image_size - 2 * reach)
-    # A honeycomb repeats itself every sqrt(3) periods downwards, zigzags every 2 to the right: many periods serve all.
+    # A honeycomb has a vertical period of sqrt(3), zigzags have a horizontal period of 2: many periods cover both.
     return Pose(angle, texture_angle, centre, 100 * uniform[:, 2:], key)
 
 
 def add_noise(images, index, deviation, seed=0):
-    """Images with normal noise, rounded and clipped to 0 to 255.
+    """Add normal noise to images; values are rounded and clipped to 0 to 255.
 
     Parameters
     ----------
     images : torch.Tensor
         uint8 [n, channels, height, width].
     index : torch.Tensor
-        int64 [n]: which images they are; the noise is a function of it and the seed.
+        Indices of the images, int64 [n]; the noise is a function of the index and the seed.
     deviation : list of float
-        Standard deviation in each channel, in units of the pixels.
+        Standard deviation in each channel, in units of pixel values.
     seed : int
 
     Returns
@@ -373,13 +376,13 @@ def add_noise(images, index, deviation, seed=0):
     Raises
     ------
     ValueError
-        If there is not one index for each image, or not one deviation of at least 0 for each channel.
+        Unless there are one index for each image and one deviation of at least 0 for each channel.
     """
     if index.shape != images.shape[:1]:
         raise ValueError(f"index is {list(index.shape)}: expected [{len(images)}], one for each image")
     if len(deviation) != images.shape[1] or not all(0 <= value < math.inf for value in deviation):
         raise ValueError(f"deviation is {deviation}: expected {images.shape[1]} numbers of at least 0")
-    # Of 2^16 equally likely values: a gather is the same wherever in a batch an image is, logarithms need not be.
+    # Drawn from 2^16 equally likely values: unlike a logarithm, a gather does not depend on the position in the batch.
     normal = torch.special.ndtri((torch.arange(2 ** 16).double() + 0.5) / 2 ** 16).float().to(images.device)
     deviation = torch.tensor(deviation, device=images.device)[:, None, None]
     counter = _NOISE + torch.arange(images[0].numel(), device=images.device)
@@ -396,19 +399,19 @@ def _per_chunk(samples):
 
 
 def _side(image_size):
-    """Half the side of the template in pixels."""
+    """Return half the side of the template in pixels."""
     return TEMPLATE / IMAGE * image_size / 2
 
 
 def _mixtures():
-    """The colour of a pixel of which k samples of 9 are coloured, uint8 [10, k from 0 to 9, 3]."""
+    """Return the colour of a pixel of which k samples of 9 are coloured, uint8 [10, k from 0 to 9, 3]."""
     table = torch.tensor([BACKGROUND, *COLOURS.values()], dtype=torch.float64).mul(255).round().long()
     k = torch.arange(LEVELS + 1)[:, None]
     return ((k * table[1:, None] + (LEVELS - k) * table[0] + LEVELS // 2) // LEVELS).byte()
 
 
 def _covered(shape, texture, pose, image_size):
-    """How many samples of each pixel have the shape's colour, uint8 [n, s, s]."""
+    """Return how many samples of each pixel have the colour of the shape, uint8 [n, s, s]."""
     side = _side(image_size)
     none = torch.zeros_like(pose.phase)
     coloured = torch.empty(len(shape), SAMPLES, SAMPLES, image_size, image_size, dtype=torch.bool, device=shape.device)
@@ -423,7 +426,7 @@ def _covered(shape, texture, pose, image_size):
             cells = _cells(pose.key[which], 2 * half, contains)
             begin = pose.phase % 1 + half
             x, y = _frame(pose.centre, pose.texture_angle, length / 10, begin, which, image_size)
-            # Samples beyond the cells are beyond the template.
+            # Samples outside the cells are outside the template.
             place = x.long().clamp_(0, 2 * half - 1) * (2 * half) + y.long().clamp_(0, 2 * half - 1)
             coloured[which] &= cells.gather(1, place.flatten(1)).view_as(place)
         else:
@@ -432,8 +435,8 @@ def _covered(shape, texture, pose, image_size):
 
 
 def _frame(centre, angle, unit, begin, which, image_size):
-    """The samples of chosen images in coordinates turned by an angle and measured in a unit, with the template's middle
-    at ``begin``: x and y, each [m, 3, 3, s, s], the samples of a pixel before the pixels."""
+    """Return coordinates of the samples of chosen images, turned by ``angle``, in units of ``unit``, with the middle of
+    the template at ``begin``: x and y, each [m, 3, 3, s, s], with the samples of a pixel before the pixels."""
     offset = (torch.arange(SAMPLES, device=which.device)[:, None] + 0.5) / SAMPLES
     at = (torch.arange(image_size, device=which.device) + offset).flatten()
     right, down = ((at - middle[:, None]) / unit for middle in centre[which].unbind(1))
@@ -444,34 +447,34 @@ def _frame(centre, angle, unit, begin, which, image_size):
 
 
 def _cells(key, size, texture):
-    """Which of size x size cells are coloured, bool [n, size^2]: row after row, streaks along the rows."""
+    """Return which of size x size cells are coloured, bool [n, size^2], row by row; streaks run along the rows."""
     longer = size + texture.length - 1
     begins = _draws(key, _CELLS + torch.arange(size * longer, device=key.device)) >> 39 < texture.share * 2 ** 24
     return begins.view(-1, size, longer).unfold(2, texture.length, 1).any(3).flatten(1)
 
 
 def _cos_sin(angle):
-    """Cosine and sine of whole degrees, float32."""
-    # From a table: the last bit of a vectorised cosine may depend on an image's place in the batch.
+    """Return cosine and sine of integer degrees, float32."""
+    # From a table: the last bit of a vectorised cosine may depend on the position in the batch.
     turns = torch.deg2rad(ANGLES.double())
     return [table.float().to(angle.device)[angle - ANGLES[0].item()] for table in (turns.cos(), turns.sin())]
 
 
-# ---- Random numbers by place (torch's int64 wraps around as C's uint64 does) -----------------------------------------
+# ---- Random numbers by position (torch's int64 wraps around like C's uint64) -----------------------------------------
 
 _GOLDEN, _FIRST, _SECOND = (factor - 2 ** 64 for factor in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_MATCH, _CELLS, _NOISE = 2 ** 7, 2 ** 8, 2 ** 48  # where in an image's stream they begin; the pose is before
+_MATCH, _CELLS, _NOISE = 2 ** 7, 2 ** 8, 2 ** 48  # first positions in the stream of an image; the pose comes before
 
 
 def _keys(index, seed):
-    """The key of each image's stream, int64 [n]."""
+    """Return the key of each image's stream, int64 [n]."""
     if not is_integer(seed) or not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed!r}: expected an integer from 0 to 2^63 - 1")
     return _mixed(_mixed(torch.tensor(seed, device=index.device)) + index * _GOLDEN)
 
 
 def _draws(key, counter):
-    """The numbers of each stream at each counter, 63 random bits each, int64 [n, m]."""
+    """Return the numbers of each stream at each counter, 63 random bits each, int64 [n, m]."""
     return _shifted(_mixed(key[:, None] + (counter + 1) * _GOLDEN), 1)
 
 
@@ -482,5 +485,5 @@ def _mixed(state):
 
 
 def _shifted(state, bits):
-    """To the right, with zeros coming in, where >> on its own repeats the sign."""
+    """Shift to the right and fill with zeros, whereas >> repeats the sign."""
     return state >> bits & (1 << 64 - bits) - 1

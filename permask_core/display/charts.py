@@ -1,7 +1,7 @@
-"""Charts of any rows: means with intervals against a setting, in one panel or several, names at the ends of the lines.
+"""Charts of rows: means with intervals against a setting, in one or several panels, with labels at the ends of lines.
 
-A chart takes rows (a DataFrame or a list of dict), and the names of its columns. Every chart returns its figure. What
-draws into given axes (``draw_...``, :func:`label_ends`) serves figures that a page puts together itself.
+A chart takes rows (a DataFrame or a list of dict) and names of columns, and returns its figure. Functions that draw
+into given axes (``draw_...``, :func:`label_ends`) are for figures that a page composes itself.
 """
 
 import numpy as np
@@ -15,35 +15,36 @@ from permask_core.evaluation.statistics import Interval
 
 def line_chart(rows, x, y, *, by="method", looks=None, dashes=None, levels=None, place=None, ticks=None, xlabel=None,
                bars=False, width=7.0, height=3.6, **axes):
-    """Means with 95 % intervals against a setting: a line for each group of rows, a panel for each measure.
+    """Draw means with 95 % intervals against a setting: a line for each group of rows, a panel for each measure.
 
     Parameters
     ----------
     rows : pandas.DataFrame or list of dict
     x : str
-        The column on the horizontal axis; its values stand at equal distances.
+        The column on the horizontal axis; its values are equally spaced.
     y : str or dict
-        The column on the vertical axis. A dict gives several, with the labels of their axes: a panel for each.
+        The column on the vertical axis, or a dict of several columns and the labels of their axes, with a panel for
+        each.
     by : str or list of str
-        The column, or columns, whose values make the lines.
+        The column or columns whose values define the lines.
     looks : dict of Look, optional
-        By group. By default those of the methods.
+        Looks by group; by default those of the methods.
     dashes : dict of line styles, optional
-        By group. By default constant fan-in is dashed.
+        Line styles by group; by default constant fan-in is dashed.
     levels : pandas.DataFrame or list of dict, optional
-        Rows that have no place on the horizontal axis: their mean is a dotted line across.
+        Rows without a value on the horizontal axis; their mean is a dotted horizontal line.
     place : callable, optional
-        Where a value of ``x`` stands, if not at equal distances.
+        Maps a value of ``x`` to its coordinate, if values are not equally spaced.
     ticks : dict, optional
         Tick labels by value.
     xlabel : str, optional
         Name and unit of ``x``; by default the column's name.
     bars : bool
-        Intervals as bars, side by side, where bands would cover one another.
+        Whether to draw intervals as bars side by side, for bands that would overlap.
     width, height : float
-        Inches.
+        In inches.
     **axes
-        Passed on to :meth:`matplotlib.axes.Axes.set` of each panel: ``ylim=(0, None)``, ``yscale="log"``.
+        Arguments of :meth:`matplotlib.axes.Axes.set` for each panel: ``ylim=(0, None)``, ``yscale="log"``.
 
     Returns
     -------
@@ -63,13 +64,13 @@ def line_chart(rows, x, y, *, by="method", looks=None, dashes=None, levels=None,
         names = draw_lines(panel, rows, x, column, by=by, looks=looks, dashes=dashes, levels=levels, place=place,
                            ticks=ticks, bars=bars)
         panel.set(xlabel=xlabel or x, ylabel=label, **axes)
-    label_ends(panel, names, panel.get_xlim()[1] if levels is not None else None)  # a level reaches the edge
+    label_ends(panel, names, panel.get_xlim()[1] if levels is not None else None)  # a level extends to the edge
     return figure
 
 
 def draw_lines(axes, rows, x, y, *, by="method", looks=None, dashes=None, levels=None, place=None, ticks=None,
                bars=False):
-    """The lines of :func:`line_chart` in given axes.
+    """Draw the lines of :func:`line_chart` in given axes.
 
     Returns
     -------
@@ -96,20 +97,20 @@ def draw_lines(axes, rows, x, y, *, by="method", looks=None, dashes=None, levels
 
 
 def draw_means(axes, x, y, look, *, bars=False, **how):
-    """Means joined by a line, with their 95 % intervals.
+    """Draw means with their 95 % intervals, connected by a line.
 
     Parameters
     ----------
     axes : matplotlib.axes.Axes
     x : sequence of float or Interval
-        Intervals are drawn as horizontal bars, beside vertical ones.
+        Intervals are drawn as horizontal bars, in addition to the vertical ones.
     y : sequence of Interval or array-like
-        Intervals, or the values that make them.
+        Intervals, or values from which they are computed.
     look : Look
     bars : bool
-        Intervals as bars rather than a band.
+        Whether to draw intervals as bars instead of a band.
     **how
-        Passed on to the line: ``linestyle=""``, ``alpha=0.5``.
+        Arguments of the line: ``linestyle=""``, ``alpha=0.5``.
 
     Returns
     -------
@@ -132,7 +133,8 @@ def draw_means(axes, x, y, look, *, bars=False, **how):
 
 
 def draw_level(axes, values, look):
-    """A dotted line across at the mean of some values, with its interval; returns what :func:`label_ends` takes."""
+    """Draw a dotted horizontal line at the mean of values, with its interval; return its entry for
+    :func:`label_ends`."""
     found = spread(np.asarray(values))
     axes.axhline(found.mean, color=look.color, linewidth=1.2, linestyle=DOTTED)
     if found.n > 1:
@@ -141,27 +143,27 @@ def draw_level(axes, values, look):
 
 
 def label_ends(axes, names, x=None):
-    """Names at the right ends of lines, as near to them as they can be without covering one another.
+    """Write names at the right ends of lines, as close to the ends as possible without overlap.
 
     Parameters
     ----------
     axes : matplotlib.axes.Axes
-        With the limits and the scale that they will have.
+        Axes with their final limits and scale.
     names : list of (float, str, str)
-        The height of each line's end, its name and its colour.
+        The height of the end of each line, its name and its colour.
     x : float, optional
-        Where the lines end; by default where the furthest does.
+        Where the lines end; by default the largest end.
     """
     if not names:
         return
     if x is None:
         x = max((np.max(line.get_xdata()) for line in axes.lines if line.get_transform() == axes.transData), default=1)
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # final from here on
-    height = 72 * axes.figure.get_figheight() * axes.get_position().height  # points, before the layout is settled
+    height = 72 * axes.figure.get_figheight() * axes.get_position().height  # in points, before the layout is final
     step, names = 12 / height, sorted(names, key=lambda name: name[0])
     ends = axes.transAxes.inverted().transform(axes.transData.transform([(x, y) for y, _, _ in names]))[:, 1]
-    # Heights with a gap of at least a step, nearest in the least-squares sense, are an isotonic regression. They stay
-    # beside the axes, clear of the tick labels below.
+    # The nearest heights in the least-squares sense with a gap of at least a step are an isotonic regression. They are
+    # limited to the axes, so that they do not cover the tick labels below.
     ladder = step * np.arange(len(names))
     heights = isotonic_regression(ends - ladder).x.clip(0.03, max(0.03, 1 - ladder[-1])) + ladder
     for end, (_, text, color) in zip(heights, names):
@@ -170,19 +172,19 @@ def label_ends(axes, names, x=None):
 
 
 def heatmap(values, *, label, xlabel, ylabel, title="", limits=(None, None), ticks=None, cmap=None):
-    """A matrix as an image, with its colour bar.
+    """Draw a matrix as an image with a colour bar.
 
     Parameters
     ----------
     values : array-like, shape [rows, columns]
-        NaN is left blank.
+        NaN is blank.
     label : str
-        What the colours mean, with the unit.
+        The quantity of the colours, with its unit.
     xlabel, ylabel, title : str
     limits : (float, float)
         The values of the first and the last colour.
     ticks : sequence of str, optional
-        Names of both the rows and the columns.
+        Names of the rows and the columns.
     cmap : str, optional
         Matplotlib's name of a colour map.
 

@@ -1,9 +1,9 @@
-"""Claims: what a notebook found on some seeds, each in one quiet line with its evidence and its replication rate.
+"""Claims: findings of a notebook, each in one line with its evidence and its replication rate.
 
-What must hold (an identity, a planted solution) is asserted. What was found may fail on another machine or with other
-seeds: it is a claim, which says whether it holds in this run and never stops it. A claim is shown as HTML and text, and
-lies as JSON in the metadata of its output, where a program finds it in the executed notebook. How often claims held
-when the notebooks were repeated is stored in ``permask_core/data/measured/claims.json``.
+What must hold (an identity, a planted solution) is asserted. A finding may fail on another machine or with other seeds:
+it is a claim, which reports whether it holds in this run and never stops the run. A claim is shown as HTML and text,
+and is stored as JSON in the metadata of its output in the executed notebook. How often claims held when the notebooks
+were repeated is stored in ``permask_core/data/measured/claims.json``.
 """
 
 import ast
@@ -20,8 +20,8 @@ from IPython.display import display
 from permask_core.data.measured import measured_claims
 from permask_core.evaluation.statistics import Interval, paired_comparison
 
-KEY = "permask_claim"  # of an output's metadata
-PAGE = "PERMASK_PAGE"  # "name@version" of the notebook that runs with the parameters it was committed with
+KEY = "permask_claim"  # in the metadata of an output
+PAGE = "PERMASK_PAGE"  # "name@version" of a notebook that runs with its committed parameters
 
 _STYLE = """<style>
 .permask-claim{max-width:46rem;margin:.25rem auto;font-size:.92em;line-height:1.45;display:flex;gap:.55rem}
@@ -31,7 +31,7 @@ _STYLE = """<style>
 
 
 class Claim(NamedTuple):
-    """A claim as it is shown (:func:`claim`). ``rate`` says how often it held before; empty where nothing is known."""
+    """A claim as shown by :func:`claim`. ``rate`` is a text on how often it held before; empty if unknown."""
 
     sentence: str
     holds: bool
@@ -56,22 +56,22 @@ class Claim(NamedTuple):
 
 
 def claim(sentence, holds, evidence):
-    """Show one line: whether a sentence about the results above holds, on what evidence, and how often it held before.
+    """Show one line: whether a sentence about the results holds, the evidence, and how often it held before.
 
     Parameters
     ----------
     sentence : str
-        What was found, as a sentence that is true as often as its rate says. It identifies the claim on its page, so
-        the numbers that differ from run to run belong to the evidence.
+        The finding. The sentence identifies the claim on its page, so numbers that differ from run to run belong to the
+        evidence.
     holds : bool
         Whether it holds in this run.
     evidence : str
-        The numbers behind it: what was measured, n and an interval. :func:`evidence` writes those of a comparison.
+        The numbers: what was measured, n and an interval. :func:`evidence` formats those of a comparison.
 
     Raises
     ------
     ValueError
-        If the sentence or the evidence is empty, or ``holds`` is not one truth value.
+        If the sentence or the evidence is empty, or ``holds`` is not a single bool.
 
     Examples
     --------
@@ -89,15 +89,15 @@ def claim(sentence, holds, evidence):
 
 
 def evidence(found, unit="points", blocks="pairs"):
-    """The evidence of a comparison or a mean, as text with its n and interval.
+    """Return the evidence of a comparison or a mean as text, with n and the interval.
 
     Parameters
     ----------
     found : Paired or Interval
-        Of :func:`permask_core.evaluation.statistics.paired_comparison` or
+        Result of :func:`permask_core.evaluation.statistics.paired_comparison` or
         :func:`~permask_core.evaluation.statistics.mean_interval`.
     unit, blocks : str
-        What the values are measured in, and what there are n of.
+        The unit of the values, and the name of the n samples.
 
     Returns
     -------
@@ -121,14 +121,15 @@ def evidence(found, unit="points", blocks="pairs"):
 
 
 def ahead(a, b, unit="points", blocks="pairs"):
-    """Whether ``a`` is above ``b`` in the mean, and the evidence: what a claim needs behind its sentence.
+    """Return whether ``a`` is above ``b`` in the mean, and the evidence: the arguments of :func:`claim` after the
+    sentence.
 
     Parameters
     ----------
     a, b : array-like, shape [n]
-        Values of the same blocks, in the same order. One block has no interval.
+        Values of the same blocks in the same order. A single block has no interval.
     unit, blocks : str
-        As for :func:`evidence`.
+        As in :func:`evidence`.
 
     Returns
     -------
@@ -148,7 +149,7 @@ def ahead(a, b, unit="points", blocks="pairs"):
 
 
 def read_claims(notebook):
-    """The claims of an executed notebook.
+    """Read the claims of an executed notebook.
 
     Parameters
     ----------
@@ -163,7 +164,7 @@ def read_claims(notebook):
     Raises
     ------
     ValueError
-        If a sentence is claimed twice on the page: then its rate could not be told from that of the other.
+        If a sentence is claimed twice on the page, because both would have the same rate.
     """
     cells = json.loads(Path(notebook).read_text(encoding="utf8"))["cells"]
     found = [output["metadata"][KEY] for cell in cells for output in cell.get("outputs", [])
@@ -177,7 +178,8 @@ def read_claims(notebook):
 
 
 def notebook_version(notebook):
-    """A hash of what a notebook computes: its code without comments and layout. Its claims' rates belong to it."""
+    """Return a hash of a notebook's code without comments and layout. The rates of its claims belong to this
+    version."""
     cells = json.loads(Path(notebook).read_text(encoding="utf8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells
             if cell["cell_type"] == "code" and "setup" not in cell["metadata"].get("tags", [])]
@@ -185,18 +187,18 @@ def notebook_version(notebook):
 
 
 def rates(page, version):
-    """How often each claim of a page held when its notebook was repeated.
+    """Return how often each claim of a page held when its notebook was repeated.
 
     Parameters
     ----------
     page, version : str
-        The notebook's name, and what :func:`notebook_version` gives for it.
+        The notebook's name, and its :func:`notebook_version`.
 
     Returns
     -------
     dict
-        By sentence a pair (held, made): of ``made`` repetitions in which it was claimed it held in ``held``. Empty if
-        another version of the notebook was repeated, or none.
+        A pair (held, made) by sentence: the claim held in ``held`` of ``made`` repetitions. Empty if no repetition used
+        this version of the notebook.
     """
     stored = measured_claims()["pages"].get(page, {})
     if stored.get("version") != version:
@@ -206,7 +208,7 @@ def rates(page, version):
 
 
 def rate_text(rate):
-    """How a rate reads: ``held in 12 of 13 repetitions``, or ``not yet repeated`` for None."""
+    """Return a rate as text: ``held in 12 of 13 repetitions``, or ``not yet repeated`` for None."""
     return "not yet repeated" if rate is None else f"held in {rate[0]} of {rate[1]} repetitions"
 
 

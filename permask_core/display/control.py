@@ -1,9 +1,9 @@
-"""One call for a figure that the reader can steer, with a kernel or without one.
+"""Interactive figures, with or without a kernel.
 
 Without a kernel (the rendered book, nbviewer, a notebook run by papermill) every combination of the choices is drawn
-beforehand; plain HTML controls and a few lines of script switch between the frames, with no network and from
-``file://`` too. In a live notebook the same ``draw`` is called whenever an ipywidgets control moves. Frames are
-SVG images as data addresses: each keeps its own ids and its own alternative text.
+in advance; plain HTML controls and a short script switch between the frames, without a network and also from
+``file://``. In a live notebook ``draw`` is called whenever an ipywidgets control changes. Frames are SVG images in data
+URLs: each has its own ids and its own alternative text.
 """
 
 import html
@@ -50,28 +50,27 @@ box.addEventListener("input",update);update()})()</script>"""
 
 
 def explore(draw, *, alt, caption="", start=None, **choices):
-    """A figure with one control per choice: a slider for numbers, buttons for anything else.
+    """Show a figure with one control for each choice: a slider for numbers, buttons for other values.
 
     Parameters
     ----------
     draw : callable
-        ``draw(**values)`` returns a Matplotlib figure; it is called with one value per choice and must depend on
-        nothing else, since without a kernel every combination is drawn beforehand.
+        ``draw(**values)`` returns a Matplotlib figure. It is called with one value for each choice and must depend only
+        on these, because without a kernel every combination is drawn in advance.
     alt : str or callable
         Alternative text of a frame: a format string over the choices (``"accuracy at {sparsity:.0%}"``), or
         ``alt(**values)``.
     caption : str
-        What to see in it; plain text below the figure.
+        What to see in the figure; plain text below it.
     start : dict, optional
-        The value each choice begins with; the first one where it is not given.
+        The initial value of each choice; by default the first value.
     **choices : sequence
-        The values of each choice, in the order in which the reader meets them. A dict gives values by label. Where
-        there is one value, there is nothing to choose and no control.
+        The values of each choice, in order. A dict has values by label. A choice with only one value has no control.
 
     Returns
     -------
     IPython.display.HTML or ipywidgets.VBox
-        Shown by being the last expression of a cell.
+        Shown if it is the last expression of a cell.
 
     Raises
     ------
@@ -100,15 +99,15 @@ def explore(draw, *, alt, caption="", start=None, **choices):
 
 
 def show(figure, *, alt, caption=""):
-    """A Matplotlib figure as an SVG with alternative text and a caption, as the book shows it.
+    """Show a Matplotlib figure as an SVG with alternative text and a caption.
 
     Parameters
     ----------
     figure : matplotlib.figure.Figure
     alt : str
-        What the picture shows, for a reader who cannot see it.
+        Description of the figure for readers who cannot see it.
     caption : str
-        What to see in it; plain text.
+        What to see in the figure; plain text.
 
     Returns
     -------
@@ -121,7 +120,7 @@ def _labelled(name, values):
     if not isinstance(values, dict):
         labels = [_label(value) for value in values]
         if len(set(labels)) < len(labels):
-            raise ValueError(f"choice {name!r} has values that read alike, {', '.join(labels)}: give a dict by label")
+            raise ValueError(f"choice {name!r} has equal labels, {', '.join(labels)}: give a dict of values by label")
         values = dict(zip(labels, values))
     if not values:
         raise ValueError(f"choice {name!r} has no values")
@@ -137,22 +136,22 @@ def _is_slider(values):
 
 
 def svg(figure):
-    """A Matplotlib figure as the text of an SVG without a date: the same text for the same figure."""
+    """Return the text of an SVG of a Matplotlib figure, without a date, so that equal figures give equal texts."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg"):]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    # Two decimals are a hundredth of a point; the rest of the digits would be half of the page.
+    # Two decimals are a hundredth of a point; further digits would be half of the page.
     text = re.sub(r'(?<= )(?:d|x|y)="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     return re.sub(r"\s*\n\s*", "\n", text)
 
 
 def _image(figure, alt):
-    # Every %xx is three letters for one: with single quotes inside, only the rarest characters need it.
+    # Every %xx takes three characters instead of one; with single quotes, only rare characters need it.
     text = svg(figure).replace("'", "&#39;").replace('"', "'").replace("\n", " ")
     source = "data:image/svg+xml," + urllib.parse.quote(text, safe="<> =:/;,()!*?@$+'[]|^`{}~-._")
-    # Seven inches fill the column, so that letters are as large in a narrow figure as in a wide one.
+    # Seven inches fill the column, so that letters have the same size in narrow and wide figures.
     width = min(46, figure.get_figwidth() / 7 * 46)
     return f'<img src="{source}" alt="{html.escape(alt)}" style="max-width:{width:.1f}rem"'
 
@@ -163,7 +162,7 @@ def _figure(images, caption):
 
 
 def _page(frame, choices, at, caption):
-    """Every combination drawn, the last choice running fastest, as in the script's mixed-radix index."""
+    """Draw every combination, with the last choice varying fastest, as in the mixed-radix index of the script."""
     shown = 0
     for name, values in choices.items():
         shown = shown * len(values) + at[name]
@@ -198,7 +197,7 @@ def _control(box, i, name, values, at):
 
 
 def _widget(frame, choices, at, caption):
-    import ipywidgets  # only a live kernel has a use for it
+    import ipywidgets  # needed only with a live kernel
 
     def control(name, values):
         kind = ipywidgets.SelectionSlider if _is_slider(values.values()) else ipywidgets.ToggleButtons

@@ -23,26 +23,26 @@ LINES = {"weights": "-", "activations": (0, (2, 1.5)), "": "-"}
 
 
 def series(rows):
-    """The (method, matching) pairs that occur in rows, in the order of first occurrence, dense left out."""
+    """Return the (method, matching) pairs in rows, in the order of first occurrence, without dense."""
     return list(dict.fromkeys((row["method"], row.get("matching", "")) for row in records(rows)
                               if row["method"] != "dense"))
 
 
 def results(rows, published=()):
-    """The rows of a results table: mean test accuracy in percent and half the width of its 95 % interval.
+    """Return the rows of a results table: mean test accuracy in percent and half the width of its 95 % interval.
 
     Parameters
     ----------
     rows : pandas.DataFrame or list of dict
-        As :func:`permask_core.experiments.permuted_masks.run` returns them, of any number of experiments.
+        Rows of :func:`permask_core.experiments.permuted_masks.run`, for any number of experiments.
     published : list of dict, optional
-        Of one setting of :func:`permask_core.data.published.published_permuted_masks`; what fits a line is put below
-        it.
+        Rows of one setting of :func:`permask_core.data.published.published_permuted_masks`; each published row is put
+        below the measured row to which it belongs.
 
     Returns
     -------
     list of dict
-        One for each width, rewind epoch and sparsity, as :func:`permask_core.display.table` takes them.
+        One row for each width, rewind epoch and sparsity, for :func:`permask_core.display.table`.
     """
     rows = records(rows)
     methods = [("dense", ""), *series(rows)]
@@ -53,7 +53,7 @@ def results(rows, published=()):
         head = {name: f"{where[name]:g}" for name in varied} | {"sparsity (%)": f"{100 * where['sparsity']:g}"}
         own = {title(*one): _cell(rows, *one, **where) for one in methods}
         lines.append(({"source": "measured"} if published else {}) | head | own)
-        # A published figure for the dense network stands beside every sparsity, and has no rewind epoch.
+        # A published result for the dense network is listed with every sparsity, and has no rewind epoch.
         found = {row["method"]: f"{100 * row['accuracy']:.1f}" for row in published if row["width"] == where["width"]
                  and math.isclose(row["sparsity"], where["sparsity"]) and row["rewind"] in (None, where["rewind"])}
         if found:
@@ -63,7 +63,7 @@ def results(rows, published=()):
 
 
 def title(method, matching):
-    """What a method is called at the head of a column."""
+    """Return the name of a method at the head of a column."""
     return look(method).label + (f" ({matching})" if matching else "")
 
 
@@ -73,15 +73,15 @@ def _cell(rows, method, matching, **where):
 
 
 def accuracy_by_sparsity(rows):
-    """Test accuracy against sparsity, one line per method, with 95 % intervals over seeds.
+    """Draw test accuracy against sparsity, one line for each method, with 95 % intervals over seeds.
 
-    Where some method falls far below LTH and permuted, a second panel enlarges the top.
+    If some method is far below LTH and permuted, a second panel enlarges the top.
 
     Parameters
     ----------
     rows : pandas.DataFrame or list of dict
-        Of one experiment, as :func:`permask_core.experiments.permuted_masks.run` or
-        :func:`permask_core.experiments.dynamic_sparsity.run` returns them; a single seed has no interval.
+        Rows of one experiment from :func:`permask_core.experiments.permuted_masks.run` or
+        :func:`permask_core.experiments.dynamic_sparsity.run`; a single seed has no interval.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def accuracy_by_sparsity(rows):
     """
     rows = records(rows)
     sparsities = sorted({row["sparsity"] for row in rows} - {0.0})
-    place = {value: -math.log(1 - value) for value in sparsities} or {0.0: 0.0}  # of dense networks alone
+    place = {value: -math.log(1 - value) for value in sparsities} or {0.0: 0.0}  # if there are only dense networks
     lines = {(method, by): [spread(accuracies(rows, method=method, sparsity=s, **({"matching": by} if by else {})))
                             for s in sparsities] for method, by in series(rows)}
     labels = [(points[-1].mean, f"{look(method).label}, by {by}" if by else look(method).label, look(method).color)
@@ -115,22 +115,22 @@ def accuracy_by_sparsity(rows):
     whole.set_ylabel("test accuracy (%)")
     if enlarged:
         top.set_ylim(floor - 0.4, ceiling + 0.15 * (ceiling - floor))
-        whole.set_title("all of it", fontweight="normal")
-        top.set_title("the top, enlarged", fontweight="normal")
+        whole.set_title("whole range", fontweight="normal")
+        top.set_title("top, enlarged", fontweight="normal")
         label_ends(whole, [label for label in labels if label[0] < top.get_ylim()[0]], max(place.values()))
         labels = [label for label in labels if label[0] >= top.get_ylim()[0]]
-    figure.supxlabel("sparsity (% of the prunable weights; spaced by what is left)", fontsize=10)
+    figure.supxlabel("sparsity (% of the prunable weights; log scale of the density)", fontsize=10)
     label_ends(top, labels, max(place.values()))
     return figure
 
 
 def accuracy_by(rows, field, *, label, ticks=None):
-    """Test accuracy against a setting, one line per method, with 95 % intervals over seeds.
+    """Draw test accuracy against a setting, one line for each method, with 95 % intervals over seeds.
 
     Parameters
     ----------
     rows : pandas.DataFrame or list of dict
-        Rows of one sparsity; dense rows are drawn as a line of their own where ``field`` sets them apart.
+        Rows of one sparsity; dense rows are a separate line if they differ in ``field``.
     field : str
         The column on the horizontal axis.
     label : str
@@ -150,28 +150,27 @@ def accuracy_by(rows, field, *, label, ticks=None):
 
 
 def matched_units(source, target, mask, permutation, *, shape, count=8):
-    """Incoming weights of a layer's units as images: of target units, and of the source units beside them and matched
-    to them.
+    """Draw incoming weights of units as images: of target units, and of source units at the same position and matched.
 
     Parameters
     ----------
     source, target : torch.Tensor, shape [units, inputs]
         The layer's weights in the dense source and target.
     mask : torch.Tensor, shape [units, inputs]
-        The source's mask: what it drops is drawn blank.
+        The mask of the source; dropped weights are blank.
     permutation : torch.Tensor, shape [units]
-        The source unit that goes to each place.
+        The source unit that moves to each position.
     shape : (int, int)
         Height and width of the input image.
     count : int
-        How many units: those of the target with the largest norm.
+        Number of units; those of the target with the largest norm are drawn.
 
     Returns
     -------
     matplotlib.figure.Figure
     """
     units = target.norm(dim=1).argsort(descending=True)[:count]
-    rows = [("B's unit", target, None, units), ("A's, same place\n(naive)", source, mask, units),
+    rows = [("B's unit", target, None, units), ("A's, same position\n(naive)", source, mask, units),
             ("A's, matched\n(permuted)", source, mask, permutation[units])]
     figure, axes = new_figure(3, count, width=7.2, height=2.9)
     figure.get_layout_engine().set(h_pad=0.02, hspace=0)
@@ -191,14 +190,14 @@ def matched_units(source, target, mask, permutation, *, shape, count=8):
 
 
 def pictures(splits, *, count=10):
-    """The first images of each split in a row, as a network gets them.
+    """Draw the first images of each split in a row, preprocessed for a network.
 
     Parameters
     ----------
     splits : dict of str to Split
-        By the name of the row.
+        Splits by name of the row.
     count : int
-        Images in a row.
+        Number of images in a row.
 
     Returns
     -------
@@ -222,12 +221,12 @@ def pictures(splits, *, count=10):
 
 
 def mask_pictures(masks, *, xlabel="input unit", ylabel="output unit"):
-    """Masks of one layer side by side: kept weights dark, dropped ones light.
+    """Draw masks of one layer side by side: kept weights are dark, dropped weights light.
 
     Parameters
     ----------
     masks : dict of str to torch.Tensor
-        By title, each [outputs, inputs].
+        Masks by title, each [outputs, inputs].
 
     Returns
     -------
@@ -244,27 +243,26 @@ def mask_pictures(masks, *, xlabel="input unit", ylabel="output unit"):
 
 
 def publish(name, figure, rows, caption, *, folder=None, **record):
-    """Leave a result for others: ``name.svg``, ``name.md`` (the table) and ``name.json`` (everything).
+    """Write a result for other pages: ``name.svg``, ``name.md`` (the table) and ``name.json`` (figure data and record).
 
     Parameters
     ----------
     name : str
     figure : matplotlib.figure.Figure
     rows : list of dict or pandas.DataFrame
-        The table, as :func:`permask_core.display.table` takes it.
+        The table, in a form for :func:`permask_core.display.table`.
     caption : str
         What the table shows.
     folder : path-like, optional
-        Without it, the one that the environment variable ``PERMASK_FIGURES`` names for other pages of the book.
+        By default the folder in the environment variable ``PERMASK_FIGURES``.
     **record
-        What else belongs to the result: anything that JSON holds, dataclasses and DataFrames included. Of a notebook
-        that can be a job of a grid that is ``settings``, a dict, and ``runs``, a list of dicts or a DataFrame, one row
-        for each run: together a tidy table.
+        Further parts of the result: anything that JSON holds, dataclasses and DataFrames. A notebook that can be a job
+        of a grid passes ``settings``, a dict, and ``runs``, a list of dict or a DataFrame with one row for each run.
 
     Returns
     -------
     pathlib.Path or None
-        The folder; None, and nothing written, where there is none.
+        The folder, or None if there is none; then nothing is written.
     """
     folder = folder or os.environ.get("PERMASK_FIGURES")
     if not folder:

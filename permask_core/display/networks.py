@@ -1,4 +1,4 @@
-"""A permutation group drawn on a network: which layers hold its units, on which side, and the paths between them."""
+"""Draw a permutation group on a network: the layers with its units, on which side, and the paths between them."""
 
 import numpy as np
 from matplotlib.patches import Rectangle
@@ -8,24 +8,24 @@ from permask_core.matching.groups import indices
 from permask_core.models.residual import BasicBlock
 
 ROWS, COLUMNS, EMPTY, INK, PALE = "#56B4E9", "#E69F00", "#EDF0F4", "#222222", "#B4BCC6"
-SPINE, ARC = 2.45, 4.1  # inches from the left: where the layers stand, and how far the paths around them reach
-WIDTH, HEIGHT, BAR = 1.0, 0.52, 0.13  # of a weight, and the width of a norm
+SPINE, ARC = 2.45, 4.1  # inches from the left: the layers, and the outermost paths around them
+WIDTH, HEIGHT, BAR = 1.0, 0.52, 0.13  # size of a weight, and width of a norm
 
 
 def group_on_network(model, groups, name):
-    """A small residual network from top to bottom, with all that one group holds of it in colour.
+    """Draw a small residual network from top to bottom, with all parts of one group in colour.
 
-    A box is the weight of a layer, shape [rows, columns, ...], and the bar beside it its norm: the stripes are the
-    rows, columns and norms of the group's units. Heavy lines carry the units.
+    A box is the weight of a layer, shape [rows, columns, ...], and the bar next to it is its norm. The stripes are the
+    rows, columns and norms of the units of the group. Heavy lines carry the units.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A :func:`~permask_core.models.residual.resnet8` or a deeper one of its kind.
+        A :func:`~permask_core.models.residual.resnet8` or a deeper network with the same blocks.
     groups : dict of str to Group
-        Of this model.
+        Groups of this model.
     name : str
-        The group to show.
+        The group to draw.
 
     Returns
     -------
@@ -34,7 +34,7 @@ def group_on_network(model, groups, name):
     Raises
     ------
     ValueError
-        If there is no such group, or the model has no residual blocks of its kind.
+        If there is no such group, or the model has no such residual blocks.
     """
     blocks = [path for path, module in model.named_modules() if isinstance(module, BasicBlock)]
     if not blocks:
@@ -88,7 +88,7 @@ def group_on_network(model, groups, name):
         line([SPINE] * 2, [top, top - 1], holds(first, 1))
         line([SPINE] * 2, [top - 1, top - 1.8], holds(second, 1))
         line([SPINE] * 2, [top - 1.8, total], holds(second, 0))
-        # A cubic from above the block to its sum; without a layer of its own it carries what enters the block.
+        # A cubic curve from above the block to its sum; without a layer it carries the input of the block.
         t = np.linspace(0, 1, 31)
         x = SPINE + 4 * t * (1 - t) * (ARC - SPINE)
         y = top - 0.45 + (3 * t**2 - 2 * t**3) * (total - top + 0.45)

@@ -1,4 +1,4 @@
-"""Numbers out of rows: what an experiment returned, one dict or one line of a DataFrame for each run."""
+"""Select and format numbers from the rows of an experiment: a list of dict or a DataFrame with one row for each run."""
 
 import math
 
@@ -9,7 +9,7 @@ from permask_core.evaluation.statistics import Interval, Paired, mean_interval
 
 
 def select(rows, column, **where):
-    """A column of the rows that match, ordered by seed.
+    """Return a column of the rows that match, ordered by seed.
 
     Parameters
     ----------
@@ -17,7 +17,7 @@ def select(rows, column, **where):
     column : str
         Numbers, or lists of equal length.
     **where
-        Columns and the value they must have: ``method="naive", sparsity=0.97``; None matches what is missing.
+        Columns and their required values: ``method="naive", sparsity=0.97``; None matches missing values.
 
     Returns
     -------
@@ -43,13 +43,14 @@ def select(rows, column, **where):
 
 
 def accuracies(rows, **where):
-    """Test accuracies in percent of the rows that match, ordered by seed; parameters as of :func:`select`."""
+    """Return the test accuracies in percent of the rows that match, ordered by seed; parameters as in
+    :func:`select`."""
     return 100 * select(rows, "accuracy", **where)
 
 
 def spread(values):
-    """As :func:`permask_core.evaluation.statistics.mean_interval`; a single value, which has no interval, stands for
-    itself."""
+    """:func:`permask_core.evaluation.statistics.mean_interval`, in which a single value is an interval of width
+    zero."""
     values = np.asarray(values)
     if len(values) > 1:
         return mean_interval(values)
@@ -57,14 +58,14 @@ def spread(values):
 
 
 def plus_minus(values, digits=1):
-    """A mean and half the width of its 95 % interval, as text; a single value without an interval.
+    """Return a mean and half the width of its 95 % interval as text; a single value has no interval.
 
     Parameters
     ----------
     values : array-like, shape [n], Interval or Paired
         A paired comparison is written with its sign.
     digits : int
-        After the decimal point.
+        Number of digits after the decimal point.
 
     Returns
     -------
@@ -84,16 +85,16 @@ def plus_minus(values, digits=1):
 
 
 def provenance(measured):
-    """Where stored results come from, as a sentence for a caption.
+    """Return the provenance of stored results, as a sentence for a caption.
 
     Parameters
     ----------
     measured : dict
-        With ``command``, ``commit``, ``versions`` and ``device``, as of :mod:`permask_core.data.measured`.
+        A dict with ``command``, ``commit``, ``versions`` and ``device``, as in :mod:`permask_core.data.measured`.
 
     Returns
     -------
     str
     """
-    return (f"Measured beforehand: {measured['command']}, commit {measured['commit']}, torch "
+    return (f"Measured in advance: {measured['command']}, commit {measured['commit']}, torch "
             f"{measured['versions']['torch']}, {measured['device']}.")

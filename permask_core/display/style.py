@@ -1,10 +1,10 @@
-"""One look for every figure: a colour and a marker per method, kept through the whole book.
+"""The style of all figures: each method has the same colour and marker in the whole book.
 
-The colours are Okabe and Ito's palette for colour-blind readers ("Color Universal Design", 2008), its purple darkened
-for contrast; the brown is ours, chosen for its distance from each of them, to colour-blind eyes too. Figures keep a
-white ground of their own, so that they read the same on the light and on the dark page.
-Importing this module sets Matplotlib's defaults, since Matplotlib reads most of them when something is drawn, not when
-the figure is made.
+The colours are Okabe and Ito's palette for colour-blind readers ("Color Universal Design", 2008), with a darker purple
+for contrast; the brown was chosen for its distance from each of them, also for colour-blind readers. Figures have a
+white background, so that they look the same on light and dark pages.
+Importing this module sets Matplotlib's defaults, because Matplotlib reads most of them when something is drawn, not
+when the figure is created.
 """
 
 from typing import NamedTuple
@@ -30,8 +30,8 @@ METHODS = {
     "pruned": Look("#5E4B00", "^", "pruned"),
 }
 
-# Methods of dynamic sparse training. What stays is purple; of two with one colour the one with equal fan-in in all
-# neurons is dashed.
+# Methods of dynamic sparse training. Static masks are purple; of two methods with one colour, the one with constant
+# fan-in is dashed.
 DYNAMIC = {
     "fan_in": Look("#8F5D90", "P", "fan-in"),
     "set": Look("#A87900", "^", "SET"),
@@ -68,7 +68,7 @@ mpl.rcParams.update(RC)
 
 
 def look(method):
-    """Colour, marker and label of a method.
+    """Return colour, marker and label of a method.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def look(method):
 
 
 def new_figure(rows=1, columns=1, *, width=7.0, height=4.0, **subplots):
-    """A figure in the book's style, outside pyplot's global state, and its axes.
+    """Create a figure in the style of the book, outside pyplot's global state, and its axes.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def new_figure(rows=1, columns=1, *, width=7.0, height=4.0, **subplots):
     width, height : float
         Size in inches; the book shows 7 inches as the full width of the text.
     **subplots
-        Passed on to :meth:`matplotlib.figure.Figure.subplots` (``sharey=True``, for instance).
+        Arguments of :meth:`matplotlib.figure.Figure.subplots` (for example ``sharey=True``).
 
     Returns
     -------

@@ -23,16 +23,16 @@ color:inherit;text-align:left}
 
 
 def table(rows, *, caption=""):
-    """An HTML table of records.
+    """Return an HTML table of records.
 
     Parameters
     ----------
     rows : list of dict or pandas.DataFrame
-        One dict per row, all with the same keys in the same order: the column heads. Of a DataFrame the columns, and
-        before them the levels of its index that have names. Numbers stand right; format them as strings to choose their
-        digits. None is left blank.
+        One dict for each row, all with the same keys in the same order, which are the column heads. For a DataFrame,
+        the named levels of its index and its columns. Numbers are right-aligned; format them as strings to choose the
+        digits. None is blank.
     caption : str
-        What the table shows, how many seeds, which unit.
+        What the table shows, the number of seeds and the unit.
 
     Returns
     -------
@@ -41,11 +41,11 @@ def table(rows, *, caption=""):
     Raises
     ------
     ValueError
-        If there are no rows, or a row has other keys than the first.
+        If there are no rows, or the keys of a row differ from those of the first.
     """
     rows = records(rows)
     if not rows:
-        raise ValueError("a table needs at least one row")
+        raise ValueError("a table has no rows: expected at least one")
     heads = list(rows[0])
     for i, row in enumerate(rows):
         if list(row) != heads:
@@ -58,14 +58,14 @@ def table(rows, *, caption=""):
 
     top = "".join(cell("th scope=col", head, head).replace("</th scope=col>", "</th>") for head in heads)
     body = "".join("<tr>" + "".join(cell("td", head, row[head]) for head in heads) + "</tr>" for row in rows)
-    # A figure's caption, not the table's: on a narrow screen the table scrolls sideways and the text should not.
+    # A caption of a figure, not of the table, because on a narrow screen only the table should scroll sideways.
     title = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
     grid = f'<table class="permask-table"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
     return HTML(f'{_STYLE}<figure class="permask-results">{title}<div class="permask-scroll">{grid}</div></figure>')
 
 
 def records(rows):
-    """Rows as a list of dict: those of a DataFrame with its named index, None for what is missing."""
+    """Return rows as a list of dict; a DataFrame's named index is included, and missing values are None."""
     if not isinstance(rows, pd.DataFrame):
         return rows
     named = [name for name in rows.index.names if name is not None]

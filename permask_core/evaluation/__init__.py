@@ -1,1 +1,1 @@
-"""What trained networks do: lines between them, how they differ, whom they serve, and statistics over seeds."""
+"""Evaluation of trained networks: connectivity, diversity of predictions, fairness, and statistics over seeds."""

@@ -1,11 +1,11 @@
-"""What lies between trained networks: losses along straight lines and on planes, barriers, distances and angles.
+"""The space between trained networks: losses along straight lines and on planes, barriers, distances and angles.
 
-Two networks are in one basin if the loss nowhere rises on the straight line between them (Frankle et al., "Linear Mode
-Connectivity and the Lottery Ticket Hypothesis", ICML 2020). How far it rises at most is the barrier (Entezari et al.,
-"The Role of Permutation Invariance in Linear Mode Connectivity of Neural Networks", ICLR 2022); a network that is to be
-moved first is given as :func:`~permask_core.matching.permute` returns it. A plane goes through three networks, as in
-Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", NeurIPS 2018. The networks of a line or
-a plane are mixtures of a few states, and many of them are evaluated at once.
+Two networks are in one basin if the loss does not rise on the straight line between them (Frankle et al., "Linear Mode
+Connectivity and the Lottery Ticket Hypothesis", ICML 2020). Its largest rise is the barrier (Entezari et al., "The Role
+of Permutation Invariance in Linear Mode Connectivity of Neural Networks", ICLR 2022). To move a network first, pass the
+result of :func:`~permask_core.matching.permute`. A plane goes through three networks, as in Garipov et al., "Loss
+Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", NeurIPS 2018. The networks of a line or a plane are mixtures
+of a few states, and many of them are evaluated at once.
 """
 
 import copy
@@ -31,44 +31,44 @@ from permask_core.runs.checks import check_integer
 from permask_core.training.loop import evaluate
 
 CORRECTIONS = ("none", "reset", "repair")
-MEMORY = 2**23  # bytes of weights and activations at once: about what a processor's caches hold; more is slower there
-ON_GPU = 2**30  # the same on a GPU
-SINGLE = (_ConvNd,)  # layers that a processor computes faster one network after the other
-BATCH = 500  # inputs that are evaluated at once
+MEMORY = 2**23  # bytes of weights and activations at once, about the size of a processor's caches; more is slower
+ON_GPU = 2**30  # the same for a GPU
+SINGLE = (_ConvNd,)  # layers that a CPU computes faster for one network after the other
+BATCH = 500  # inputs evaluated at once
 
 
 # ---- Mixtures --------------------------------------------------------------------------------------------------------
 
 class Values(NamedTuple):
-    """Mean cross-entropy ``losses`` in nats and 0-1 ``errors`` in [0, 1], of one network each."""
+    """Mean cross-entropy ``losses`` in nats and 0-1 ``errors`` in [0, 1], one value for each network."""
 
     losses: np.ndarray
     errors: np.ndarray
 
 
 def evaluate_mixtures(model, states, weights, data, *, batches=None):
-    """Loss and error of networks each of which is a weighted sum of the same few.
+    """Return loss and error of networks that are weighted sums of the same few states.
 
-    As many are evaluated at once as fit into a bounded memory; one by one are those with convolutions on a CPU, where
-    that is faster, and those that :func:`torch.vmap` cannot run. Of perceptrons the first layer is computed for the
-    states alone and its answers are mixed.
+    As many networks are evaluated at once as fit into a bounded memory. Networks with convolutions on a CPU, where this
+    is faster, and networks that :func:`torch.vmap` does not support are evaluated one by one. For perceptrons, the
+    first layer is computed only for the states, and its outputs are mixed.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Of the architecture; evaluated where it is, in evaluation mode. Its own weights do not matter or change.
+        A model of the architecture, which is evaluated on its device, in evaluation mode. Its weights are not used and
+        do not change.
     states : sequence of dict of str to torch.Tensor
         The ``state_dict`` of k networks.
     weights : array-like, shape [n, k]
-        Row i gives network i, ``sum_j weights[i, j] * states[j]``. With a single 1 in a row it is that state, bit by
-        bit.
+        Row i defines network i, ``sum_j weights[i, j] * states[j]``. A row with a single 1 gives exactly that state.
     data : Split, (torch.Tensor, torch.Tensor) or iterable of batches
-        Inputs with their classes, int64 [inputs], as :func:`~permask_core.data.batches.batches_of` takes them. An
-        iterator, which can be read only once, is held in memory.
+        Inputs with their classes, int64 [inputs], for :func:`~permask_core.data.batches.batches_of`. An iterator, which
+        can be read only once, is held in memory.
     batches : Split, torch.Tensor or iterable of batches, optional
-        Inputs on which each network's BatchNorm statistics are computed again, one network after the other
-        (:func:`~permask_core.matching.reset_batchnorm`); held in memory. ``x.split(100)`` is batches as well. Without
-        them running statistics are mixed as weights are.
+        Inputs for recomputing the BatchNorm statistics of each network, one network after the other
+        (:func:`~permask_core.matching.reset_batchnorm`); held in memory. ``x.split(100)`` is accepted too. By default
+        running statistics are mixed like weights.
 
     Returns
     -------
@@ -78,9 +78,10 @@ def evaluate_mixtures(model, states, weights, data, *, batches=None):
     Raises
     ------
     ValueError
-        If there are no states, or one does not fit the model or is not finite; if whole numbers differ that are no
-        count of batches, which have no mixture; if weights have another shape or are not finite; if a mixed variance is
-        negative; if the data are empty or their labels are not the model's classes; or if there are no batches.
+        If there are no states, or one does not fit the model or is not finite; if integers other than counts of batches
+        differ between states, because they cannot be mixed; if weights have a wrong shape or are not finite; if a mixed
+        variance is negative; if the data are empty or their labels are not classes of the model; or if there are no
+        batches.
 
     Examples
     --------
@@ -93,8 +94,8 @@ def evaluate_mixtures(model, states, weights, data, *, batches=None):
     check_states(states, model)
     weights = np.asarray(weights, dtype=float)
     if weights.ndim != 2 or not len(weights) or weights.shape[1] != len(states) or not np.isfinite(weights).all():
-        raise ValueError(f"weights has the shape {list(weights.shape)}: expected [n, {len(states)}], at least one row, "
-                         "all finite")
+        raise ValueError(f"weights has the shape {list(weights.shape)}: expected [n, {len(states)}] with at least one "
+                         "row, all finite")
     data = _check_labels(data, model)
     if batches is None:
         return _evaluate_together(model, states, weights, data)
@@ -103,14 +104,14 @@ def evaluate_mixtures(model, states, weights, data, *, batches=None):
 
 
 def mix(states, weights):
-    """``sum_j weights[j] * states[j]`` as a ``state_dict``; whole numbers are those of the first state."""
+    """Return ``sum_j weights[j] * states[j]`` as a ``state_dict``; integers are those of the first state."""
     stacked = _stack(states, states[0])
     return {**states[0], **{name: tensor[0] for name, tensor in _mix(stacked, np.array([weights])).items()}}
 
 
 def check_states(states, model=None):
-    """Raise ValueError unless there are states, all of them finite, which have the same keys and shapes, as the model's
-    own if it is given, and whole numbers that are the same in all, apart from BatchNorm's counts of batches."""
+    """Raise ValueError unless there are states, all finite, with the same keys and shapes (those of ``model`` if
+    given), and with the same integers, except for BatchNorm's counts of batches."""
     if not len(states):
         raise ValueError("there are no states: expected at least one state_dict")
     first = states[0]
@@ -119,15 +120,15 @@ def check_states(states, model=None):
     for name, tensor in first.items():
         if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
             if any(not torch.equal(tensor.cpu(), other[name].cpu()) for other in states[1:]):
-                raise ValueError(f"{name!r} holds whole numbers ({tensor.dtype}) that differ between the states: there "
-                                 "is nothing between them")
+                raise ValueError(f"{name!r} holds integers ({tensor.dtype}) that differ between the states: "
+                                 "expected the same, because they cannot be mixed")
     for state in states:
         _check_finite(state, [name for name, tensor in state.items() if tensor.is_floating_point()])
 
 
 def _check_labels(data, model):
-    """The data, to be read as often as needed; ValueError if there are none or their labels are no classes of the
-    model. Those in memory are all checked, of others the first batch."""
+    """Return the data in a form that can be read repeatedly; raise ValueError if there are none or labels are not
+    classes of the model. Data in memory are all checked, of other data the first batch."""
     data = list(data) if isinstance(data, Iterator) else data
     inputs, y = next(batches_of(data, next(model.parameters()).device, batch_size=BATCH))
     if y is None:
@@ -145,17 +146,17 @@ def _check_labels(data, model):
 def _check_finite(state, names):
     for name in names:
         if not state[name].isfinite().all():
-            raise ValueError(f"{name!r} holds NaN or infinite values: expected finite ones")
+            raise ValueError(f"{name!r} holds NaN or infinite values: expected finite values")
 
 
 def _stack(states, like):
-    """The states' floating-point tensors by name, [k, *shape], in the type and on the device of those of ``like``."""
+    """Return the floating-point tensors of the states by name, [k, *shape], with the types and devices in ``like``."""
     return {name: torch.stack([state[name].detach().to(tensor) for state in states])
             for name, tensor in like.items() if tensor.is_floating_point()}
 
 
 def _mix(stacked, weights):
-    """Of each tensor the mixtures, [n, *shape]."""
+    """Return the mixtures of each tensor, [n, *shape]."""
     return {name: (torch.as_tensor(weights).to(tensor) @ tensor.reshape(len(tensor), -1))
             .view(len(weights), *tensor.shape[1:]) for name, tensor in stacked.items()}
 
@@ -165,8 +166,8 @@ def _check_variances(stacked, weights):
     for name, tensor in _mix(variances, weights).items():
         if (tensor < 0).any():
             at = weights[int((tensor < 0).any(1).int().argmax())]
-            raise ValueError(f"{name!r} is negative in the mixture {np.round(at, 3).tolist()}: away from the networks "
-                             "mixed variances mean nothing; give batches, to compute them again")
+            raise ValueError(f"{name!r} is negative in the mixture {np.round(at, 3).tolist()}: expected variances of "
+                             "at least 0; pass batches to recompute them")
 
 
 def _evaluate_each(networks, data):
@@ -175,7 +176,7 @@ def _evaluate_each(networks, data):
 
 
 def _evaluate_together(model, states, weights, data):
-    # A parameter of two names is one for the model, which knows it by the first.
+    # named_parameters has only the first name of a shared parameter.
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     stacked = {name: tensor for name, tensor in _stack(states, model.state_dict()).items() if name in own}
     _check_variances(stacked, weights)
@@ -198,7 +199,7 @@ def _evaluate_together(model, states, weights, data):
 
 
 def _choose(model, stacked, inputs):
-    """Which of the three methods below computes what the mixtures answer, and how many of them at once."""
+    """Choose one of the three methods below for the logits of mixtures, and how many mixtures are computed at once."""
     if _is_perceptron(model) and isinstance(inputs, torch.Tensor):
         return _perceptrons, _how_many(model, stacked, inputs)
     slower = next(model.parameters()).is_cpu and any(isinstance(module, SINGLE) for module in model.modules())
@@ -206,7 +207,7 @@ def _choose(model, stacked, inputs):
     return (_by_vmap, at_once) if at_once > 1 and _runs_in_vmap(model, stacked, inputs) else (_one_by_one, 1)
 
 
-# Three methods: each gives a function from the weights of mixtures [n, k] to their logits [n, inputs, classes].
+# Each of the three methods returns a function from weights of mixtures [n, k] to their logits [n, inputs, classes].
 
 def _by_vmap(model, stacked, inputs):
     several = vmap(lambda parameters: _logits(model, parameters, inputs))
@@ -226,20 +227,20 @@ def _logits(model, parameters, inputs):
 def _runs_in_vmap(model, stacked, inputs):
     try:
         _by_vmap(model, stacked, parts_of(inputs, count(inputs))[0])(np.eye(len(next(iter(stacked.values())))))
-    except RuntimeError:  # such as of control flow that depends on values
+    except RuntimeError:  # for example, because of control flow that depends on values
         return False
     return True
 
 
 def _is_perceptron(model):
-    """Whether the model flattens its inputs, and then has linear layers and ReLUs alone, a linear one first."""
+    """Whether the model flattens its inputs and then has only linear layers and ReLUs, starting with a linear layer."""
     kinds = [type(layer) for layer in model] if type(model) is nn.Sequential else []
     return (kinds[:2] == [nn.Flatten, nn.Linear] and {*kinds[1:]} <= {nn.Linear, nn.ReLU}
             and all(layer.bias is not None for layer in model if type(layer) is nn.Linear))
 
 
 def _perceptrons(model, stacked, x):
-    # What is linear in its weights is mixed after it is computed: the first layer is, and costs three networks, not n.
+    # The first layer is linear in its weights, so its outputs are mixed: it is computed for k states, not n mixtures.
     (_, flatten), (name, _), *rest = model.named_children()
     x = flatten(x)
     first = {"": torch.stack([F.linear(x, *both) for both in zip(stacked[f"{name}.weight"], stacked[f"{name}.bias"])])}
@@ -258,7 +259,7 @@ def _perceptrons(model, stacked, x):
 
 
 def _how_many(model, stacked, inputs):
-    """Mixtures that fit into memory, each with its weights and what all layers answer to a batch."""
+    """Return the number of mixtures that fit into memory, each with its weights and the outputs of all layers."""
     sizes = []
 
     def read(layer, given, output):
@@ -291,33 +292,33 @@ class Line(NamedTuple):
 
 
 def interpolate_network(model, source, target, alpha=0.5, *, correction="none", batches=None):
-    """The network on the straight line between two others.
+    """Return a network on the straight line between two networks.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Of the architecture; it is not changed.
+        A model of the architecture; it is not changed.
     source, target : dict of str to torch.Tensor
     alpha : float
         In [0, 1]: 0 gives the source, 1 the target.
     correction : {"none", "reset", "repair"}
-        What is done about the statistics of the units, which shrink between networks that differ: nothing (running
-        statistics are interpolated as weights are), :func:`~permask_core.matching.reset_batchnorm`, or
+        How to correct the statistics of the units, which shrink between networks that differ: not at all (running
+        statistics are interpolated like weights), by :func:`~permask_core.matching.reset_batchnorm`, or by
         :func:`~permask_core.matching.repair`.
     batches : Split, torch.Tensor or iterable of batches, optional
-        Inputs for the correction, as :func:`~permask_core.data.batches.batches_of` takes them, or a tuple of batches
+        Inputs for the correction, in a form for :func:`~permask_core.data.batches.batches_of` or a tuple of batches
         such as ``x.split(100)``; held in memory.
 
     Returns
     -------
     torch.nn.Module
-        A new one.
+        A new network.
 
     Raises
     ------
     ValueError
-        If a state does not fit or is not finite, ``alpha`` is out of range, the correction is unknown or lacks batches,
-        or the model has no BatchNorm to reset.
+        If a state does not fit or is not finite, ``alpha`` is out of range, the correction is unknown or needs batches
+        and there are none, or the model has no BatchNorm to reset.
     """
     check_states([source, target], model)
     if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
@@ -332,17 +333,17 @@ def interpolate_network(model, source, target, alpha=0.5, *, correction="none", 
 
 
 def line(model, source, target, data, *, points=25, correction="none", batches=None):
-    """Loss and error on the straight line between two networks.
+    """Return loss and error on the straight line between two networks.
 
     Parameters
     ----------
     model, source, target, correction, batches
-        As for :func:`interpolate_network`. What is corrected is corrected at the ends too: a reset gives them
-        statistics of other inputs than training did.
+        As in :func:`interpolate_network`. The ends are corrected too: a reset computes their statistics on other inputs
+        than training did.
     data : Split, (torch.Tensor, torch.Tensor) or iterable of batches
-        As for :func:`evaluate_mixtures`.
+        As in :func:`evaluate_mixtures`.
     points : int
-        Networks that are evaluated, evenly spaced, the two ends among them; at least 3.
+        Number of evenly spaced networks, including both ends; at least 3.
 
     Returns
     -------
@@ -351,8 +352,8 @@ def line(model, source, target, data, *, points=25, correction="none", batches=N
     Raises
     ------
     ValueError
-        As :func:`interpolate_network` does, if there are too few points, if the data are empty, or if their labels are
-        not the model's classes.
+        As in :func:`interpolate_network`; or if there are too few points, the data are empty, or their labels are not
+        classes of the model.
     """
     check_integer("points", points, 3)
     check_states([source, target], model)
@@ -367,7 +368,7 @@ def line(model, source, target, data, *, points=25, correction="none", batches=N
 
 
 def barrier(alphas, values):
-    """How far values on a line rise above the straight line between the values at its ends, at most.
+    """Return the largest rise of values on a line above the linear interpolation of the values at its ends.
 
     Parameters
     ----------
@@ -379,13 +380,13 @@ def barrier(alphas, values):
     Returns
     -------
     float, or numpy.ndarray of shape [...]
-        ``max over alpha of L(alpha) - ((1 - alpha) L(0) + alpha L(1))`` in the unit of the values. At least 0, since
-        the ends are points of the line.
+        ``max over alpha of L(alpha) - ((1 - alpha) L(0) + alpha L(1))`` in the unit of the values. It is at least 0,
+        because the ends are on the line.
 
     Raises
     ------
     ValueError
-        If alphas do not rise from 0 to 1, values are as many, or one is not finite.
+        If alphas do not increase from 0 to 1, the numbers of values and alphas differ, or a value is not finite.
 
     Examples
     --------
@@ -394,25 +395,25 @@ def barrier(alphas, values):
     """
     alphas, values = np.asarray(alphas, dtype=float), np.asarray(values, dtype=float)
     if alphas.ndim != 1 or len(alphas) < 2 or alphas[0] != 0 or alphas[-1] != 1 or not (np.diff(alphas) > 0).all():
-        raise ValueError(f"alphas is {alphas.tolist()}: expected numbers that rise from 0 to 1, both included")
+        raise ValueError(f"alphas is {alphas.tolist()}: expected increasing numbers from 0 to 1, both included")
     if values.shape[-1:] != alphas.shape or not np.isfinite(values).all():
-        raise ValueError(f"got values of shape {list(values.shape)} for {len(alphas)} alphas: expected as many, all "
-                         "finite")
+        raise ValueError(f"values has the shape {list(values.shape)}: expected [..., {len(alphas)}], one value for "
+                         "each alpha, all finite")
     rise = (values - ((1 - alphas) * values[..., :1] + alphas * values[..., -1:])).max(-1)
     return float(rise) if rise.ndim == 0 else rise
 
 
 def check_correction(correction, model):
-    """Raise ValueError unless the correction is known and the model has the BatchNorm that it needs."""
+    """Raise ValueError if the correction is unknown or needs BatchNorm and the model has none."""
     if correction not in CORRECTIONS:
         raise ValueError(f"unknown correction {correction!r}: expected one of {', '.join(CORRECTIONS)}")
     if correction != "none" and not resettable(model) and correction == "reset":
-        raise ValueError(f"{type(model).__name__} has no BatchNorm: there is nothing to reset")
+        raise ValueError(f"{type(model).__name__} has no BatchNorm: expected at least one layer to reset")
 
 
 def _batches(batches):
-    """What a correction reads, in memory. A tuple that :meth:`torch.Tensor.split` returned has batches, not inputs and
-    targets."""
+    """Return the inputs of a correction, in memory. A tuple from :meth:`torch.Tensor.split` consists of batches, not of
+    inputs and targets."""
     if isinstance(batches, tuple) and len({(one.dtype, one.shape[1:]) for one in batches}) == 1:
         batches = list(batches)
     return list(batches_of(batches))
@@ -420,23 +421,23 @@ def _batches(batches):
 
 def _check_correction(correction, model, batches):
     if correction in CORRECTIONS[1:] and batches is None:
-        raise ValueError(f"correction is {correction!r} without batches: expected inputs to correct on")
+        raise ValueError(f"correction is {correction!r} without batches: expected inputs for the correction")
     check_correction(correction, model)
 
 
 # ---- Planes ----------------------------------------------------------------------------------------------------------
 
 class Plane(NamedTuple):
-    """The plane through three ``states``, and their coordinates in it, ``points`` [3, 2]: the first is the origin, the
-    second lies on the positive first axis, the third above it. Distances are those of the weights."""
+    """The plane through three ``states``, with their coordinates ``points`` [3, 2]: the first state is the origin, the
+    second is on the positive first axis, the third above that axis. Distances are those between weights."""
 
     states: tuple
     points: np.ndarray
 
     def weights(self, at):
-        """The weights [n, 3] that mix the three states to those at the points ``at`` [n, 2]: barycentric coordinates.
+        """Return the weights [n, 3] that mix the three states at the points ``at`` [n, 2]: barycentric coordinates.
 
-        At the three points they are exactly 0 and 1, so that the plane contains its networks bit by bit.
+        At the three points they are exactly 0 and 1, so the plane contains its networks bit for bit.
         """
         at = np.asarray(at, dtype=float)
         if at.ndim != 2 or at.shape[1] != 2 or not np.isfinite(at).all():
@@ -446,11 +447,12 @@ class Plane(NamedTuple):
         return np.stack([1 - second - third, second, third], 1)
 
     def state(self, x, y):
-        """The ``state_dict`` of the network at a point."""
+        """Return the ``state_dict`` of the network at a point."""
         return mix(self.states, self.weights([[x, y]])[0])
 
     def basis(self):
-        """The two orthonormal directions of the axes, each a dict of float64 tensors, by Gram and Schmidt's method."""
+        """Return the two orthonormal directions of the axes, each a dict of float64 tensors, by the Gram-Schmidt
+        method."""
         origin, first, second = ({name: state[name].detach().cpu().double() for name in _weights(state)}
                                  for state in self.states)
         (_, _), (width, _), (x, y) = self.points
@@ -458,8 +460,8 @@ class Plane(NamedTuple):
         return right, {name: (second[name] - origin[name] - x * right[name]) / y for name in origin}
 
     def grid(self, points=41, margin=0.25):
-        """Coordinates ``xs`` and ``ys`` [points] of a grid that holds the three networks, with a margin on each side
-        as a part of its longer side.
+        """Return coordinates ``xs`` and ``ys`` [points] of a grid around the three networks, with a margin on each
+        side, as a fraction of the longer side.
 
         Raises
         ------
@@ -475,13 +477,13 @@ class Plane(NamedTuple):
 
 
 def plane_through(origin, first, second):
-    """The plane through three networks.
+    """Return the plane through three networks.
 
     Parameters
     ----------
     origin, first, second : dict of str to torch.Tensor
-        Three ``state_dict`` of one architecture. BatchNorm's running statistics are mixed as weights are, but have no
-        part in distances and coordinates.
+        Three ``state_dict`` of one architecture. Running statistics of BatchNorm are mixed like weights, but do not
+        count for distances and coordinates.
 
     Returns
     -------
@@ -490,7 +492,7 @@ def plane_through(origin, first, second):
     Raises
     ------
     ValueError
-        If keys or shapes differ, a weight is not finite, or the three lie on one line.
+        If keys or shapes differ, a weight is not finite, or the three networks are on one line.
     """
     states = (origin, first, second)
     check_states(states)
@@ -501,19 +503,19 @@ def plane_through(origin, first, second):
         x = float(right @ up) / width
         height = float((up - x / width * right).norm())
     if width == 0 or height <= 1e-6 * max(reach, width):
-        raise ValueError(f"the three networks lie on one line (the second is {width:.3g} from the first, the third "
-                         f"{reach:.3g}): expected three that span a plane")
+        raise ValueError(f"the three networks are on one line (the second is {width:.3g} from the first, the third "
+                         f"{reach:.3g}): expected three networks that span a plane")
     return Plane(states, np.array([[0.0, 0.0], [width, 0.0], [x, height]]))
 
 
 def surface(model, plane, xs, ys, data, *, batches=None):
-    """Loss and error on a grid of a plane.
+    """Return loss and error on a grid of a plane.
 
     Parameters
     ----------
     model, data, batches
-        As for :func:`evaluate_mixtures`. Without batches a BatchNorm's running statistics are those of the three
-        networks, mixed, which far from them mean little and may become impossible; with them each point has its own.
+        As in :func:`evaluate_mixtures`. Without batches, the running statistics of BatchNorm are mixtures of those of
+        the three networks, which are unreliable far from the networks, where variances may even be negative.
     plane : Plane
     xs, ys : array-like, shapes [columns] and [rows]
 
@@ -525,7 +527,7 @@ def surface(model, plane, xs, ys, data, *, batches=None):
     Raises
     ------
     ValueError
-        As :func:`evaluate_mixtures` does, or if the grid has no columns or no rows.
+        As in :func:`evaluate_mixtures`, or if the grid has no columns or no rows.
     """
     columns, rows = np.meshgrid(xs, ys)
     if not rows.size:
@@ -538,12 +540,12 @@ def surface(model, plane, xs, ys, data, *, batches=None):
 # ---- Distances -------------------------------------------------------------------------------------------------------
 
 def distance(one, other):
-    """Euclidean distance between the weights of two networks.
+    """Return the Euclidean distance between the weights of two networks.
 
     Parameters
     ----------
     one, other : dict of str to torch.Tensor
-        Two ``state_dict`` of one architecture. BatchNorm's running statistics and whole numbers do not count.
+        Two ``state_dict`` of one architecture. Running statistics of BatchNorm and integers do not count.
 
     Raises
     ------
@@ -555,32 +557,31 @@ def distance(one, other):
 
 
 def angle(one, other, origin=None):
-    """Angle in degrees between the weights of two networks, seen from zero or from those of a third.
+    """Return the angle in degrees between the weights of two networks, seen from zero or from a third network.
 
     Parameters
     ----------
     one, other, origin : dict of str to torch.Tensor
-        As for :func:`distance`.
+        As in :func:`distance`.
 
     Raises
     ------
     ValueError
-        If keys or shapes differ, a weight is not finite, there are none, or a network does not differ from the origin,
-        so that it has no direction.
+        If keys or shapes differ, a weight is not finite, there are no weights, or a network equals the origin.
     """
     check_states([one, other, *([origin] if origin is not None else [])])
     base = _vector(origin) if origin is not None else 0
     one, other = (_vector(state) - base for state in (one, other))
     if not (one.any() and other.any()):
         why = "is zero" if origin is None else "does not differ from the origin"
-        raise ValueError(f"a network {why}: it has no direction")
+        raise ValueError(f"a network {why}: expected a network with a direction")
     one, other = one / one.norm(), other / other.norm()
-    # The arc cosine would lose half the digits of a small angle (Kahan).
+    # For small angles the arc cosine would lose half of the digits (Kahan).
     return math.degrees(2 * math.atan2(float((one - other).norm()), float((one + other).norm())))
 
 
 def _weights(state):
-    # In one order: a state that was stored and loaded need not have that of its model.
+    # Sorted, because a loaded state may have a different order.
     return [name for name, tensor in sorted(state.items())
             if tensor.is_floating_point() and name.rsplit(".", 1)[-1] not in STATISTICS]
 
@@ -588,7 +589,7 @@ def _weights(state):
 def _vector(state):
     names = _weights(state)
     if not names:
-        raise ValueError(f"none of the tensors {', '.join(state) or '(there are none)'} is a weight: expected a "
-                         "state_dict with some")
+        raise ValueError(f"none of the tensors {', '.join(state) or '(an empty dict)'} is a weight: expected a "
+                         "state_dict with weights")
     _check_finite(state, names)
     return torch.cat([state[name].detach().cpu().double().flatten() for name in names])

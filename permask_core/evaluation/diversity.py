@@ -1,9 +1,9 @@
-"""How differently several networks answer: disagreement, divergences, what an ensemble gains, and a map of functions.
+"""Diversity of the predictions of several networks: disagreement, divergences, ensembles, and a map of functions.
 
-Everything is computed from the probabilities that networks give to the classes of the same inputs, [models, n,
-classes]. A comparison of each with each is a matrix [models, models], a mean over inputs, whose off-diagonal entries
-:func:`pair_mean` reduces to one number. Adnan et al., "Sparse Training from Random Initialization: Aligning Lottery
-Ticket Masks using Weight Symmetry", ICML 2025, measure so that a ticket trained again finds almost the same function.
+All measures are computed from the predicted probabilities for the same inputs, [models, n, classes]. A pairwise
+comparison is a matrix [models, models] of means over inputs; :func:`pair_mean` reduces its off-diagonal entries to one
+number. With these measures Adnan et al., "Sparse Training from Random Initialization: Aligning Lottery Ticket Masks
+using Weight Symmetry", ICML 2025, show that a ticket that is trained again finds almost the same function.
 """
 
 from numbers import Integral
@@ -14,12 +14,12 @@ from scipy.special import entr, rel_entr, softmax
 
 from permask_core.evaluation.statistics import as_labels
 
-TOLERANCE = 1e-4  # of sums that should be 1: many classes in half precision
+TOLERANCE = 1e-4  # for sums that should be 1, with many classes in half precision
 
 
 class Diversity(NamedTuple):
-    """Of several models: the mean ``accuracy`` of each alone, that of the ``ensemble``, in [0, 1], and the means over
-    pairs of ``disagreement`` (a share of the inputs), ``kl`` and ``js`` (nats)."""
+    """Measures of several models: their mean ``accuracy``, that of the ``ensemble``, both in [0, 1], and means over
+    pairs of ``disagreement`` (a fraction of the inputs), ``kl`` and ``js`` (in nats)."""
 
     accuracy: float
     ensemble: float
@@ -29,8 +29,8 @@ class Diversity(NamedTuple):
 
 
 class FunctionMap(NamedTuple):
-    """``points`` [models, dimensions] whose distances approximate those between functions, the widest direction first;
-    the share of the squared distances that they have ``explained``, and Kruskal's ``stress``, both 0 to 1."""
+    """``points`` [models, dimensions] whose distances approximate those between functions, widest direction first; the
+    fraction ``explained`` of the squared distances, and Kruskal's ``stress``, both from 0 to 1."""
 
     points: np.ndarray
     explained: float
@@ -38,13 +38,13 @@ class FunctionMap(NamedTuple):
 
 
 def probabilities(logits):
-    """The softmax over the last axis, computed in float64.
+    """Return the softmax over the last axis, computed in float64.
 
     Parameters
     ----------
     logits : array-like, shape [..., classes]
-        Such as a list of what :func:`permask_core.training.predict` returns; tensors of any type and device, also with
-        a gradient.
+        For example a list of results of :func:`permask_core.training.predict`. Tensors may have any type and device,
+        and may require gradients.
 
     Returns
     -------
@@ -53,7 +53,7 @@ def probabilities(logits):
     Raises
     ------
     ValueError
-        If there are none, their shapes differ, or one is not finite.
+        If there are no logits, their shapes differ, or a logit is not finite.
     """
     try:
         logits = [np.asarray(one.detach().cpu().double() if hasattr(one, "detach") else one, dtype=float)
@@ -61,8 +61,8 @@ def probabilities(logits):
         if len({one.shape for one in logits}) > 1:
             raise ValueError(f"the shapes are {', '.join(str(list(one.shape)) for one in logits)}")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the logits are no array of numbers ({error}): expected [..., classes], of the same shape "
-                         "for each model") from error
+        raise ValueError(f"the logits are not an array of numbers ({error}): expected [..., classes], of the same "
+                         "shape for each model") from error
     logits = np.asarray(logits)
     if not logits.size:
         raise ValueError(f"the logits have the shape {list(logits.shape)}: expected at least one number")
@@ -72,29 +72,29 @@ def probabilities(logits):
 
 
 def disagreement(p):
-    """The share of inputs to which two models give different answers: a metric between models.
+    """Return the fraction of inputs for which two models predict different classes, a metric between models.
 
     Parameters
     ----------
     p : array-like, shape [models, n, classes]
-        Probabilities; the answer is the class with the largest, the first of equal ones.
+        Probabilities; the prediction is the class with the largest probability, the first of equal ones.
 
     Returns
     -------
     numpy.ndarray, shape [models, models]
-        In [0, 1]; its square root is a Euclidean distance.
+        In [0, 1]; the square root is a Euclidean distance.
 
     Raises
     ------
     ValueError
-        If these are not probabilities of several classes.
+        If ``p`` are not probabilities of several classes.
     """
     named = _checked(p).argmax(-1)
     return np.stack([(one != named).mean(-1) for one in named])
 
 
 def kl_divergence(p):
-    """The Kullback-Leibler divergence of each model's answers from each other's, a mean over inputs.
+    """Return the Kullback-Leibler divergence between the predictions of all pairs of models, averaged over inputs.
 
     Parameters
     ----------
@@ -103,19 +103,20 @@ def kl_divergence(p):
     Returns
     -------
     numpy.ndarray, shape [models, models]
-        Entry (i, j) is KL(p_i || p_j) = sum p_i log(p_i / p_j) in nats; infinite where j excludes what i does not.
+        Entry (i, j) is KL(p_i || p_j) = sum p_i log(p_i / p_j) in nats. It is infinite if j gives probability 0 to a
+        class and i does not.
 
     Raises
     ------
     ValueError
-        As for :func:`disagreement`.
+        As in :func:`disagreement`.
     """
     p = _checked(p)
     return np.stack([rel_entr(one, p).sum(-1).mean(-1) for one in p])
 
 
 def js_divergence(p):
-    """The Jensen-Shannon divergence between models, a mean over inputs: what both lose to their common mean.
+    """Return the Jensen-Shannon divergence between models, averaged over inputs.
 
     Parameters
     ----------
@@ -124,12 +125,12 @@ def js_divergence(p):
     Returns
     -------
     numpy.ndarray, shape [models, models]
-        In nats, 0 to ln 2; without the square root, which would be a Euclidean distance.
+        In nats, from 0 to ln 2; the square root, which is not taken, would be a Euclidean distance.
 
     Raises
     ------
     ValueError
-        As for :func:`disagreement`.
+        As in :func:`disagreement`.
 
     References
     ----------
@@ -143,12 +144,12 @@ def js_divergence(p):
 
 
 def pair_mean(matrix):
-    """The mean over all ordered pairs of different models.
+    """Return the mean over all ordered pairs of different models.
 
     Parameters
     ----------
     matrix : array-like, shape [models, models]
-        Of at least two models.
+        A comparison of at least two models.
 
     Returns
     -------
@@ -159,7 +160,7 @@ def pair_mean(matrix):
 
 
 def ensemble_accuracy(p, y):
-    """How often the mean of the models' probabilities is largest for the right class.
+    """Return the accuracy of the ensemble, which predicts by the mean of the models' probabilities.
 
     Parameters
     ----------
@@ -174,30 +175,30 @@ def ensemble_accuracy(p, y):
     Raises
     ------
     ValueError
-        As for :func:`disagreement`, or if the labels do not fit.
+        As in :func:`disagreement`, or if the labels do not fit.
     """
     p = _checked(p)
     return float((p.mean(0).argmax(-1) == _labels(p, y)).mean())
 
 
 def diversity(p, y):
-    """All of it in one row, as the paper's tables have it.
+    """Return all measures, as in a row of the paper's tables.
 
     Parameters
     ----------
     p : array-like, shape [models, n, classes]
-        Probabilities of at least two models, as from :func:`probabilities`.
+        Probabilities of at least two models, for example from :func:`probabilities`.
     y : array-like of int, shape [n]
 
     Returns
     -------
     Diversity
-        With means over ordered pairs of models, which matters to the Kullback-Leibler divergence alone.
+        Means are over ordered pairs of models, which matters only for the Kullback-Leibler divergence.
 
     Raises
     ------
     ValueError
-        As for :func:`ensemble_accuracy`, or if there is one model only.
+        As in :func:`ensemble_accuracy`, or if there is only one model.
     """
     p = _checked(p)
     return Diversity(float((p.argmax(-1) == _labels(p, y)).mean()), ensemble_accuracy(p, y),
@@ -205,25 +206,25 @@ def diversity(p, y):
 
 
 def function_map(distances, dimensions=2):
-    """Place models so that the distances between them are as they should be: classical multidimensional scaling.
+    """Map models to points with approximately the given distances, by classical multidimensional scaling.
 
     Parameters
     ----------
     distances : array-like, shape [models, models]
-        Symmetric, with zeros on the diagonal: the square root of :func:`disagreement` or :func:`js_divergence`, which
-        are distances in a space of many dimensions.
+        Symmetric, with zeros on the diagonal: for example the square root of :func:`disagreement` or
+        :func:`js_divergence`, which are distances in a space of many dimensions.
     dimensions : int
 
     Returns
     -------
     FunctionMap
-        Turned to the principal axes; which side of an axis is positive means nothing. Distances that fit into no space
-        have negative eigenvalues, which are counted as not explained.
+        Points in their principal axes; the sign of an axis is arbitrary. Distances that are not Euclidean have negative
+        eigenvalues, which count as not explained.
 
     Raises
     ------
     ValueError
-        If these are no distances, or there are more dimensions than models.
+        If ``distances`` are not distances, or there are more dimensions than models.
 
     References
     ----------
@@ -232,10 +233,10 @@ def function_map(distances, dimensions=2):
     """
     distances = _square(distances)
     if not np.isfinite(distances).all() or (distances < 0).any() or np.diag(distances).any():
-        raise ValueError("distances are not all finite and at least 0, with zeros on the diagonal")
+        raise ValueError("distances are wrong: expected finite numbers of at least 0, with zeros on the diagonal")
     if not np.allclose(distances, distances.T):
-        raise ValueError("distances are not symmetric: expected the same both ways (of Kullback-Leibler divergences, "
-                         "the mean of the two)")
+        raise ValueError("distances are not symmetric: expected a symmetric matrix (for Kullback-Leibler divergences, "
+                         "the mean of both directions)")
     if not isinstance(dimensions, Integral) or isinstance(dimensions, bool) or not 1 <= dimensions <= len(distances):
         raise ValueError(f"dimensions is {dimensions!r}: expected an integer from 1 to {len(distances)}")
     squares = distances**2
@@ -253,17 +254,17 @@ def function_map(distances, dimensions=2):
 def _checked(p):
     p = np.asarray(p, dtype=float)
     if p.ndim != 3 or not p.shape[0] or not p.shape[1] or p.shape[2] < 2:
-        raise ValueError(f"p has the shape {list(p.shape)}: expected [models, n, classes], at least one model, one "
-                         "input and two classes")
+        raise ValueError(f"p has the shape {list(p.shape)}: expected [models, n, classes] with at least one model, "
+                         "one input and two classes")
     if not (p >= 0).all() or not np.allclose(p.sum(-1), 1, atol=TOLERANCE):
-        raise ValueError("p are not probabilities that add up to 1: expected those, as from probabilities(logits)")
+        raise ValueError("p is not a distribution over classes: expected probabilities(logits), for example")
     return p
 
 
 def _labels(p, y):
     y = as_labels("y", y, p.shape[-1])
     if len(y) != p.shape[1]:
-        raise ValueError(f"y has {len(y)} labels, p {p.shape[1]} inputs: expected as many")
+        raise ValueError(f"y has {len(y)} labels: expected {p.shape[1]}, the number of inputs in p")
     return y
 
 

@@ -1,1 +1,1 @@
-"""The experiments of the book, one file for each."""
+"""The experiments of the book, one file each."""

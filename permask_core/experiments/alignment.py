@@ -1,8 +1,8 @@
-"""What aligning a mask costs, how much of a gap it closes, and whether it finds a permutation that is known.
+"""The cost of aligning a mask, the share of a gap that it closes, and whether matching finds a known permutation.
 
-The costs are epochs of training, for what :mod:`permask_core.experiments.permuted_masks` trains. A gap is closed by the
-share that a ratio of means says, with the interval of Fieller, "Some Problems in Interval Estimation", 1954. The known
-permutation is planted: a network is moved at random and disturbed, and what is found is compared as the mask sees it.
+Costs are epochs of training of :mod:`permask_core.experiments.permuted_masks`. The share of a gap is a ratio of means
+with the interval of Fieller, "Some Problems in Interval Estimation", 1954. The known permutation is planted: a network
+is permuted at random and perturbed, and the recovered permutation is compared by its effect on the mask.
 """
 
 import math
@@ -20,14 +20,14 @@ from permask_core.pruning import check_sparsity, full_rounds
 from permask_core.runs.checks import check_one_of
 
 METHODS = ("lth", "permuted", "naive", "random", "imp")
-SMALLEST_GAP = 0.02  # in accuracy: a smaller one is of the size of what seeds change
+SMALLEST_GAP = 0.02  # in accuracy; a smaller gap is of the size of differences between seeds
 
 
 # ---- Costs -----------------------------------------------------------------------------------------------------------
 
 class Cost(NamedTuple):
-    """Epochs of training: what is ``shared`` by all that use A's mask (A and its pruning), and what the network itself
-    needs, ``dense`` and ``sparse``."""
+    """Epochs of training: those ``shared`` by all networks that use A's mask (A and its pruning), and the ``dense`` and
+    ``sparse`` epochs of the network itself."""
 
     shared: int
     dense: int
@@ -35,21 +35,21 @@ class Cost(NamedTuple):
 
     @property
     def own(self):
-        """The epochs of the network itself, dense and sparse together."""
+        """Return the epochs of the network itself, dense plus sparse."""
         return self.dense + self.sparse
 
 
 def cost(experiment, method, sparsity):
-    """The epochs of training behind one sparse network.
+    """Return the epochs of training that one sparse network needs.
 
     Parameters
     ----------
     experiment : permask_core.experiments.permuted_masks.Experiment
     method : {"lth", "permuted", "naive", "random", "imp"}
-        ``imp`` prunes B itself, and needs nothing of A. ``permuted`` trains dense B as far as it is matched, or to the
-        rewind point if that is later; A, which is trained to its end anyway, has every earlier state.
+        ``imp`` prunes B itself and does not use A. ``permuted`` trains dense B until the epoch of matching, or until
+        the rewind point if that is later; A is trained to its end in any case.
     sparsity : float
-        In (0, 1), which says how many rounds of pruning there are.
+        In (0, 1); it determines the number of pruning rounds.
 
     Returns
     -------
@@ -71,8 +71,8 @@ def cost(experiment, method, sparsity):
 # ---- Gaps ------------------------------------------------------------------------------------------------------------
 
 class GapShare(NamedTuple):
-    """The ``share`` of a ``gap`` (mean LTH minus mean naive) that is closed, its interval [``low``, ``high``], and
-    ``n`` seeds; NaN where it is not defined, and then ``undefined`` says why."""
+    """The closed ``share`` of a ``gap`` (mean LTH minus mean naive), its interval [``low``, ``high``], and ``n`` seeds.
+    If the share is undefined it is NaN, and ``undefined`` is the reason."""
 
     share: float
     low: float
@@ -83,22 +83,22 @@ class GapShare(NamedTuple):
 
 
 def gap_share(permuted, naive, lth, confidence=0.95):
-    """How much of the way from the naive mask to the ticket a permuted one goes: a ratio of means.
+    """Return the share of the gap between the naive mask and the ticket that a permuted mask closes: a ratio of means.
 
     Parameters
     ----------
     permuted, naive, lth : array-like, shape [n]
-        Accuracies in [0, 1], one for each seed in the same order; at least two. With another permuted mask in place of
-        ``lth`` it is the share of that one's gain which is kept.
+        Accuracies in [0, 1], one for each seed in the same order; at least two. With another permuted mask as ``lth``,
+        the result is the share of its gain that is preserved.
     confidence : float
         In (0, 1).
 
     Returns
     -------
     GapShare
-        (mean permuted - mean naive) / (mean LTH - mean naive): 0 as naive, 1 as LTH. The interval is Fieller's for
-        paired values: the shares s for which a t-test of permuted - naive - s (LTH - naive) sees no difference from 0.
-        Not defined where the gap is at most 2 points, or not sure to be above 0 at this confidence.
+        (mean permuted - mean naive) / (mean LTH - mean naive): 0 is naive, 1 is LTH. The interval is Fieller's for
+        paired values: the shares s for which a t-test of permuted - naive - s (LTH - naive) finds no difference from 0.
+        It is undefined if the gap is at most 2 points, or not significantly above 0 at this confidence.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def gap_share(permuted, naive, lth, confidence=0.95):
             raise ValueError(f"{name} has the shape {list(one.shape)}, lth {list(values['lth'].shape)}: expected one "
                              "value for each of the same seeds, at least two")
         if not ((one >= 0) & (one <= 1)).all():
-            raise ValueError(f"{name} holds {one.tolist()}: expected accuracies in [0, 1]")
+            raise ValueError(f"{name} is {one.tolist()}: expected accuracies in [0, 1]")
     gained, lost = values["permuted"] - values["naive"], values["lth"] - values["naive"]
     n, x, y = len(lost), float(gained.mean()), float(lost.mean())
     if y <= SMALLEST_GAP:
@@ -127,7 +127,7 @@ def gap_share(permuted, naive, lth, confidence=0.95):
     if a <= 0:
         why = f"at {100 * confidence:g} % LTH minus naive, {100 * y:.1f} points in the mean, may be 0"
         return GapShare(math.nan, math.nan, math.nan, y, n, why)
-    half = math.sqrt(max(b * b - a * c, 0))  # below 0 by rounding alone
+    half = math.sqrt(max(b * b - a * c, 0))  # below 0 only by rounding
     return GapShare(x / y, float((b - half) / a), float((b + half) / a), y, n)
 
 
@@ -135,7 +135,7 @@ def gap_share(permuted, naive, lth, confidence=0.95):
 
 @torch.no_grad()
 def plant_permutation(groups, state, *, noise=0.0, seed=0):
-    """A network whose units were moved at random and whose weights were disturbed, and how they were moved.
+    """Permute the units of a network at random and perturb its weights.
 
     Parameters
     ----------
@@ -143,15 +143,15 @@ def plant_permutation(groups, state, *, noise=0.0, seed=0):
     state : dict of str to torch.Tensor
         A ``state_dict``.
     noise : float
-        Of independent normal noise on each tensor: its standard deviation over that of the tensor's values, at least 0.
-        Whole numbers and running statistics stay as they are.
+        Standard deviation of independent normal noise on each tensor, relative to that of the tensor's values; at least
+        0. Integers and running statistics get no noise.
     seed : int
 
     Returns
     -------
     (dict of str to torch.Tensor, dict of str to torch.Tensor)
-        The new state, and the permutations that move ``state`` onto it without the noise, as
-        :func:`permask_core.matching.permute` takes them.
+        The new state, and the permutations for :func:`permask_core.matching.permute` that move ``state`` onto it
+        without the noise.
 
     Raises
     ------
@@ -170,22 +170,22 @@ def plant_permutation(groups, state, *, noise=0.0, seed=0):
 
 
 def mask_overlap(one, other):
-    """The share of the kept weights of one mask that the other keeps as well.
+    """Return the fraction of the kept weights of one mask that the other mask also keeps.
 
     Parameters
     ----------
     one, other : Masks
-        With the same keys and shapes, as the same ticket has them after two permutations.
+        Masks with the same keys and shapes, such as one ticket after two permutations.
 
     Returns
     -------
     float
-        How many weights both keep over how many ``one`` keeps, in [0, 1], over all tensors together.
+        The number of weights that both keep divided by the number that ``one`` keeps, over all tensors, in [0, 1].
 
     Raises
     ------
     ValueError
-        If they do not fit, or the first keeps nothing.
+        If the masks do not fit, or the first keeps no weight.
     """
     check_bool(one)
     check_bool(other)
@@ -194,21 +194,21 @@ def mask_overlap(one, other):
         raise ValueError(f"the masks have the shapes {shapes[0]} and {shapes[1]}: expected the same")
     kept = sum(int(mask.sum()) for mask in one.values())
     if not kept:
-        raise ValueError("the first mask keeps no weight: there is nothing to overlap")
+        raise ValueError("the first mask keeps no weight: expected at least one")
     return sum(int((mask & other[name]).sum()) for name, mask in one.items()) / kept
 
 
 def idle_units(groups, masks, state):
-    """Which units have lost all their connections: where such a unit goes does not matter to the mask.
+    """Return which units have lost all connections, so that their position does not matter to the mask.
 
     Parameters
     ----------
     groups : dict of str to permask_core.matching.Group
     masks : Masks
     state : dict of str to torch.Tensor
-        The network's ``state_dict``, which tells what the groups name beside the masks: a tensor of two or more axes
-        without a mask, as a shortcut's convolution, connects all its units; a bias or what belongs to a normalisation
-        connects none.
+        The ``state_dict`` of the network, for the tensors of the groups that have no mask: a tensor of two or more
+        axes, such as a convolution on a shortcut, connects all its units; a bias or a parameter of a norm connects
+        none.
 
     Returns
     -------
@@ -236,12 +236,12 @@ def idle_units(groups, masks, state):
 
 
 def shared_positions(found, truth):
-    """The share of the units that two permutations put at the same place, over all groups together.
+    """Return the fraction of the units that two permutations move to the same position, over all groups.
 
     Parameters
     ----------
     found, truth : dict of str to torch.Tensor
-        Of the same groups.
+        Permutations of the same groups.
 
     Returns
     -------

@@ -1,10 +1,10 @@
-"""Where the solutions of the permuted-mask experiment lie: lines between them, in stages that are stored.
+"""Basins of the solutions of the permuted-mask experiment: lines between them, in stages that are stored.
 
-Two questions per seed. How high is the barrier between the dense networks A and B, with A as it is and moved onto B?
-And which sparse solutions share a basin with the pruned solution, which is A trained, pruned, and trained on under its
-mask? That of the ticket does, which is how it can be as good (Evci, Ioannou, Keskin and Dauphin, "Gradient Flow in
-Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022); a permuted one is compared with the pruned solution
-moved the same way, so that all networks on a line have one mask.
+For each seed, the experiment measures the barrier between the dense networks A and B, with A unchanged and moved onto
+B. It also measures which sparse solutions share a basin with the pruned solution, which is A trained, pruned, and
+fine-tuned under its mask. The solution of the ticket does, which explains its accuracy (Evci, Ioannou, Keskin and
+Dauphin, "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022). A permuted solution is
+compared with the pruned solution after the same permutation, so that all networks on a line have one mask.
 """
 
 import torch
@@ -24,12 +24,12 @@ from permask_core.pruning import check_sparsity
 from permask_core.runs.checks import check_integer, check_one_of, check_work
 from permask_core.runs.processes import default_device
 
-DENSE, SPARSE = ("permuted", "naive"), ("lth", "permuted", "naive")  # the methods whose lines are drawn
-IMAGES = 2000  # of the training set, on which BatchNorm's statistics are computed again
+DENSE, SPARSE = ("permuted", "naive"), ("lth", "permuted", "naive")  # the methods with lines
+IMAGES = 2000  # of the training set, for recomputing the statistics of BatchNorm
 
 
 def ends(experiment, store, seed, sparsity, method, by="weights"):
-    """The two networks of a line.
+    """Return the two networks of a line.
 
     Parameters
     ----------
@@ -39,10 +39,11 @@ def ends(experiment, store, seed, sparsity, method, by="weights"):
     sparsity : float
         0 for the dense networks.
     method : {"lth", "permuted", "naive"}
-        Of dense networks ``permuted`` or ``naive``: the source is A, moved or as it is, and the target B. Of sparse
-        ones the source is the pruned solution, moved for ``permuted``, and the target the method's.
+        For dense networks ``permuted`` or ``naive``: the source is A, moved or not, and the target is B. For sparse
+        networks the source is the pruned solution, moved for ``permuted``, and the target is the solution of the
+        method.
     by : {"weights", "activations"}
-        How A is matched to B.
+        The matching of A to B.
 
     Returns
     -------
@@ -60,14 +61,14 @@ def ends(experiment, store, seed, sparsity, method, by="weights"):
 
 
 def losses_between(experiment, store, seed, sparsity, method, by="weights", *, points=25, correction="none"):
-    """Losses and errors on the line between two networks, over the test and the training set.
+    """Compute losses and errors on the line between two networks, on the test and the training set.
 
     Parameters
     ----------
     experiment, store, seed, sparsity, method, by
-        As for :func:`ends`.
+        As in :func:`ends`.
     points, correction
-        As for :func:`permask_core.evaluation.connectivity.line`, the correction on the first 2,000 training images.
+        As in :func:`permask_core.evaluation.connectivity.line`; the correction uses the first 2,000 training images.
 
     Returns
     -------
@@ -97,7 +98,7 @@ def losses_between(experiment, store, seed, sparsity, method, by="weights", *, p
 
 
 def run(experiment, store, *, seeds, sparsities, by="weights", points=25, correction="none", workers=1):
-    """Draw the lines of an experiment, or of several, over seeds and sparsities.
+    """Compute the lines of one or several experiments over seeds and sparsities.
 
     Parameters
     ----------
@@ -105,16 +106,16 @@ def run(experiment, store, *, seeds, sparsities, by="weights", points=25, correc
     store : permask_core.runs.store.Store
     seeds : sequence of int
     sparsities : sequence of float
-        0 for the line between the dense networks; the others in (0, 1).
+        0 for the line between the dense networks, otherwise in (0, 1).
     by, points, correction
-        As for :func:`losses_between`.
+        As in :func:`losses_between`.
     workers : int
-        As for :func:`permask_core.experiments.permuted_masks.run`.
+        As in :func:`permask_core.experiments.permuted_masks.run`.
 
     Returns
     -------
     list of dict
-        One row per line: ``method``, ``matching`` ("" where nothing is moved), ``sparsity``, ``seed``, the experiment's
+        One row for each line: ``method``, ``matching`` ("" without a move), ``sparsity``, ``seed``, the experiment's
         ``width`` and ``matched_at``; the barriers of the test loss and error, ``barrier`` (nats) and ``error_barrier``,
         and of the training set, ``train_barrier`` and ``train_error_barrier``; ``distance`` and ``angle`` between the
         ends; and the test ``losses`` and ``errors`` along the line, as lists.
@@ -122,7 +123,7 @@ def run(experiment, store, *, seeds, sparsities, by="weights", points=25, correc
     Raises
     ------
     ValueError
-        If anything is unknown or out of range, before any training.
+        Before any training, if an argument is unknown or out of range.
     RuntimeError
         If a worker process died.
     """
@@ -135,7 +136,7 @@ def run(experiment, store, *, seeds, sparsities, by="weights", points=25, correc
         if value != 0:
             check_sparsity(value)
     for one in experiments:
-        groups(one)  # a network that cannot be permuted or corrected is refused here, not after hours
+        groups(one)  # raises an error now, not after hours, if the network cannot be permuted or corrected
         check_correction(correction, build_network(one))
     runs = [(sparsity, method) for sparsity in sparsities for method in (SPARSE if sparsity else DENSE)]
     jobs = [(one, seed, runs, by, int(points), correction) for one in experiments for seed in map(int, seeds)]

@@ -1,8 +1,7 @@
-"""What a student gets from its teacher, in stages that are stored and found again.
+"""Distillation as an experiment in stages that are stored.
 
-Per seed: train a teacher; train a student on the labels alone; train a distilled student at each temperature. Their
-answers on the test images are kept, for everything that can be asked about them: which classes they get wrong, and
-whose inputs.
+For each seed: train a teacher, train a student on the labels only, and train a distilled student at each temperature.
+Their predictions on the test images are stored, for accuracy by class and fairness.
 
 Source: Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledge Transfer Impacts Fairness and Bias",
 TMLR 2025, arXiv 2410.08407, which has "non-distilled" for the student and "distilled" for the distilled student.
@@ -35,21 +34,21 @@ ROLES = ("teacher", "student", "distilled")
 
 @dataclass(frozen=True)
 class Experiment(Settings):
-    """The settings of one experiment; everything that its results depend on but the seed, the role and the
+    """The settings of one experiment: everything that its results depend on except the seed, the role and the
     temperature."""
 
     dataset: str = "digits"
     options: dict = field(default_factory=dict)  # of the data set: see permask_core.data.load_dataset
-    root: str | None = None  # where the files of the data set lie, if it has any; decides about nothing else
+    root: str | None = None  # folder of the data set's files, if any; does not affect results
     teacher: str = "mlp"
     teacher_options: dict = field(default_factory=dict)  # of the network: see permask_core.models.build_model
     teacher_recipe: Recipe = Recipe()
     student: str = "mlp"
     student_options: dict = field(default_factory=dict)
     student_recipe: Recipe = Recipe()  # with and without a teacher
-    alpha: float = 0.8  # weight of the teacher's part of the loss
+    alpha: float = 0.8  # weight of the teacher's term in the loss
     scale_by_t2: bool = True
-    processes: int = 1  # that share each batch: see permask_core.training.fit
+    processes: int = 1  # number that share each batch: see permask_core.training.fit
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,7 +69,7 @@ _STUDENT = (*_DATA, "student", "student_options", "student_recipe")
 
 
 def preset(name, *, recipe=None, **changes):
-    """The experiment of a name, with changes.
+    """Return the experiment of a preset, with changes.
 
     Parameters
     ----------
@@ -79,7 +78,7 @@ def preset(name, *, recipe=None, **changes):
     recipe : dict, optional
         Changes of both recipes, such as ``{"epochs": 2}``.
     **changes
-        Fields of :class:`Experiment`, as :func:`permask_core.experiments.stages.change` takes them.
+        Fields of :class:`Experiment`, as in :func:`permask_core.experiments.stages.change`.
 
     Raises
     ------
@@ -96,7 +95,7 @@ def preset(name, *, recipe=None, **changes):
 
 
 def build_network(experiment, role, state=None, *, seed=0):
-    """The network of a role, freshly initialised from ``seed`` or with the weights of ``state``."""
+    """Return the network of a role, newly initialised from ``seed`` or with the weights of ``state``."""
     kind = "teacher" if role == "teacher" else "student"
     _, _, _, input_shape, classes = data(experiment)
     model = build_model(getattr(experiment, kind), input_shape, classes, seed=seed,
@@ -107,11 +106,10 @@ def build_network(experiment, role, state=None, *, seed=0):
 
 
 def train_network(experiment, store, seed, role, temperature=None):
-    """Train the network of a role, or find it trained.
+    """Train the network of a role, or load it from the store.
 
-    Networks of different roles share nothing that is random, so that they can be compared as independent samples; a
-    distilled student has the teacher of its seed, and students of one seed at different temperatures differ in the
-    temperature alone.
+    Networks of different roles share no random numbers, so they can be compared as independent samples. A distilled
+    student has the teacher of its seed; students of one seed at different temperatures differ only in the temperature.
 
     Parameters
     ----------
@@ -120,7 +118,7 @@ def train_network(experiment, store, seed, role, temperature=None):
     seed : int
     role : {"teacher", "student", "distilled"}
     temperature : float, optional
-        For the distilled student, and no other.
+        For the distilled student only.
 
     Returns
     -------
@@ -130,7 +128,7 @@ def train_network(experiment, store, seed, role, temperature=None):
     Raises
     ------
     ValueError
-        If the role is unknown, or has no temperature that it should have, or the other way round.
+        If the role is unknown, if it needs a temperature and has none, or the reverse.
     """
     check_role(role, temperature)
     own = len(ROLES) * seed + ROLES.index(role)
@@ -156,7 +154,7 @@ def train_network(experiment, store, seed, role, temperature=None):
 
 
 def check_role(role, temperature):
-    """Raise ValueError unless there is such a role, and a temperature if it is the distilled student's and not else."""
+    """Raise ValueError unless the role exists and there is a temperature for, and only for, the distilled student."""
     if role not in ROLES:
         raise ValueError(f"unknown role {role!r}: expected one of {', '.join(ROLES)}")
     if role == "distilled":
@@ -166,7 +164,7 @@ def check_role(role, temperature):
 
 
 def _teaching(experiment, store, seed):
-    """The teacher of a seed, or its logits for the training inputs where these do not change from epoch to epoch."""
+    """Return the teacher of a seed, or its logits for the training inputs if these are the same in every epoch."""
     def teacher():
         return build_network(experiment, "teacher", train_network(experiment, store, seed, "teacher")[0])
 
@@ -187,34 +185,34 @@ def run(experiment, store, *, seeds, temperatures, workers=1):
     store : permask_core.runs.store.Store
     seeds : sequence of int
     temperatures : sequence of float
-        Of the distilled students.
+        Temperatures of the distilled students.
     workers : int
-        Processes that share the work, seed by seed; with more than one, each computes with one thread, and a script
-        must call this below ``if __name__ == "__main__":``.
+        Number of processes, which share the seeds; with more than one, each uses one thread, and a script must call
+        this below ``if __name__ == "__main__":``.
 
     Returns
     -------
     list of dict
-        One row per run: ``role``, ``temperature`` (None for the others), ``seed``, a hash of the ``data``, test
-        ``accuracy`` in [0, 1], ``loss`` in nats, ``seconds`` of training, and ``predictions``, int64 [n], the classes
-        named for the test inputs.
+        One row for each run: ``role``, ``temperature`` (None if not distilled), ``seed``, a hash of the ``data``, test
+        ``accuracy`` in [0, 1], ``loss`` in nats, ``seconds`` of training, and ``predictions``, int64 [n], the predicted
+        classes of the test inputs.
 
     Raises
     ------
     ValueError
-        If anything is unknown or out of range, before any training.
+        Before any training, if an argument is unknown or out of range.
     RuntimeError
         If a worker process died.
     """
     seeds, temperatures = list(seeds), list(temperatures)
     check_work(seeds, workers)
-    if len(set(temperatures)) < len(temperatures):  # runs counted twice would narrow intervals
+    if len(set(temperatures)) < len(temperatures):  # a run counted twice would narrow intervals
         raise ValueError(f"temperatures is {temperatures}: expected each value once")
     runs = [("teacher", None), ("student", None), *(("distilled", value) for value in temperatures)]
     for one in runs:
         check_role(*one)
     for role in ROLES[:2]:
-        build_network(experiment, role)  # one that does not fit the data is refused here
+        build_network(experiment, role)  # raises an error if it does not fit the data
     jobs = [(experiment, seed, runs) for seed in map(int, seeds)]
     return run_jobs(_run_seed, jobs, store, workers, len(jobs) * len(runs))
 
@@ -227,7 +225,7 @@ def _run_seed(store, experiment, seed, runs):
 
 
 def select_predictions(rows, role, temperature=None):
-    """The predictions of a role, int64 numpy [seeds, n], in the order of the seeds.
+    """Return the predictions of a role, an int64 array [seeds, n] in the order of the seeds.
 
     Raises
     ------
@@ -237,5 +235,5 @@ def select_predictions(rows, role, temperature=None):
     found = sorted((row["seed"], i) for i, row in enumerate(rows)
                    if (row["role"], row["temperature"]) == (role, temperature))
     if not found:
-        raise ValueError(f"no run of the role {role!r} at temperature {temperature!r}")
+        raise ValueError(f"rows has no run of the role {role!r} at temperature {temperature!r}")
     return np.stack([rows[i]["predictions"].numpy() for _, i in found])

@@ -1,12 +1,12 @@
-"""Dynamic sparse training as an experiment, in stages that are stored and found again, with the published settings.
+"""Dynamic sparse training as an experiment in stages that are stored, with the published settings.
 
-Per seed: train a dense network; at each sparsity, train under masks that stay (random, or with constant fan-in), and
-with connections that move (SET, RigL, SRigL without and with ablation of neurons). All methods of a seed start from the
-same draw of the weights and see the same batches; the sparse ones of a sparsity start with as many connections in each
-layer.
+For each seed: train a dense network; at each sparsity, train under static masks (random, or with constant fan-in) and
+with moving connections (SET, RigL, SRigL without and with ablation of neurons). All methods of a seed start from the
+same random weights and get the same batches; at each sparsity, all sparse methods start with equally many connections
+in each layer.
 
 Source: Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024, arXiv 2305.02299, and their public
-code. What they do otherwise is said beside the settings in :mod:`permask_core.experiments.presets`.
+code. Deviations from it are noted with the settings in :mod:`permask_core.experiments.presets`.
 """
 
 from dataclasses import dataclass, field
@@ -43,22 +43,22 @@ DISTRIBUTIONS = ("erk", "uniform")
 
 @dataclass(frozen=True)
 class Experiment(Settings):
-    """The settings of one experiment; everything that its results depend on but the seed, the sparsity and the
+    """The settings of one experiment: everything that its results depend on except the seed, the sparsity and the
     method."""
 
     dataset: str = "digits"
     options: dict = field(default_factory=dict)  # of the data set: see permask_core.data.load_dataset
-    root: str | None = None  # where the files of the data set lie, if it has any; decides about nothing else
+    root: str | None = None  # folder of the data set's files, if any; does not affect results
     model: str = "mlp"
     width: float = 1.0  # factor on the hidden widths
     recipe: Recipe = Recipe()
     distribution: str = "erk"  # of the connections over the layers, or "uniform"
-    unmasked: tuple[str, ...] = ()  # weights that stay dense, as "conv1.weight"; they count in no sparsity
+    unmasked: tuple[str, ...] = ()  # dense weights, such as "conv1.weight"; they do not count in the sparsity
     every: int = 100  # steps from one rewiring to the next (Delta T)
-    until: float = 0.75  # fraction of all steps from which on the connections stay
-    fraction: float = 0.3  # of a layer's connections, dropped at first (alpha)
-    min_salient: float = 0.3  # with ablation: salient weights that a neuron needs, of its fan-in (gamma_sal)
-    processes: int = 1  # that share each batch: see permask_core.training.fit
+    until: float = 0.75  # fraction of all steps after which connections do not move
+    fraction: float = 0.3  # of a layer's connections, dropped at the start (alpha)
+    min_salient: float = 0.3  # with ablation: minimal fraction of salient weights of a neuron (gamma_sal)
+    processes: int = 1  # number that share each batch: see permask_core.training.fit
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,14 +76,14 @@ class Experiment(Settings):
 # ---- Presets ---------------------------------------------------------------------------------------------------------
 
 def preset(name, **changes):
-    """The experiment of a name, with changes.
+    """Return the experiment of a preset, with changes.
 
     Parameters
     ----------
     name : str
-        One of ``PRESETS``, of which each has ``seeds`` (how many) and ``sparsities`` as its grid.
+        One of ``PRESETS``, each of which has ``seeds`` (a number) and ``sparsities`` as its grid.
     **changes
-        Fields of :class:`Experiment`, as :func:`permask_core.experiments.stages.change` takes them.
+        Fields of :class:`Experiment`, as in :func:`permask_core.experiments.stages.change`.
 
     Raises
     ------
@@ -99,16 +99,16 @@ def preset(name, **changes):
 
 
 def reproduces(name, experiment):
-    """The published results that an experiment of a preset repeats, as
-    :func:`permask_core.data.published.published_dynamic_sparse_training` names them; None if something differs that
-    decides about accuracies."""
+    """Return the name of the published results that an experiment of a preset reproduces, as in
+    :func:`permask_core.data.published.published_dynamic_sparse_training`, or None if a setting that affects accuracies
+    differs."""
     return PRESETS[name].reproduces if same_results(experiment, preset(name)) else None
 
 
 # ---- Networks and masks ----------------------------------------------------------------------------------------------
 
 def rewiring(experiment, method, densities=None):
-    """How a method moves connections; None where they stay.
+    """Return how a method moves connections, or None if they are static.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def rewiring(experiment, method, densities=None):
     method : str
         One of ``METHODS``.
     densities : dict of str to float, optional
-        Of each layer, before its masks are rounded down to equal fan-in: what SRigL may share among its neurons.
+        Density of each layer before rounding down to constant fan-in: the budget that SRigL distributes over neurons.
     """
     if method in ("dense", *STATIC):
         return None
@@ -126,35 +126,35 @@ def rewiring(experiment, method, densities=None):
 
 
 def build_network(experiment, seed=0):
-    """The experiment's network, freshly initialised."""
+    """Return the network of the experiment, newly initialised."""
     _, _, _, input_shape, classes = data(experiment)
     return build_model(experiment.model, input_shape, classes, width=experiment.width, seed=seed)
 
 
 def sparse_weights(experiment, model):
-    """The weights that get masks: linear and convolution, those of shortcuts too, but not what is to stay dense.
+    """Return the weights with masks: those of linear layers and convolutions, including shortcuts, except ``unmasked``.
 
     Raises
     ------
     ValueError
-        If one that is to stay dense is not there, or none is left.
+        If ``unmasked`` has an unknown name or all weights.
     """
     weights = prunable_weights(model, shortcuts=True)
     for name in experiment.unmasked:
         if name not in weights:
             raise ValueError(f"unmasked has {name!r}: expected some of {', '.join(weights)}")
     if len(weights) == len(set(experiment.unmasked)):
-        raise ValueError("unmasked has all weights: expected at least one to be left")
+        raise ValueError("unmasked has all weights: expected at least one weight with a mask")
     return {name: weight for name, weight in weights.items() if name not in experiment.unmasked}
 
 
 def layer_densities(experiment, weights, sparsity):
-    """The fraction of each weight that a sparsity leaves.
+    """Return the density of each weight at a sparsity.
 
     Raises
     ------
     ValueError
-        If the sparsity is out of range, or leaves a layer without a connection.
+        If the sparsity is out of range, or a layer would have no connection.
     """
     check_sparsity(sparsity)
     found = (erk_densities(weights, 1 - sparsity) if experiment.distribution == "erk" else
@@ -167,14 +167,14 @@ def layer_densities(experiment, weights, sparsity):
 
 
 def starting_masks(weights, densities, *, unequal, seed):
-    """Masks with constant fan-in, or ``unequal`` ones: random, with as many connections in each layer.
+    """Draw masks with constant fan-in, or ``unequal`` masks: random, with equally many connections in each layer.
 
     Parameters
     ----------
     weights : dict of str to torch.Tensor
         Only their shapes are used.
     densities : dict of str to float
-        In (0, 1]. Each neuron's share is rounded down, but not to 0.
+        In (0, 1]. The fan-in of each neuron is rounded down, but not to 0.
     unequal : bool
     seed : int
 
@@ -196,7 +196,7 @@ _MOVING = (*_STATIC, "every", "until", "fraction")
 
 
 def _decides(method):
-    """The names of the settings that a method's results depend on."""
+    """Return the names of the settings that affect the results of a method."""
     if method == "dense":
         return _DENSE
     if method in STATIC:
@@ -205,10 +205,10 @@ def _decides(method):
 
 
 def train_network(experiment, store, seed, sparsity, method):
-    """Train by a method, or find it trained.
+    """Train by a method, or load the network from the store.
 
-    The draw of the weights and the order of the data are those of the seed. Weights under masks are scaled to their
-    neuron's fan-in (:func:`permask_core.sparse.initialisation.sparse_init`).
+    Random weights and the order of the data depend on the seed. Weights under masks are scaled to the fan-in of their
+    neuron (:func:`permask_core.sparse.initialisation.sparse_init`).
 
     Parameters
     ----------
@@ -216,16 +216,16 @@ def train_network(experiment, store, seed, sparsity, method):
     store : permask_core.runs.store.Store
     seed : int
     sparsity : float
-        In (0, 1); 0 for dense, and only there.
+        In (0, 1), or 0 for ``dense`` only.
     method : str
         One of ``METHODS``.
 
     Returns
     -------
     (dict of str to torch.Tensor, Masks, dict)
-        The state; the last masks, full ones for dense; the record: test ``accuracy`` and ``loss``, the sparsity
-        ``achieved`` at the start, and at the end the number of ``connections`` and of ``active`` neurons, of all
-        ``neurons`` under masks.
+        The state; the final masks, which are full for dense; and the record: test ``accuracy`` and ``loss``, the
+        sparsity ``achieved`` at the start, and at the end the number of ``connections`` and of ``active`` neurons, out
+        of all ``neurons`` under masks.
 
     Raises
     ------
@@ -265,7 +265,7 @@ def train_network(experiment, store, seed, sparsity, method):
 
 
 def check_run(seeds, sparsities, methods, workers=1):
-    """Raise ValueError unless :func:`run` takes these; no data set is loaded."""
+    """Raise ValueError unless :func:`run` accepts these arguments; no data set is loaded."""
     check_lists(sparsities=sparsities, methods=methods)
     check_work(seeds, workers)
     for value in sparsities:
@@ -287,25 +287,25 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, workers=1):
     methods : list of {"dense", "random", "fan_in", "set", "rigl", "srigl", "srigl+ablation"}
         ``dense`` is trained once for all sparsities.
     workers : int
-        Processes that share the work, seed by seed; with more than one, each computes with one thread, and a script
-        must call this below ``if __name__ == "__main__":``.
+        Number of processes, which share the seeds; with more than one, each uses one thread, and a script must call
+        this below ``if __name__ == "__main__":``.
 
     Returns
     -------
     list of dict
-        One row per run: ``method``, ``sparsity`` asked for and ``achieved`` at the start (both 0 for dense), ``seed``,
+        One row for each run: ``method``, ``sparsity`` and ``achieved`` at the start (both 0 for dense), ``seed``,
         ``width``, a hash of the ``data``, test ``accuracy`` in [0, 1] and ``loss`` in nats, ``connections`` and
         ``active`` neurons at the end, of ``neurons``, and ``seconds``.
 
     Raises
     ------
     ValueError
-        If anything is unknown or out of range, before any training.
+        Before any training, if an argument is unknown or out of range.
     RuntimeError
         If a worker process died.
     """
     check_run(seeds, sparsities, methods, workers)
-    weights = sparse_weights(experiment, build_network(experiment))  # a network that does not fit is refused here
+    weights = sparse_weights(experiment, build_network(experiment))  # raises an error if the network does not fit
     for value in sparsities:
         layer_densities(experiment, weights, value)
     runs = [(method, sparsity) for method in methods for sparsity in (sparsities if method != "dense" else [0.0])]

@@ -1,13 +1,13 @@
-"""Output layers for very many labels, compared in stages that are stored and found again.
+"""Comparison of output layers for very many labels, in stages that are stored.
 
-All methods of a seed share the data, the width of the first layer and the recipe:
+All methods of a seed have the same data, width of the first layer and recipe:
 
 - static: rows of fixed fan-in, drawn once
 - set: the same, rewired by SET
-- set+auxiliary: SET, and at first the auxiliary objective over clusters of labels; its head is not counted
-- set+intermediate: SET, and a dense layer before the rows
-- bottleneck: a dense output layer behind a layer so narrow that both cost no more than the static rows
-- dense: a dense output layer, whatever it costs
+- set+auxiliary: SET, with an auxiliary objective over clusters of labels at the start; its head is not counted
+- set+intermediate: SET, with a dense layer before the rows
+- bottleneck: a dense output layer after a layer so narrow that both have at most as many parameters as the static rows
+- dense: a dense output layer of any size
 
 Source: Ullah et al., "Navigating Extremes: Dynamic Sparsity in Large Output Spaces", NeurIPS 2024.
 """
@@ -42,24 +42,24 @@ FILES = ("train.txt", "test.txt")
 
 @dataclass(frozen=True)
 class Experiment(Settings):
-    """The settings of one experiment; everything that its results depend on but the seed and the method."""
+    """The settings of one experiment: everything that its results depend on except the seed and the method."""
 
-    dataset: str = "planted"  # or a folder's name: bags of words in the format of the Extreme Classification Repository
-    root: str | None = None  # where that folder lies; decides about nothing else
+    dataset: str = "planted"  # or a folder with bags of words from the Extreme Classification Repository
+    root: str | None = None  # parent of that folder; does not affect results
     labels: int = 1000
-    points: int = 5000  # of the planted problem, to train on, and what follows as well
+    points: int = 5000  # training points of the planted problem
     test_points: int = 2000
     clusters: int = 20  # of labels
     features: int = 64
     hidden: int = 48  # outputs of the first layer
     fan_in: int = 10  # of the output layer
-    intermediate: int | None = None  # outputs of the layer between; None: hidden, the rows shorter by what it costs
+    intermediate: int | None = None  # outputs of the intermediate layer; None: hidden, with shorter rows for equal size
     recipe: ExtremeRecipe = ExtremeRecipe(epochs=6, rewire_every=25, auxiliary=0.4, auxiliary_epochs=3)
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("labels", "points", "test_points", "clusters", "features", "hidden", "fan_in", "intermediate"):
-            # A fifth of the labels is the head, of which precision at 5 needs 5.
+            # The head is a fifth of the labels, and precision at 5 needs 5 of them.
             if name != "intermediate" or self.intermediate is not None:
                 check_integer(name, getattr(self, name), 25 if name == "labels" else 1)
         if not isinstance(self.dataset, str) or not self.dataset:
@@ -75,21 +75,21 @@ class Experiment(Settings):
 
     @property
     def methods(self):
-        """Those that the data allow: files say nothing of clusters."""
+        """Return the methods that the data support; files have no clusters."""
         return tuple(method for method in METHODS if self.planted or method != "set+auxiliary")
 
     def recipe_of(self, method):
-        """The recipe of a method: SET for those that have it, the auxiliary objective for one."""
+        """Return the recipe of a method, with SET and the auxiliary objective only if the method uses them."""
         return replace(self.recipe, rewire_until=self.recipe.rewire_until * method.startswith("set"),
                        auxiliary=self.recipe.auxiliary * (method == "set+auxiliary"))
 
     def layers(self, method):
-        """``fan_in`` (None for a dense output layer) and ``intermediate`` (None without) of a method, as a dict.
+        """Return ``fan_in`` (None for a dense output layer) and ``intermediate`` (None without) of a method, as a dict.
 
         Raises
         ------
         ValueError
-            If the method is unknown, the data do not allow it, or its layers cannot be.
+            If the method is unknown, the data do not support it, or its layers would have an impossible size.
         """
         check_one_of("method", method, METHODS)
         if method not in self.methods:
@@ -104,28 +104,28 @@ class Experiment(Settings):
             intermediate = budget // (self.hidden + 1 + self.labels)
         if method in ("bottleneck", "dense"):
             if intermediate == 0:
-                raise ValueError(f"fan_in is {self.fan_in}: a bottleneck would have no unit. Expected more")
+                raise ValueError(f"fan_in is {self.fan_in}: a bottleneck would have no unit; expected a larger fan_in")
             return {"fan_in": None, "intermediate": intermediate}
         if not 1 <= fan_in <= (intermediate or self.hidden):
             raise ValueError(f"fan_in is {self.fan_in}, which gives {method!r} rows of {fan_in}: expected 1 to "
                              f"{intermediate or self.hidden}, the inputs of the output layer")
         recipe = self.recipe_of(method)
         if recipe.rewire_until and int(recipe.drop * fan_in) == 0:
-            raise ValueError(f"fan_in is {self.fan_in}, and of the {fan_in} connections of a row of {method!r} a share "
-                             f"of {recipe.drop} is to move: expected at least one")
+            raise ValueError(f"fan_in is {self.fan_in}: of the {fan_in} connections in a row of {method!r}, a fraction "
+                             f"of {recipe.drop} is dropped; expected at least one")
         return {"fan_in": fan_in, "intermediate": intermediate}
 
 
 def preset(name, **changes):
-    """The experiment of a name, with changes.
+    """Return the experiment of a preset, with changes.
 
     Parameters
     ----------
     name : str
         One of ``PRESETS``.
     **changes
-        Fields of :class:`Experiment`, as :func:`permask_core.experiments.stages.change` takes them. With other
-        ``labels`` a planted problem has ``points`` in proportion.
+        Fields of :class:`Experiment`, as in :func:`permask_core.experiments.stages.change`. With other ``labels``, the
+        ``points`` of a planted problem change in proportion.
 
     Raises
     ------
@@ -142,8 +142,7 @@ def preset(name, **changes):
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
 def data(experiment, seed):
-    """What is trained on and what is tested on: drawn from the seed, or the same files for all seeds. The last stay in
-    memory.
+    """Return the training and the test set, drawn from the seed or read from files; the last data are cached.
 
     Returns
     -------
@@ -154,8 +153,8 @@ def data(experiment, seed):
     FileNotFoundError
         If there are no files.
     ValueError
-        If a file is damaged, they have not the experiment's number of labels, there are fewer points than a batch, or
-        no test point has a label of the head, or none one of the tail.
+        If a file is damaged, the number of labels is not that of the experiment, there are fewer points than in a
+        batch, or no test point has a label of the head or of the tail.
     """
     if experiment.planted:
         train, test = _drawn(experiment.labels, experiment.points, experiment.test_points, experiment.clusters,
@@ -169,21 +168,21 @@ def data(experiment, seed):
                              f"{experiment.labels}, or another value of labels")
         if split.features.shape[1] != train.features.shape[1]:
             raise ValueError(f"{file} of {experiment.dataset} announces {split.features.shape[1]} features: expected "
-                             f"{train.features.shape[1]}, as {FILES[0]}")
+                             f"{train.features.shape[1]}, as in {FILES[0]}")
     if len(train) < experiment.recipe.batch_size:
         raise ValueError(f"there are {len(train)} points in {experiment.dataset}: expected at least a batch of "
                          f"{experiment.recipe.batch_size}")
     for name, group in head_tail(train).items():
         if not len(within(test, group)):
-            raise ValueError(f"no test point of {experiment.dataset} has a label of the {name}: expected more of them")
+            raise ValueError(f"no test point of {experiment.dataset} has a label of the {name}: expected at least one")
     return train, test
 
 
 def check_data(experiment):
-    """Raise FileNotFoundError, with the way to get them, unless the experiment's files are there; nothing is read."""
+    """Raise FileNotFoundError, which says how to get them, if files of the experiment are missing; nothing is read."""
     if not experiment.planted:
         folder = data_root(experiment.root) / experiment.dataset
-        check_there(folder.name, folder, FILES, "Fetch the bags of words of http://manikvarma.org/downloads/XC/"
+        check_there(folder.name, folder, FILES, "Download the bags of words from http://manikvarma.org/downloads/XC/"
                     "XMLRepository.html and unpack them there")
 
 
@@ -199,7 +198,7 @@ def _read(folder):
 
 
 def _scaled(split):
-    """With features of norm 1: what the first layer is drawn for."""
+    """Normalise features to norm 1, which the initialisation of the first layer assumes."""
     features = split.features
     norms = features.multiply(features).sum(1) ** 0.5
     features.data /= (norms + (norms == 0)).repeat(features.indptr[1:] - features.indptr[:-1])
@@ -214,14 +213,14 @@ def _content(folder):
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 def build_classifier(experiment, method, features, seed):
-    """A method's network, freshly initialised from a seed, for points with so many ``features``."""
+    """Return the network of a method for points with ``features`` features, newly initialised from a seed."""
     return ExtremeClassifier(features, experiment.labels, hidden=experiment.hidden, bags=not experiment.planted,
                              n_clusters=experiment.clusters if method == "set+auxiliary" else None,
                              generator=torch.Generator().manual_seed(seed), **experiment.layers(method))
 
 
 def parameters(model):
-    """Trained numbers, the auxiliary head apart."""
+    """Return the number of trained parameters without the auxiliary head."""
     return sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("auxiliary"))
 
 
@@ -234,12 +233,12 @@ def train(experiment, method, seed, resume=None):
     method : str
     seed : int
     resume : path-like, optional
-        As for :func:`~permask_core.training.extreme.fit_extreme`.
+        As in :func:`~permask_core.training.extreme.fit_extreme`.
 
     Returns
     -------
     dict
-        What a row of :func:`run` has beside method and seed; ``seconds`` are of training alone.
+        A row of :func:`run` without method and seed; ``seconds`` is the time of training only.
     """
     points, test = data(experiment, seed)
     model = build_classifier(experiment, method, points.features.shape[1], seed).to(default_device())
@@ -256,7 +255,7 @@ def train(experiment, method, seed, resume=None):
 
 
 def check_run(experiment, *, seeds, methods, workers=1):
-    """Raise ValueError, in which the value is named, for what :func:`run` cannot run; no data are needed."""
+    """Raise ValueError, which has the wrong value, unless :func:`run` accepts these arguments; needs no data."""
     check_lists(methods=methods)
     check_work(seeds, workers)
     for method in methods:
@@ -266,32 +265,32 @@ def check_run(experiment, *, seeds, methods, workers=1):
 def run(experiment, store, *, seeds, methods=None, workers=1):
     """Train and test networks over seeds and methods.
 
-    Each training is a stage of the store, and one that was killed goes on after its last epoch.
+    Each training is a stage of the store; an interrupted training continues after its last epoch.
 
     Parameters
     ----------
     experiment : Experiment
     store : permask_core.runs.store.Store
     seeds : sequence of int
-        Of the planted problem, the weights, the order of points and the connections.
+        Seeds of the planted problem, the weights, the order of points and the connections.
     methods : sequence of str, optional
-        Of ``METHODS``; by default all that the data allow.
+        Some of ``METHODS``; by default all that the data support.
     workers : int
-        Processes that share the work, seed by seed; with more than one, each computes with one thread, and a script
-        must call this below ``if __name__ == "__main__":``.
+        Number of processes, which share the seeds; with more than one, each uses one thread, and a script must call
+        this below ``if __name__ == "__main__":``.
 
     Returns
     -------
     list of dict
-        One row per run: ``method``, ``seed``, ``labels``, ``parameters`` (without an auxiliary head), ``fan_in``,
-        ``intermediate``, ``output_layer_bytes`` (in training, computed), ``losses`` (in nats, by epoch), ``precision``
-        (on the test points, by "all", "head" and "tail", then by k as text), ``unseen`` (share of test labels that no
-        training point has), and ``seconds`` of training and testing.
+        One row for each run: ``method``, ``seed``, ``labels``, ``parameters`` (without an auxiliary head), ``fan_in``,
+        ``intermediate``, ``output_layer_bytes`` (computed, in training), ``losses`` (in nats, by epoch), ``precision``
+        (on the test points, by "all", "head" and "tail", then by k as text), ``unseen`` (fraction of test labels that
+        no training point has), and ``seconds`` of training and testing.
 
     Raises
     ------
     ValueError, FileNotFoundError
-        If anything is out of range, or the files are missing or do not fit, before any training.
+        Before any training, if an argument is out of range, or files are missing or do not fit.
     RuntimeError
         If a worker process died.
     """

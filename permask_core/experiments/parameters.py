@@ -1,7 +1,7 @@
-"""The vocabulary of the notebooks' parameters: one name, one meaning, one type, in one order.
+"""The parameters of all notebooks: each name has one meaning and one type, and the order is fixed.
 
-A notebook's first code cell, with the tag "parameters", assigns some of these names; the next, with the tag "check",
-calls :func:`check_parameters`. This module imports nothing that takes time, so that a mistake is refused at once.
+The first code cell of a notebook, with the tag "parameters", assigns some of these names; the next cell, with the tag
+"check", calls :func:`check_parameters`. This module has no slow imports, so that errors are raised immediately.
 """
 
 import ast
@@ -15,8 +15,8 @@ from permask_core.runs.checks import nearest
 
 
 class Parameter(NamedTuple):
-    """What a parameter may be: the name of its ``type``, whether a value ``fits``, and what is ``expected``, in words,
-    with an ``example`` in YAML. None always means that it is not given."""
+    """The allowed values of a parameter: the name of the ``type``, a function that tells whether a value ``fits``, a
+    text of what is ``expected``, and an ``example`` in YAML. None is always allowed and means that it is not given."""
 
     type: str
     fits: Callable[[object], bool]
@@ -52,7 +52,7 @@ def _text(*known, example="name"):
 def _list(of, example=None):
     def fits(value):
         return (type(value) is list and value and all(of.fits(one) for one in value)
-                and all(value.count(one) == 1 for one in value))  # runs counted twice would narrow intervals
+                and all(value.count(one) == 1 for one in value))  # a run counted twice would narrow intervals
 
     return Parameter("list", fits, f"a list of different values, each {of.expected}", example or f"[{of.example}]")
 
@@ -63,13 +63,13 @@ _MAPPING = Parameter("dict", lambda value: type(value) is dict and all(type(key)
 _SPARSITY = _number(0, 1, example="0.9")
 _MATCHINGS = ("weights", "activations")
 
-# In the order in which they stand in a notebook.
+# In the order of a notebook's parameters.
 VOCABULARY = {
-    # what is trained on what
+    # data and networks
     "preset": _text(), "pairs": _list(_text(), "[digits]"), "pair": _text(), "dataset": _text(),
     "model": _text(example="mlp"), "traced": _text(), "inputs": _integer(1, "768"), "outputs": _integer(1, "768"),
     "labels": _integer(2, "1000"),
-    # what is compared
+    # comparisons
     "methods": _list(_text(), "[dense, rigl]"), "attributes": _list(_text(), "[Young]"),
     "widths": _list(_number(0), "[0.5, 1]"), "width": _number(0), "timed_width": _number(0),
     "sparsities": _list(_SPARSITY, "[0.9, 0.97]"), "sparsity": _SPARSITY, "studied": _SPARSITY, "kept": _SPARSITY,
@@ -77,19 +77,19 @@ VOCABULARY = {
     "rewind": _integer(0), "matchings": _list(_text(*_MATCHINGS)), "matching": _text(*_MATCHINGS),
     "matched_at": _integer(0), "matched_epochs": _list(_integer(0), "[2, 20]"), "matched_images": _integer(1),
     "matched_layers": _list(_text(), "[fc1]"), "imp": _text("rewind", "finetune"), "unseen": _integer(0),
-    # how often
+    # repetitions
     "seeds": _integer(1), "first_seed": _integer(0, "0"), "networks": _integer(1), "draws": _integer(1, "1000"),
-    # how it is trained
+    # training
     "epochs": _integer(1), "imp_epochs": _integer(1), "steps": _integer(1), "batch_size": _integer(1, "128"),
     "accumulate": _integer(1), "precision": _text("float32", "bf16"), "lr": _number(0, example="0.1"),
     "sparse_lr": _number(0, example="0.05"), "warmup": _number(0, inclusive=True), "initial_scale": _number(0),
     "recipe": _MAPPING, "rewiring": _MAPPING, "every": _integer(1), "min_salient": _number(0, 1, inclusive=True),
     "alpha": _number(0, 1, inclusive=True), "teacher_options": _MAPPING, "student_options": _MAPPING,
-    # how it is measured
+    # measurement
     "points": _integer(2), "grid": _integer(2), "planted": _integer(1), "batches": _list(_integer(1), "[1, 64]"),
     "counts": _list(_integer(1), "[1, 4]"), "seconds": _number(0), "level": _number(0, 1),
     "individuals": _integer(2, "300"),
-    # the data, and where things lie
+    # files, folders and processes
     "image_size": _integer(1), "options": _MAPPING, "data_root": _text(example="data"), "download": _FLAG,
     "verify": _FLAG, "readers": _integer(0), "processes": _integer(1), "workers": _integer(1),
     "batched": _integer(1), "result": _text(example="results.json"), "folder": _text(example="build/batch"),
@@ -98,22 +98,22 @@ VOCABULARY = {
 
 
 def check_parameters(space, *, minimum=(), **known):
-    """Refuse the parameters of a notebook that its vocabulary does not allow, all of them at once.
+    """Check the parameters of a notebook, and report all errors at once.
 
     Parameters
     ----------
     space : dict
-        The notebook's names: ``globals()``.
+        The names of the notebook: ``globals()``.
     minimum : mapping, optional
-        By the name of a parameter, a higher minimum that this notebook needs, such as ``{"seeds": 2}``.
+        A higher minimum in this notebook by name of the parameter, such as ``{"seeds": 2}``.
     **known
-        By the name of a parameter, a text or a list of texts: what it may be in this notebook. Of ``preset`` these are
+        By name of a parameter, a text or a list of texts: the values allowed in this notebook. For ``preset`` these are
         names in :mod:`permask_core.experiments.presets`.
 
     Raises
     ------
     ValueError
-        With a line for each fault: a name that the notebook does not have, a value of the wrong type or out of range.
+        With a line for each error: a name that the notebook does not have, a value of the wrong type or out of range.
 
     Examples
     --------
@@ -146,11 +146,11 @@ def check_parameters(space, *, minimum=(), **known):
 
 
 def _cells(space):
-    """From the cells that IPython remembers: the names that papermill assigned in a cell of its own, and those that the
-    notebook itself sets to something else than None."""
+    """Return, from IPython's history of cells, the names that papermill assigned in its own cell, and those that the
+    notebook itself sets to a value other than None."""
     injected, needed = [], []
     for source in space.get("In", ()):
-        with contextlib.suppress(SyntaxError):  # of commands to IPython
+        with contextlib.suppress(SyntaxError):  # raised by IPython commands
             for node in ast.parse(source).body:
                 if isinstance(node, ast.Assign) and source.startswith("# Parameters\n"):
                     injected += [target.id for target in node.targets]

@@ -1,9 +1,9 @@
-"""The permuted-mask experiment, in stages that are stored and found again.
+"""The permuted-mask experiment, in stages that are stored.
 
 Adnan, Jain, Sharma, Krishnan and Ioannou, "Sparse Training from Random Initialization: Aligning Lottery Ticket Masks
-using Weight Symmetry", ICML 2025. Per seed: train two dense networks A and B; prune A iteratively; match A to B; train
-from a checkpoint of B under A's mask, permuted or not. Each function is one stage and asks the store for those before
-it, so that any order of calls, a kill, or another worker leads to the same files.
+using Weight Symmetry", ICML 2025. For each seed: train two dense networks A and B; prune A iteratively; match A to
+B; train from a checkpoint of B under A's mask, permuted or not. Each function is one stage and gets the stages before
+it from the store, so any order of calls, an interruption or another worker lead to the same files.
 """
 
 from dataclasses import dataclass, field, replace
@@ -48,7 +48,7 @@ from permask_core.sparse.initialisation import scale_to_fan_in
 from permask_core.training.loop import predict
 from permask_core.training.recipe import Recipe
 
-METHODS = ("dense", "lth", "permuted", "naive", "random")  # what is compared unless more is asked for
+METHODS = ("dense", "lth", "permuted", "naive", "random")  # the default methods of run
 KNOWN_METHODS = (*METHODS, "pruned")
 MATCHINGS = ("weights", "activations")
 STARTS = ("dense", "sparse")
@@ -56,40 +56,40 @@ STARTS = ("dense", "sparse")
 
 @dataclass(frozen=True)
 class Experiment(Settings):
-    """The settings of one experiment; everything that its results depend on but the seed, the sparsity and the
+    """The settings of one experiment: everything that its results depend on except the seed, the sparsity and the
     method."""
 
     dataset: str = "digits"
     options: dict = field(default_factory=dict)  # of the data set: see permask_core.data.load_dataset
-    root: str | None = None  # where the files of the data set lie, if it has any; decides about nothing else
+    root: str | None = None  # folder of the data set's files, if any; does not affect results
     model: str = "mlp"
     width: float = 1.0  # factor on the hidden widths
     epochs: int = 20  # of the dense runs
     lr: float = 0.1  # peak learning rate of the dense runs
-    sparse_lr: float = 0.1  # of the sparse runs, which have a schedule of their own over epochs - rewind
+    sparse_lr: float = 0.1  # of the sparse runs, which have their own schedule over epochs - rewind
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch_size: int = 128
-    schedule: str = "cosine"  # of all runs, and what follows as well: see permask_core.training.Recipe
+    schedule: str = "cosine"  # of all runs, as are the next settings: see permask_core.training.Recipe
     step_epochs: int = 30
     warmup: float = 0.0
     label_smoothing: float = 0.0
     optimizer: str = "sgd"
     accumulate: int = 1
     precision: str = "float32"
-    processes: int = 1  # that share each batch: see permask_core.training.fit
-    checkpoints: tuple[int, ...] = (0, 1, 2, 5, 10, 20)  # epochs whose dense states are kept; 0: untrained
+    processes: int = 1  # number that share each batch: see permask_core.training.fit
+    checkpoints: tuple[int, ...] = (0, 1, 2, 5, 10, 20)  # epochs whose dense states are stored; 0: untrained
     rewind: int = 2  # epoch of the dense run from which the sparse runs start
-    start: str = "dense"  # of the sparse runs: the weights as they are, or "sparse": scaled to the connections left
-    matched_at: int = 2  # epoch of the dense runs at which A is matched to B; notebooks/price_of_alignment says why
-    matched_images: int = 50_000  # training images at most for matching by activations
-    matched_layers: tuple[str, ...] | None = None  # names of the permutation groups that may move; None: all
+    start: str = "dense"  # of the sparse runs: unchanged weights, or "sparse": scaled to the remaining connections
+    matched_at: int = 2  # epoch of the dense runs at which A is matched to B; see notebooks/price_of_alignment
+    matched_images: int = 50_000  # maximum number of training images for matching by activations
+    matched_layers: tuple[str, ...] | None = None  # names of the permutation groups to permute; None: all
     imp: str = "rewind"  # iterative magnitude pruning: "rewind", or "finetune" as in the paper's code
     imp_rewind: int = 2  # epoch to which a round returns, for "rewind"
     imp_epochs: int = 18  # of training in each round
     imp_lr: float = 0.1
     imp_rate: float = 0.2  # fraction of the remaining weights that a round removes
-    imp_scope: str = "global"  # among which weights the largest are kept: see permask_core.pruning.magnitude_masks
+    imp_scope: str = "global"  # weights among which the largest are kept: see permask_core.pruning.magnitude_masks
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,14 +98,14 @@ class Experiment(Settings):
         check_integer("epochs", self.epochs, 1)
         for epoch in self.checkpoints:
             if not isinstance(epoch, Integral) or not 0 <= epoch <= self.epochs:
-                raise ValueError(f"checkpoints holds {epoch!r}: expected epochs from 0 to {self.epochs}")
+                raise ValueError(f"checkpoints has {epoch!r}: expected epochs from 0 to {self.epochs}")
         object.__setattr__(self, "checkpoints", tuple(sorted({*map(int, self.checkpoints), self.epochs})))
         for name in ("rewind", "matched_at", "imp_rewind"):
             if getattr(self, name) not in self.checkpoints:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of the checkpoints "
                                  f"{', '.join(map(str, self.checkpoints))}")
         if self.rewind == self.epochs:
-            raise ValueError(f"rewind is {self.rewind}: nothing is left to train of {self.epochs} epochs")
+            raise ValueError(f"rewind is {self.rewind}: expected less than {self.epochs}, the number of epochs")
         for name in ("matched_images", "processes"):
             check_integer(name, getattr(self, name), 1)
         if self.matched_layers is not None:
@@ -118,12 +118,12 @@ class Experiment(Settings):
                                  ("epochs - rewind", self.epochs - self.rewind, "sparse_lr")):
             try:
                 self.recipe(epochs, getattr(self, lr))
-            except ValueError as error:  # which has a recipe's names
+            except ValueError as error:  # the error has the names of Recipe
                 wrong, _, rest = str(error).replace("below epochs", f"below {name}").partition(" is ")
                 raise ValueError(f"{dict(epochs=name, lr=lr).get(wrong, wrong)} is {rest}") from None
 
     def recipe(self, epochs, lr):
-        """A recipe with this experiment's settings of training."""
+        """Return a recipe with the training settings of this experiment."""
         return Recipe(epochs, lr, **self.select(*_TRAINING))
 
 
@@ -136,24 +136,24 @@ _IMP = (*_DENSE, "imp", "imp_rewind", "imp_epochs", "imp_lr", "imp_rate", "imp_s
 
 # ---- Presets ---------------------------------------------------------------------------------------------------------
 
-# What may differ from the published settings, beside stages.FREE, without making a run another experiment.
+# Settings that, in addition to stages.FREE, may differ from the published ones in a reproduction.
 _FREE = ("width", "rewind", "checkpoints", "imp_rewind", "matched_images")
 
 
 def preset(name, *, rewinds=None, **changes):
-    """The experiment of a name, with changes.
+    """Return the experiment of a preset, with changes.
 
     Parameters
     ----------
     name : str
         One of ``PRESETS``.
     rewinds : sequence of int, optional
-        Epochs of the dense run at which sparse runs are to start: their states are kept, and ``rewind`` is the first
-        unless it is given. By default those of the preset's grid, or ``rewind`` alone where that is given.
+        Epochs of the dense run at which sparse runs start: their states are stored, and ``rewind`` is the first of them
+        unless it is given. The default is the grid of the preset, or only ``rewind`` if that is given.
     **changes
-        Fields of :class:`Experiment`, as :func:`permask_core.experiments.stages.change` takes them. With other
-        ``epochs``, A and B are matched at their end if the preset does so, and of the preset's checkpoints those are
-        kept that lie before the end.
+        Fields of :class:`Experiment`, as in :func:`permask_core.experiments.stages.change`. With other ``epochs``, A
+        and B are matched at their end if they are in the preset, and checkpoints of the preset after the end are
+        removed.
 
     Returns
     -------
@@ -177,7 +177,7 @@ def preset(name, *, rewinds=None, **changes):
     check_lists(rewinds=list(rewinds))
     for k in rewinds:
         if not isinstance(k, Integral) or not 0 <= k < epochs:
-            raise ValueError(f"rewind is {k!r}: expected an epoch from 0 to {epochs - 1}, before the last of {epochs}")
+            raise ValueError(f"rewind is {k!r}: expected an epoch from 0 to {epochs - 1}, before the end of {epochs}")
     imp_rewind = min(changes.get("imp_rewind", base.imp_rewind), epochs - 1)
     matched_at = changes.get("matched_at", epochs if base.matched_at == base.epochs else base.matched_at)
     kept = changes.get("checkpoints", [k for k in base.checkpoints if k <= epochs and k != base.epochs])
@@ -187,21 +187,21 @@ def preset(name, *, rewinds=None, **changes):
 
 
 def reproduces(name, experiment):
-    """The published results that an experiment of a preset repeats, as
-    :func:`permask_core.data.published.published_permuted_masks` names them; None if something differs that decides
-    about accuracies."""
+    """Return the name of the published results that an experiment of a preset reproduces, as in
+    :func:`permask_core.data.published.published_permuted_masks`, or None if a setting that affects accuracies
+    differs."""
     return PRESETS[name].reproduces if same_results(experiment, preset(name), _FREE) else None
 
 
 def vary(experiment, widths, rewinds):
-    """One experiment for each width and rewind epoch."""
+    """Return one experiment for each width and rewind epoch."""
     return [replace(experiment, width=width, rewind=rewind) for width in widths for rewind in rewinds]
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
 
 def build_network(experiment, state=None, *, seed=0):
-    """The experiment's network, freshly initialised from ``seed`` or with the weights of ``state``."""
+    """Return the network of the experiment, newly initialised from ``seed`` or with the weights of ``state``."""
     _, _, _, input_shape, classes = data(experiment)
     model = build_model(experiment.model, input_shape, classes, width=experiment.width, seed=seed)
     if state is not None:
@@ -210,25 +210,25 @@ def build_network(experiment, state=None, *, seed=0):
 
 
 def build_sparse_network(experiment, state, masks):
-    """The network with which sparse training from ``state`` starts: its weights are scaled to the connections that the
-    masks leave each neuron if ``start`` says so."""
+    """Return the network at the start of sparse training from ``state``. If ``start`` is "sparse", its weights are
+    scaled to the remaining connections of each neuron."""
     model = build_network(experiment, state)
     return scale_to_fan_in(model, masks) if experiment.start == "sparse" else model
 
 
 def logits(experiment, state):
-    """What the experiment's network says of the test inputs with the weights of ``state``: [n, classes]."""
+    """Return the logits of the network with the weights of ``state`` for the test inputs, [n, classes]."""
     return predict(build_network(experiment, state), data(experiment).test)
 
 
 def parent(method):
-    """The dense network that a method's runs start from and are compared with: ``"a"`` or ``"b"``."""
+    """Return the dense network from which the runs of a method start and with which they are compared: "a" or "b"."""
     check_one_of("method", method, KNOWN_METHODS)
     return "a" if method in ("lth", "pruned") else "b"
 
 
 def groups(experiment):
-    """The permutation groups of the experiment's network that may move: ``matched_layers``, or all."""
+    """Return the permutation groups of the network that are permuted: ``matched_layers``, or all."""
     _, _, _, input_shape, classes = data(experiment)
     found = _all_groups(experiment.model, input_shape, classes, experiment.width)
     if experiment.matched_layers is None:
@@ -251,7 +251,7 @@ def train_dense(experiment, store, seed, which):
     Returns
     -------
     (dict of int to state, dict)
-        States by epoch, the true initialisation (0) among them, and the record with the test ``accuracy`` and ``loss``.
+        States by epoch, including the initialisation (0), and the record with the test ``accuracy`` and ``loss``.
     """
     if which not in ("a", "b"):
         raise ValueError(f"which is {which!r}: expected 'a' or 'b'")
@@ -274,12 +274,12 @@ def _dense_training(experiment, seed, which):
 
 
 def flatten_epochs(checkpoints, names):
-    """The checkpoints of a run as one dict of tensors, from the ``names`` that they have by epoch."""
+    """Return the checkpoints of a run as one dict of tensors; ``names`` are their names by epoch."""
     return {f"{epoch}/{key}": tensor for epoch, name in names.items() for key, tensor in checkpoints[name].items()}
 
 
 def by_epoch(tensors):
-    """States by epoch, from what :func:`flatten_epochs` gave."""
+    """Return the states by epoch from a result of :func:`flatten_epochs`."""
     states = {}
     for name, tensor in tensors.items():
         epoch, key = name.split("/", 1)
@@ -288,7 +288,7 @@ def by_epoch(tensors):
 
 
 def find_ticket(experiment, store, seed, sparsity):
-    """The mask of network A at a sparsity, by iterative magnitude pruning; each round's training is a stage of its own.
+    """Return the mask of network A at a sparsity, by iterative magnitude pruning; each round of training is a stage.
 
     Returns
     -------
@@ -318,7 +318,7 @@ def _prune(experiment, store, seed, sparsity):
 
 
 def _round_training(experiment, seed, number, start):
-    """The training of a round of pruning; ``start()`` gives the state and the masks with which it starts."""
+    """Return the training of a pruning round; ``start()`` returns its initial state and its masks."""
     def build():
         state, masks = start()
         return build_network(experiment, state), masks
@@ -331,7 +331,7 @@ def _round_training(experiment, seed, number, start):
 
 
 def _next_round(experiment, store, seed, number):
-    """The training of a round of pruning, from the rounds before it, which are finished."""
+    """Return the training of a pruning round, given that the previous rounds are finished."""
     def start():
         masks = _prune(experiment, store, seed, 1 - (1 - experiment.imp_rate) ** number).masks
         dense = train_dense(experiment, store, seed, "a")[0]
@@ -345,18 +345,18 @@ def _next_round(experiment, store, seed, number):
 
 
 def match_dense(experiment, store, seed, by):
-    """Permutations that move A onto B, matched by ``"weights"`` or ``"activations"`` at the epoch ``matched_at``.
+    """Return permutations that move A onto B, matched by "weights" or "activations" at the epoch ``matched_at``.
 
     Returns
     -------
     (dict of str to torch.Tensor, dict)
-        As :func:`permask_core.matching.permute` takes them, and the record.
+        Permutations for :func:`permask_core.matching.permute`, and the record.
     """
     check_one_of("matching", by, MATCHINGS)
     a, b = (train_dense(experiment, store, seed, which)[0][experiment.matched_at] for which in "ab")
 
     device, also = default_device(), ["matched_images"] if by == "activations" else []
-    found = groups(experiment)  # here, so that the stage's seconds are those of the matching alone
+    found = groups(experiment)  # here, so that the stage's seconds are those of the matching only
 
     def compute():
         if by == "weights":
@@ -366,7 +366,7 @@ def match_dense(experiment, store, seed, by):
         if images < len(train):
             chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(int(seed)))[:images]
         models = [build_network(experiment, state).to(device) for state in (a, b)]
-        # Whatever the model sees in one step of training, it can see here.
+        # A batch as large as in one step of training fits into memory here too.
         batches = progress(train.batches(chosen.split(experiment.batch_size), device),
                            f"matching by activations, seed {seed}")
         return match_activations(found, *models, batches), {}
@@ -375,8 +375,8 @@ def match_dense(experiment, store, seed, by):
 
 
 def method_masks(experiment, store, seed, sparsity, method, by=None):
-    """The masks of a method: A's own (``lth``, ``pruned``, ``naive``), moved (``permuted``), or shuffled
-    (``random``)."""
+    """Return the masks of a method: those of A, unchanged (``lth``, ``pruned``, ``naive``), moved (``permuted``) or
+    shuffled (``random``)."""
     check_one_of("method", method, KNOWN_METHODS[1:])
     masks = find_ticket(experiment, store, seed, sparsity).masks
     if method == "permuted":
@@ -387,18 +387,19 @@ def method_masks(experiment, store, seed, sparsity, method, by=None):
 
 
 def train_sparse(experiment, store, seed, sparsity, method, by=None, *, condensed=False):
-    """Train under a method's masks, from the rewind point of A (``lth``), the end of A (``pruned``, which is then
-    fine-tuned), or the rewind point of B (the others).
+    """Train under the masks of a method.
 
-    Methods of one seed share data order, recipe and number of epochs. ``lth`` and ``pruned`` differ in nothing but the
-    checkpoint; ``naive``, ``permuted`` and ``random`` in nothing but the mask. With ``condensed`` layers of constant
-    fan-in are trained as :func:`permask_core.sparse.condense` makes them, without a mask.
+    Training starts from the rewind point of A (``lth``), the end of A (``pruned``, which is fine-tuned), or the rewind
+    point of B (all other methods). Methods of one seed have the same data order, recipe and number of epochs. ``lth``
+    and ``pruned`` differ only in the checkpoint; ``naive``, ``permuted`` and ``random`` only in the mask. With
+    ``condensed``, layers of constant fan-in are trained in the form of :func:`permask_core.sparse.condense`, without
+    masks.
 
     Returns
     -------
     (dict of str to torch.Tensor, dict)
-        The trained state, of the condensed network if it is one, and the record: ``accuracy``, ``loss`` (test) and
-        ``achieved``, the real sparsity.
+        The trained state, which is that of the condensed network with ``condensed``, and the record: test ``accuracy``
+        and ``loss``, and ``achieved``, the actual sparsity.
     """
     check_sparsity(sparsity)
     check_one_of("method", method, KNOWN_METHODS[1:])
@@ -406,7 +407,7 @@ def train_sparse(experiment, store, seed, sparsity, method, by=None, *, condense
         check_one_of("matching", by, MATCHINGS)
     if condensed and (experiment.imp_scope != "fan_in" or method == "random"):
         raise ValueError(f"imp_scope is {experiment.imp_scope!r} and the method {method!r}: expected 'fan_in' and not "
-                         "'random', since only masks of constant fan-in can be condensed")
+                         "'random', because only masks of constant fan-in can be condensed")
     return train(store, _sparse_training(experiment, store, seed, sparsity, method, by, condensed))
 
 
@@ -440,30 +441,31 @@ def _sparse_training(experiment, store, seed, sparsity, method, by, condensed=Fa
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 def run(experiment, store, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS, workers=1, batched=1):
-    """Run an experiment, or several, over seeds, sparsities and methods.
+    """Run one or several experiments over seeds, sparsities and methods.
 
     Parameters
     ----------
     experiment : Experiment or list of Experiment
-        Those of a list share what they have in common: the dense networks of several rewind epochs are trained once.
+        Experiments in a list share common stages: the dense networks of several rewind epochs are trained once.
     store : Store
     seeds : sequence of int
     sparsities : sequence of float
-        In (0, 1); hit exactly, or with ``imp_scope="fan_in"`` as :func:`permask_core.pruning.magnitude_masks` says.
+        In (0, 1). They are reached exactly, or with ``imp_scope="fan_in"`` as in
+        :func:`permask_core.pruning.magnitude_masks`.
     methods : sequence of {"dense", "lth", "permuted", "naive", "random", "pruned"}
-        All but the last if not given. ``permuted`` is run once per matching.
+        The default is all except ``pruned``. ``permuted`` is run once for each matching.
     matchings : sequence of {"weights", "activations"}
     workers : int
-        Processes that share the work, seed by seed; with more than one, each computes with one thread, and a script
-        must call this below ``if __name__ == "__main__":``.
+        Number of processes, which share the seeds; with more than one, each uses one thread, and a script must call
+        this below ``if __name__ == "__main__":``.
     batched : int
-        Networks that are trained at once, whatever their seeds, methods and sparsities, where that is faster: see
-        :func:`permask_core.training.batched.fit_batched`. What is stored and found is the same, up to rounding.
+        Maximum number of networks, of any seed, method and sparsity, in batched training, where this is faster: see
+        :func:`permask_core.training.batched.fit_batched`. The results are the same up to rounding.
 
     Returns
     -------
     list of dict
-        One row per run: ``method``, ``matching`` ("" where there is none), ``sparsity`` asked for and ``achieved``
+        One row for each run: ``method``, ``matching`` ("" if none), requested ``sparsity`` and ``achieved``
         (both 0 for dense, which is network B without a mask), ``seed``, test ``accuracy`` in [0, 1], ``loss`` in
         nats, ``seconds``, the experiment's ``width``, ``sparse_lr``, ``rewind`` and ``matched_at``, and a hash of its
         ``data``.
@@ -471,7 +473,7 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, matchings=MATC
     Raises
     ------
     ValueError
-        If anything is unknown or out of range, before any training.
+        Before any training, if an argument is unknown or out of range.
     RuntimeError
         If a worker process died.
     """
@@ -490,9 +492,9 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, matchings=MATC
     check_work(seeds, workers)
     check_integer("batched", batched, 1)
     if batched > 1 and (workers > 1 or any(one.processes > 1 for one in experiments)):
-        raise ValueError(f"batched is {batched}, beside several processes: expected one process")
+        raise ValueError(f"batched is {batched} with several processes: expected workers=1 and processes=1")
     for one in experiments:
-        groups(one)  # a network that cannot be permuted is refused here, not after hours
+        groups(one)  # raises an error now, not after hours, if the network cannot be permuted
     runs = [(method, by) for method in methods for by in (matchings if method == "permuted" else ("",))]
     runs = [(method, by, sparsity) for method, by in runs for sparsity in (sparsities if method != "dense" else [0.0])]
     seeds = [int(seed) for seed in seeds]
@@ -504,7 +506,7 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, matchings=MATC
 
 
 def _train_at_once(experiment, store, seeds, runs, networks):
-    """Train all that some runs need, up to so many networks at once: dense, then round by round of pruning, then
+    """Train all networks that the runs need, up to ``networks`` at once: dense, then each pruning round, then
     sparse."""
     sparse = [run for run in runs if run[0] != "dense"]
     dense = sorted({"a" for _ in sparse} | {parent(method) for method, _, _ in runs})
@@ -531,17 +533,17 @@ def _run_seed(store, experiment, seed, runs):
 # ---- Costs -----------------------------------------------------------------------------------------------------------
 
 def training_epochs(experiment, *, seeds, sparsities, methods=METHODS, matchings=MATCHINGS):
-    """How many epochs of training :func:`run` needs from an empty store.
+    """Return the number of training epochs that :func:`run` needs with an empty store.
 
     Parameters
     ----------
     experiment, seeds, sparsities, methods, matchings
-        As for :func:`run`.
+        As in :func:`run`.
 
     Returns
     -------
     dict of str to int
-        ``dense`` (A and B), ``pruning`` (the rounds on the way to the largest sparsity) and ``sparse``.
+        ``dense`` (A and B), ``pruning`` (the rounds until the largest sparsity) and ``sparse``.
     """
     sparse_runs = sum(len(list(matchings)) if method == "permuted" else method != "dense" for method in methods)
     pruned = any(method != "dense" for method in methods)
@@ -552,15 +554,15 @@ def training_epochs(experiment, *, seeds, sparsities, methods=METHODS, matchings
 
 
 def training_cost(experiment, grid, images, speeds):
-    """What it costs to run an experiment over the grid of a preset, from how fast its network trains.
+    """Return the cost of running an experiment over the grid of a preset, given the speed of training.
 
     Parameters
     ----------
     experiment : Experiment
     grid : dict
-        ``rewinds``, ``seeds`` (how many), ``sparsities`` and ``matchings``.
+        ``rewinds``, ``seeds`` (a number), ``sparsities`` and ``matchings``.
     images : int
-        In the training set.
+        Number of images in the training set.
     speeds : dict of float to float
         Images per second of training, by width.
 
@@ -568,10 +570,11 @@ def training_cost(experiment, grid, images, speeds):
     -------
     list of dict
         For each width in ``speeds``: ``width``, ``dense``, ``pruning`` and ``sparse`` (epochs of training over all
-        seeds, sparsities, methods and rewind points), ``speed`` and ``hours``. Matching and evaluation are not in it.
+        seeds, sparsities, methods and rewind points), ``speed`` and ``hours``. Matching and evaluation are not
+        included.
     """
     epochs = {}
-    for one in vary(experiment, [experiment.width], grid["rewinds"]):  # which share the dense networks and the tickets
+    for one in vary(experiment, [experiment.width], grid["rewinds"]):  # they share the dense networks and the tickets
         own = training_epochs(one, seeds=range(grid["seeds"]), sparsities=grid["sparsities"],
                               matchings=grid["matchings"])
         epochs = own | {"sparse": own["sparse"] + epochs.get("sparse", 0)}

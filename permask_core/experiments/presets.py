@@ -1,8 +1,9 @@
 """Settings by name: the published experiments, and stand-ins for them that run in minutes without a download.
 
-Plain data, without an import that takes time, so that a notebook refuses an unknown name at once. Each module of an
-experiment has its part as ``PRESETS``, and a function ``preset`` that makes an ``Experiment`` of it; what is not stated
-here is that class's default. What the sources do not say is ours, and said so beside the setting.
+This module has only plain data and no slow imports, so that a notebook rejects an unknown name immediately. Each module
+of an experiment has its part as ``PRESETS``, and a function ``preset`` that makes an ``Experiment`` from it; settings
+that are not listed here have the defaults of that class. Comments mark settings that the sources do not give and we
+chose.
 """
 
 from typing import NamedTuple
@@ -11,15 +12,15 @@ from permask_core.runs.checks import check_one_of
 
 
 class Preset(NamedTuple):
-    """The ``settings`` of an experiment, the ``grid`` of values that it is run over, and the published results that it
-    ``reproduces``, if there are any."""
+    """The ``settings`` of an experiment, its ``grid`` of values, and the name of the published results that it
+    ``reproduces``, if any."""
 
     settings: dict
     grid: dict = {}
     reproduces: str | None = None
 
     def change_grid(self, **changes):
-        """The grid with changes; None changes nothing."""
+        """Return the grid with changes; values of None are ignored."""
         for name in changes:
             check_one_of("value of the grid", name, self.grid)
         return self.grid | {name: value for name, value in changes.items() if value is not None}
@@ -40,17 +41,17 @@ def _grid(widths, rewinds, seeds, sparsities, matchings=("activations",)):
 _CIFAR = {
     "dataset": "cifar10", "model": "resnet20", "epochs": 200, "lr": 0.08, "sparse_lr": 0.02, "momentum": 0.9,
     "weight_decay": 5e-4, "batch_size": 128, "checkpoints": _REWINDS, "rewind": 0, "matched_at": 200,
-    # The authors' code prunes and fine-tunes; that a round has a cosine of its own is ours.
+    # The authors' code prunes and fine-tunes; the separate cosine schedule of each round is our choice.
     "imp": "finetune", "imp_rewind": 0, "imp_epochs": 50, "imp_lr": 0.01, "imp_rate": 0.2}
 
-_IMAGENET = {  # bf16 and the learning rate of the sparse runs are ours
+_IMAGENET = {  # bf16 and the learning rate of the sparse runs are our choice
     "dataset": "imagenet", "model": "resnet50", "epochs": 90, "lr": 0.04, "sparse_lr": 0.04, "momentum": 0.9,
     "weight_decay": 1e-4, "batch_size": 256, "schedule": "step", "step_epochs": 31, "precision": "bf16",
     "checkpoints": (0, 10, 25, 50), "rewind": 0, "matched_at": 90,
     "imp": "finetune", "imp_rewind": 0, "imp_epochs": 20, "imp_lr": 0.002, "imp_rate": 0.2}
 
 PERMUTED_MASKS = {
-    # Digits are too easy: without noise all methods tie on a convolutional network. Channels as CIFAR has them.
+    # Digits are too easy: without noise all methods are equal on a convolutional network. Three channels as in CIFAR.
     "digits": Preset(
         {"dataset": "digits", "options": {"noise": 1.0, "copies": 5, "channels": 3}, "model": "resnet8", "width": 0.5,
          "epochs": 12, "lr": 0.1, "sparse_lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128,
@@ -60,7 +61,7 @@ PERMUTED_MASKS = {
         {"dataset": "digits", "model": "mlp", "epochs": 20, "lr": 0.1, "sparse_lr": 0.05,
          "checkpoints": (0, 1, 2, 5, 10), "rewind": 2, "matched_at": 20, "imp": "rewind", "imp_rewind": 2,
          "imp_epochs": 18, "imp_lr": 0.1, "imp_rate": 0.2}, _grid((1,), (2,), 3, (0.9, 0.97))),
-    # Five noisy copies of each test image: with so many, differences between methods can be seen.
+    # Five noisy copies of each test image reduce the variance enough to show differences between methods.
     "noisy-digits-mlp": Preset(
         {"dataset": "digits", "options": {"noise": 1.0, "copies": 5}, "model": "mlp", "epochs": 12, "lr": 0.1,
          "sparse_lr": 0.05, "checkpoints": (0, 1, 2, 4, 8), "rewind": 2, "matched_at": 12, "imp": "rewind",
@@ -69,7 +70,7 @@ PERMUTED_MASKS = {
         {"dataset": "digits", "options": {"noise": 1.0, "copies": 5}, "model": "mlp", "epochs": 20, "lr": 0.1,
          "sparse_lr": 0.05, "checkpoints": (0, 2), "rewind": 2, "matched_at": 20, "imp": "rewind", "imp_rewind": 2,
          "imp_epochs": 10, "imp_lr": 0.1, "imp_rate": 0.35}, _grid((1,), (2,), 3, (0.9, 0.97))),
-    # The chain of ImageNet's experiment in seconds; on so little data nothing can be said about the methods.
+    # All stages of ImageNet's experiment in seconds; there are too few data for conclusions about the methods.
     "trifeature": Preset(
         {"dataset": "trifeature", "options": {"n_train": 500, "n_test": 500, "label": "colour"}, "model": "resnet18",
          "width": 0.125, "epochs": 6, "lr": 0.04, "sparse_lr": 0.04, "momentum": 0.9, "weight_decay": 1e-4,
@@ -83,9 +84,9 @@ PERMUTED_MASKS = {
          "model": "lenet5", "epochs": 10, "lr": 0.003, "sparse_lr": 0.003, "optimizer": "adamw", "weight_decay": 0.01,
          "batch_size": 64, "checkpoints": (0, 2), "rewind": 2, "matched_at": 10, "imp": "rewind", "imp_rewind": 2,
          "imp_epochs": 4, "imp_lr": 0.003, "imp_rate": 0.5}, _grid((1,), (2,), 3, (0.9,))),
-    # CIFAR's size and shape without its files: ten epochs in place of 200, so that the whole may fit into minutes on a
-    # GPU. The noise was chosen by three dense networks (float32, seed 0): test accuracy 94.9 % after ten epochs with
-    # noise 1.5; after three, 61.1 % with 2.5 and 35.8 % with 3.5.
+    # The size and shape of CIFAR without its files: ten epochs instead of 200, so that the experiment takes minutes on
+    # a GPU. The noise was chosen with three dense networks (float32, seed 0): test accuracy 94.9 % after ten epochs
+    # with noise 1.5; after three, 61.1 % with 2.5 and 35.8 % with 3.5.
     "trifeature-resnet20": Preset(
         {"dataset": "trifeature", "options": {"n_train": 50_000, "n_test": 10_000, "noise": 2.5}, "model": "resnet20",
          "epochs": 10, "lr": 0.1, "sparse_lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 128,
@@ -94,14 +95,14 @@ PERMUTED_MASKS = {
     "cifar10-resnet20": Preset(_CIFAR, _grid((1, 4, 8, 16), _REWINDS, 3, _SPARSITIES), "ResNet20/CIFAR-10"),
     "cifar100-resnet20": Preset(_CIFAR | {"dataset": "cifar100"}, _grid((1, 4, 8, 16), _REWINDS, 3, _SPARSITIES),
                                 "ResNet20/CIFAR-100"),
-    # Of VGG11 the sources at hand give no settings of its own: those of ResNet20 are taken.
+    # The sources have no settings for VGG11, so those of ResNet20 are used.
     "cifar10-vgg11": Preset(_CIFAR | {"model": "vgg11"}, _grid((1,), _REWINDS, 3, (0.8, 0.9)), "VGG11/CIFAR-10"),
     "imagenet-resnet50": Preset(_IMAGENET, _grid((1,), (0, 10, 25, 50), 1, _SPARSITIES)),
-    # Lasby et al. train without a mask found before; the dense settings are theirs, the rest as for ResNet20.
+    # Lasby et al. do not train under a given mask; the dense settings are theirs, all others those of ResNet20.
     "cifar10-resnet18": Preset(
         _CIFAR | {"model": "resnet18_cifar", "epochs": 250, "lr": 0.1, "sparse_lr": 0.025, "checkpoints": (0, 25),
                   "rewind": 25, "matched_at": 250}, _grid((1,), (25,), 3, (0.8, 0.9, 0.95, 0.99))),
-    # torchvision's reference recipe without its image augmentations, which comes near theirs.
+    # torchvision's reference recipe without its image augmentations, which is close to theirs.
     "imagenet-vit_b_16": Preset(
         _IMAGENET | {"model": "vit_b_16", "epochs": 300, "optimizer": "adamw", "lr": 0.003, "sparse_lr": 0.003,
                      "weight_decay": 0.3, "batch_size": 4096, "accumulate": 16, "schedule": "cosine", "warmup": 30,
@@ -111,8 +112,8 @@ PERMUTED_MASKS = {
 
 
 # ---- Distilled students ----------------------------------------------------------------------------------------------
-# Mohammadshahi and Ioannou, TMLR 2025 (arXiv 2410.08407), who name networks, data sets, temperatures and alpha; how
-# long and with which learning rates is ours.
+# Mohammadshahi and Ioannou, TMLR 2025 (arXiv 2410.08407), give networks, data sets, temperatures and alpha; epochs
+# and learning rates are our choice.
 
 def _pair(dataset, teacher, student, recipe, **more):
     return Preset({"dataset": dataset, "teacher": teacher, "teacher_recipe": recipe, "student": student,
@@ -150,26 +151,27 @@ DISTILLED_STUDENTS = {
 # ---- Dynamic sparsity ------------------------------------------------------------------------------------------------
 # Lasby et al., ICLR 2024, and their public code.
 
-# Their code divides the learning rate by five every 77 epochs, for which the cosine stands here.
+# Their code divides the learning rate by five every 77 epochs; here it follows a cosine.
 _DST_CIFAR = {"dataset": "cifar10", "model": "resnet18_cifar", "recipe": {"epochs": 250, "lr": 0.1}}
 
 DYNAMIC_SPARSITY = {
-    # A stand-in that runs in seconds. Noise, since clean digits tolerate any mask.
+    # A stand-in that runs in seconds. With noise, because clean digits tolerate any mask.
     "digits": Preset({"dataset": "digits", "options": {"noise": 1.0, "copies": 5}, "every": 20,
                       "recipe": {"epochs": 14, "batch_size": 64}}, {"seeds": 3, "sparsities": (0.95, 0.98)}),
     "cifar10-resnet18": Preset(_DST_CIFAR, {"seeds": 5, "sparsities": (0.8, 0.9, 0.95, 0.99)}, "ResNet18/CIFAR-10"),
-    # Nothing is published for CIFAR-100, neither settings nor results: these are the settings of CIFAR-10.
+    # Neither settings nor results are published for CIFAR-100: these are the settings of CIFAR-10.
     "cifar100-resnet18": Preset(_DST_CIFAR | {"dataset": "cifar100"},
                                 {"seeds": 5, "sparsities": (0.8, 0.9, 0.95, 0.99)}),
-    # Four parts of a batch, since theirs lie on four GPUs with BatchNorms of their own. Their rate falls to a tenth at
-    # epochs 30, 70 and 90; their growth looks at the gradients of eight batches, and here at those of one.
+    # Four parts of a batch, because theirs is on four GPUs with separate BatchNorms. Their learning rate is divided by
+    # ten at epochs 30, 70 and 90; their growth uses the gradients of eight batches, ours those of one.
     "imagenet-resnet50": Preset(
         {"dataset": "imagenet", "model": "resnet50", "every": 800, "unmasked": ("conv1.weight",), "recipe": {
             "epochs": 103, "lr": 0.2, "weight_decay": 1e-4, "batch_size": 512, "accumulate": 4, "schedule": "step",
             "step_epochs": 30, "warmup": 5, "label_smoothing": 0.1, "precision": "bf16"}},
         {"seeds": 1, "sparsities": (0.8, 0.9, 0.95, 0.99)}, "ResNet50/ImageNet"),
-    # Epochs, decay, warm-up and smoothing as in their code, but neither its clipping of gradients nor torchvision's
-    # augmentations. What projects the inputs of attention stays dense: see permask_core.models.transformer.vit_b_16.
+    # Epochs, decay, warm-up and smoothing are those of their code, without its gradient clipping and without
+    # torchvision's augmentations. The input projections of attention are dense: see
+    # permask_core.models.transformer.vit_b_16.
     "imagenet-vit_b_16": Preset(
         {"dataset": "imagenet", "model": "vit_b_16", "distribution": "uniform", "min_salient": 0.95, "recipe": {
             "epochs": 150, "lr": 0.003, "weight_decay": 0.3, "batch_size": 4096, "accumulate": 16, "warmup": 16,
@@ -179,11 +181,11 @@ DYNAMIC_SPARSITY = {
 
 
 # ---- Extreme labels --------------------------------------------------------------------------------------------------
-# Ullah et al., NeurIPS 2024. Their encoder is a BERT with 768 outputs that reads the text and is trained along. Here an
-# embedding of bags of words has its place, as wide: this is not the published experiment, and precision is not to be
-# compared. Published are the labels, inputs and fan-in of the output layer, the intermediate layer, until when
-# connections move, and of a range (every 300 to 1500 steps, 15 to 25 % of a row) how often and how many. Epochs,
-# batches and the learning rate are ours.
+# Ullah et al., NeurIPS 2024. Their encoder is a BERT with 768 outputs, which is trained too. Here it is replaced by an
+# embedding of bags of words of the same width, so this is not the published experiment, and precisions are not
+# comparable. The labels, inputs and fan-in of the output layer, the intermediate layer and the end of rewiring are
+# published, and a range of how often (every 300 to 1500 steps) and how many (15 to 25 % of a row) connections move.
+# Epochs, batches and the learning rate are our choice.
 
 _PLANTED = {"features": 128, "hidden": 128, "fan_in": 16,
             "recipe": {"epochs": 8, "rewire_every": 100, "auxiliary": 0.4, "auxiliary_epochs": 4}}

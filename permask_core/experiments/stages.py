@@ -1,9 +1,9 @@
-"""What experiments in stages share: settings and presets, the data set, trainings that go on after a kill, and workers.
+"""Common parts of experiments in stages: settings and presets, the data set, resumable trainings, and workers.
 
 An experiment is a frozen dataclass of :class:`Settings`, ``Experiment``, with the fields ``dataset`` (a name),
-``options`` (of the data set) and ``root`` (where its files lie). Its module has ``PRESETS``, a function
-``preset(name, **changes)`` that makes an ``Experiment`` of one, and a function
-``run(experiment, store, *, seeds, ...)`` that gives results as rows.
+``options`` (of the data set) and ``root`` (the folder of its files). Its module has ``PRESETS``, a function
+``preset(name, **changes)`` that returns an ``Experiment``, and a function ``run(experiment, store, *, seeds, ...)``
+that returns results as rows.
 """
 
 import functools
@@ -29,7 +29,7 @@ from permask_core.training.resume import fingerprint
 
 
 class Settings:
-    """What the dataclasses of experiments share; as text, a line of ``name value`` pairs."""
+    """Base class of the dataclasses of experiments; as text, a line of ``name value`` pairs."""
 
     def __post_init__(self):
         for one in fields(self):
@@ -41,22 +41,22 @@ class Settings:
         return ", ".join(f"{one.name} {getattr(self, one.name)}" for one in fields(self) if one.name != "root")
 
     def check_names(self, **known):
-        """Raise ValueError unless each of these settings is one of the names that are known."""
+        """Raise ValueError unless each of these settings is one of its known names."""
         for name, names in known.items():
             if getattr(self, name) not in names:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(names)}")
 
     def select(self, *names):
-        """Some of the settings as a dict."""
+        """Return some of the settings as a dict."""
         return {name: getattr(self, name) for name in names}
 
     def as_dict(self):
-        """All settings as a dict, except where files lie."""
+        """Return all settings as a dict, except the folder of files."""
         return self.select(*(one.name for one in fields(self) if one.name != "root"))
 
     def stage_parameters(self, *names):
-        """Some of the settings as a dict for :meth:`permask_core.runs.store.Store.stage`: what the data are stands
-        there for the options of the data set, and with it go the modules of the networks."""
+        """Return some of the settings as a dict for :meth:`permask_core.runs.store.Store.stage`. A hash of the data
+        replaces the options of the data set, and the modules of the networks are added."""
         settings = self.select(*(name for name in names if name != "options"))
         networks = [getattr(self, name) for name in ("model", "teacher", "student") if name in names]
         return settings | {"data": content(self), "modules": sorted({module_of(name) for name in networks})}
@@ -64,22 +64,22 @@ class Settings:
 
 # ---- Settings with changes -------------------------------------------------------------------------------------------
 
-# Whose options they are: those of another data set or network are others.
+# The setting to which options belong: they are not valid for a different data set or network.
 OWNERS = {"options": "dataset", "teacher_options": "teacher", "student_options": "student"}
 
-# What may differ from published settings without making a run another experiment, wherever it stands.
+# Settings that may differ from the published ones in a reproduction.
 FREE = ("root", "readers", "processes", "precision", "accumulate")
 
 
 def change(settings, changes):
-    """A dataclass of settings with changes.
+    """Return a dataclass of settings with changes.
 
     Parameters
     ----------
     settings : dataclass
     changes : dict
-        By the names of its fields. None changes nothing. A mapping changes the entries that it names, of a recipe or of
-        options; but options of another data set or network replace all that were there.
+        New values by name of the field; None is ignored. A mapping changes only its own entries in a recipe or options,
+        but options of a different data set or network replace all old options.
 
     Raises
     ------
@@ -112,18 +112,18 @@ def change(settings, changes):
 
 
 def drop_none(changes):
-    """The changes that are not None."""
+    """Return the changes that are not None."""
     return {name: value for name, value in changes.items() if value is not None}
 
 
 def change_preset(presets, name, experiment, changes):
-    """An experiment with the settings of a preset, and then with changes: see :func:`change`."""
+    """Return an experiment with the settings of a preset and changes: see :func:`change`."""
     check_one_of("preset", name, presets)
     return change(change(experiment, presets[name].settings), changes)
 
 
 def same_results(experiment, other, free=()):
-    """Whether two experiments differ in nothing but what is ``free``, or in :data:`FREE`: neither decides about
+    """Whether two experiments differ only in settings that are in ``free`` or :data:`FREE`, which do not affect
     accuracies."""
     def decisive(settings):
         return {name: decisive(value) if isinstance(value, dict) else value for name, value in settings.items()
@@ -135,21 +135,21 @@ def same_results(experiment, other, free=()):
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
 def data(experiment):
-    """The experiment's data set; the last one loaded stays in memory."""
+    """Return the data set of the experiment; the last one is cached."""
     return _loaded(experiment.dataset, _options(experiment))
 
 
 def check_data(experiment):
-    """Raise FileNotFoundError, with the way to get them, unless the files of the experiment's data set are there or are
-    to be fetched; nothing is read."""
+    """Raise FileNotFoundError, which says how to get them, if files of the experiment's data set are missing and will
+    not be downloaded; nothing is read."""
     options = dict(_options(experiment))
     if not options.get("download"):
         check_files(experiment.dataset, options.get("root"))
 
 
 def content(experiment):
-    """A short hash of what is trained and tested on: of numbers in memory, or of the names, sizes and labels of files.
-    Where the files lie decides about nothing, and neither does how they are read."""
+    """Return a short hash of the data: of numbers in memory, or of the names, sizes and labels of files. It does not
+    depend on the folder of the files and on how they are read."""
     return _content(experiment.dataset, _options(experiment))
 
 
@@ -173,7 +173,7 @@ def _content(name, options):
 # ---- Trainings -------------------------------------------------------------------------------------------------------
 
 def discard_damaged(path):
-    """Delete the file of an unfinished training if it is damaged, and say so."""
+    """Delete the file of an unfinished training if it is damaged, and print a message."""
     try:
         load_tensors(path)
     except FileNotFoundError:
@@ -184,10 +184,10 @@ def discard_damaged(path):
 
 
 def train_stage(store, name, train, *, modules=(), **parameters):
-    """A stage that trains: ``train`` is given a file from which a run goes on that was interrupted."""
+    """Return a stage that trains: ``train`` gets a file from which an interrupted run continues."""
     unfinished = store.unfinished(name, train, modules=modules, **parameters)
 
-    @functools.wraps(train)  # its code is what the stage depends on
+    @functools.wraps(train)  # the stage depends on its code
     def compute():
         discard_damaged(unfinished)
         return train(unfinished)
@@ -200,10 +200,11 @@ def train_stage(store, name, train, *, modules=(), **parameters):
 # ---- Workers ---------------------------------------------------------------------------------------------------------
 
 def run_jobs(run_job, jobs, store, workers, total):
-    """The rows of all jobs, ``run_job(store, *job)`` each, ``total`` of them, by this process or by several workers."""
+    """Return the rows of all jobs, ``run_job(store, *job)`` each, computed by this process or by workers; ``total`` is
+    their number."""
     if workers > 1:
         return run_in_parallel(run_job, jobs, store, workers)
-    # Processes with other settings that share a store begin at other jobs, and wait less for what they have in common.
+    # Processes with different settings that share a store start with different jobs, and wait less for common stages.
     first = zlib.crc32(repr(jobs).encode()) % max(1, len(jobs))
     order = [*range(first, len(jobs)), *range(first)]
     found = progress(((i, row) for i in order for row in run_job(store, *jobs[i])), "runs", total=total)
@@ -211,22 +212,22 @@ def run_jobs(run_job, jobs, store, workers, total):
 
 
 def run_in_parallel(run_job, jobs, store, workers):
-    """The rows of all jobs, ``run_job(store, *job)`` each, in their order, computed by several processes.
+    """Return the rows of all jobs, ``run_job(store, *job)`` each, in order, computed by several processes.
 
     Raises
     ------
     RuntimeError
-        If one of them died.
+        If a worker process died.
     """
-    # A server that has imported the library once, and what else takes long (for torch.export, for the digits), forks
-    # each worker; a fork of this process could inherit held locks. Workers of joblib's loky would import all of it
-    # themselves, about 9 s of a core for each in every call, and train on after the parent was killed.
+    # A server that has imported the library and other slow modules (for torch.export, for the digits) forks the
+    # workers; a fork of this process could inherit held locks. Workers of joblib's loky would import everything
+    # themselves, which takes 9 s for each in every call, and would continue after the parent was killed.
     known = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload([run_job.__module__, "torch._dynamo", "sklearn.datasets"])
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as pool:
-        # Each worker counts in a copy of the store that starts from zero.
+        # Each worker has a copy of the store whose counts start from zero.
         futures = [pool.submit(_run_and_count, run_job, Store(store.folder, store.on_change), *job) for job in jobs]
         try:
             for future in progress(as_completed(futures), "seeds", total=len(futures)):
@@ -234,9 +235,9 @@ def run_in_parallel(run_job, jobs, store, workers):
                 store.computed, store.found = store.computed + computed, store.found + found
         except BrokenProcessPool as error:
             raise RuntimeError("a worker process died. A script must call this below `if __name__ == \"__main__\":`, "
-                               "because every worker imports it again; workers=1 needs no other process") from error
+                               "because every worker imports it again; workers=1 starts no process") from error
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # seeds that wait are not begun
+            pool.shutdown(cancel_futures=True)  # waiting seeds are not started
             raise
         return [row for future in futures for row in future.result()[0]]
 
@@ -247,7 +248,7 @@ def _begin_worker():
 
     def end_with_parent():
         multiprocessing.parent_process().join()
-        os._exit(1)  # the parent was killed; what is written is whole, and nobody waits for the rest
+        os._exit(1)  # the parent was killed; files are complete, and no one waits for the rest
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 

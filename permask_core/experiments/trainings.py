@@ -1,9 +1,9 @@
-"""Trainings as stages of a store: one by one, or many networks at once.
+"""Trainings as stages of a store: one by one, or batched.
 
-A stage that trains is described by a :class:`Training`. :func:`train` computes it or finds it finished.
-:func:`train_batched` does so for a list of them whose networks are of one architecture: an experiment lists what can be
-trained next, has it trained, and goes on to what depends on it. What is stored is the same, up to rounding, so that
-afterwards everything is found as if it had been trained one by one.
+A :class:`Training` describes a stage that trains. :func:`train` computes it or loads it from the store.
+:func:`train_batched` does this for a list of trainings of one architecture: an experiment lists the networks that can
+be trained next, trains them, and continues with those that depend on them. The stored results are the same up to
+rounding, as if the networks had been trained one by one.
 """
 
 import functools
@@ -21,9 +21,9 @@ from permask_core.training.recipe import Recipe
 class Training(NamedTuple):
     """A training of an ``experiment`` on its data, as a ``stage`` with ``parameters``.
 
-    ``build()`` gives the network and its masks (None for a dense one) when they are needed, and
-    ``result(model, run, record)`` what the stage keeps of the trained network: tensors and a record, from the
-    :class:`~permask_core.training.loop.FitResult` and a record with the test ``accuracy`` and ``loss``.
+    ``build()`` returns the network and its masks (None for a dense network). ``result(model, run, record)`` returns the
+    tensors and the record that the stage stores, given the :class:`~permask_core.training.loop.FitResult` and a record
+    with the test ``accuracy`` and ``loss``.
     """
 
     experiment: Settings
@@ -38,10 +38,10 @@ class Training(NamedTuple):
 
 
 def train(store, training):
-    """The tensors and the record of a training, done now or found finished."""
+    """Return the tensors and the record of a training, computed now or loaded from the store."""
     task, processes = data(training.experiment), training.experiment.processes
 
-    @functools.wraps(training.build)  # its code is what the stage depends on
+    @functools.wraps(training.build)  # the stage depends on its code
     def compute(unfinished):
         model, masks = training.build()
         run = fit(model, task.train, training.recipe, seed=training.seed, masks=masks, processes=processes,
@@ -52,9 +52,9 @@ def train(store, training):
 
 
 def train_batched(store, trainings, networks):
-    """Have some trainings of one experiment and one stage done, up to ``networks`` of them at once.
+    """Finish trainings of one experiment and one stage, up to ``networks`` of them at once.
 
-    See :func:`permask_core.training.batched.fit_batched`. The seconds of a batch are shared among its networks.
+    See :func:`permask_core.training.batched.fit_batched`. The seconds of a batch are divided by its number of networks.
     """
     if not trainings:
         return
@@ -79,10 +79,10 @@ def train_batched(store, trainings, networks):
 
 
 def _unfinished(store, trainings):
-    """The file from which these trainings, done at once, go on after a kill."""
+    """Return the file from which these batched trainings continue after an interruption."""
     stems = [store.path(one.stage, one.build, **one.parameters).stem for one in trainings]
     path = store.folder / "batched" / f"{hashlib.sha256(' '.join(stems).encode()).hexdigest()[:20]}.unfinished"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for begun in path.parent.glob(f"{path.name}*"):  # networks that are trained alone have a file each
+    for begun in path.parent.glob(f"{path.name}*"):  # networks that are trained one by one have separate files
         discard_damaged(begun)
     return path

@@ -1,17 +1,17 @@
-"""The two-weight toy: a network small enough that its whole loss landscape is one picture.
+"""The two-weight toy: a network so small that its whole loss landscape fits into one picture.
 
-Two neurons with one weight each, f(x) = relu(w0 x) + relu(w1 x), learn the function whose weights are (3, -1), on
-inputs uniform in [-1, 1]. Swapping the neurons leaves f as it is, so the landscape is its own mirror image in the
-diagonal w0 = w1. For x > 0 only positive weights act and for x < 0 only negative ones: f is two half lines, and loss,
-gradient and the limit of training all have closed forms. Every function takes a batch: weights of shape [..., 2].
-After the two-weight picture in Adnan et al., "Sparse Training from Random Initialization", ICML 2025, arXiv 2505.05143.
+Two neurons with one weight each, f(x) = relu(w0 x) + relu(w1 x), learn the function with the weights (3, -1), on inputs
+uniform in [-1, 1]. Swapping the neurons does not change f, so the landscape is symmetric about the diagonal w0 = w1.
+For x > 0 only positive weights are active and for x < 0 only negative weights: f consists of two half lines, and loss,
+gradient and the limit of training have closed forms. Every function takes a batch: weights of shape [..., 2]. After the
+two-weight picture in Adnan et al., "Sparse Training from Random Initialization", ICML 2025, arXiv 2505.05143.
 """
 
 import numpy as np
 
 TARGET = np.array([3.0, -1.0])
 RIGHT, LEFT = 3.0, 1.0  # the slopes of the target on its two half lines
-LARGEST_STEP = 1.5  # one over the largest curvature, 2/3, which two weights of one sign have
+LARGEST_STEP = 1.5  # one over the largest curvature, 2/3, that of two weights of one sign
 
 
 def network(weights, x):
@@ -32,8 +32,8 @@ def network(weights, x):
 def loss(weights):
     """Mean squared error against the target, over x uniform in [-1, 1].
 
-    With r the sum of the positive weights and l that of the negative ones without their sign, f(x) is r x on the right
-    and minus l x on the left, so that the integral is ((r - 3)^2 + (l - 1)^2) / 6.
+    Let r be the sum of the positive weights and l the absolute sum of the negative weights. Then f(x) is r x on the
+    right and -l x on the left, and the integral is ((r - 3)^2 + (l - 1)^2) / 6.
 
     Parameters
     ----------
@@ -46,14 +46,14 @@ def loss(weights):
     Raises
     ------
     ValueError
-        If the last axis is not two weights, or one is not finite.
+        If the last axis does not have two weights, or a weight is not finite.
     """
     right, left = _slopes(_checked(weights))
     return ((right - RIGHT) ** 2 + (left - LEFT) ** 2) / 6
 
 
 def gradient(weights):
-    """Gradient of :func:`loss`, with relu'(0) = 0 as in PyTorch: a weight of exactly zero stays where it is.
+    """Gradient of :func:`loss`, with relu'(0) = 0 as in PyTorch: a weight of exactly zero does not change.
 
     Parameters
     ----------
@@ -69,18 +69,18 @@ def gradient(weights):
 
 
 def descend(weights, mask=None, *, steps, learning_rate):
-    """Gradient descent on the expected loss, of the whole batch at once.
+    """Run gradient descent on the expected loss, for the whole batch at once.
 
     Parameters
     ----------
     weights : array-like, shape [..., 2]
-        Where each run begins.
+        The initial weights of each run.
     mask : array-like of bool, shape [..., 2], optional
-        The weights to keep; the others are set to zero before the first step and stay there.
+        The weights to keep; all others are set to zero before the first step and remain zero.
     steps : int
         At least 0.
     learning_rate : float
-        In (0, 1.5]; longer steps jump over the valley of two weights of one sign.
+        In (0, 1.5]; larger steps jump over the valley of two weights of one sign.
 
     Returns
     -------
@@ -94,7 +94,7 @@ def descend(weights, mask=None, *, steps, learning_rate):
     """
     weights = _checked(weights)
     if not isinstance(steps, (int, np.integer)) or steps < 0:
-        raise ValueError(f"steps is {steps!r}: expected a whole number, 0 or more")
+        raise ValueError(f"steps is {steps!r}: expected an integer of at least 0")
     if not 0 < learning_rate <= LARGEST_STEP:
         raise ValueError(f"learning_rate is {learning_rate!r}: expected a number in (0, {LARGEST_STEP}]")
     if mask is not None:
@@ -104,17 +104,17 @@ def descend(weights, mask=None, *, steps, learning_rate):
         weights = np.where(mask, weights, 0.0)
     trajectory = [weights]
     for _ in range(steps):
-        # Masked weights are zero, and the gradient of a zero weight is zero: they stay.
+        # Masked weights are zero and remain zero, because the gradient of a zero weight is zero.
         trajectory.append(trajectory[-1] - learning_rate * gradient(trajectory[-1]))
     return np.stack(trajectory)
 
 
 def limit(weights):
-    """Where gradient descent ends, in closed form.
+    """Return the limit of gradient descent, in closed form.
 
-    Weights of opposite sign go to the minimum of their quadrant. Two weights of one sign get the same gradient, so that
-    their difference stays while their sum goes to the slope of the one half line they both serve, 3 or -1; on
-    the way the smaller one changes its sign where the difference is larger than that slope. A zero weight stays zero.
+    Weights of opposite sign converge to the minimum of their quadrant. Two weights of one sign have the same gradient,
+    so their difference does not change, and their sum converges to the slope of their common half line, 3 or -1. If the
+    difference is larger than that slope, the smaller weight changes its sign. A zero weight remains zero.
 
     Parameters
     ----------
@@ -127,9 +127,9 @@ def limit(weights):
         The limit of gradient flow, and of :func:`descend` for all its learning rates.
     """
     weights = _checked(weights)
-    own = np.where(weights > 0, RIGHT, -LEFT) * (weights != 0)  # where a weight goes that serves its half line alone
+    own = np.where(weights > 0, RIGHT, -LEFT) * (weights != 0)  # the limit of a weight alone on its half line
     first, second = weights[..., :1], weights[..., 1:]
-    together = own[..., :1]  # where the sum of two weights of one sign goes
+    together = own[..., :1]  # the limit of the sum of two weights of one sign
     difference = first - second
     valley = np.concatenate([together + difference, together - difference], axis=-1) / 2
     minimum = np.where(difference > 0, TARGET, TARGET[::-1])
@@ -138,7 +138,7 @@ def limit(weights):
 
 
 def largest(weights):
-    """The mask that keeps the larger weight by magnitude of each pair (the first one where they are equal).
+    """Return the mask that keeps the weight of larger magnitude in each pair (the first if they are equal).
 
     Parameters
     ----------
@@ -153,10 +153,10 @@ def largest(weights):
 
 
 def match(source, target):
-    """Weight matching: the permutation of the source's neurons that brings it closest to the target.
+    """Weight matching: return the permutation of the source's neurons that brings it closest to the target.
 
-    There are two permutations, so the assignment problem is one comparison: swap where that makes the inner product
-    larger (equivalently, the distance smaller).
+    There are two permutations, so the assignment problem is one comparison: swap if this increases the inner product
+    (equivalently, decreases the distance).
 
     Parameters
     ----------
@@ -173,7 +173,7 @@ def match(source, target):
 
 
 def permute(permutation, tensor):
-    """Move the neurons of weights or masks [..., 2] as :func:`match` says."""
+    """Permute the neurons of weights or masks [..., 2] by a result of :func:`match`."""
     return np.take_along_axis(np.asarray(tensor), np.asarray(permutation), axis=-1)
 
 
@@ -184,7 +184,7 @@ def _slopes(weights):
 def _checked(weights):
     weights = np.asarray(weights, dtype=float)
     if weights.ndim == 0 or weights.shape[-1] != 2:
-        raise ValueError(f"the weights have shape {list(weights.shape)}: expected two on the last axis")
+        raise ValueError(f"the weights have shape {list(weights.shape)}: expected two weights on the last axis")
     if not np.isfinite(weights).all():
         raise ValueError(f"a weight is {weights[~np.isfinite(weights)][0]}: expected finite numbers")
     return weights

@@ -1,8 +1,8 @@
-"""Masks: which weights of a network are there.
+"""Masks: which weights of a network are kept.
 
 A mask set is a plain dict from the keys of a ``state_dict`` to bool tensors of the same shape, True where the weight
-is kept. Sparsity is always the fraction of zeros among the *masked* weights: biases, norms and everything else that
-has no mask is not in the denominator.
+is kept. Sparsity is always the fraction of zeros among the *masked* weights: biases, norms and all other tensors
+without a mask do not count.
 """
 
 from permask_core.masks.applying import (

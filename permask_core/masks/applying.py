@@ -1,4 +1,4 @@
-"""Masks as a dict of bool tensors: their sparsity, whether they fit, and the weights under them set to zero."""
+"""Masks as a dict of bool tensors: compute their sparsity, check their shapes, and apply them to weights."""
 
 import torch
 from torch import nn
@@ -15,10 +15,10 @@ def sparsity(network, masks=None):
     Parameters
     ----------
     network : Masks, torch.nn.Module or dict of str to torch.Tensor
-        Masks are counted themselves. Of a model or a ``state_dict`` the weights are counted: those with a mask, or
-        without ``masks`` those that :func:`masks_of` reads.
+        For masks, their zeros are counted. For a model or a ``state_dict``, the zeros of the weights are counted: those
+        that have a mask or, without ``masks``, those that :func:`masks_of` reads.
     masks : Masks, optional
-        What the network is said to be pruned to.
+        The masks to which the network should be pruned.
 
     Returns
     -------
@@ -28,7 +28,7 @@ def sparsity(network, masks=None):
     Raises
     ------
     ValueError
-        If there are no masks, one is not a bool tensor or does not fit, or a weight that one drops is not zero.
+        If there are no masks, a mask is not a bool tensor or does not fit, or a weight that a mask drops is not zero.
 
     Examples
     --------
@@ -43,12 +43,12 @@ def sparsity(network, masks=None):
 
 
 def layer_sparsity(network, masks=None):
-    """Fraction of zeros of each mask or masked weight, a dict; the arguments are those of :func:`sparsity`."""
+    """Return the fraction of zeros of each mask or masked weight as a dict, with the arguments of :func:`sparsity`."""
     return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in _kept(network, masks).items()}
 
 
 def _kept(network, masks):
-    """Which weights are there, as masks."""
+    """Return which weights are kept, as masks."""
     is_module = isinstance(network, nn.Module)
     if is_module or any(isinstance(one, torch.Tensor) and one.is_floating_point() for one in network.values()):
         tensors, stored = tensors_and_masks(network)
@@ -57,12 +57,12 @@ def _kept(network, masks):
         names = masks if masks is not None else weights_of(network, tensors, stored)
         network = {name: tensors[name] != 0 for name in names}
     elif masks is not None:
-        raise ValueError("masks are compared with a model or a state_dict: got two sets of masks")
+        raise ValueError("got two sets of masks: expected a model or a state_dict to compare masks with")
     check_bool(network)
     for name, mask in (masks or {}).items():
         if wrong := int((network[name] & ~mask.to(network[name].device)).sum()):
             raise ValueError(f"{wrong} of the {int((~mask).sum())} weights of {name!r} that its mask drops are not "
-                             "zero: the network is not pruned to these masks")
+                             "zero: expected a network pruned to these masks")
     return network
 
 
@@ -77,7 +77,7 @@ def check_bool(masks):
 
 
 def check_fit(masks, state):
-    """Raise ValueError, naming the first offending key and both shapes, unless every mask fits its tensor.
+    """Raise ValueError unless every mask has a tensor of its name and shape; the message names the first that has not.
 
     Parameters
     ----------
@@ -87,26 +87,27 @@ def check_fit(masks, state):
     check_bool(masks)
     for name, mask in masks.items():
         if name not in state:
-            raise ValueError(f"mask {name!r} of shape {list(mask.shape)} has no tensor of that name: "
+            raise ValueError(f"masks has {name!r} of shape {list(mask.shape)}, which is not in the model: "
                              f"expected one of {', '.join(state)}")
         if mask.shape != state[name].shape:
-            raise ValueError(f"mask {name!r} has shape {list(mask.shape)}, its tensor {list(state[name].shape)}")
+            raise ValueError(f"mask {name!r} has shape {list(mask.shape)}: expected {list(state[name].shape)}, the "
+                             "shape of its tensor")
 
 
 @torch.no_grad()
 def apply_masks(module_or_state, masks):
-    """Set the weights that are not kept to zero.
+    """Set the weights that the masks drop to zero.
 
     Parameters
     ----------
     module_or_state : torch.nn.Module or dict of str to torch.Tensor
-        A module is changed in place; a state_dict is left alone.
+        A module is changed in place, a state_dict is not.
     masks : Masks
 
     Returns
     -------
     torch.nn.Module or dict of str to torch.Tensor
-        The module itself, or a new dict whose unmasked tensors are shared with the old one.
+        The module itself, or a new dict that shares the tensors without a mask with the old one.
 
     Raises
     ------
@@ -114,10 +115,10 @@ def apply_masks(module_or_state, masks):
         If a mask does not fit.
     """
     if isinstance(module_or_state, torch.nn.Module):
-        tensors = module_or_state.state_dict()  # references to the parameters themselves
+        tensors = module_or_state.state_dict()  # references to the parameters
         check_fit(masks, tensors)
         for name, mask in masks.items():
-            # Not a product: a NaN or an infinity times zero would stay.
+            # Not a product: NaN or infinity times zero is NaN.
             tensors[name].masked_fill_(~mask.to(tensors[name].device), 0)
         return module_or_state
     check_fit(masks, module_or_state)
@@ -126,8 +127,10 @@ def apply_masks(module_or_state, masks):
 
 
 def attach_masks(model, masks):
-    """Prune a model in place as ``torch.nn.utils.prune`` does: each weight becomes a parameter ``weight_orig`` and a
-    buffer ``weight_mask``, whose product is computed before each forward pass. :func:`apply_masks` gives plain zeros.
+    """Prune a model in place as ``torch.nn.utils.prune`` does.
+
+    Each weight becomes a parameter ``weight_orig`` and a buffer ``weight_mask``, whose product is computed before each
+    forward pass. To set weights to zero instead, use :func:`apply_masks`.
 
     Raises
     ------

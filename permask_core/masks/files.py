@@ -1,4 +1,4 @@
-"""Masks as files, with where they came from."""
+"""Files of masks with their provenance."""
 
 import json
 
@@ -9,30 +9,30 @@ from permask_core.runs.store import commit, plain, versions
 
 
 def save_masks(path, masks, *, model=None, data=None, recipe=None, initial=None, **provenance):
-    """Write masks and what they came from to a safetensors file, under a temporary name first.
+    """Write masks and their provenance to a safetensors file, first under a temporary name.
 
-    The file's header has, in JSON, the sparsity of all weights and of each layer, the versions of the libraries and the
-    commit of this one, and what is given here.
+    The header of the file holds, as JSON, the sparsity of all weights and of each layer, the versions of the libraries,
+    the commit of permask, and the arguments below.
 
     Parameters
     ----------
     path : path-like
     masks : Masks
     model : torch.nn.Module, optional
-        The network that they are for; the header has the name of its class.
+        The network to which the masks belong; the header has the name of its class.
     data : str or object with a name, optional
         The data on which they were found, such as a :class:`permask_core.data.Dataset`.
     recipe : dataclass or anything that JSON holds, optional
         How the network was trained.
     initial : dict of str to torch.Tensor, optional
-        The ``state_dict`` from which the training began, of which the header has a hash.
+        The ``state_dict`` at the start of the training; the header has its hash.
     **provenance
         Anything else that JSON holds (seed, command, ...).
 
     Raises
     ------
     ValueError
-        If the masks do not fit the model, or something given cannot be written as JSON.
+        If the masks do not fit the model, or an argument cannot be written as JSON.
     """
     check_bool(masks)
     known = {"model": model, "data": data, "recipe": recipe, "initial": initial}
@@ -48,25 +48,25 @@ def save_masks(path, masks, *, model=None, data=None, recipe=None, initial=None,
     try:
         record = json.loads(json.dumps(record, default=plain))
     except TypeError as error:
-        raise ValueError(f"the provenance of masks cannot be written as JSON: {error}") from error
+        raise ValueError(f"the provenance of the masks cannot be written as JSON: {error}") from error
     save_tensors(path, masks, record)
 
 
 def load_masks(path, model=None):
-    """Read masks that :func:`save_masks` wrote, on the CPU.
+    """Read masks that :func:`save_masks` wrote, as tensors on the CPU.
 
     Parameters
     ----------
     path : path-like
     model : torch.nn.Module or dict of str to torch.Tensor, optional
-        The network that they are for, of any class, or its ``state_dict``.
+        The network for which the masks are meant, of any class, or its ``state_dict``.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is damaged, foreign, or holds something other than masks, or a mask does not fit the model.
+        If the file is damaged, has another format or does not hold masks, or a mask does not fit the model.
     """
     masks, _ = _load(path)
     check_bool(masks)
@@ -76,8 +76,7 @@ def load_masks(path, model=None):
 
 
 def read_provenance(path):
-    """What the header of a file of :func:`save_masks` says about its masks, a dict; the errors are those of
-    :func:`load_masks`."""
+    """Return the header of a file that :func:`save_masks` wrote, as a dict; raises the errors of :func:`load_masks`."""
     return _load(path)[1]
 
 

@@ -1,4 +1,4 @@
-"""Which weights of a network may be pruned, and which are there: masks read from zeros or from torch's own pruning."""
+"""Which weights of a network may be pruned, and which are kept: masks read from zeros or from torch's own pruning."""
 
 import re
 
@@ -11,33 +11,34 @@ SHORTCUT = "a projection on a shortcut"
 
 
 def prunable_weights(model, *, shortcuts=False, exclude=()):
-    """The weights that may be pruned: of linear layers, convolutions and attention, stem and classifier included.
+    """Return the weights that may be pruned: those of linear layers, convolutions and attention, stem and head
+    included.
 
     Parameters
     ----------
     model : torch.nn.Module
     shortcuts : bool
-        Whether projections on shortcuts are among them, as the literature on dynamic sparse training has it. A
-        convolution is one if it is alone on its branch of a sum, and the other branch leads from the same input through
-        at least two convolutions. ``torch.fx`` finds the sums, without an example input; a module may name its
-        projections instead, in an attribute ``shortcut_weights``.
+        Whether to include projections on shortcuts, as the literature on dynamic sparse training does. A convolution is
+        such a projection if it is the only one on its branch of a sum, and the other branch leads from the same input
+        through at least two convolutions. ``torch.fx`` finds the sums without an example input. A module may instead
+        list its projections in an attribute ``shortcut_weights``.
     exclude : iterable of str
-        Names of weights that remain dense, or of modules whose weights do. A module may name its own in an attribute
-        ``dense_weights``.
+        Names of weights that remain dense, or of modules whose weights remain dense. A module may list its own in an
+        attribute ``dense_weights``.
 
     Returns
     -------
     dict of str to torch.Tensor
-        Keyed like the ``state_dict`` of the unpruned network, detached, sharing memory with the model. A weight that
-        two layers share is listed once. The axes are the layer's own: a linear layer or a convolution has its outputs
-        first, a transposed convolution and transformers' ``Conv1D`` have their inputs first. :func:`unprunable` says
-        what is left out, and why.
+        Detached tensors that share memory with the model, with the keys of the ``state_dict`` of the unpruned network.
+        A weight that two layers share is listed once. The order of the axes is that of the layer: outputs first in
+        linear layers and convolutions, inputs first in transposed convolutions and in the ``Conv1D`` of transformers.
+        :func:`unprunable` returns which weights are excluded, and why.
 
     Raises
     ------
     ValueError
-        If ``exclude`` names no prunable weight, or shortcuts are to be found in a module that has convolutions and
-        cannot be traced.
+        If ``exclude`` has a name without prunable weights, or shortcuts must be found in a module with convolutions
+        that cannot be traced.
 
     Examples
     --------
@@ -49,10 +50,10 @@ def prunable_weights(model, *, shortcuts=False, exclude=()):
 
 
 def unprunable(model, *, shortcuts=False, exclude=()):
-    """Why the other weights remain dense, a dict of str to str.
+    """Return which weights remain dense, and why, as a dict of str to str.
 
-    These are the parameters of two or more axes that :func:`prunable_weights` leaves out with the same arguments:
-    embeddings, recurrent layers, experts packed into one parameter, anything that a module defines itself.
+    These are the parameters of two or more axes that :func:`prunable_weights` excludes with the same arguments:
+    embeddings, recurrent layers, experts packed into one parameter, and parameters that a module defines itself.
 
     Examples
     --------
@@ -63,7 +64,7 @@ def unprunable(model, *, shortcuts=False, exclude=()):
 
 
 def _weights(model, shortcuts, exclude):
-    """{name: (weight, why it remains dense or None)} of all weights of two or more axes, the prunable ones first."""
+    """Return {name: (weight, None or why it remains dense)} of all weights of two or more axes, prunable ones first."""
     if isinstance(exclude, str):
         raise ValueError(f"exclude is {exclude!r}: expected a list of names")
     parameters, (_, stored) = dict(model.named_parameters(remove_duplicate=False)), tensors_and_masks(model)
@@ -71,7 +72,7 @@ def _weights(model, shortcuts, exclude):
     for prefix, module in model.named_modules():
         for own in _own_weights(module):
             name, weight = join(prefix, own), getattr(module, own)
-            is_tensor = name in parameters or name in stored  # or it is computed, as by weight norm
+            is_tensor = name in parameters or name in stored  # if not, it is computed, for example by weight norm
             if is_tensor and id(weight) not in listed:
                 found[name] = (weight, None)
                 listed.add(id(weight))
@@ -94,8 +95,8 @@ def _weights(model, shortcuts, exclude):
 
 
 def _own_weights(module):
-    """The names of the weights in a module itself that may be pruned."""
-    if isinstance(module, nn.MultiheadAttention):  # the output's projection is a linear layer in it
+    """Return the names of the prunable weights in a module itself, without its submodules."""
+    if isinstance(module, nn.MultiheadAttention):  # its output projection is a separate linear layer
         return [name for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
                 if getattr(module, name) is not None]
     names = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
@@ -108,32 +109,32 @@ def _declared(model, attribute):
 
 
 def masks_of(model_or_state, weights=None):
-    """Read the masks of a network that is pruned already.
+    """Read the masks of a pruned network.
 
-    Masks that are stored beside the weights are taken as they are: those of ``torch.nn.utils.prune`` (``weight_orig``
-    and ``weight_mask``), and buffers called ``mask`` of a parametrization, as ``torch.ao.pruning`` has them. In other
-    tensors a weight is kept unless it is exactly zero. A kept weight that is zero by chance counts as pruned there,
-    which is rare in float32 and less so in half precision, where small numbers underflow.
+    If the network stores masks, these are returned: those of ``torch.nn.utils.prune`` (``weight_orig`` and
+    ``weight_mask``), and the buffer ``mask`` of a parametrization, as in ``torch.ao.pruning``. In all other tensors a
+    weight counts as kept unless it is exactly zero. A kept weight that is zero by chance then counts as pruned, which
+    is rare in float32 and more frequent in half precision, where small numbers underflow.
 
     Parameters
     ----------
     model_or_state : torch.nn.Module or dict of str to torch.Tensor
     weights : iterable of str, optional
-        The tensors to read, by their names in the unpruned network. By default those that have a stored mask, and of a
-        model its :func:`prunable_weights` and any projection on a shortcut that has zeros; of a ``state_dict`` all
+        Names, in the unpruned network, of the tensors to read. The default is every tensor with a stored mask and, of a
+        model, its :func:`prunable_weights` and the projections on shortcuts that have zeros; of a ``state_dict``, all
         floating-point tensors of two or more axes, embeddings included.
 
     Returns
     -------
     Masks
-        Keyed like the ``state_dict`` of the unpruned network. The mask of a tensor without zeros is True everywhere:
-        the tensor could have been pruned, and counts in the sparsity.
+        With the keys of the ``state_dict`` of the unpruned network. The mask of a tensor without zeros is True
+        everywhere: the tensor could have been pruned, so it counts in the sparsity.
 
     Raises
     ------
     ValueError
-        If a name is unknown, or a tensor is read by default that is zero everywhere: it may be pruned or not trained
-        yet, and ``weights`` decides.
+        If a name is unknown, or a tensor that is read by default is zero everywhere: it may be pruned, or not trained
+        yet. Pass ``weights`` to decide.
 
     Examples
     --------
@@ -148,8 +149,8 @@ def masks_of(model_or_state, weights=None):
         weights = weights_of(model_or_state, tensors, stored)
         for name in weights:
             if name not in stored and not tensors[name].any():
-                raise ValueError(f"{name!r} is zero everywhere: it may be pruned, or not trained yet. Name the tensors "
-                                 "to read in weights, with it or without")
+                raise ValueError(f"{name!r} is zero everywhere: it may be pruned, or not trained yet. Pass weights, "
+                                 "the names of the tensors to read, with or without it")
     weights = list(weights)
     unknown = [name for name in weights if name not in tensors]
     if unknown:
@@ -158,7 +159,7 @@ def masks_of(model_or_state, weights=None):
 
 
 def weights_of(model_or_state, tensors, stored):
-    """The names of the tensors in which masks are looked for by default."""
+    """Return the names of the tensors whose masks are read by default."""
     if isinstance(model_or_state, nn.Module):
         names = [name for name, (_, why) in _weights(model_or_state, shortcuts=False, exclude=()).items()
                  if not why or why == SHORTCUT and not tensors[name].all()]
@@ -169,8 +170,8 @@ def weights_of(model_or_state, tensors, stored):
 
 @torch.no_grad()
 def tensors_and_masks(model_or_state):
-    """The tensors by their names in the unpruned network, as they are used, and the masks stored beside them."""
-    if isinstance(model_or_state, nn.Module):  # torch.ao.pruning keeps its masks out of the state_dict
+    """Return the effective tensors, by their names in the unpruned network, and the stored masks."""
+    if isinstance(model_or_state, nn.Module):  # torch.ao.pruning does not put its masks into the state_dict
         model_or_state = {**dict(model_or_state.named_parameters(remove_duplicate=False)),
                           **dict(model_or_state.named_buffers(remove_duplicate=False))}
     raw = {key: tensor.detach() for key, tensor in model_or_state.items() if isinstance(tensor, torch.Tensor)}
@@ -187,7 +188,7 @@ def tensors_and_masks(model_or_state):
 
 
 def _unpruned(key, keys):
-    """What a key is called in the unpruned network, and whether it holds the mask of that tensor."""
+    """Return the name of a key in the unpruned network, and whether the key holds the mask of that tensor."""
     if match := re.fullmatch(r"(.*\.)?parametrizations\.([^.]+)\.(original|\d+\.mask)", key):
         return (match[1] or "") + match[2], match[3] != "original"
     for ending in ("_orig", "_mask"):

@@ -1,4 +1,5 @@
-"""Convolutions on shortcuts, found in a network's graph: alone on their branch of a sum, beside a longer branch."""
+"""Find the convolutions on shortcuts in the graph of a network: the only one on its branch of a sum, the other branch
+being longer."""
 
 import inspect
 
@@ -12,7 +13,7 @@ def join(prefix, name):
 
 
 class _Tracer(fx.Tracer):
-    """Traces a module with all that it calls, or only its own ``forward``."""
+    """Traces a module with all its submodules, or only its own ``forward``."""
 
     def __init__(self, whole):
         super().__init__()
@@ -27,7 +28,7 @@ def _graph(module, whole):
         _, *options = inspect.signature(module.forward).parameters.values()
         defaults = {one.name: one.default for one in options if one.default is not one.empty}
         return _Tracer(whole).trace(module, defaults), None
-    except Exception as error:  # tracing runs the user's own code, which may raise anything
+    except Exception as error:  # tracing runs user code, which may raise anything
         return None, error
 
 
@@ -36,7 +37,7 @@ def _count(module):
 
 
 def find_projections(module, prefix=""):
-    """The names of the convolutions on shortcuts. Where a whole cannot be traced, its parts are, one by one."""
+    """Return the names of the convolutions on shortcuts; a module that cannot be traced is traced part by part."""
     if _count(module) < 3:
         return []
     graph, _ = _graph(module, whole=True)
@@ -51,13 +52,13 @@ def find_projections(module, prefix=""):
     if any(isinstance(child, (nn.Sequential, *CONVOLUTIONS)) and _count(child) == 1 for child in module.children()):
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{prefix or 'the model'} ({type(module).__name__}) cannot be traced by torch.fx ("
-                         f"{type(error).__name__}: {reason}), so that its shortcuts are unknown: use prunable_weights("
-                         "model, shortcuts=True, exclude=[...]), whose names masks_of takes as weights") from error
+                         f"{type(error).__name__}: {reason}), so its shortcuts are unknown: use prunable_weights("
+                         "model, shortcuts=True, exclude=[...]), and pass its names to masks_of as weights") from error
     return found
 
 
 def _lone_convolutions(module, graph):
-    """The names of the convolutions, or of modules with one, that are alone on a branch of a sum."""
+    """Return the names of the convolutions, or of modules with one, that are the only one on a branch of a sum."""
     counts = {node: _count(module.get_submodule(node.target)) for node in graph.nodes if node.op == "call_module"}
     found = {}
     for node in graph.nodes:
@@ -71,7 +72,8 @@ def _lone_convolutions(module, graph):
 
 
 def _before_the_sum(branch, counts):
-    """The node of the only convolution of a branch, or None, and the nodes before it where the branch may begin."""
+    """Return the node of the only convolution on a branch, or None, and the nodes before it where the branch may
+    begin."""
     alone, inputs = None, set()
     while True:
         if alone:
@@ -87,9 +89,9 @@ def _before_the_sum(branch, counts):
 
 
 def _depth(graph, inputs, end, alone, counts):
-    """How many convolutions there are on the longest path from some nodes to another one that avoids ``alone``."""
+    """Return the number of convolutions on the longest path from ``inputs`` to ``end`` that avoids ``alone``."""
     depth = dict.fromkeys(inputs, 0)
-    for node in graph.nodes:  # in the order of the computation
+    for node in graph.nodes:  # in topological order
         before = [depth[one] for one in node.all_input_nodes if one in depth]
         if before and node not in depth and node is not alone:
             depth[node] = max(before) + counts.get(node, 0)

@@ -1,4 +1,4 @@
-"""Watching that pruned weights remain zero while somebody else's code trains."""
+"""Check in any training loop that pruned weights remain zero."""
 
 from contextlib import contextmanager
 
@@ -10,25 +10,25 @@ from permask_core.masks.applying import check_fit
 
 @contextmanager
 def watch(model, masks, repair=False):
-    """Watch that pruned weights remain zero while a model is trained, in any loop.
+    """Check that pruned weights remain zero while a model is trained.
 
-    Momentum, weight decay and a loaded ``state_dict`` revive them. They are looked at after each step of an optimizer
+    Momentum, weight decay or a loaded ``state_dict`` can change them. They are checked after each step of an optimizer
     that has a masked weight, before each forward pass of the model, and at the end of the block.
 
     Parameters
     ----------
     model : torch.nn.Module
     masks : Masks
-        Of parameters of the model.
+        Masks of parameters of the model.
     repair : bool
-        Whether to set them to zero again, as :func:`apply_masks` does, instead of raising.
+        If True, set the weights to zero again with :func:`apply_masks` instead of raising an error.
 
     Raises
     ------
     ValueError
         If a mask does not fit a parameter.
     RuntimeError
-        If a weight that a mask drops is not zero: in which tensor, how many, and after how many steps.
+        If weights that a mask drops are not zero; the message has the tensor, their number and the number of steps.
 
     Examples
     --------
@@ -46,7 +46,7 @@ def watch(model, masks, repair=False):
     dropped = {name: ~mask for name, mask in masks.items()}
     steps, seen = 0, None
 
-    def masked_weights():  # each time: the model may have been moved, or its parameters replaced
+    def masked_weights():  # not cached: the model may have been moved, or its parameters replaced
         return {name: model.get_parameter(name) for name in dropped}
 
     def versions_of(weights):
@@ -58,7 +58,7 @@ def watch(model, masks, repair=False):
         for name, weight in weights.items():
             dropped[name] = dropped[name].to(weight.device)
         counts = [((weight != 0) & dropped[name]).count_nonzero() for name, weight in weights.items()]
-        # The device is waited for once, not for each weight.
+        # Synchronise with the device once, not for each weight.
         counts = torch.stack([count.to(counts[0].device) for count in counts]).tolist()
         revived = {name: count for name, count in zip(weights, counts) if count}
         if repair:
@@ -68,7 +68,7 @@ def watch(model, masks, repair=False):
             name = next(iter(revived))
             others = f", and weights of {len(revived) - 1} other tensors" * (len(revived) > 1)
             raise RuntimeError(f"after step {steps}, {revived[name]} of {int(dropped[name].sum())} pruned weights of "
-                               f"{name!r} are not zero{others}: apply the masks after each step, or give repair=True")
+                               f"{name!r} are not zero{others}: apply the masks after each step, or pass repair=True")
 
     def after_step(optimizer, *_):
         nonlocal steps, seen
@@ -81,9 +81,9 @@ def watch(model, masks, repair=False):
 
     def before_forward(*_):
         nonlocal seen
-        if seen != versions_of(masked_weights()):  # the first pass after a step need not look again
+        if seen != versions_of(masked_weights()):  # the first pass after a step need not check again
             look()
-        seen = None  # the next one must: what is done to weight.data changes no version
+        seen = None  # the next pass must: changes to weight.data do not change the version
 
     look()
     hooks = [register_optimizer_step_post_hook(after_step), model.register_forward_pre_hook(before_forward)]

@@ -1,9 +1,9 @@
-"""Activation matching: units that respond alike to the same inputs.
+"""Activation matching: find units that respond similarly to the same inputs.
 
 Li et al., "Convergent Learning: Do Different Neural Networks Learn the Same Representations?", 2015; Jordan et al.,
-"REPAIR", ICLR 2023. A permutation keeps the function, so that what a layer's units compute does not depend on how the
-layers below are ordered: one pass over the data serves all groups. Only moments outlive a batch, in float64, on the
-device of the target.
+"REPAIR", ICLR 2023. A permutation preserves the function, so the activations of a layer do not depend on the order of
+units in the layers below: one pass over the data is enough for all groups. Only moments are accumulated, in float64 on
+the device of the target.
 """
 
 from collections import Counter
@@ -19,16 +19,16 @@ from permask_core.models import device_of, evaluation_mode
 
 
 def match_activations(groups, source_model, target_model, batches):
-    """Permutations that move the source onto the target, by the correlation of activations.
+    """Return permutations that move the source onto the target, by the correlation of activations.
 
-    Parameters, errors and reading are those of :func:`activation_correlations`; the assignment maximises the sum of
-    correlations in each group. Where units have parts in groups of their own, as attention heads have, two units are
-    as alike as their parts are at best, and need no taps.
+    Parameters and errors are those of :func:`activation_correlations`. The assignment maximises the sum of correlations
+    in each group. Units with parts in groups of their own, such as attention heads, need no taps: the similarity of two
+    such units is that of their parts under the best assignment.
 
     Returns
     -------
     dict of str to torch.Tensor
-        As :func:`permask_core.matching.permute` takes them.
+        Permutations for :func:`permask_core.matching.permute`.
     """
     parts = parts_of(groups)
     outermost = [name for name, group in groups.items() if group.within is None]
@@ -48,46 +48,46 @@ def match_activations(groups, source_model, target_model, batches):
 
 
 def activation_correlations(groups, source_model, target_model, batches):
-    """Pearson correlation of every target unit with every source unit, in one pass for all groups.
+    """Return the Pearson correlation of every target unit with every source unit, in one pass for all groups.
 
     Parameters
     ----------
     groups : dict of str to Group
-        With taps: where each group's activations are read.
+        Groups with taps, which say where the activations of a group are read.
     source_model, target_model : torch.nn.Module
-        Read in evaluation mode, where they are; their modes come back.
+        Run in evaluation mode on their own devices; their modes are restored.
     batches : Split, torch.Tensor, tuple of torch.Tensor, or iterable of batches
-        As :func:`permask_core.data.batches.batches_of` takes them; both models see the inputs. Passed over once. While
-        the target reads a batch, what the source's taps gave for it is held.
+        Data for :func:`permask_core.data.batches.batches_of`; both models get the same inputs, in one pass. The
+        activations of the source for one batch are held in memory while the target processes it.
 
     Returns
     -------
     dict of str to torch.Tensor
-        float64 [target units, source units], summed over a group's taps. Samples are images and, in a feature map,
-        places. A unit that never changes has no correlation: 0 is put for it.
+        float64 [target units, source units], summed over the taps of a group. Samples are inputs and, in a feature map,
+        positions. The correlation of a constant unit is set to 0.
 
     Raises
     ------
     ValueError
-        If the groups do not fit a model or cannot be read, there are no batches, or an activation is not finite.
+        If the groups do not fit a model or have no taps, there are no batches, or an activation is not finite.
     """
     correlations = _correlations(groups, source_model, target_model, batches, [(name, name) for name in groups])
     return {name: correlation for (name, _), correlation in correlations.items()}
 
 
 def _correlations(groups, source_model, target_model, batches, pairs):
-    """Correlations by (group in the target, group in the source), for pairs of groups that lie alike."""
+    """Return correlations by (group in the target, group in the source), for pairs of groups with the same layout."""
     for model in (source_model, target_model):
         check_groups(groups, model.state_dict(), whole=True)
     origins, moments, kept, seen = {}, {}, {}, Counter()
     for to, origin in pairs:
         if not groups[to].taps:
-            raise ValueError(f"group {to!r} has no taps: its activations cannot be read. Leave such groups out: "
+            raise ValueError(f"group {to!r} has no taps, so its activations cannot be read. Exclude such groups: "
                              "{name: group for name, group in groups.items() if group.taps}")
         origins.setdefault(to, []).append(origin)
 
     def keep(key, units):
-        kept.setdefault(key, []).append(units.clone())  # a later in-place ReLU must not change it
+        kept.setdefault(key, []).append(units.clone())  # a copy, because a later ReLU may be in place
 
     def compare(key, units):
         (name, tap), call = key, seen[key]
@@ -111,17 +111,17 @@ def _correlations(groups, source_model, target_model, batches, pairs):
         for i, tap in enumerate(groups[to].taps):
             if (to, origin, i) not in moments:
                 raise ValueError(f"group {to!r} is read at the {tap.side} of {tap.module!r}, which the model does not "
-                                 "call: leave out the tap, or the group")
+                                 "call: remove the tap or the group")
             correlation = moments[to, origin, i].correlation()
             if not correlation.isfinite().all():
-                raise ValueError(f"activations of group {to!r} (tap {i}) are not finite: they cannot be matched")
+                raise ValueError(f"activations of group {to!r} (tap {i}) are not finite: expected finite numbers")
             correlations[to, origin] = correlations.get((to, origin), 0) + correlation
     return correlations
 
 
 @contextmanager
 def _tapped(model, groups, read):
-    """While it lasts, ``read((group name, tap number), activation with the units on axis 0)`` is called at each tap."""
+    """Inside the block, call ``read((group name, tap number), activation with the units on axis 0)`` at each tap."""
     handles = []
     try:
         for name, group in groups.items():
@@ -137,7 +137,7 @@ def _hook(model, name, size, tap, read):
     place = f"group {name!r} is read at the {tap.side} of {tap.module!r}"
     modules = dict(model.named_modules())
     if tap.module not in modules:
-        raise ValueError(f"{place}, which is no module of the model")
+        raise ValueError(f"{place}, which is not a module of the model")
     if tap.side not in ("input", "output"):
         raise ValueError(f"{place}: expected its input or output")
     positions = indices(tap, size)
@@ -158,12 +158,13 @@ def _hook(model, name, size, tap, read):
 
 
 def samples(units):
-    """[units, samples] in float64."""
+    """Return [units, samples] in float64."""
     return units.unsqueeze(-1).flatten(1).double()
 
 
 class _Moments:
-    """Streaming first and second moments of two sets of units, about the first batch's means for precision."""
+    """Streaming first and second moments of two sets of units, relative to the means of the first batch for
+    precision."""
 
     def __init__(self):
         self.n, self.shift = 0, None
@@ -184,7 +185,7 @@ class _Moments:
         cov = self.xy / self.n - torch.outer(self.x, self.y) / self.n**2
         sd_x, sd_y = ((s2 / self.n - (s / self.n) ** 2).clamp(min=0).sqrt()
                       for s, s2 in ((self.x, self.xx), (self.y, self.yy)))
-        # A unit that never changes leaves only the rounding of its mean. NaN and infinity pass through, to be refused.
+        # The variance of a constant unit is only rounding. NaN and infinity are kept, so that the caller can raise.
         dead_x, dead_y = (sd <= 1e-12 * shift[:, 0].abs() for sd, shift in zip((sd_x, sd_y), self.shift))
         dead = (dead_x[:, None] | dead_y) & cov.isfinite()
         return torch.where(dead, torch.zeros_like(cov), cov / torch.outer(sd_x, sd_y)).cpu()

@@ -1,6 +1,6 @@
-"""Alignment in one call: trace a network, match it with another, move it there and reset its BatchNorm.
+"""Alignment in one call: trace a network, match it with another, permute it and reset its BatchNorm.
 
-The steps are those of :mod:`permask_core.matching`, which remain there to be called one by one.
+Each step is also a function of :mod:`permask_core.matching`.
 """
 
 import copy
@@ -23,8 +23,8 @@ from permask_core.runs.checks import check_one_of
 
 
 class Alignment(NamedTuple):
-    """A moved onto B: the moved copy of A, the ``groups`` and ``permutations`` that moved it, which move its masks too,
-    and the names of the BatchNorm layers whose statistics were ``reset``."""
+    """The result of :func:`align`: the moved copy of A, the ``groups`` and ``permutations`` that moved it, which also
+    move masks, and the names of the BatchNorm layers whose statistics were ``reset``."""
 
     model: nn.Module
     groups: Groups
@@ -33,34 +33,34 @@ class Alignment(NamedTuple):
 
 
 def align(model_a, model_b, batches_or_example, by="weights", *, groups=None, seed=0, restarts=1):
-    """Move A onto B.
+    """Move network A onto network B.
 
     Parameters
     ----------
     model_a, model_b : torch.nn.Module
         Two networks of one architecture. Neither is changed.
     batches_or_example : torch.Tensor, dict, Split, tuple of torch.Tensor, or iterable of batches
-        A tensor, or a dict of named inputs, is an example, of which only the shapes matter. Anything else is data, as
-        :func:`permask_core.data.batches.batches_of` takes them: activations are read on all of them, and BatchNorm's
-        statistics are computed again from them. An iterator is read into memory, since there is more than one pass.
+        A tensor or a dict of named inputs is an example, of which only the shapes matter. All other values are data for
+        :func:`permask_core.data.batches.batches_of`: activations are computed on all of them, and the statistics of
+        BatchNorm are recomputed. An iterator is read into memory, because several passes are needed.
     by : {"weights", "activations"}
-        :func:`match_weights` or :func:`match_activations`.
+        Whether to use :func:`match_weights` or :func:`match_activations`.
     groups : dict of str to Group, optional
-        What may be permuted; found by :func:`permutation_groups` if not given.
+        The permutation groups; by default those that :func:`permutation_groups` finds.
     seed, restarts : int
-        For :func:`match_weights`.
+        Arguments of :func:`match_weights`.
 
     Returns
     -------
     Alignment
-        ``permute(result.groups, result.permutations, masks)`` moves the masks of A. With an example nothing is reset:
-        the statistics of A move with its units, and the moved network computes what A does.
+        ``permute(result.groups, result.permutations, masks)`` moves the masks of A. With an example no statistics are
+        reset: those of A move with its units, and the moved network computes the same function as A.
 
     Raises
     ------
     ValueError
-        If the networks have two architectures, ``by`` is unknown, activations are to be matched on an example, A cannot
-        be traced, or nothing of it can be permuted; and as the two ways of matching do.
+        If the networks differ in architecture, ``by`` is unknown, activations should be matched on an example, A cannot
+        be traced, or it has no units that can be permuted; also the errors of both matching functions.
 
     Examples
     --------
@@ -75,7 +75,7 @@ def align(model_a, model_b, batches_or_example, by="weights", *, groups=None, se
     check_pair(state_a, state_b)
     example, batches = _example_and_batches(batches_or_example)
     if by == "activations" and batches is None:
-        raise ValueError(f"activations cannot be matched on a {type(example).__name__}, which is an example of inputs: "
+        raise ValueError(f"activations cannot be matched on a {type(example).__name__}, which is only an example: "
                          "expected batches, such as a list of them, a split, or (inputs, targets)")
     if groups is None:
         groups = permutation_groups(model_a, to_device(example, device_of(model_a)))
@@ -95,7 +95,7 @@ def align(model_a, model_b, batches_or_example, by="weights", *, groups=None, se
 
 
 def _example_and_batches(given):
-    """Inputs to trace with, and batches that can be read more than once; None if only an example is given."""
+    """Return inputs for tracing, and batches that can be read more than once, or None if only an example is given."""
     if isinstance(given, (torch.Tensor, Mapping)):
         return given, None
     check_data(given)

@@ -1,10 +1,10 @@
-"""Networks between two others, and the statistics of their units, which interpolation shrinks.
+"""Interpolated networks, and the repair of their activation statistics.
 
-A unit whose weights are the mean of two units' responds with about the mean of their means, but with much less than
-their variance, unless the two respond alike; layer by layer the signal dies. Recomputing BatchNorm's statistics
-restores it (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", UAI 2018, section
-3.2), and so does, in any network, rescaling each unit to the mean and deviation between those of the two (Jordan et
-al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair", ICLR 2023, section 4).
+If the weights of a unit are the mean of those of two units, its activation has about the mean of their means, but much
+less than their variance, unless the two respond similarly. The signal shrinks layer by layer. It is restored by
+recomputing the statistics of BatchNorm (Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
+Generalization", UAI 2018, section 3.2) or, in any network, by rescaling each unit to interpolated means and deviations
+(Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair", ICLR 2023, section 4).
 """
 
 import copy
@@ -25,19 +25,19 @@ from permask_core.models import device_of, evaluation_mode
 
 
 def interpolate(source, target, alpha):
-    """``(1 - alpha) * source + alpha * target``.
+    """Return ``(1 - alpha) * source + alpha * target``.
 
     Parameters
     ----------
     source, target : dict of str to torch.Tensor
         Two ``state_dict`` of one architecture.
     alpha : float
-        0 gives the source, 1 the target; other numbers go on along the line.
+        0 gives the source, 1 the target; numbers outside [0, 1] extrapolate.
 
     Returns
     -------
     dict of str to torch.Tensor
-        On the source's device. Whole numbers, as BatchNorm's count of batches, are the source's.
+        Tensors on the device of the source. Integers, such as BatchNorm's count of batches, are those of the source.
 
     Raises
     ------
@@ -50,19 +50,19 @@ def interpolate(source, target, alpha):
 
 
 def reset_batchnorm(model, batches):
-    """Recompute the running statistics of every BatchNorm, in place, and return the model.
+    """Recompute the running statistics of every BatchNorm in place, and return the model.
 
-    Each layer gets the mean and the unbiased variance, pooled over all samples of all batches, of what it read while
-    every BatchNorm normalised by the statistics of its own batch, as it does in training. With one batch that is what
-    training on it with a momentum of 1 would leave. Everything else is in evaluation mode.
+    Each layer gets the mean and the unbiased variance of its inputs, pooled over all samples of all batches, while
+    every BatchNorm normalises by the statistics of the batch, as in training. With one batch, the result is that of
+    training with a momentum of 1. All other modules are in evaluation mode.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Its modes come back. A BatchNorm that it does not call keeps its statistics.
+        Its modes are restored. The statistics of a BatchNorm that the model does not call do not change.
     batches : Split, torch.Tensor, tuple of torch.Tensor, or iterable of batches
-        As :func:`permask_core.data.batches.batches_of` takes them; only the inputs are used. As large as in training,
-        since the statistics of a few samples are noise.
+        Data for :func:`permask_core.data.batches.batches_of`; only the inputs are used. Batches should be as large as
+        in training, because the statistics of a few samples are noisy.
 
     Returns
     -------
@@ -71,18 +71,19 @@ def reset_batchnorm(model, batches):
     Raises
     ------
     ValueError
-        If the model has no BatchNorm with running statistics, there are no batches, or an activation is not finite; the
-        statistics are then as they were.
+        If the model has no BatchNorm with running statistics, there are no batches, or an activation is not finite; in
+        these cases the statistics do not change.
     """
     layers = resettable(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no BatchNorm: there is nothing to reset")
+        raise ValueError(f"{type(model).__name__} has no BatchNorm: expected at least one layer to reset")
     recompute_statistics(model, layers, batches)
     return model
 
 
 def recompute_statistics(model, layers, batches):
-    """Recompute the statistics of these BatchNorms of the model, {name: layer}; the names of those that it calls."""
+    """Recompute the statistics of some BatchNorms of the model, {name: layer}; return the names of those that it
+    calls."""
     moments, n = {name: _Moments() for name in layers}, 0
 
     def read(name, layer, given, output):
@@ -103,40 +104,41 @@ def recompute_statistics(model, layers, batches):
 
 
 def resettable(model):
-    """The model's BatchNorms by name; ValueError if one keeps no running statistics."""
+    """Return the BatchNorms of a model by name; raise ValueError if one has no running statistics."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for name, layer in layers.items():
         if layer.running_mean is None:
-            raise ValueError(f"BatchNorm {name!r} keeps no running statistics: there is nothing to reset")
+            raise ValueError(f"BatchNorm {name!r} has no running statistics: expected track_running_stats=True")
     return layers
 
 
 def repair(source_model, target_model, batches, *, alpha=0.5):
-    """The network between two others, each unit's preactivation rescaled to what lies between theirs.
+    """Interpolate two networks, and rescale the preactivations of each unit to interpolated means and deviations.
 
-    A unit's mean and standard deviation become ``1 - alpha`` times the source's plus ``alpha`` times the target's, both
-    read in evaluation mode. As in the paper, one pass over the interpolated network corrects all layers, each by the
-    statistics of the batch it reads; the correction by those of all batches is then folded into its weight and bias.
-    With one batch the goal is met exactly. A BatchNorm needs only :func:`reset_batchnorm`, which is called at the end:
-    the mean and deviation that it gives its units are its bias and weight, which are interpolated already.
+    The mean and the standard deviation of a unit become ``1 - alpha`` times those in the source plus ``alpha`` times
+    those in the target, both in evaluation mode. As in the paper, one pass over the interpolated network corrects all
+    layers, each by the statistics of the current batch; the correction by the statistics of all batches is then folded
+    into weight and bias. With one batch the result is exact. For BatchNorm :func:`reset_batchnorm` is enough, which is
+    called at the end: the mean and deviation of its outputs are its bias and weight, which are already interpolated.
 
-    Corrected are linear layers and convolutions with a bias. Left as they are: those without (a BatchNorm behind them
-    does it), transposed convolutions, layers that the network does not call or whose output is its own, and layers that
-    share a weight. A unit that is constant, or nearly, in the interpolated network gets its mean only.
+    Linear layers and convolutions with a bias are corrected. The following are not: layers without a bias (a BatchNorm
+    after them has the same effect), transposed convolutions, layers that the network does not call or whose output is
+    that of the network, and layers that share a weight. For a unit that is almost constant in the interpolated network,
+    only the mean is corrected.
 
     Parameters
     ----------
     source_model, target_model : torch.nn.Module
-        Of one architecture, the source moved onto the target already. They stay as they are.
+        Two models of one architecture; the source must already be moved onto the target. Neither is changed.
     batches : Split, torch.Tensor, tuple of torch.Tensor, or iterable of batches
-        As for :func:`reset_batchnorm`; held for a pass over each of the three networks.
+        As in :func:`reset_batchnorm`; held in memory for a pass over each of the three networks.
     alpha : float
         In [0, 1]; see :func:`interpolate`.
 
     Returns
     -------
     torch.nn.Module
-        A new model, of the same architecture, on the target's device.
+        A new model of the same architecture, on the device of the target.
 
     Raises
     ------
@@ -179,13 +181,13 @@ def repair(source_model, target_model, batches, *, alpha=0.5):
 
 
 def _statistics(model, batches):
-    """(mean, standard deviation) of the units of each layer that :func:`repair` corrects, in evaluation mode."""
+    """Return (mean, standard deviation) of the units of each layer that :func:`repair` corrects, in evaluation mode."""
     layers = _rescalable(model)
     moments, outputs = {name: _Moments() for name in layers}, {}
 
     def read(name, layer, given, output):
         moments[name].add(_units(layer, output))
-        outputs[name] = weakref.ref(output)  # to be known again, but not held
+        outputs[name] = weakref.ref(output)  # to recognise the output without keeping it in memory
 
     with evaluation_mode(model), _hooked(layers, read):
         for inputs, _ in batches_of(batches, device_of(model)):
@@ -203,14 +205,15 @@ def _rescalable(model):
 
 
 def _correction(moments, goal):
-    """What to multiply units by and to add, so that they have the goal's mean and standard deviation."""
+    """Return the factor and the offset that give units the mean and standard deviation of ``goal``."""
     mean, std = goal
     factor = torch.where(moments.std() > 1e-6 * std, std / moments.std(), 1)
     return factor, mean - factor * moments.mean
 
 
 def _axis(layer):
-    """Where the units of a layer's output lie: last in a linear layer, before the places in a convolution."""
+    """Return the axis of the units in a layer's output: the last in a linear layer, that before the positions in a
+    convolution."""
     return 1 if isinstance(layer, _BatchNorm) else -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim
 
 
@@ -220,7 +223,7 @@ def _units(layer, value):
 
 @contextmanager
 def _by_batch(norms):
-    """While it lasts, BatchNorms normalise by the statistics of the batch, and keep none."""
+    """Inside the block, BatchNorms normalise by the statistics of the batch and do not update running statistics."""
     kept = [(norm, norm.training, norm.track_running_stats) for norm in norms]
     try:
         for norm, _, _ in kept:
@@ -234,7 +237,7 @@ def _by_batch(norms):
 
 @contextmanager
 def _hooked(layers, hook):
-    """While it lasts, ``hook(name, layer, inputs, output)`` is called whenever a layer is."""
+    """Inside the block, call ``hook(name, layer, inputs, output)`` whenever one of the layers is called."""
     handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
     try:
         yield
@@ -246,11 +249,11 @@ def _hooked(layers, hook):
 def _check_finite(moments):
     for name, moment in moments.items():
         if moment.n and not moment.squares.isfinite().all():
-            raise ValueError(f"an activation at {name!r} is not finite: there are no statistics")
+            raise ValueError(f"an activation at {name!r} is not finite: expected finite numbers")
 
 
 class _Moments:
-    """Number, mean and summed squared deviations of the samples of some units, batch by batch (Chan et al., 1983)."""
+    """Count, mean and sum of squared deviations of the samples of units, updated by batch (Chan et al., 1983)."""
 
     n, mean, squares = 0, 0.0, 0.0
 

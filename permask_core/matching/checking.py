@@ -1,7 +1,8 @@
-"""Does a permutation keep the function? A test by numbers, for groups found by tracing or written by hand.
+"""Numerical test that permutations preserve the function, for groups found by tracing or written by hand.
 
-Fresh networks are a poor witness: many output almost nothing, their norms are ones and zeros, and every permutation
-looks right. So everything that a network holds is first drawn at random, of order one.
+A newly initialised network is unsuitable for this test: its outputs are often almost zero and the parameters of its
+norms are ones and zeros, so that wrong permutations are not detected. All parameters and buffers are therefore first
+drawn at random, of order one.
 """
 
 import copy
@@ -15,12 +16,12 @@ from permask_core.models import evaluation_mode
 
 
 def draw_weights(model, *, seed=0, gain=2.0):
-    """A copy of a network in float64, in evaluation mode, every parameter and statistic drawn at random.
+    """Copy a network in float64 and evaluation mode, with every parameter and statistic drawn at random.
 
-    Kernels are normal with the standard deviation sqrt(gain / fan-in), so that signals stay of order one; matrices have
-    sqrt(8 / fan-in), so that attention is sharp. Biases have 0.1, so that what all tokens have in common does not drown
-    what tells them apart. Other parameters and running means are standard normal, the weights of norms and running
-    variances uniform in [0.5, 1.5].
+    Kernels are normal with standard deviation sqrt(gain / fan-in), which keeps signals of order one; for matrices it is
+    sqrt(8 / fan-in), which makes attention sharp. For biases it is 0.1, so that what all tokens share does not dominate
+    their differences. All other parameters and running means are standard normal; weights of norms and running
+    variances are uniform in [0.5, 1.5].
     """
     model = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(int(seed))
@@ -42,7 +43,7 @@ def draw_weights(model, *, seed=0, gain=2.0):
 
 
 def derangements(groups, *, seed=0):
-    """A random permutation of each group that leaves no unit in its place."""
+    """Return a random permutation of each group that moves every unit."""
     generator, result = torch.Generator().manual_seed(int(seed)), {}
     for name, group in groups.items():
         order = torch.randperm(group.size, generator=generator)
@@ -51,7 +52,7 @@ def derangements(groups, *, seed=0):
 
 
 def function_change(groups, permutations, model, example_input):
-    """How much a network's outputs change when its units are permuted.
+    """Return how much the outputs of a network change when its units are permuted.
 
     Parameters
     ----------
@@ -59,17 +60,18 @@ def function_change(groups, permutations, model, example_input):
     permutations : dict of str to torch.Tensor
     model : torch.nn.Module
     example_input : torch.Tensor, tuple or dict
-        As :func:`permask_core.matching.permutation_groups` takes it.
+        As in :func:`permask_core.matching.permutation_groups`.
 
     Returns
     -------
     float
-        The largest change of an output, in standard deviations of the outputs; in their size if they do not vary.
+        The largest change of an output, in standard deviations of the outputs, or relative to their size if they are
+        constant.
 
     Raises
     ------
     ValueError
-        If an output is not finite or all are zero, or a tensor with two names is permuted under one of them only.
+        If an output is not finite, all outputs are zero, or a tensor with two names is permuted under only one of them.
     """
     state, first = model.state_dict(keep_vars=True), {}
     moved = permute(groups, permutations, state)
@@ -81,8 +83,8 @@ def function_change(groups, permutations, model, example_input):
 
 
 def _change(model, state, example_input):
-    """The largest change of an output with the weights of ``state``, in standard deviations of the outputs."""
-    first = {}  # of a tensor with two names, functional_call takes one
+    """Return the largest change of an output with the weights of ``state``, in standard deviations of the outputs."""
+    first = {}  # functional_call accepts only one of two names of a tensor
     state = {name: state[first.setdefault(id(tensor), name)]
              for name, tensor in model.state_dict(keep_vars=True).items()}
     with evaluation_mode(model), torch.random.fork_rng(devices=[]):
@@ -92,16 +94,16 @@ def _change(model, state, example_input):
         after = _outputs(torch.func.functional_call(model, state, *arguments(example_input)))
     if not (before.isfinite().all() and before.any()):
         raise ValueError(f"of {before.numel()} outputs, {int((~before.isfinite()).sum())} are not finite and "
-                         f"{int((before == 0).sum())} are 0: nothing can be said of the function")
+                         f"{int((before == 0).sum())} are 0: expected finite outputs that are not all 0")
     return float((after - before).abs().max() / (before.std(correction=0) or before.abs().max()))
 
 
 def draw_stable_weights(model, example_input, *, seed=0):
-    """A :func:`draw_weights` copy of a network that does not magnify rounding.
+    """Return a :func:`draw_weights` copy of a network that does not amplify rounding errors.
 
-    Some deep networks with random weights are chaotic: rounding errors grow from layer to layer until any reordering of
-    a sum changes the outputs. Such a draw says nothing; it is made again, up to four times, with other weights and
-    another gain, and the steadiest is kept.
+    Some deep networks with random weights are chaotic: rounding errors grow from layer to layer until the order of a
+    sum changes the outputs. Such weights are drawn again, up to four times, with other seeds and gains, and the most
+    stable draw is returned.
     """
     def drawn(attempt):
         return draw_weights(model, seed=seed + attempt // 2, gain=(2.0, 8.0)[attempt % 2])
@@ -111,7 +113,7 @@ def draw_stable_weights(model, example_input, *, seed=0):
         copied, generator = drawn(attempt), torch.Generator().manual_seed(int(seed))
         state = copied.state_dict()
         for name, tensor in state.items():
-            if tensor.is_floating_point() and tensor.numel() < 1e6:  # a sample: all would double a large network
+            if tensor.is_floating_point() and tensor.numel() < 1e6:  # all tensors would double the memory
                 draw = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
                 state[name] = tensor * (1 + 1e-15 * draw)
         noise[attempt] = _change(copied, state, example_input)
@@ -127,13 +129,13 @@ def _outputs(result):
 
 
 def check_function(groups, model, example_input, *, seed=0):
-    """Raise ValueError, naming a group, unless permuting all groups at random keeps the function.
+    """Raise ValueError, which has the name of a group, unless random permutations of all groups preserve the function.
 
     Parameters
     ----------
     groups : dict of str to Group
     model : torch.nn.Module
-        A copy is tested, in float64, with everything that it holds drawn at random (:func:`draw_stable_weights`).
+        A copy in float64 with random parameters and buffers is tested (:func:`draw_stable_weights`).
     example_input : torch.Tensor, tuple or dict
         Floating-point inputs are replaced by random ones of the same shape.
     seed : int
@@ -141,7 +143,7 @@ def check_function(groups, model, example_input, *, seed=0):
     Returns
     -------
     float
-        The largest change of an output, in standard deviations of the outputs: of the order of rounding.
+        The largest change of an output, in standard deviations of the outputs; it is due to rounding.
     """
     generator = torch.Generator().manual_seed(int(seed))
     inputs = pytree.tree_map(

@@ -1,9 +1,9 @@
 """Which axes of which tensors move together when hidden units are permuted: the groups, as plain data.
 
-A network computes the same function after its hidden units changed places, as long as every tensor that produces,
-scales or reads a unit changes with it. A *group* holds all those places for one set of units. Groups are found by
-:func:`permask_core.matching.permutation_groups`, or written by hand; either way they are named tuples in a dict, which
-can be printed, changed, saved as JSON and loaded again.
+A network computes the same function after its hidden units are permuted, provided that every tensor that produces,
+scales or reads a unit is permuted too. A *group* lists all these axes for one set of units. Groups are found by
+:func:`permask_core.matching.permutation_groups` or written by hand; in both cases they are named tuples in a dict,
+which can be printed, changed, saved as JSON and loaded.
 """
 
 import json
@@ -16,11 +16,11 @@ from permask_core.runs.files import write_whole
 
 
 class Entry(NamedTuple):
-    """A place in a tensor of the ``state_dict``: unit i owns the indices ``positions[i]`` along ``axis``.
+    """A part of a tensor of the ``state_dict``: unit i owns the indices ``positions[i]`` along ``axis``.
 
-    ``positions`` is an int64 tensor [size, block]: a block of 1 for a plain channel, height x width after a flatten.
-    None stands for the whole axis, one index a unit. ``rows`` = (start, stop) confines the entry to a part of axis 0:
-    in a convolution with groups, axis 1 of these rows belongs to other channels than axis 1 of the rest.
+    ``positions`` is an int64 tensor [size, block]; a block is 1 for a plain channel, and height x width after a
+    flatten. None means the whole axis with one index for each unit. ``rows`` = (start, stop) restricts the entry to a
+    part of axis 0: in a grouped convolution, axis 1 belongs to different channels in different rows.
     """
 
     tensor: str
@@ -30,10 +30,10 @@ class Entry(NamedTuple):
 
 
 class Tap(NamedTuple):
-    """A place in the network where a group's activations can be read: the ``side`` ("input" or "output") of a module.
+    """Where the activations of a group can be read: at the ``side`` ("input" or "output") of a module.
 
-    ``axis`` and ``positions`` say where in that activation the units are, as in :class:`Entry`; an ``axis`` below 0
-    counts from the end.
+    ``axis`` and ``positions`` locate the units in that activation, as in :class:`Entry`; a negative ``axis`` counts
+    from the end.
     """
 
     module: str
@@ -43,10 +43,10 @@ class Tap(NamedTuple):
 
 
 class Group(NamedTuple):
-    """``size`` units that move together, the tensor ``entries`` that hold them and the ``taps`` that read them.
+    """A set of ``size`` units, the tensor ``entries`` that hold them and the ``taps`` where they can be read.
 
-    ``within`` = (group, unit): these units are parts of one unit of another group, as the dimensions of an attention
-    head are, and travel with it. They are permuted first, where they stand before the head moves.
+    ``within`` = (group, unit) means that these units are parts of one unit of another group, such as the dimensions of
+    an attention head, and move with it. They are permuted before that unit moves.
     """
 
     size: int
@@ -65,7 +65,7 @@ class Fixed(NamedTuple):
 
 
 class Groups(dict):
-    """A dict of str to :class:`Group`, with what was left ``fixed`` (a tuple of :class:`Fixed`).
+    """A dict of str to :class:`Group`, with ``fixed``, a tuple of :class:`Fixed`: the indices in no group.
 
     Examples
     --------
@@ -80,9 +80,9 @@ class Groups(dict):
         self.fixed = tuple(fixed)
 
     def describe(self):
-        """What is permutable, in which tensors[axes], and what was left fixed and why, as text.
+        """Return a text with the groups, their tensors[axes], and what is fixed and why.
 
-        Groups that differ only in the unit that they are within share a paragraph.
+        Groups that differ only in the unit to which they belong share a paragraph.
         """
         alike = {}
         for name, group in self.items():
@@ -111,7 +111,7 @@ class Groups(dict):
 
     @classmethod
     def load(cls, path):
-        """Read what :meth:`save` wrote, or a file written by hand in its form.
+        """Read groups that :meth:`save` wrote, or a file in the same format.
 
         Raises
         ------
@@ -140,7 +140,7 @@ FORMAT = "permask groups 1"
 
 
 def _plain(place):
-    """A place as JSON holds it, without what is None."""
+    """Return an entry or a tap as JSON holds it, without values of None."""
     record = {name: value for name, value in place._asdict().items() if value is not None}
     return record if place.positions is None else record | {"positions": place.positions.tolist()}
 
@@ -162,17 +162,18 @@ def _within(name, unit):
 
 def _integer(value):
     if type(value) is not int:  # neither 1.5 nor true nor "1"
-        raise ValueError(f"{value!r} is no integer")
+        raise ValueError(f"{value!r} is not an integer")
     return value
 
 
 def indices(place, size):
-    """The positions of an :class:`Entry` or :class:`Tap` of a group of ``size`` units, int64 [size, block]."""
+    """Return the positions of an :class:`Entry` or :class:`Tap` in a group of ``size`` units, int64 [size, block]."""
     return torch.arange(size)[:, None] if place.positions is None else place.positions
 
 
 def depth(groups, name):
-    """How many groups a group is within, one in the other; ValueError if that has no end or names no group."""
+    """Return in how many groups a group is nested; raise ValueError if the nesting is circular or has an unknown
+    group."""
     chain = [name]
     while groups[chain[-1]].within is not None:
         outer, unit = groups[chain[-1]].within
@@ -184,29 +185,29 @@ def depth(groups, name):
 
 
 def check_groups(groups, tensors, *, whole=False):
-    """Raise ValueError, naming the first offending key and axis with both sizes, unless the groups fit.
+    """Raise ValueError, which has the first wrong key and axis with both sizes, unless the groups fit.
 
     Parameters
     ----------
     groups : dict of str to Group
     tensors : dict of str to torch.Tensor
-        A ``state_dict``, or masks: what the groups name and it does not hold is passed over, but it must hold
-        something of them.
+        A ``state_dict`` or masks. Tensors of the groups that are missing in it are ignored, but it must have at least
+        one of them.
     whole : bool
-        It must hold all of them.
+        If True, it must have all of them.
     """
     owners = {}
     for name, group in groups.items():
         depth(groups, name)
         for entry in group.entries:
             if whole and entry.tensor not in tensors:
-                raise ValueError(f"group {name!r} names {entry.tensor!r}, which is none of {', '.join(tensors)}")
+                raise ValueError(f"group {name!r} has {entry.tensor!r}: expected one of {', '.join(tensors)}")
             if entry.tensor in tensors:
                 _check_entry(name, group.size, entry, list(tensors[entry.tensor].shape))
                 owners.setdefault((entry.tensor, entry.axis), []).append((name, entry))
     if groups and not owners:
         named = dict.fromkeys(entry.tensor for group in groups.values() for entry in group.entries)
-        raise ValueError(f"the groups name none of the tensors {', '.join(tensors) or '(there are none)'}: expected "
+        raise ValueError(f"the groups have none of the tensors {', '.join(tensors) or '(an empty dict)'}: expected "
                          f"some of {', '.join(named)}")
     for (tensor, axis), owning in owners.items():
         _check_overlaps(groups, tensor, axis, owning, tensors[tensor].shape)
@@ -217,8 +218,8 @@ def _check_entry(name, size, entry, shape):
     if not 0 <= entry.axis < len(shape):
         raise ValueError(f"the groups use axis {entry.axis} of {entry.tensor!r}, whose shape is {shape}")
     if entry.rows is not None and not (entry.axis > 0 and 0 <= entry.rows[0] < entry.rows[1] <= shape[0]):
-        raise ValueError(f"{place} is confined to rows {entry.rows} of shape {shape}: expected rows of axis 0, and "
-                         "another axis")
+        raise ValueError(f"{place} is restricted to rows {entry.rows} of shape {shape}: expected rows of axis 0, and "
+                         "an axis above 0")
     if entry.positions is None:
         if size != shape[entry.axis]:
             raise ValueError(f"{place} takes the whole axis, which has {shape[entry.axis]} indices (shape {shape})")
@@ -232,7 +233,7 @@ def _check_entry(name, size, entry, shape):
 
 
 def _check_overlaps(groups, tensor, axis, owning, shape):
-    """Raise ValueError if an index is owned twice by groups of which neither can be within the other."""
+    """Raise ValueError if two groups own the same index and neither can be nested in the other."""
     parted = any(entry.rows for _, entry in owning)
     levels = {}
     for name, entry in owning:
@@ -243,5 +244,5 @@ def _check_overlaps(groups, tensor, axis, owning, shape):
         twice = positions[(part[:, positions] >= 0).any(0)].tolist()
         if twice or len(positions.unique()) < len(positions):
             raise ValueError(f"group {name!r} takes index {(twice or [int(positions.mode().values)])} along axis "
-                             f"{axis} of {tensor!r} (shape {list(shape)}), which is taken already")
+                             f"{axis} of {tensor!r} (shape {list(shape)}), which another entry already has")
         part[:, positions] = 1

@@ -1,8 +1,8 @@
-"""Units with parts: groups within a unit of another group, as the dimensions of an attention head are in the head.
+"""Units with parts: groups that are nested in a unit of another group, like the dimensions of an attention head.
 
-How similar two such units are depends on the assignment of the parts of one to those of the other, so that each pair of
-units is a matching of its own. A unit that moves takes its parts along. Groups without parts need none of this: for
-them :func:`match_units` is one linear assignment.
+The similarity of two such units depends on the assignment of the parts of one to those of the other, so each pair of
+units is a separate matching. A unit moves with its parts. For groups without parts :func:`match_units` is one linear
+assignment.
 """
 
 from collections import defaultdict
@@ -15,9 +15,9 @@ from permask_core.matching.permutations import assign, permute_
 
 
 class Match(NamedTuple):
-    """The ``order`` of a group's units, and the ``steps`` that lead there: permutations of groups in the source, parts
-    before what they are parts of, without those that move nothing. Then two matrices of similarity, of units as they
-    ``were`` and with their parts at their ``best``."""
+    """The new ``order`` of the units of a group and the ``steps`` that produce it: permutations of groups in the
+    source, parts before the units that contain them, without identities. ``were`` and ``best`` are the similarities of
+    units with their parts in the old order and in the best order."""
 
     order: torch.Tensor
     steps: dict[str, torch.Tensor]
@@ -25,14 +25,14 @@ class Match(NamedTuple):
     best: torch.Tensor
 
     def gain(self):
-        """How much similarity the steps gain."""
+        """Return the gain in similarity."""
         return float(self.best[torch.arange(len(self.order)), self.order].sum()) - float(self.were.trace())
 
 
 def parts_of(groups):
-    """The groups within each unit of other groups, {outer: {unit: [names]}}.
+    """Return the groups within each unit of other groups, {outer: {unit: [names]}}.
 
-    Raises ValueError unless all units of a group are made alike: a unit that moves takes its parts to the next one's.
+    Raises ValueError unless all units of a group have the same kind of parts, because units move with their parts.
     """
     parts = {}
     for name, group in groups.items():
@@ -50,14 +50,15 @@ def parts_of(groups):
 
 
 def part_pairs(parts, to, origin):
-    """(i, j, a, b): unit i of ``to`` has the part ``a`` where unit j of ``origin`` has the part ``b``."""
+    """Yield (i, j, a, b): unit i of ``to`` has the part ``a`` where unit j of ``origin`` has the part ``b``."""
     for (i, inside), (j, others) in product(parts.get(to, {}).items(), parts.get(origin, {}).items()):
         for a, b in zip(inside, others):
             yield i, j, a, b
 
 
 def innermost_pairs(parts, to, origin):
-    """The pairs of groups without parts that have one place in units of two groups, or in the groups themselves."""
+    """Yield the pairs of groups without parts at the same position in units of the two groups, or the groups
+    themselves."""
     if to not in parts:
         yield to, origin
     for _, _, a, b in part_pairs(parts, to, origin):
@@ -65,15 +66,15 @@ def innermost_pairs(parts, to, origin):
 
 
 def match_units(parts, similarity, to, origin):
-    """Move the units of one group to those of another, or of itself, and the parts of each unit within it.
+    """Match the units of one group with those of another or the same group, and the parts within each unit.
 
     Parameters
     ----------
     parts : dict
         See :func:`parts_of`.
     similarity : function of two names
-        [units of the first group in the target, units of the second in the source]: how similar they are as they are,
-        parts included.
+        Returns similarities [units of the first group in the target, units of the second in the source], with parts in
+        their current order.
     to, origin : str
 
     Returns
@@ -94,9 +95,9 @@ def match_units(parts, similarity, to, origin):
 
 
 def compose_(groups, parts, permutations, steps):
-    """Take steps after permutations, in place.
+    """Apply steps after permutations, in place.
 
-    Units take their parts along, so that what a group holds by now may have been in another group of the source.
+    Units move with their parts, so the current content of a group may come from another group of the source.
     """
     def held_by(name):
         if groups[name].within is None:
@@ -112,14 +113,14 @@ def compose_(groups, parts, permutations, steps):
 
 
 def check_reached(groups, permutations, source, moved):
-    """Raise ValueError unless the permutations lead from the source to where a search has moved it.
+    """Raise ValueError unless the permutations of the source give what a search has moved.
 
-    They do not if the units of a group hold their parts in different orders.
+    They do not if the units of a group have their parts in different orders.
     """
     if any(group.within for group in groups.values()):
         again = {name: tensor.clone() for name, tensor in source.items()}
         permute_(groups, permutations, again)
         for name in moved:
             if not torch.equal(again[name], moved[name]):
-                raise ValueError("the groups within units of others do not lie at the same places of each in "
-                                 f"{name!r}: such units cannot change places")
+                raise ValueError(f"the parts of units are not at the same positions of each unit in {name!r}: expected "
+                                 "the same positions, so that units can be permuted")

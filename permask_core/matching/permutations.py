@@ -1,4 +1,4 @@
-"""Moving units: permutations applied to weights or masks, and the assignment that finds them."""
+"""Permute the units of weights or masks, and solve the assignment problem that finds permutations."""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -7,8 +7,8 @@ from permask_core.matching.groups import check_groups, depth, indices
 
 
 class Permutations(dict):
-    """A dict of str to torch.Tensor, as :func:`permute` takes it, and the ``objective`` (a list of floats) of the
-    search that found it."""
+    """A dict of str to torch.Tensor for :func:`permute`, with the ``objective`` (a list of floats) of the search that
+    found it."""
 
     def __init__(self, permutations=(), objective=()):
         super().__init__(permutations)
@@ -25,23 +25,23 @@ def permute(groups, permutations, tensors):
         For each group to move, an int64 tensor [size]: unit i of the result is unit ``permutation[i]`` of ``tensors``.
     tensors : dict of str to torch.Tensor
         A ``state_dict`` or masks. Each tensor is permuted along every axis that a group owns, so a weight moves with
-        its outputs and its inputs; the number of zeros in it stays.
+        its outputs and its inputs. The number of zeros does not change.
 
     Returns
     -------
     dict of str to torch.Tensor
-        The same keys; tensors in no group are shared with the old dict.
+        The same keys; tensors in no group are shared with ``tensors``.
 
     Raises
     ------
     ValueError
-        If the groups do not fit the tensors, or a key is no group's or a value not a permutation of its units.
+        If the groups do not fit the tensors, a key is not a group, or a value is not a permutation of its units.
     """
     check_groups(groups, tensors)
     orders = {}
     for name, permutation in permutations.items():
         if name not in groups:
-            raise ValueError(f"permutation {name!r} belongs to no group: expected one of {', '.join(groups)}")
+            raise ValueError(f"permutations has {name!r}, which is not a group: expected one of {', '.join(groups)}")
         size, order = groups[name].size, torch.as_tensor(permutation).cpu()
         if order.is_floating_point() or not torch.equal(order.long().sort().values, torch.arange(size)):
             raise ValueError(f"permutation {name!r} is not a permutation of {size} units: got {permutation}")
@@ -53,20 +53,20 @@ def permute(groups, permutations, tensors):
 
 
 def permute_(groups, permutations, tensors):
-    """:func:`permute` in place and unchecked: what is within a unit first, before the unit moves."""
+    """:func:`permute` in place and without checks; parts are permuted before their unit moves."""
     for name in sorted(permutations, key=lambda name: -depth(groups, name)):
         move_(groups[name], permutations[name], tensors)
 
 
 def unpermute_(groups, permutations, tensors):
-    """What :func:`permute_` did is undone, to the last bit."""
+    """Undo :func:`permute_` exactly."""
     for name in sorted(permutations, key=lambda name: depth(groups, name)):
         move_(groups[name], permutations[name].argsort(), tensors)
 
 
 def move_(group, permutation, tensors):
-    """Permute one group in place, in those of its tensors that the dict holds."""
-    leaving = (permutation != torch.arange(group.size)).nonzero()[:, 0]  # of a search's late steps, only a few
+    """Permute one group in place, in those of its tensors that are in the dict."""
+    leaving = (permutation != torch.arange(group.size)).nonzero()[:, 0]  # only a few late in a search
     for entry in group.entries:
         if entry.tensor in tensors:
             tensor, positions = tensors[entry.tensor], indices(entry, group.size)
@@ -76,13 +76,13 @@ def move_(group, permutation, tensors):
 
 
 def random_permutations(groups, *, seed):
-    """A uniformly random permutation for each group, as :func:`permute` takes them."""
+    """Return a uniformly random permutation for each group, for :func:`permute`."""
     generator = torch.Generator().manual_seed(int(seed))
     return {name: torch.randperm(group.size, generator=generator) for name, group in groups.items()}
 
 
 def assign(similarity):
-    """The permutation with the largest total similarity.
+    """Return the permutation with the largest total similarity.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def assign(similarity):
     Returns
     -------
     torch.Tensor
-        int64 [units]: the source unit that goes to each target unit.
+        int64 [units]: the source unit assigned to each target unit.
     """
     rows, columns = linear_sum_assignment(similarity.cpu().double().numpy(), maximize=True)
     assert (rows == range(len(rows))).all()  # scipy returns rows in order

@@ -1,9 +1,9 @@
-"""Similarities that are kept while a search moves units, and brought up to date with each step.
+"""A cache of similarities that is updated with each step of a search.
 
-When a group moves, the columns of its own similarity are reordered, and the similarities of others change that own
-another axis of one of its tensors. Late in a search few units of a group move, so that the change of a similarity is a
-small product beside the one that made it: weight matching of two ResNet50 takes less than half of the time
-(benchmarks/matching.py). Groups within units, and those that have such groups, are few and small: theirs are not kept.
+When a group moves, the columns of its own similarity are permuted, and the similarities of groups that own another axis
+of one of its tensors change. Late in a search few units of a group move, so the update of a similarity is a much
+smaller product than a full computation: it more than halves the time of weight matching of two ResNet50
+(benchmarks/matching.py). Nested groups and those that contain them are few and small, and are not cached.
 """
 
 from itertools import product
@@ -15,9 +15,9 @@ from permask_core.matching.groups import Entry, depth, indices
 
 
 class Share(NamedTuple):
-    """When the units at ``entry`` move, the similarity of the group ``other`` changes, through its entry ``at``.
+    """When the units at ``entry`` move, the similarity of the group ``other`` changes through its entry ``at``.
 
-    The change is ``simple`` where it is the product of what moved: neither entry is confined to rows or to a unit of
+    The update is ``simple``, a product over the moved units, if neither entry is restricted to rows or to a unit of
     another group, and the group that moves owns no third axis of the tensor.
     """
 
@@ -34,7 +34,7 @@ class Similarities:
     ----------
     groups : dict of str to Group
     target, moved : dict of str to torch.Tensor
-        The source is ``moved`` in place by who searches, who then calls :meth:`update`.
+        The search permutes ``moved``, initially the source, in place and then calls :meth:`update`.
     compute : function of two groups, ``target`` and ``moved``
         The similarity of their units: the sum over their entries of ``target`` times ``moved``.
     """
@@ -54,12 +54,13 @@ class Similarities:
         return similarity
 
     def update(self, steps):
-        """Follow steps that were taken, {group: permutation}; the names of the groups whose similarity has changed."""
+        """Update for the given steps, {group: permutation}; return the names of the groups whose similarity has
+        changed."""
         for name, order in steps.items():
             if name in self.kept:
                 self.kept[name] = self.kept[name].index_select(1, order.to(self.kept[name].device))
             units = (order != torch.arange(len(order))).nonzero()[:, 0]
-            origins = order.argsort()[units]  # where what was at these units is now
+            origins = order.argsort()[units]  # the new positions of what was at these units
             for entry, other, at, simple in self.shares[name]:
                 if simple and other in self.kept:
                     now, before = (_slice(self.moved, entry, chosen) for chosen in (units, origins))
@@ -71,20 +72,21 @@ class Similarities:
 
 
 def units_at(tensor, entry):
-    """The weights at an entry as a matrix [units, everything else]."""
+    """Return the weights at an entry as a matrix [units, all other axes]."""
     part = (tensor if entry.rows is None else tensor[slice(*entry.rows)]).movedim(entry.axis, 0)
     return (part if entry.positions is None else part[entry.positions.to(part.device)]).unsqueeze(-1).flatten(1)
 
 
 def _slice(tensors, entry, units):
-    """The indices of some units along the axis of an entry."""
+    """Return the indices of some units along the axis of an entry."""
     tensor = tensors[entry.tensor]
     positions = indices(entry, tensor.shape[entry.axis])[units].flatten()
     return tensor.index_select(entry.axis, positions.to(tensor.device))
 
 
 def _shares(groups, tensors):
-    """For each group its :class:`Share`: along another axis of its tensors, or of groups within it or around it."""
+    """Return each :class:`Share` of each group: along another axis of its tensors, or with groups inside or around
+    it."""
     places = {tensor: [] for tensor in tensors}
     for name, group in groups.items():
         for entry in group.entries:

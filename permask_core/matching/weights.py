@@ -1,11 +1,11 @@
-"""Weight matching: the permutation that brings the weights of one network closest to another's.
+"""Weight matching: the permutation that brings the weights of one network closest to those of another.
 
 Ainsworth et al., "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023, section 3.2 and algorithm 1.
-Minimising the distance is maximising the sum of inner products. That is a hard problem over all groups at once, and a
-linear assignment over one group while the others are held: so one group after another, in random order, until nothing
-is gained. Similarities are matrix products in the precision of the weights, on their device. What a step gains is
-measured on the weights that it moved, in float64, and a step that gains nothing is undone, so that the objective never
-falls, even where it is not linear in a step (a matrix with both of its axes in one group).
+Minimising the distance is equivalent to maximising the sum of inner products. This is hard for all groups at once, but
+a linear assignment for one group with all others fixed. So the groups are matched one by one, in random order, until
+the objective gains nothing. Similarities are matrix products in the precision of the weights, on their device. The gain
+of a step is measured in float64 on the weights that it moved. A step without gain is undone, so the objective never
+falls, even if it is not linear in a step (a matrix with both axes in one group).
 """
 
 from math import fsum, sqrt
@@ -18,34 +18,33 @@ from permask_core.matching.permutations import Permutations, permute_, random_pe
 from permask_core.matching.similarity import Similarities, units_at
 from permask_core.runs.checks import check_integer
 
-STATISTICS = ("running_mean", "running_var")  # they describe data, not the function's weights: moved, but not matched
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}  # relative gain of a sweep below which the search ends
-ROUNDING = 1e-12  # relative to the norms of the weights that moved: a gain in float64 below it may be rounding
+STATISTICS = ("running_mean", "running_var")  # they describe data, not weights: they are moved, but not matched
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}  # the search ends when the relative gain of a sweep is smaller
+ROUNDING = 1e-12  # a smaller float64 gain, relative to the norms of the moved weights, may be rounding
 
 
 def match_weights(groups, source, target, *, seed=0, restarts=1, device=None):
-    """Permutations that move ``source`` onto ``target``, by weight matching.
+    """Return permutations that move ``source`` onto ``target``, by weight matching.
 
     Parameters
     ----------
     groups : dict of str to Group
     source, target : dict of str to torch.Tensor
-        Two ``state_dict`` of one architecture. BatchNorm's running statistics and whole numbers stay out of the cost.
+        Two ``state_dict`` of one architecture. Running statistics of BatchNorm and integers do not enter the objective.
     seed : int
-        Of the order in which groups are visited and of the restarts. The result is a local optimum and may depend on
-        it; the same seed gives the same result, also where units are tied (dead ones, whose weights are all zero).
+        Seed of the order of groups and of the restarts. The result is a local optimum and may depend on the seed. The
+        same seed gives the same result, also for tied units (dead units, whose weights are all zero).
     restarts : int
-        How many searches to make, of which the best is kept: the first begins with the source as it is, the others
-        with permutations drawn at random.
+        Number of searches, of which the best is returned. The first starts from the identity, all others from random
+        permutations.
     device : str or torch.device, optional
-        Where to multiply; by default where the source is.
+        Device of the matrix products; by default that of the source.
 
     Returns
     -------
     Permutations
-        As :func:`permute` takes them, on the CPU: ``permute(groups, permutations, source)`` lies close to ``target``.
-        Their ``objective`` is the sum of the inner products of matched weights, before the first sweep over the groups
-        and after each; it never falls.
+        On the CPU; ``permute(groups, permutations, source)`` is close to ``target``. ``objective`` is the sum of the
+        inner products of matched weights before the first sweep over the groups and after each sweep; it never falls.
 
     Raises
     ------
@@ -78,7 +77,7 @@ def match_weights(groups, source, target, *, seed=0, restarts=1, device=None):
 
 
 def _coordinate_descent(groups, permutations, source, target, generator):
-    """Algorithm 1: improve the ``permutations``, one group after another, until a sweep gains nothing to speak of."""
+    """Algorithm 1: improve the ``permutations``, one group after another, until the gain of a sweep is negligible."""
     moved, parts = {name: tensor.clone() for name, tensor in source.items()}, parts_of(groups)
     permute_(groups, permutations, moved)
     similarity = Similarities(groups, target, moved, _similarity)
@@ -90,7 +89,7 @@ def _coordinate_descent(groups, permutations, source, target, generator):
             if name not in waiting:
                 continue
             waiting.remove(name)
-            steps = match_units(parts, similarity, name, name).steps  # assign(similarity(name, name)), if nothing nests
+            steps = match_units(parts, similarity, name, name).steps  # without nesting: assign(similarity(name, name))
             permute_(groups, steps, moved)
             now = {tensor: _inner(moved[tensor], target[tensor]) for tensor in _tensors(groups, steps) & moved.keys()}
             gain = fsum(now.values()) - fsum(products[tensor] for tensor in now)
@@ -108,9 +107,9 @@ def _coordinate_descent(groups, permutations, source, target, generator):
 
 
 def _similarity(group, other, target, moved):
-    """Inner products of the units of one group in the target and another, or the same, in the moved source.
+    """Return the inner products of units of a group in the target and of the same or another group in the moved source.
 
-    [units, units]: the sum over the entries of the group of the target's weights there times the source's, transposed.
+    The result [units, units] is the sum over the entries of a group of target weights times transposed source weights.
     """
     total = next(iter(moved.values())).new_zeros(group.size, other.size)
     for entry, at in zip(group.entries, other.entries):
@@ -120,7 +119,8 @@ def _similarity(group, other, target, moved):
 
 
 def _inner(one, other):
-    """Inner product in float64, of parts that fit into a cache: a copy of the whole would take ten times as long."""
+    """Return the inner product in float64, in parts that fit into a cache: one large copy would take ten times as
+    long."""
     pairs = zip(one.flatten().split(2**18), other.flatten().split(2**18))
     return float(sum(torch.dot(a.double(), b.double()) for a, b in pairs))
 
@@ -130,7 +130,7 @@ def _norm(tensor):
 
 
 def _tensors(groups, names):
-    """The tensors that some groups own."""
+    """Return the names of the tensors in some groups."""
     return {entry.tensor for name in names for entry in groups[name].entries}
 
 
@@ -140,15 +140,15 @@ def _shuffle(groups, generator):
 
 
 def _matched(groups, source, target, device):
-    """What is matched: the weights that the groups move, except statistics and whole numbers, in one precision, on one
-    device; ValueError if there are none, or one is not finite."""
+    """Return the weights to match, in one precision and on one device: those in groups, except statistics and integers.
+    Raise ValueError if there are none or one is not finite."""
     names = [name for name in sorted(_tensors(groups, groups)) if source[name].is_floating_point()
              and name.rsplit(".", 1)[-1] not in STATISTICS]
     if groups and not names:
-        raise ValueError("the groups name no weights but statistics and whole numbers: there is nothing to match")
+        raise ValueError("the groups have only statistics and integers: expected at least one weight to match")
     for name in names:
         if not (source[name].isfinite().all() and target[name].isfinite().all()):
-            raise ValueError(f"{name!r} holds NaN or infinite weights: they cannot be matched")
+            raise ValueError(f"{name!r} holds NaN or infinite weights: expected finite weights")
     double = any(state[name].dtype == torch.float64 for state in (source, target) for name in names)
     device = device or next((source[name].device for name in names), None)
     return ({name: state[name].detach().to(device, torch.float64 if double else torch.float32) for name in names}
@@ -156,7 +156,7 @@ def _matched(groups, source, target, device):
 
 
 def check_pair(source, target):
-    """Raise ValueError, naming the first key that is in one ``state_dict`` only or has two shapes."""
+    """Raise ValueError, which has the first wrong key, unless two ``state_dict`` have the same keys and shapes."""
     for name in [*source, *(name for name in target if name not in source)]:
         if name not in source or name not in target:
             raise ValueError(f"{name!r} is in the {'target' if name in target else 'source'} only: expected two "

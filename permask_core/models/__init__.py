@@ -1,4 +1,4 @@
-"""Networks by name, small enough to read, with readable tensor names and a seed for their initialisation."""
+"""Networks by name, with short code, readable tensor names and a seed for their initialisation."""
 
 import inspect
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from importlib import import_module
 from itertools import chain
 from numbers import Integral
 
-# Names, and the modules that have a function of that name, which are loaded when they are asked for.
+# Name -> the module that has a function of that name; a module is imported when its network is first built.
 MODELS = {
     "mlp": "feedforward", "lenet5": "feedforward", "vgg11": "feedforward",
     "resnet8": "residual", "resnet20": "residual", "resnet56": "residual", "resnet18": "residual",
@@ -20,14 +20,14 @@ __all__ = ["MODELS", "build_model", "check_model_options", "device_of", "evaluat
 
 
 def module_of(name):
-    """The name of the module that has a network; ValueError if there is no such network."""
+    """Return the name of the module that defines a network; raise ValueError if there is no such network."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: expected one of {', '.join(MODELS)}")
     return f"{__name__}.{MODELS[name]}"
 
 
 def build_model(name, input_shape, classes, *, seed=0, **options):
-    """A freshly initialised network.
+    """Build a newly initialised network.
 
     Parameters
     ----------
@@ -39,11 +39,11 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     classes : int
         Number of outputs.
     seed : int
-        Of the initialisation; the global random state is left alone.
+        Seed of the initialisation. The global random state does not change.
     **options
-        What the network itself takes: ``width`` (a factor on all hidden widths, in vit_b_16 and tiny_vit_5m on the
-        number of heads; not for texts), ``depth`` (mlp), ``batch_norm`` (vgg11), ``shortcut`` (resnet8, resnet20,
-        resnet56), ``source``, ``pretrained`` and ``download`` (bert, distilbert).
+        Options of the network: ``width`` (a factor on all hidden widths, or on the number of heads in vit_b_16 and
+        tiny_vit_5m; not in bert and distilbert), ``depth`` (mlp), ``batch_norm`` (vgg11), ``shortcut`` (resnet8,
+        resnet20, resnet56), ``source``, ``pretrained`` and ``download`` (bert, distilbert).
 
     Returns
     -------
@@ -52,11 +52,11 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     Raises
     ------
     ValueError
-        If the name or an option is unknown, or the inputs do not fit the network.
+        If the name or an option is unknown, or the network does not support the input shape.
     ImportError
         If the network comes from a library that is not installed.
     FileNotFoundError
-        If the files of a text classifier are not there.
+        If the files of a text classifier are missing.
 
     Examples
     --------
@@ -67,10 +67,10 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     build = check_model_options(name, options)
     axes, expected = (1, "(length,) of texts") if name in OF_TEXTS else (3, "(channels, height, width) of images")
     if len(input_shape) != axes or min(input_shape) < 1:
-        raise ValueError(f"input_shape is {tuple(input_shape)}: expected {expected}, as {name} takes them")
+        raise ValueError(f"input_shape is {tuple(input_shape)}: expected {expected} for {name}")
     if not isinstance(classes, Integral) or classes < 2:
         raise ValueError(f"classes is {classes!r}: expected an integer of at least 2")
-    import torch  # here: who asks for names alone need not wait for it
+    import torch  # here: the names of networks are available without it
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -78,7 +78,7 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
 
 
 def check_model_options(name, options):
-    """The function that builds a network; ValueError unless there is one of that name and it takes these options."""
+    """Return the function that builds a network; raise ValueError if the name or one of the options is unknown."""
     build = getattr(import_module(module_of(name)), name)
     known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options:
@@ -88,7 +88,7 @@ def check_model_options(name, options):
 
 
 def device_of(model):
-    """Where a model's first tensor is."""
+    """Return the device of a model's first tensor."""
     import torch
 
     return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
@@ -96,7 +96,7 @@ def device_of(model):
 
 @contextmanager
 def evaluation_mode(*models):
-    """The models in evaluation mode, without gradients; every module's own mode comes back afterwards."""
+    """Put models into evaluation mode, without gradients; the mode of every module is restored afterwards."""
     import torch
 
     modes = [(module, module.training) for model in models for module in model.modules()]

@@ -1,5 +1,7 @@
-"""transformers' text classifiers as functions of token ids alone; a module of its own, because transformers is an extra
-and imports torchvision."""
+"""Text classifiers of transformers as functions of token ids only.
+
+They are in a separate module because transformers is an optional dependency and imports torchvision.
+"""
 
 from permask_core.models.vision import torchvision  # noqa: F401, I001 - before transformers, which imports it too
 
@@ -7,19 +9,19 @@ from transformers import BertForSequenceClassification, DistilBertForSequenceCla
 
 
 class OfTokens:
-    """What is added to a classifier of transformers: ids, int64 [n, length], give logits, float32 [n, classes]; padding
-    is left out of attention."""
+    """Mix-in for the classifiers of transformers: maps ids, int64 [n, length], to logits, float32 [n, classes], and
+    excludes padding from attention."""
 
     def forward(self, ids):
         return super().forward(ids, attention_mask=ids != self.config.pad_token_id).logits
 
 
 class Bert(OfTokens, BertForSequenceClassification):
-    """transformers' BERT with a linear classifier on its pooled first token."""
+    """The BERT of transformers with a linear classifier on the pooled first token."""
 
 
 class DistilBert(OfTokens, DistilBertForSequenceClassification):
-    """transformers' DistilBERT with a classifier of two layers on its first token."""
+    """The DistilBERT of transformers with a two-layer classifier on the first token."""
 
 
 CLASSIFIERS = {"bert": Bert, "distilbert": DistilBert}

@@ -24,9 +24,9 @@ def mlp(input_shape, classes, *, width=1.0, depth=2):
 def lenet5(input_shape, classes, *, width=1.0):
     """LeNet-5 with ReLU and max pooling.
 
-    Two 5x5 convolutions (6, 16 channels) and hidden layers of 120 and 84 units, all times ``width``. Images below
-    32x32 are padded by 2 before the first convolution, as is usual for 28x28, and those below 28x28 before the second
-    too.
+    It has two 5x5 convolutions (6 and 16 channels) and hidden layers of 120 and 84 units, all multiplied by ``width``.
+    Images smaller than 32x32 are padded by 2 before the first convolution, as is usual for 28x28; images smaller than
+    28x28 are padded before the second convolution too.
 
     References
     ----------
@@ -49,7 +49,7 @@ def lenet5(input_shape, classes, *, width=1.0):
 def vgg11(input_shape, classes, *, width=1.0, batch_norm=False):
     """VGG11 for small images: eight 3x3 convolutions, five poolings and one linear head.
 
-    Convolutions have biases. ``batch_norm`` puts a BatchNorm after each; the permuted-mask paper's VGG11 has none.
+    Convolutions have biases. ``batch_norm`` adds a BatchNorm after each; the VGG11 of the permuted-mask paper has none.
 
     References
     ----------

@@ -1,7 +1,7 @@
-"""torchvision's networks with their widths times a factor.
+"""torchvision's networks with their widths multiplied by a factor.
 
-A module of its own, because torchvision is slow to import. The classes are ours, so that a process that is sent such a
-network imports this module, and with it torchvision in the one way that works everywhere.
+They are in a separate module because torchvision is slow to import. They are subclasses, so that a process that
+unpickles such a network imports this module, and thus torchvision through ``permask_core.models.vision``.
 """
 
 import math
@@ -13,21 +13,22 @@ from permask_core.models.vision import torchvision
 
 
 class ScaledResNet(torchvision.models.ResNet):
-    """torchvision's ResNet, which hard-codes 64, 128, 256 and 512 channels, with these times ``width``.
+    """torchvision's ResNet with its 64, 128, 256 and 512 channels, which torchvision hard-codes, multiplied by
+    ``width``.
 
-    ``block`` is ``"BasicBlock"`` or ``"Bottleneck"``, ``blocks`` their number in each of the four stages. With
-    ``small_images`` the stem keeps the size of the image: a 3x3 convolution, and no pooling.
+    ``block`` is ``"BasicBlock"`` or ``"Bottleneck"``; ``blocks`` is the number of blocks in each of the four stages.
+    With ``small_images`` the stem is a 3x3 convolution without pooling, which keeps the size of the image.
     """
 
     def __init__(self, block, blocks, channels, classes, width, *, small_images=False):
-        # Before the parent's constructor, which calls _make_layer.
+        # Set before the parent's constructor, which calls _make_layer.
         self.channels, self.width, self.small_images = channels, width, small_images
         super().__init__(getattr(torchvision.models.resnet, block), blocks, num_classes=classes)
         self.fc = nn.Linear(self.inplanes, classes)
 
     def _make_layer(self, block, planes, *arguments, **options):
         (planes,) = scaled(self.width, planes)
-        if not hasattr(self, "layer1"):  # the stem too: now, so that the parent initialises it with all the others
+        if not hasattr(self, "layer1"):  # now, so that the parent initialises the new stem too
             self.inplanes = planes
             kernel, stride = (3, 1) if self.small_images else (7, 2)
             self.conv1 = nn.Conv2d(self.channels, planes, kernel, stride, padding=kernel // 2, bias=False)
@@ -38,10 +39,10 @@ class ScaledResNet(torchvision.models.ResNet):
 
 
 class ScaledDenseNet(torchvision.models.DenseNet):
-    """torchvision's DenseNet with its growth rate of 32 and the 64 channels of its stem times ``width``.
+    """torchvision's DenseNet with its growth rate of 32 and the 64 channels of its stem multiplied by ``width``.
 
-    ``blocks`` is the number of layers in each of the four dense blocks. With ``small_images`` the stem keeps the size
-    of the image: a 3x3 convolution, and no pooling.
+    ``blocks`` is the number of layers in each of the four dense blocks. With ``small_images`` the stem is a 3x3
+    convolution without pooling, which keeps the size of the image.
     """
 
     def __init__(self, blocks, channels, classes, width, *, small_images=False):
@@ -49,19 +50,19 @@ class ScaledDenseNet(torchvision.models.DenseNet):
         super().__init__(growth, blocks, first, num_classes=classes)
         if small_images:
             self.features.pool0 = nn.Identity()
-        if small_images or channels != 3:  # drawn as the others
+        if small_images or channels != 3:  # initialised like all other convolutions
             kernel, stride = (3, 1) if small_images else (7, 2)
             self.features.conv0 = nn.Conv2d(channels, first, kernel, stride, padding=kernel // 2, bias=False)
             nn.init.kaiming_normal_(self.features.conv0.weight)
 
 
 class ScaledVisionTransformer(torchvision.models.VisionTransformer):
-    """torchvision's ViT-B/16 for images of ``side`` x ``side`` with ``heads`` heads instead of 12, of 64 units each."""
+    """torchvision's ViT-B/16 for ``side`` x ``side`` images, with ``heads`` heads of 64 units instead of 12."""
 
     def __init__(self, channels, side, classes, heads):
         super().__init__(image_size=side, patch_size=16, num_layers=12, num_heads=heads, hidden_dim=64 * heads,
                          mlp_dim=256 * heads, num_classes=classes)
-        if channels != 3:  # torchvision has colour images only; drawn as there
+        if channels != 3:  # torchvision supports colour images only; initialised as there
             self.conv_proj = nn.Conv2d(channels, 64 * heads, 16, 16)
             nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / (channels * 16 * 16)))
             nn.init.zeros_(self.conv_proj.bias)

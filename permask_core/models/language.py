@@ -1,4 +1,4 @@
-"""Text classifiers: BERT and DistilBERT as transformers has them, from published weights or from random ones.
+"""Text classifiers: BERT and DistilBERT of transformers, with published or random weights.
 
 Devlin, Chang, Lee and Toutanova, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",
 NAACL 2019. Sanh, Debut, Chaumond and Wolf, "DistilBERT, a distilled version of BERT: smaller, faster, cheaper and
@@ -15,35 +15,36 @@ from permask_core.models.extras import check_extra
 
 
 def bert(input_shape, classes, *, source="bert-base-uncased", pretrained=True, download=False):
-    """BERT as a classifier of texts: token ids, int64 [n, length], give logits [n, classes].
+    """BERT as a text classifier: maps token ids, int64 [n, length], to logits [n, classes].
 
-    Ids are those of the tokenizer that belongs to ``source``. Where they equal the ``pad_token_id`` of its
-    configuration they are padding, which changes nothing. Names of weights are those of transformers'
-    ``BertForSequenceClassification``. The classifier on top is drawn at random whatever ``source`` holds, and so is the
-    pooling layer below it where ``source`` has none.
+    The ids are those of the tokenizer that belongs to ``source``. An id equal to the ``pad_token_id`` of its
+    configuration is padding, which does not affect the logits. The names of the weights are those of
+    ``BertForSequenceClassification`` in transformers. The classifier is always drawn at random, and so is the pooling
+    layer below it if ``source`` has none.
 
     Parameters
     ----------
     input_shape : tuple of int
-        (length,): tokens of a text, padding included.
+        (length,): number of tokens of a text, padding included.
     classes : int
     source : path-like
         A folder with ``config.json`` and ``model.safetensors``, or the name of a model on the Hugging Face hub, which
-        is looked for in the hub's cache on this machine.
+        is loaded from the hub's cache on this machine.
     pretrained : bool
-        False draws all weights: of ``source`` only ``config.json`` is read, so that a small one makes a small network.
+        If False, all weights are drawn at random and only ``config.json`` of ``source`` is read, so a small
+        configuration gives a small network.
     download : bool
-        Fetch from the hub what its cache lacks.
+        If True, download files that are not in the cache from the hub.
 
     Raises
     ------
     ImportError
-        If transformers, which the extra ``permask[text]`` installs, is not there.
+        If transformers, which the extra ``permask[text]`` installs, is missing.
     FileNotFoundError
-        If ``source`` or one of its files is not there.
+        If ``source`` or one of its files is missing.
     ValueError
-        If ``source`` is another kind of network, has no padding, or fewer positions than a text has tokens; or if its
-        weights are damaged or do not fit its configuration.
+        If ``source`` is a different kind of network, defines no padding token, or has fewer positions than a text has
+        tokens; or if its weights are damaged or do not fit its configuration.
 
     References
     ----------
@@ -53,8 +54,7 @@ def bert(input_shape, classes, *, source="bert-base-uncased", pretrained=True, d
 
 
 def distilbert(input_shape, classes, *, source="distilbert-base-uncased", pretrained=True, download=False):
-    """DistilBERT, which has half of the layers of :func:`bert`, and takes the same tokens and
-    arguments.
+    """DistilBERT, which has half as many layers as :func:`bert` and takes the same tokens and arguments.
 
     References
     ----------
@@ -71,7 +71,7 @@ def _classifier(name, input_shape, classes, source, pretrained, download):
     source = str(folder) if folder.is_dir() else str(source)
     config = _config(network.config_class, source, download, num_labels=classes)
     if config.pad_token_id is None:
-        raise ValueError(f"config.json of {source!r} has no pad_token_id: expected the id of the tokens to leave out")
+        raise ValueError(f"config.json of {source!r} has no pad_token_id: expected the id of the padding token")
     if input_shape[0] > config.max_position_embeddings:
         raise ValueError(f"input_shape is {input_shape}: {source!r} takes at most {config.max_position_embeddings} "
                          "tokens")
@@ -87,10 +87,10 @@ def _config(kind, source, download, **changes):
         settings, _ = kind.get_config_dict(source, local_files_only=not download)
         if not settings:
             raise FileNotFoundError(f"no such file in {source}")
-    if settings.get("model_type") != kind.model_type:  # transformers would go on with the defaults
+    if settings.get("model_type") != kind.model_type:  # transformers would use the defaults instead
         raise ValueError(f"config.json of {source!r} has model_type {settings.get('model_type')!r}: expected "
                          f"{kind.model_type!r}")
-    # It may name another file of weights, of which transformers would unpickle some.
+    # The configuration may name other weight files, and transformers would unpickle some kinds of them.
     return kind.from_dict({**settings, "transformers_weights": None}, **changes)
 
 
@@ -98,18 +98,18 @@ def _pretrained(kind, source, download, config):
     with _reading("model.safetensors", source):
         encoder, found = kind.from_pretrained(
             source, config=config, local_files_only=not download, use_safetensors=True, dtype=torch.float32,
-            ignore_mismatched_sizes=True, output_loading_info=True)  # transformers would draw what does not fit
+            ignore_mismatched_sizes=True, output_loading_info=True)  # transformers would initialise them
     wrong = {key for key in found["missing_keys"] if not key.startswith("pooler.")}
     wrong |= {key for key, *_ in found["mismatched_keys"]}
     if wrong:
         raise ValueError(f"the weights of {source!r} do not fit its config.json: {len(wrong)} are missing or have "
-                         f"another shape, as {min(wrong)!r}")
+                         f"a different shape, e.g. {min(wrong)!r}")
     return encoder
 
 
 @contextmanager
 def _reading(file, source):
-    """What is wrong with a file of a source, said in one way; whatever else transformers would print is not."""
+    """Turn the errors of reading a file into one kind of message, and suppress what transformers prints."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -120,8 +120,8 @@ def _reading(file, source):
     except OSError as error:
         raise FileNotFoundError(
             f"{file} of {source!r} cannot be read ({str(error).splitlines()[0]}): expected a folder that has it, or "
-            "the name of a model in the cache of the hub, into which download=True fetches it; pretrained=False needs "
-            "config.json alone") from error
+            "the name of a model in the hub's cache (download=True downloads it); pretrained=False needs only "
+            "config.json") from error
     except SafetensorError as error:
         raise ValueError(f"{file} of {source!r} is damaged ({error}): replace it") from error
     finally:

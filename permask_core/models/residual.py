@@ -1,8 +1,8 @@
-"""Residual networks: those of He et al. for small images, torchvision's ResNet18 and ResNet50 with a width, and the
-ResNet18 of the pruning literature on CIFAR.
+"""Residual networks: those of He et al. for small images, torchvision's ResNet18 and ResNet50 with a width factor, and
+the ResNet18 for CIFAR of the pruning literature.
 
-He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016: section 4.2 for the small ones,
-table 1 for the others.
+He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016: section 4.2 for the small
+networks, table 1 for ResNet18 and ResNet50.
 """
 
 from collections import OrderedDict
@@ -17,7 +17,7 @@ SHORTCUTS = ("projection", "padded")
 
 class PaddedShortcut(nn.Module):
     """Option A of He et al.: every ``stride``-th row and column, and ``added`` channels of zeros, half of them before
-    the image's own and half after (the odd one after). No parameters."""
+    the input's channels and half after (an odd one after). It has no parameters."""
 
     def __init__(self, added, stride):
         super().__init__()
@@ -34,7 +34,7 @@ def _projection(channels, size, stride):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm beside a shortcut; ReLU after the first and after the sum."""
+    """Two 3x3 convolutions with BatchNorm, and a shortcut; ReLU follows the first convolution and the sum."""
 
     def __init__(self, channels, size, stride, shortcut):
         super().__init__()
@@ -64,11 +64,11 @@ def resnet20(input_shape, classes, *, width=1.0, shortcut="projection"):
     """ResNet20 for small images: a 3x3 convolution, three stages of three blocks, global average pooling, one linear
     head.
 
-    Stages have 16, 32 and 64 channels, all times ``width``; the second and the third begin by halving the image.
-    There the ``shortcut`` is a ``"projection"``, a 1x1 convolution and its BatchNorm (option B of He et al.), as in the
-    permuted-mask paper, or ``"padded"``: every second pixel, with channels of zeros, half before and half after, and
-    no parameters (option A, which He et al. use on CIFAR-10). Convolutions start as Kaiming normal with ``fan_out``
-    (He et al. 2015, equation 14), BatchNorm as the identity, and the head as PyTorch has it.
+    The stages have 16, 32 and 64 channels, all multiplied by ``width``; the second and the third halve the image. There
+    the ``shortcut`` is either ``"projection"``, a 1x1 convolution and its BatchNorm (option B of He et al., used in the
+    permuted-mask paper), or ``"padded"``, every second pixel with channels of zeros before and after and no parameters
+    (option A, which He et al. use on CIFAR-10). Convolutions are initialised by Kaiming normal with ``fan_out`` (He et
+    al. 2015, equation 14), BatchNorm as the identity, and the head by PyTorch's default.
 
     References
     ----------
@@ -108,23 +108,23 @@ def _small_resnet(blocks, input_shape, classes, width, shortcut):
 
 
 def resnet18(input_shape, classes, *, width=1.0):
-    """torchvision's ResNet18, the channels of each stage times ``width``.
+    """torchvision's ResNet18 with the channels of each stage multiplied by ``width``.
 
-    Layer names, initialisation and ``forward`` are torchvision's own, so that its published weights load at width 1.
-    The first convolution takes the channels of ``input_shape``.
+    Layer names, initialisation and ``forward`` are torchvision's, so its published weights load at width 1. The first
+    convolution has the number of input channels in ``input_shape``.
     """
     return _large_resnet("resnet18", "BasicBlock", (2, 2, 2, 2), input_shape, classes, width)
 
 
 def resnet50(input_shape, classes, *, width=1.0):
-    """torchvision's ResNet50, as :func:`resnet18`; a block's output keeps four times the channels
+    """torchvision's ResNet50, with ``width`` as in :func:`resnet18`; the output of a block has four times the channels
     of its 3x3 convolution."""
     return _large_resnet("resnet50", "Bottleneck", (3, 4, 6, 3), input_shape, classes, width)
 
 
 def resnet18_cifar(input_shape, classes, *, width=1.0):
-    """:func:`resnet18` for small images, as the pruning literature has it on CIFAR: the stem is a
-    3x3 convolution of stride 1, and no pooling follows it."""
+    """:func:`resnet18` for small images, as in the pruning literature on CIFAR: the stem is a 3x3 convolution of stride
+    1 without pooling."""
     return _large_resnet("resnet18_cifar", "BasicBlock", (2, 2, 2, 2), input_shape, classes, width, small_images=True)
 
 

@@ -1,4 +1,5 @@
-"""timm's TinyViT with its heads given; a module of its own, because timm is an extra and imports torchvision."""
+"""timm's TinyViT with a given number of heads; in a separate module because timm is optional and imports
+torchvision."""
 
 from permask_core.models.vision import torchvision  # noqa: F401, I001 - before timm, which imports it too
 
@@ -6,10 +7,10 @@ from timm.models import tiny_vit
 
 
 class Attention(tiny_vit.Attention):
-    """timm's attention, whose biases are looked up in every call.
+    """timm's attention, which gathers its biases in every call.
 
-    timm keeps what it looked up last in evaluation mode, until the next change of mode. Weights that are loaded or
-    substituted (``torch.func.functional_call``) in between would have no effect.
+    In evaluation mode, timm caches the gathered biases until the mode changes. Weights that are loaded or substituted
+    (``torch.func.functional_call``) in between would have no effect.
     """
 
     def get_attention_biases(self, device):
@@ -17,9 +18,9 @@ class Attention(tiny_vit.Attention):
 
 
 class ScaledTinyVit(tiny_vit.TinyVit):
-    """timm's ``tiny_vit_5m_224`` with as many ``heads`` in its four stages as given, of 32 channels each.
+    """timm's ``tiny_vit_5m_224`` with the given numbers of ``heads`` in its four stages, of 32 channels each.
 
-    No window is larger than the map of its stage in an image whose longer side is ``side``.
+    No window is larger than the feature map of its stage for an image whose longer side is ``side``.
     """
 
     def __init__(self, channels, side, classes, heads):

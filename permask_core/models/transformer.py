@@ -1,4 +1,4 @@
-"""Vision Transformers with a width: torchvision's ViT-B/16 and timm's TinyViT-5M.
+"""Vision Transformers with a width factor: torchvision's ViT-B/16 and timm's TinyViT-5M.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021: section 3.1, and table 1 for the base model. Wu et al.,
 "TinyViT: Fast Pretraining Distillation for Small Vision Transformers", ECCV 2022: section 3.3.
@@ -11,18 +11,18 @@ from permask_core.models.scaling import scaled
 def vit_b_16(input_shape, classes, *, width=1.0):
     """torchvision's ViT-B/16 with 12 x ``width`` heads, at least one, in each of its 12 layers.
 
-    A head has 64 units at any width, the tokens 64 for each head, and the MLP four times those of a token. Layer names,
-    initialisation and ``forward`` are torchvision's own, so that its published weights load at width 1 and 224x224. The
-    classifier starts at zero, as it does there. The patch projection takes the channels of ``input_shape``.
+    A head has 64 units at any width, a token 64 for each head, and the MLP four times as many as a token. Layer names,
+    initialisation and ``forward`` are torchvision's, so its published weights load at width 1 and 224x224. As there,
+    the classifier is initialised to zero. The patch projection has the number of input channels in ``input_shape``.
 
-    :func:`permask_core.masks.prunable_weights` takes the patch projection, each layer's output projection and MLP,
-    and the classifier. It leaves out the class token, the position embedding and ``in_proj_weight``, which holds the
-    three input projections of an attention in one parameter and stays dense in SRigL too.
+    :func:`permask_core.masks.prunable_weights` returns the patch projection, the output projection and the MLP of each
+    layer, and the classifier. It excludes the class token, the position embedding and ``in_proj_weight``, which holds
+    the three input projections of an attention in one parameter and is dense in SRigL too.
 
     Raises
     ------
     ValueError
-        If the images are not square or their side is no multiple of 16.
+        If the images are not square or their side is not a multiple of 16.
 
     References
     ----------
@@ -42,15 +42,16 @@ def vit_b_16(input_shape, classes, *, width=1.0):
 def tiny_vit_5m(input_shape, classes, *, width=1.0):
     """timm's TinyViT with 5 million parameters, and 2, 4, 5 and 10 x ``width`` heads, at least one, in its four stages.
 
-    A stage has 32 channels for each of its heads; the first, of convolutions, has the channels alone. Layer names,
-    initialisation and ``forward`` are timm's own, so that its published weights load at width 1 and 224x224. There the
-    windows of attention have 7x7, 14x14 and 7x7 places. In smaller images they are no larger than what is left of the
-    image: most of a window would be padding otherwise. The first convolution takes the channels of ``input_shape``.
+    A stage has 32 channels for each head; the first stage consists of convolutions with as many channels. Layer names,
+    initialisation and ``forward`` are timm's, so its published weights load at width 1 and 224x224. There the windows
+    of attention have 7x7, 14x14 and 7x7 positions. For smaller images a window is at most as large as the feature map,
+    because most of it would be padding otherwise. The first convolution has the number of input channels in
+    ``input_shape``.
 
     Raises
     ------
     ImportError
-        If timm, which the extra ``permask[vision]`` installs, is not there.
+        If timm, which the extra ``permask[vision]`` installs, is missing.
     ValueError
         If the images are smaller than 32x32.
 

@@ -1,9 +1,9 @@
-"""The one place that imports torchvision; everything else takes it from here.
+"""The only module that imports torchvision; all other modules import it from here.
 
-A CPU build of torch beside torchvision's published wheel fails at import, because torchvision describes the shapes of
-its compiled operators ``nms`` and ``qnms`` and those did not load. Declaring the two schemas first lets the import
-pass. Where the compiled operators do load, nothing is declared. Without them, ``torchvision.ops.nms`` and the decoders
-of ``torchvision.io`` are unavailable: images are decoded with PIL.
+With a CPU build of torch, the published wheel of torchvision fails at import, because torchvision describes the shapes
+of its compiled operators ``nms`` and ``qnms``, which did not load. The import succeeds if the two schemas are declared
+first. If the compiled operators do load, nothing is declared. Without them, ``torchvision.ops.nms`` and the decoders of
+``torchvision.io`` are unavailable: images are decoded with PIL.
 """
 
 import sys
@@ -20,7 +20,7 @@ except RuntimeError as error:
         raise
     for _name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[_name]
-    # The fragment has to stay referenced: when it is collected, its schemas go with it.
+    # The fragment must remain referenced: its schemas are removed when it is garbage-collected.
     _schemas = torch.library.Library("torchvision", "FRAGMENT")
     _schemas.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,1 +1,1 @@
-"""What a run leaves on disk and prints: results that are found again, tables, progress, checks, processes."""
+"""What a run writes to disk and prints: stored results, tables, progress, checks, processes."""

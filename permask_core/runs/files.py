@@ -1,5 +1,8 @@
-"""Tensors on disk: safetensors with a JSON record and a checksum beside the data, written whole or not at all, never
-unpickled; and locks between processes."""
+"""Tensors on disk, and locks between processes.
+
+Tensors are stored as safetensors with a JSON record and a checksum. A file is written completely or not at all, and
+nothing is ever unpickled.
+"""
 
 import hashlib
 import json
@@ -16,9 +19,9 @@ FORMAT = "permask 2"
 
 @contextmanager
 def write_whole(path):
-    """A temporary path beside ``path``, renamed to ``path`` when the block ends well and removed when it does not.
+    """Yield a temporary path next to ``path``; it is renamed to ``path`` if the block succeeds, else removed.
 
-    A reader, another process or a rerun after a kill sees either no file or a whole one.
+    Other processes, and a rerun after a crash, see either no file or a complete one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +29,7 @@ def write_whole(path):
     os.close(handle)
     try:
         yield Path(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide results from a group
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide results from the group
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -34,18 +37,18 @@ def write_whole(path):
 
 @contextmanager
 def locked(path, message=None, wait=True):
-    """The block is run by one process at a time, on all machines that share the folder of ``path``.
+    """Let one process at a time run the block, on all machines that share the folder of ``path``.
 
-    The lock is of the operating system: it ends with the process that holds it, however that ends.
+    It is a lock of the operating system, which is released when the process that holds it ends, even by a crash.
 
     Parameters
     ----------
     path : path-like
-        Beside it lies the lock, a file that ends in ".lock", as long as somebody holds it.
+        The lock is a file next to ``path`` that ends in ".lock" and exists while a process holds the lock.
     message : str, optional
-        Printed if another process holds it for more than a second.
+        Printed if another process holds the lock for more than a second.
     wait : bool
-        Whether to wait for another process that holds it, or to raise :class:`filelock.Timeout`.
+        If False, raise :class:`filelock.Timeout` instead of waiting for the process that holds the lock.
     """
     path = Path(path)
     made = [folder for folder in path.parents if not folder.exists()]
@@ -62,9 +65,9 @@ def locked(path, message=None, wait=True):
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # before the release: who waits for it sees that it is gone
+        Path(lock.lock_file).unlink(missing_ok=True)  # before the release: a waiting process sees that it is gone
         lock.release()
-        with suppress(OSError):  # a block that failed leaves no empty folders
+        with suppress(OSError):  # a failed block leaves no empty folders
             for folder in made:
                 folder.rmdir()
 
@@ -76,7 +79,7 @@ def _umask():
 
 
 def save_tensors(path, tensors, record):
-    """Write tensors and a record of what they are.
+    """Write tensors and a record that describes them.
 
     Parameters
     ----------
@@ -86,7 +89,7 @@ def save_tensors(path, tensors, record):
     record : dict
         Anything that JSON holds: parameters, versions, results.
     """
-    from safetensors.torch import save_file  # here, as it imports torch, which takes longer than most writing does
+    from safetensors.torch import save_file  # here, because importing torch takes longer than most writes
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(record)
@@ -95,7 +98,7 @@ def save_tensors(path, tensors, record):
 
 
 def read_record(path):
-    """The record alone of what :func:`save_tensors` wrote, unchecked.
+    """Return only the record of a file that :func:`save_tensors` wrote, without verifying the checksum.
 
     Raises
     ------
@@ -107,7 +110,7 @@ def read_record(path):
 
 
 def load_tensors(path):
-    """Read what :func:`save_tensors` wrote.
+    """Read a file that :func:`save_tensors` wrote.
 
     Returns
     -------
@@ -119,7 +122,7 @@ def load_tensors(path):
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is damaged (its numbers and its record are compared with their checksum), or was not written by
+        If the file is damaged (the checksum of its numbers and its record is verified), or was not written by
         :func:`save_tensors`.
     """
     path = Path(path)
@@ -134,7 +137,7 @@ def load_tensors(path):
 
 @contextmanager
 def _opened(path):
-    """A file of this format and its metadata; whatever is wrong with it, in the block too, is a ValueError."""
+    """Yield an open file of this format and its metadata; any error, also inside the block, becomes a ValueError."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -149,7 +152,7 @@ def _opened(path):
 def _record(path, metadata):
     record = json.loads(metadata["record"])
     if not isinstance(record, dict):
-        raise ValueError(f"{path} is damaged: its record is no dict")
+        raise ValueError(f"{path} is damaged: its record is not a dict")
     return record
 
 
@@ -158,11 +161,11 @@ def _checksum(tensors, text):
 
 
 def digest(arrays, text=""):
-    """A short hash of tensors or numpy arrays: their names, types, shapes and values; and of a text."""
+    """Return a short hash of tensors or NumPy arrays (names, types, shapes and values) and of a text."""
     summary = hashlib.sha256(text.encode())
     for name, array in arrays.items():
         summary.update(f"{name} {array.dtype} {list(array.shape)}".encode())
-        if hasattr(array, "detach"):  # a tensor, by its bytes: numpy has no bfloat16
+        if hasattr(array, "detach"):  # a tensor, as bytes: NumPy has no bfloat16
             import torch
 
             array = array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

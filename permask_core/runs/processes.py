@@ -1,7 +1,7 @@
-"""The device of a process, and several processes that train one network, each on its share of every batch.
+"""The device of a process, and several processes that train one network, each on its part of every batch.
 
-PyTorch's DistributedDataParallel averages the gradients. Processes are started here, so that the same call works in a
-notebook and in a script, or they are those that ``torchrun`` started, on one machine or in a job of a cluster.
+PyTorch's DistributedDataParallel averages the gradients. The processes are started here, so that the same call works in
+a notebook and in a script, or were started by ``torchrun``, on one machine or in a cluster job.
 """
 
 import copy
@@ -17,41 +17,41 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def default_device():
-    """The CUDA device of this process, if there is one, or the CPU."""
+    """Return the CUDA device of this process if there is one, else the CPU."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 class Alone:
-    """One process that trains by itself; what :class:`Joined` does with others is trivial here."""
+    """A single training process; the methods that communicate in :class:`Joined` are trivial here."""
 
     rank, ranks, device = 0, 1, None
 
     def wrap(self, model):
-        """The network to call: its gradients become those of all processes."""
+        """Return the network to call; its gradients are averaged over all processes."""
         return model
 
     def sum(self, tensor):
-        """The sum of a tensor over the processes, in all of them."""
+        """Return the sum of a tensor over all processes, in every process."""
         return tensor
 
     def agree(self, yes):
-        """Whether the first process says yes, in all of them."""
+        """Return the first process's ``yes`` in every process."""
         return yes
 
     def accumulating(self, network, more):
-        """The context of a backward pass after which ``more`` follow before the step."""
+        """Return the context of a backward pass; ``more`` says whether others follow before the step."""
         return nullcontext()
 
     def of_first(self, function, *arguments):
-        """What the first process gets from a function, in all of them."""
+        """Call a function in the first process, and return its result in every process."""
         return function(*arguments)
 
     def check_agreement(self, identity):
-        """Raise ValueError, in every process, unless all have the same ``identity``."""
+        """Raise ValueError in every process unless all have the same ``identity``."""
 
 
 class Joined(Alone):
-    """One of several processes under the names that ``torchrun`` has for them, connected for as long as they live."""
+    """One of several connected processes, which reads its rank from the environment variables of ``torchrun``."""
 
     def __init__(self, device_type):
         local = int(os.environ["LOCAL_RANK"])
@@ -83,16 +83,17 @@ class Joined(Alone):
 
 
 def launch(function, processes, device, model, *arguments):
-    """Run ``function(joined, model, *arguments)`` in several processes: in new ones on this machine, or in those that
-    ``torchrun`` started, of which this is one. What it returns is lost; ``joined`` is a :class:`Joined`. New processes
-    have copies of the model, and share the memory of all other tensors.
+    """Run ``function(joined, model, *arguments)`` in several processes, where ``joined`` is a :class:`Joined`.
+
+    The processes are new ones on this machine, or those that ``torchrun`` started, of which this is one. New processes
+    copy the model and share the memory of all other tensors. The return value of ``function`` is discarded.
 
     Raises
     ------
     ValueError
-        If ``torchrun`` started another number of processes, or there are too few CUDA devices.
+        If ``torchrun`` started a different number of processes, or there are too few CUDA devices.
     RuntimeError
-        If a process that was started failed, with the last line of its error.
+        If a process failed; the message has the last line of its error.
     """
     device_type = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     started = distributed.is_torchelastic_launched()
@@ -111,29 +112,29 @@ def launch(function, processes, device, model, *arguments):
             pass
     except ProcessException as error:
         last = str(error).strip().splitlines()[-1]
-        raise RuntimeError(f"a training process ended: {last}. A script must train in several processes below "
-                           "`if __name__ == \"__main__\":`, because each imports it again, and a model's class must be "
-                           "one that they can import") from error
+        raise RuntimeError(f"a training process failed: {last}. A script must start several processes below "
+                           "`if __name__ == \"__main__\":`, because each process imports the script again, and must be "
+                           "able to import the model's class") from error
     finally:
-        for process in spawned.processes:  # after an interrupt, nobody would wait for them
+        for process in spawned.processes:  # after an interrupt, no one would wait for them
             process.kill()
             process.join()
 
 
 def _start(rank, processes, port, device_type, function, model, *arguments):
-    """Be one of several processes, under the names that ``torchrun`` has for them."""
+    """Run as one of several processes, with the environment variables that ``torchrun`` sets."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=str(processes),
                       LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         _join(device_type, function, copy.deepcopy(model), *arguments)
         distributed.destroy_process_group()
     except KeyboardInterrupt:
-        sys.exit("interrupted")  # torch would take the interrupt for a success
+        sys.exit("interrupted")  # torch would count an interrupt as success
 
 
 def _join(device_type, function, model, *arguments):
     function(Joined(device_type), model, *arguments)
-    distributed.barrier()  # the first may still be writing
+    distributed.barrier()  # the first process may still be writing
 
 
 def _free_port():
@@ -143,8 +144,11 @@ def _free_port():
 
 
 def of_first(function, *arguments):
-    """What ``function(*arguments)`` returns in the first of the processes that this one has joined, in all of them; so
-    the others need not see the files that it reads. Where there are none, it is called here."""
+    """Call ``function(*arguments)`` in the first of the connected processes, and return its result in every process.
+
+    Only the first process needs access to the files that the function reads. Without connected processes, the function
+    is called in this one.
+    """
     if not distributed.is_initialized():
         return function(*arguments)
     found = [function(*arguments) if distributed.get_rank() == 0 else None]
@@ -153,7 +157,7 @@ def of_first(function, *arguments):
 
 
 def check_agreement(identity):
-    """Raise ValueError, in every process, unless all have the same ``identity``: a dict, by what to call each value."""
+    """Raise ValueError in every process unless all have the same ``identity``, a dict of names and values."""
     everyone = [None] * distributed.get_world_size()
     distributed.all_gather_object(everyone, identity)
     for rank, other in enumerate(everyone):

@@ -1,4 +1,4 @@
-"""Whether somebody is watching, and progress of long work for those who do."""
+"""Progress of long work, as a bar or as printed lines."""
 
 import os
 import sys
@@ -6,12 +6,15 @@ import time
 
 from tqdm.auto import tqdm
 
-SECONDS = 60  # between two lines of text
+SECONDS = 60  # between two printed lines
 
 
 def is_live():
-    """Whether a reader with a kernel is looking: the environment variable ``PERMASK_DISPLAY`` (``live`` or ``static``)
-    decides, and without it the marks that Jupyter's server, VS Code and Colab leave on their kernels."""
+    """Whether the code runs in a notebook that a reader has open.
+
+    The environment variable ``PERMASK_DISPLAY`` (``live`` or ``static``) decides. Without it, the answer is yes where
+    Jupyter's server, VS Code or Colab has set its own environment variables.
+    """
     forced = os.environ.get("PERMASK_DISPLAY", "")
     if forced not in ("", "live", "static"):
         raise ValueError(f"PERMASK_DISPLAY={forced!r}: expected live or static")
@@ -20,11 +23,10 @@ def is_live():
 
 
 def progress(iterable, description, total=None):
-    """A tqdm bar over ``iterable``, of ``total`` steps if it cannot tell itself.
+    """Show a tqdm bar over ``iterable``; ``total`` is its number of steps if it has no length.
 
-    Where nobody watches, neither in a live notebook (:func:`is_live`) nor at a terminal, long work prints a line a
-    minute, which a notebook run by papermill keeps. With ``PERMASK_DISPLAY=static``, and if ``description`` is None, it
-    is silent.
+    Outside live notebooks (:func:`is_live`) and terminals, a line is printed every minute instead, which a notebook run
+    by papermill keeps. With ``PERMASK_DISPLAY=static``, or if ``description`` is None, nothing is shown.
     """
     at_terminal = os.environ.get("PERMASK_DISPLAY") != "static" and sys.stderr.isatty()
     watched = description is not None and (is_live() or at_terminal)

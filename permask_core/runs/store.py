@@ -1,10 +1,9 @@
-"""A run's directory: stages that are finished are found again, the others are computed.
+"""The store of a run: finished stages are loaded, all other stages are computed.
 
-A stage has a name and plain parameters, and a function that computes tensors and a record from them. A stored stage is
-found if its name and parameters are the same, if the versions of the libraries that decide about numbers are, and if
-every module of permask_core that its function could reach still has the same code: docstrings and comments may change.
-Files are written whole or not at all and checked when they are read, and jobs that share a store do not compute a stage
-twice.
+A stage has a name, plain parameters, and a function that computes tensors and a record from them. A stored stage is
+loaded if its name and parameters are the same, if the versions of the libraries that affect numbers are the same, and
+if no module of permask_core that its function can reach has changed, apart from docstrings and comments. Files are
+written completely or not at all and verified when they are read. Jobs that share a store do not compute a stage twice.
 """
 
 import ast
@@ -28,7 +27,7 @@ from filelock import Timeout
 
 from permask_core.runs.files import load_tensors, locked, read_record, save_tensors, write_whole
 
-# Those that are installed count: no result depends on another.
+# Only the installed ones count: no result depends on a library that is not installed.
 LIBRARIES = ("torch", "torchvision", "numba", "numpy", "scipy", "scikit-learn", "timm", "transformers")
 POLICIES = ("recompute", "keep")
 HERE = Path(__file__).parents[1]  # permask_core
@@ -40,18 +39,18 @@ class Store:
     Parameters
     ----------
     folder : path-like
-        Made when the first stage is written. A relative folder lies below the environment variable ``PERMASK_RUNS``
-        where that is set, and below the working directory otherwise.
+        Created when the first stage is written. A relative folder is below the folder in the environment variable
+        ``PERMASK_RUNS`` if that is set, and below the working directory otherwise.
     on_change : {"recompute", "keep"}, optional
-        What becomes of a stage whose code or libraries have changed since it was stored. ``"recompute"`` computes it
-        again, beside the old file. ``"keep"`` serves the newest old one, says which source changed, and adds to its
-        record, and to that of each stage computed from it, ``kept``: each changed source with its old and new hash.
-        By default the environment variable ``PERMASK_ON_CHANGE``, or ``"recompute"``.
+        What to do with a stage whose code or libraries have changed since it was stored. ``"recompute"`` computes it
+        again and does not delete the old file. ``"keep"`` loads the newest old one, prints which sources changed, and
+        adds ``kept`` to its record and to that of each stage computed from it: each changed source with its old and
+        new hash. The default is the environment variable ``PERMASK_ON_CHANGE``, or ``"recompute"``.
 
     Attributes
     ----------
     computed, found : int
-        How many stages this object computed, and how many it found finished.
+        How many stages this object computed, and how many it loaded.
 
     Examples
     --------
@@ -71,62 +70,62 @@ class Store:
         if self.on_change not in POLICIES:
             raise ValueError(f"on_change is {self.on_change!r}: expected one of {', '.join(POLICIES)}")
         self.computed = self.found = 0
-        self._seconds = 0.0  # spent by stages computed here, so that a stage is not charged for those it asked for
-        self._kept, self._said = {}, set()  # changed sources of stages that were kept; messages that were printed
+        self._seconds = 0.0  # spent in stages computed here: the time of a stage excludes that of its inner stages
+        self._kept, self._said = {}, set()  # changed sources of stages that were kept; messages already printed
 
     def stage(self, name, compute, *, modules=(), **parameters):
-        """The result of ``compute()``, computed now or found finished.
+        """Return the stored result of ``compute()``, or compute and store it.
 
         Parameters
         ----------
         name : str
             Names the stage and its folder.
         compute : callable
-            Takes nothing and returns ``(tensors, record)``: a dict of str to torch.Tensor, and a dict that JSON holds.
-            Its result must depend on nothing but ``parameters``.
+            Takes no arguments and returns ``(tensors, record)``: a dict of str to torch.Tensor, and a dict that JSON
+            holds. The result must depend only on ``parameters``.
         modules : iterable of str
-            Modules of permask_core that ``compute`` loads by name, which no import statement shows.
+            Modules of permask_core that ``compute`` loads by name, without an import statement.
         **parameters
-            Anything that JSON holds, dataclasses of such values included.
+            Anything that JSON holds, and dataclasses of such values.
 
         Returns
         -------
         (dict of str to torch.Tensor, dict)
-            The tensors on the CPU; the record has gained ``seconds``: how long the computation took when
-            it was made, without the stages that it asked for in turn.
+            The tensors, on the CPU, and the record with one more key, ``seconds``: how long the computation took,
+            without its inner stages.
 
         Raises
         ------
         ValueError
-            If the parameters or the record cannot be written as JSON. A file that is damaged, or holds something else,
-            is put aside under a name that ends in ".damaged", and the stage is computed again.
+            If the parameters or the record cannot be written as JSON. A damaged or wrong file is not an error: it is
+            renamed to end in ".damaged", and the stage is computed again.
         """
         identity = self._identity(name, compute, modules, parameters)
         path = self._path(identity)
         result = self._finished(identity)
-        if result is None:  # of several jobs that need a stage one computes it, and the others wait
+        if result is None:  # one of the jobs that need a stage computes it, the others wait
             with locked(path, f"waiting for another process that computes {name} {path.stem}"):
                 result = self._finished(identity, repair=True) or self._computed(identity, compute)
         return result
 
     def stages(self, name, function, wanted, compute, at_once):
-        """Many stages of one name, of which ``compute`` computes several at once; afterwards all are finished.
+        """Finish many stages of one name, of which ``compute`` computes several at once.
 
-        Those that another process computes are left to it. This one waits for them when nothing else is left to do, and
-        so without holding a lock.
+        Stages that another process is computing are skipped. When all others are finished, this process waits for them,
+        without holding a lock.
 
         Parameters
         ----------
         name : str
         function : callable
-            What :meth:`stage` is given as ``compute`` for one of them: only its code is looked at.
+            The ``compute`` of :meth:`stage` for one of the stages; only its code is used, to identify the stages.
         wanted : list of dict
-            Of each stage the parameters, ``modules`` among them, as :meth:`stage` takes them.
+            The keyword arguments of :meth:`stage` for each stage, ``modules`` included.
         compute : callable
-            Takes a list of positions in ``wanted``, and returns as many results, as ``compute`` of :meth:`stage` does,
-            with ``seconds`` in their records.
+            Takes a list of indices into ``wanted`` and returns one result for each, in the form that ``compute`` of
+            :meth:`stage` returns, with ``seconds`` in the record.
         at_once : int
-            Stages at most for one call of ``compute``.
+            Largest number of stages in one call of ``compute``.
         """
         identities = [self._identity(name, function, own.get("modules", ()), {
             key: value for key, value in own.items() if key != "modules"}) for own in wanted]
@@ -149,34 +148,34 @@ class Store:
             left = elsewhere
 
     def path(self, name, compute, *, modules=(), **parameters):
-        """The file to which ``stage(name, compute, modules=modules, **parameters)`` is written."""
+        """Return the file to which ``stage(name, compute, modules=modules, **parameters)`` is written."""
         return self._path(self._identity(name, compute, modules, parameters))
 
     def unfinished(self, name, compute, *, modules=(), **parameters):
-        """The file in which a stage keeps what it has computed so far. One that other code has begun is taken over
-        under the policy ``"keep"`` only."""
+        """Return the file in which a stage saves its progress. A file begun by a different version of the code is taken
+        over only if ``on_change`` is ``"keep"``."""
         identity = self._identity(name, compute, modules, parameters)
         path = self._path(identity).with_suffix(".unfinished")
         begun = sorted(path.parent.glob(f"{_key(identity)}-*.unfinished"), key=lambda one: one.stat().st_mtime)
         if self.on_change == "keep" and begun and not path.exists():
-            print(f"{name}: goes on from {begun[-1].name}, although its code has changed since", flush=True)
+            print(f"{name}: continues from {begun[-1].name}, although its code has changed since", flush=True)
             begun[-1].replace(path)
         return path
 
     def _finished(self, identity, repair=False):
-        """The stored result, or None. Files that have its name and are not it are put aside by ``repair``."""
+        """Return the stored result, or None; ``repair`` renames files that have the right name but wrong content."""
         known, candidates = ("stage", "parameters"), []
         for path in self._path(identity).parent.glob(f"{_key(identity)}-*.safetensors"):
             with self._put_aside(path, repair):
                 stored = read_record(path)
                 if not isinstance(stored.get("result"), dict) or not {"sources", "versions"} <= stored.keys():
-                    raise ValueError(f"{path} is no stage with a result")
+                    raise ValueError(f"{path} is not a stage with a result")
                 if any(stored.get(part) != identity[part] for part in known):
                     raise ValueError(f"{path} holds the stage {stored.get('stage')!r} with other parameters than its "
                                      "name says")
                 changed = _changed(stored, identity)
                 candidates.append((bool(changed), -path.stat().st_mtime, path, changed))
-        for other, _, path, changed in sorted(candidates):  # the present code's first, then the newest
+        for other, _, path, changed in sorted(candidates):  # those of the current code first, then the newest
             if other and self.on_change != "keep":
                 break
             with self._put_aside(path, repair):
@@ -197,7 +196,7 @@ class Store:
             yield
         except (ValueError, FileNotFoundError) as error:
             if repair and path.exists():
-                print(f"{error}. It is made again; what was there is now {path.name}.damaged", flush=True)
+                print(f"{error}. It is computed again; the old file was renamed to {path.name}.damaged", flush=True)
                 path.replace(path.with_name(path.name + ".damaged"))
 
     def _say(self, text):
@@ -211,7 +210,7 @@ class Store:
         own = time.perf_counter() - start - (self._seconds - inner)
         self._seconds += own
         found = self._written(identity, tensors, {**result, "seconds": own})
-        self._kept = outer | self._kept  # another dict: the record has its own
+        self._kept = outer | self._kept  # a new dict: the record keeps its own
         return found
 
     def _written(self, identity, tensors, result):
@@ -224,7 +223,7 @@ class Store:
         path = self._path(identity)
         save_tensors(path, tensors, {**identity, "commit": commit(), "result": result})
         self.computed += 1
-        # What a rerun would find is what the first run returns: through the file.
+        # Read back from the file, so that the first run returns what a rerun loads.
         tensors, record = load_tensors(path)
         return tensors, record["result"]
 
@@ -242,7 +241,7 @@ class Store:
 
 
 def _lock_now(locks, path):
-    """Whether a file could be locked without waiting for another process; ``locks`` holds it then."""
+    """Whether a file could be locked without waiting for another process; ``locks`` then holds the lock."""
     try:
         locks.enter_context(locked(path, wait=False))
     except Timeout:
@@ -259,9 +258,9 @@ def _key(identity):
 
 
 def _changed(stored, identity):
-    """The sources and libraries of a stored stage that are others now, by name: the old hash or version and the new.
+    """Return the sources and libraries of a stored stage that have changed: "old -> new" hash or version by name.
 
-    Only what the stored stage used counts: one that a CPU computed does not depend on the kernels for a GPU.
+    Only what the stored stage used counts: a stage computed on a CPU does not depend on the GPU kernels.
     """
     now = {**identity["versions"], **{name: _module_hash(name) for name in stored["sources"]}, **identity["sources"]}
     return {name: f"{was} -> {now.get(name)}" for name, was in {**stored["versions"], **stored["sources"]}.items()
@@ -269,12 +268,12 @@ def _changed(stored, identity):
 
 
 def check_folder(folder, settings):
-    """Make a folder for the results of one set of settings, or make sure that it is theirs.
+    """Create a folder for results with one set of settings, or check that it was created with these settings.
 
     Parameters
     ----------
     folder : path-like
-        Gets ``settings.json``. Relative folders lie where :class:`Store`'s do.
+        ``settings.json`` is written into it. A relative folder is resolved as in :class:`Store`.
     settings : dict
         Anything that JSON holds.
 
@@ -285,11 +284,11 @@ def check_folder(folder, settings):
     Raises
     ------
     ValueError
-        If the folder holds results of other settings; it says which differ.
+        If the folder holds results with other settings; the message lists the differences.
     """
     path = Path(os.environ.get("PERMASK_RUNS", ""), Path(folder).expanduser()).absolute() / "settings.json"
     settings = json.loads(json.dumps(settings, default=plain))
-    if path.exists() and path.with_name("results.json").exists():  # one that did not finish is no reason to refuse
+    if path.exists() and path.with_name("results.json").exists():  # a run that did not finish is no reason to refuse
         try:
             there = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
@@ -305,7 +304,7 @@ def check_folder(folder, settings):
 
 
 def plain(value):
-    """A dataclass as a dict and an integer of NumPy as one of Python, for :func:`json.dumps`."""
+    """Convert a dataclass to a dict and a NumPy integer to an int, for :func:`json.dumps`."""
     if hasattr(value, "__dataclass_fields__"):
         return {name: getattr(value, name) for name in value.__dataclass_fields__}
     if isinstance(value, Integral):
@@ -315,7 +314,7 @@ def plain(value):
 
 @cache
 def versions():
-    """Versions of Python and of the libraries that decide about numbers, those that are installed, as a dict."""
+    """Return the versions of Python and of the installed libraries that affect numbers, as a dict."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -324,8 +323,8 @@ def versions():
 
 
 def commit():
-    """The commit of the repository in which this library lies, with "-dirty" where it was edited since; "unknown" where
-    it lies in none, or there is no git."""
+    """Return the commit of this library's repository, with "-dirty" if files were edited since; "unknown" without a
+    repository or without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE)
@@ -335,8 +334,8 @@ def commit():
 
 
 def device_name(device):
-    """What a device is called: a GPU's name, or the processor's with its number of cores."""
-    import torch  # who looks for finished stages only need not wait for it
+    """Return the name of a GPU, or that of the processor with its number of cores."""
+    import torch  # here: loading finished stages does not need it
 
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -347,20 +346,21 @@ def device_name(device):
 
 
 def sources(function, modules=()):
-    """What the result of a function depends on: hashes of the code of its module and, through imports, of all modules
-    of permask_core that it reaches, by name.
+    """Return the sources on which the result of a function depends: hashes of the code of its module and of all modules
+    of permask_core that this module reaches by imports.
 
     Parameters
     ----------
     function : callable
-        One of a notebook or script is taken by its own code, with all of permask_core.
+        For a function of a notebook or script, the hashes are those of its own code and of all of permask_core.
     modules : iterable of str
-        Further modules, which are loaded by name. Those that a module of the library names in a constant ``LOADED``, by
-        the type of device on which it loads them, need not be given.
+        Further modules, which are loaded by name. Modules that a module of the library lists in a constant ``LOADED``,
+        by the type of device on which it loads them, need not be given.
 
     Returns
     -------
     dict of str to str
+        Hashes by name of the module.
     """
     module = sys.modules[function.__module__].__name__
     if module.split(".")[0] == "permask_core":
@@ -379,22 +379,22 @@ def _device():
 
 @cache
 def _reached(roots, device):
-    """Names of the permask_core modules that ``roots`` reach through import statements, themselves included."""
+    """Return the names of the permask_core modules that ``roots`` reach by import statements, including ``roots``."""
     if roots == ("permask_core",):
         return sorted(".".join(path.relative_to(HERE.parent).with_suffix("").parts).removesuffix(".__init__")
                       for path in HERE.rglob("*.py"))
     found, waiting = set(), list(roots)
     while waiting:
         name = waiting.pop()
-        if name not in found and (module := _module(name)):  # or it is the name of a function, not of a module
+        if name not in found and (module := _module(name)):  # None if it is a function, not a module
             found.add(name)
             waiting += [*module.imported, *module.loaded.get(device, [])]
     return sorted(found)
 
 
 class _Module(NamedTuple):
-    """A hash of a module's code, the names in its import statements that may be modules of permask_core, and what it
-    loads by name, by the type of device."""
+    """The hash of a module's code, the names in its import statements that may be modules of permask_core, and the
+    modules that it loads by name, by type of device."""
 
     hash: str
     imported: list[str]
@@ -403,8 +403,8 @@ class _Module(NamedTuple):
 
 @cache
 def _module(name):
-    """A module of permask_core, or None if there is none of that name."""
-    # By its path, because to ask the import system means to import all packages above.
+    """Return a module of permask_core, or None if there is none of that name."""
+    # By its path, because asking the import system would import all parent packages.
     place = HERE.joinpath(*name.split(".")[1:])
     path = next(filter(Path.is_file, (place / "__init__.py", place.with_suffix(".py"))), None)
     if path is None or not name.startswith("permask_core"):
@@ -425,10 +425,10 @@ def _module_hash(name):
 
 
 def _code_hash(code):
-    """A hash of a syntax tree, or of source, without docstrings: comments and layout are not in it anyway."""
+    """Return a hash of a syntax tree or source text, without docstrings; comments and layout do not count either."""
     try:
         tree = code if isinstance(code, ast.AST) else ast.parse(code)
-    except SyntaxError:  # a lambda in the middle of a call: its lines alone are no code
+    except SyntaxError:  # a lambda in the middle of a call: its lines are not complete code
         return hashlib.sha256(code.encode()).hexdigest()[:16]
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(

@@ -1,4 +1,4 @@
-"""Tidy tables as CSV: written whole or not at all, and read with their types."""
+"""Tidy tables as CSV: written completely or not at all, and read with their types."""
 
 import csv
 import json
@@ -9,13 +9,13 @@ from permask_core.runs.store import plain
 
 
 def write_table(path, rows):
-    """Write rows under a temporary name that is then changed to ``path``.
+    """Write rows to a temporary file that is then renamed to ``path``.
 
     Parameters
     ----------
     path : path-like
     rows : list of dict
-        Values are anything that JSON holds. Those of a dict get columns of their own, named "key.inner key".
+        Values are anything that JSON holds. Each entry of a dict gets its own column, named "key.inner key".
     """
     rows = [_columns("", row) for row in rows]
     heads = list(dict.fromkeys(key for row in rows for key in row))
@@ -26,14 +26,14 @@ def write_table(path, rows):
 
 
 def read_table(path):
-    """Read what :func:`write_table` wrote: a list of dict, without the values that are None or empty strings.
+    """Read a table that :func:`write_table` wrote, as a list of dict without the values that are None or empty.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If a line has fewer or more values than the first has names.
+        If a row has fewer or more values than there are columns.
     """
     with Path(path).open(newline="") as file:
         lines = list(csv.reader(file))
@@ -54,7 +54,8 @@ def _columns(prefix, values):
 def _cell(value):
     if value is None:
         return ""
-    # As JSON also "1e5", say, of a commit, and what holds a carriage return, which CSV would take for the line's end.
+    # Also quoted as JSON: strings that look like numbers (a commit "1e5"), and those with a carriage return, which CSV
+    # would read as the end of the line.
     if not isinstance(value, str) or value and (_value(value) != value or "\r" in value):
         return json.dumps(value, default=plain)
     return value

@@ -1,4 +1,4 @@
-"""Sparse layers that store nothing dense, and training that moves their connections."""
+"""Sparse layers without dense storage, and training that moves their connections."""
 
 from permask_core.sparse.condense import Condensed, FanInPointwise, condense
 from permask_core.sparse.fan_in import FanInLinear, sample_columns

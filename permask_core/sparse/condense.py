@@ -1,4 +1,4 @@
-"""A trained network with masks of constant fan-in, rebuilt from layers that store nothing else."""
+"""Rebuild a trained network with masks of constant fan-in from layers that store only its connections."""
 
 import copy
 import dis
@@ -18,8 +18,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class FanInPointwise(nn.Module):
-    """A 1x1 convolution as a :class:`FanInLinear` over channels: [batch, in, height, width] to [batch, out, height /
-    stride, width / stride]."""
+    """A 1x1 convolution as a :class:`FanInLinear` over channels; maps [batch, in, height, width] to [batch, out, height
+    / stride, width / stride]."""
 
     def __init__(self, linear, stride=(1, 1)):
         super().__init__()
@@ -35,8 +35,8 @@ class FanInPointwise(nn.Module):
 
 
 class Condensed(NamedTuple):
-    """A condensed ``model``, the ``masks`` of the layers that stay dense, by their names in it, and of these layers
-    ``left``, by the names of the masks that were given, why each could not be replaced."""
+    """A condensed ``model``, the ``masks`` of the layers that are still dense, by their names in that model, and
+    ``left``: by the original name of the mask, the reason why each of these layers could not be replaced."""
 
     model: nn.Module
     masks: dict[str, torch.Tensor]
@@ -45,27 +45,27 @@ class Condensed(NamedTuple):
 
 @torch.no_grad()
 def condense(model, masks, example_input=None):
-    """Replace masked layers by fan-in layers wherever that computes the same.
+    """Replace masked layers by fan-in layers wherever the function does not change.
 
-    A layer is left as it is if the model reads something of it that a fan-in layer does not have: as a rule its weight,
-    in ``F.linear(x, self.qkv.weight)``. That is seen in the ``forward`` of the module that the layer belongs to, and
-    wherever else it happens, when the model runs with an example.
+    A layer is not replaced if the model reads an attribute that a fan-in layer does not have, usually its weight, as in
+    ``F.linear(x, self.qkv.weight)``. Such reads are detected in the ``forward`` of the parent module and, with an
+    example, while the model runs.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Is left alone.
+        Not changed.
     masks : Masks
-        Keyed like the ``state_dict``; [out, in] for linear layers, [out, in, 1, 1] for 1x1 convolutions.
+        With the keys of the ``state_dict``; [out, in] for linear layers, [out, in, 1, 1] for 1x1 convolutions.
     example_input : torch.Tensor, tuple or dict, optional
-        A batch with which the model runs once, in evaluation mode (a tuple: its arguments, a dict: its keyword
-        arguments).
+        A batch (a tuple of arguments, or a dict of keyword arguments) with which the model is run once in evaluation
+        mode.
 
     Returns
     -------
     Condensed
-        Its model is a copy that computes what the model computes under the masks. Layers that were not replaced are
-        masked, and to train on they need the masks that it comes with, if there are any.
+        Its model is a copy that computes the same function as the model under the masks. Layers that were not replaced
+        are masked; further training needs the returned masks.
 
     Raises
     ------
@@ -99,8 +99,8 @@ def condense(model, masks, example_input=None):
         lacking = sorted(attribute for attribute in attributes if not hasattr(layers[owner], attribute))
         if lacking:
             del layers[owner]
-            reasons[f"{owner}.weight"] = (f"the model reads its {', '.join(lacking)}, which a fan-in layer does not "
-                                          "have, instead of only calling it")
+            reasons[f"{owner}.weight"] = (f"the model does not only call it but reads its {', '.join(lacking)}, which "
+                                          "a fan-in layer does not have")
     left = {name: reasons[name] for name in masks if name in reasons}
     if not layers:
         raise ValueError("no layer can be replaced: " + "; ".join(f"{name}: {why}" for name, why in left.items()))
@@ -118,7 +118,7 @@ def condense(model, masks, example_input=None):
 
 
 def _fan_in_layer(module, kind, mask, uses):
-    """The fan-in layer that computes what the module computes; ValueError, with the reason, if there is none."""
+    """Return the fan-in layer equivalent to a module; raise ValueError, with the reason, if there is none."""
     if kind != "weight" or type(module) not in (nn.Linear, nn.Conv2d):
         raise ValueError(f"it is the {kind} of a {type(module).__name__}: expected that of a Linear or a 1x1 Conv2d")
     if uses[id(module.weight)] > 1:
@@ -141,12 +141,12 @@ def _fan_in_layer(module, kind, mask, uses):
 
 def _condense_linear(linear, mask):
     layer = FanInLinear.from_dense(linear, mask.to(linear.weight.device))
-    layer.bias = linear.bias  # the parameter itself, which may be another layer's too
+    layer.bias = linear.bias  # the same parameter, which may also be that of another layer
     return layer
 
 
 def _find_reads(model, layers, example_input):
-    """The attributes of each of these layers, by name, that the model reads, apart from calling the layer."""
+    """Return the attributes of each of these layers, by name, that the model reads, except for calls of the layer."""
     reads = {}
     for owner in layers:
         parent, _, child = owner.rpartition(".")
@@ -164,15 +164,16 @@ def _find_reads(model, layers, example_input):
 
 
 def _find_reads_in_code(parent, child):
-    """The attributes of its ``child`` that a module's ``forward`` reads, as ``weight`` in ``self.child.weight``."""
-    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)  # compiled elsewhere it has none
+    """Return the attributes of ``child`` that the ``forward`` of a module reads, like ``weight`` in
+    ``self.child.weight``."""
+    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)  # compiled extensions have none
     loads = [step.argval if step.opname in ("LOAD_ATTR", "LOAD_METHOD") else None
              for step in (dis.get_instructions(code) if code else ())]
     return {attribute for name, attribute in zip(loads, loads[1:]) if name == child and attribute}
 
 
 class _Probe(nn.Module):
-    """Stands in for a layer, and notes which of its attributes are read."""
+    """Replaces a layer, and records which of its attributes are read."""
 
     def __init__(self, layer):
         super().__init__()

@@ -1,10 +1,10 @@
-"""Dynamic sparse training: connections that move while the weights train.
+"""Dynamic sparse training: connections move while the weights are trained.
 
-Every few steps each layer drops connections of small magnitude and grows as many elsewhere, new ones with the value 0:
-at random (SET), where the gradient is largest (RigL), or there under the constraint that every neuron keeps the same
-number of connections, or none (SRigL). The three steps are pure functions over lists of connections, so that they are
-the same for a weight under a mask and for a :class:`~permask_core.sparse.FanInLinear`, which has no dense weight. A
-:class:`Topology` applies them to a model in any training loop, by one call in the place of ``optimizer.step()``;
+At regular intervals each layer drops connections of small magnitude and grows equally many new ones, with the value 0:
+at random (SET), where the gradient is largest (RigL), or where it is largest under the constraint that every neuron has
+the same number of connections or none (SRigL). The three steps are pure functions over lists of connections, so they
+are the same for a weight under a mask and for a :class:`~permask_core.sparse.FanInLinear`, which has no dense weight. A
+:class:`Topology` applies them to a model in any training loop, with one call instead of ``optimizer.step()``;
 :func:`permask_core.training.fit` does so with ``rewiring``. Equal values are ranked by position, earlier first, on
 every device.
 
@@ -31,7 +31,7 @@ from permask_core.runs.processes import of_first
 from permask_core.sparse.fan_in import FanInLinear, sample_columns
 
 METHODS = ("set", "rigl", "srigl")
-CHUNK = 2 ** 20  # growth scores formed at a time
+CHUNK = 2 ** 20  # growth scores computed at a time
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Rewiring:
 
     method: str  # "set", "rigl" or "srigl"
     every: int = 100  # steps from one rewiring to the next (Delta T)
-    until: float = 0.75  # fraction of all steps after which connections no longer move
-    fraction: float = 0.3  # of a layer's connections, dropped at first (alpha); falls to 0 along a half cosine
-    min_salient: float | None = 0.3  # SRigL: salient weights a neuron needs, of its fan-in; None: no neuron is ablated
-    unablated: tuple[str, ...] | None = None  # SRigL: layers that keep all their neurons; by default the model's last
-    # SRigL: of each layer; by default those it starts with, which constant fan-in has rounded down in each neuron
+    until: float = 0.75  # fraction of all steps after which connections do not move
+    fraction: float = 0.3  # of a layer's connections to drop, at the start (alpha); decays to 0 along a half cosine
+    min_salient: float | None = 0.3  # SRigL: minimal fraction of salient weights of a neuron; None: no ablation
+    unablated: tuple[str, ...] | None = None  # SRigL: layers without ablation; by default the last layer
+    # SRigL: of each layer; by default those at the start, which constant fan-in has rounded down in each neuron
     densities: dict[str, float] | float | None = None
 
     def __post_init__(self):
@@ -59,24 +59,24 @@ class Rewiring:
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
                 raise ValueError(f"{name} is {value!r}: expected {expected}")
-            if isinstance(value, np.generic):  # a plain number, which JSON can hold
+            if isinstance(value, np.generic):  # converted to a Python number for JSON
                 object.__setattr__(self, name, value.item())
         for name in ("unablated", "densities"):
             if self.method != "srigl" and getattr(self, name) is not None:
                 raise ValueError(f"{name} is {getattr(self, name)!r} with method {self.method!r}: only 'srigl' uses it")
 
     def due(self, step, steps):
-        """Whether step number ``step`` of ``steps``, counted from 1, moves connections instead of changing weights."""
+        """Whether step ``step`` of ``steps``, counted from 1, moves connections instead of changing weights."""
         return step % self.every == 0 and step < int(self.until * steps)
 
     def drop_fraction(self, step, steps):
-        """Of the connections of a layer, in [0, ``fraction``]: a half cosine that ends where rewiring does."""
+        """Return the fraction of connections to drop, in [0, ``fraction``]: a half cosine until the end of rewiring."""
         return self.fraction / 2 * (1 + math.cos(math.pi * step / int(self.until * steps)))
 
 
 class Connections(NamedTuple):
-    """A layer's connections, row by row and by column within a row: ``rows`` and ``columns`` int64 [nnz],
-    ``magnitudes`` [nnz], the absolute weights; and the ``shape`` (out, in) of the dense weight."""
+    """The connections of a layer, sorted by row and column: ``rows`` and ``columns``, int64 [nnz], the absolute weights
+    ``magnitudes`` [nnz], and the ``shape`` (out, in) of the dense weight."""
 
     rows: torch.Tensor
     columns: torch.Tensor
@@ -85,28 +85,28 @@ class Connections(NamedTuple):
 
 
 def _drop_count(fraction, n):
-    """How many of n connections a step drops."""
+    """Return how many of n connections a step drops."""
     if not isinstance(fraction, Real) or isinstance(fraction, bool) or not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction!r}: expected a number in [0, 1]")
     return int(fraction * n)
 
 
 def set_step(active, fraction, generator=None):
-    """SET over a layer: drop the smallest magnitudes, grow as many connections at random.
+    """SET step of a layer: drop the smallest magnitudes, and grow equally many connections at random.
 
     Parameters
     ----------
     active : Connections
     fraction : float
-        In [0, 1], of the connections to drop; their number is rounded down.
+        Fraction of the connections to drop, in [0, 1]; their number is rounded down.
     generator : torch.Generator, optional
-        On the CPU.
+        A generator on the CPU.
 
     Returns
     -------
     (torch.Tensor, torch.Tensor)
         ``keep``, bool [nnz], and ``grow``, int64 [m, 2], the rows and columns of new connections in ascending order. A
-        connection that was just dropped may be grown again, as a new one.
+        connection that was just dropped may be grown again.
 
     Raises
     ------
@@ -120,7 +120,7 @@ def set_step(active, fraction, generator=None):
     Examples
     --------
     >>> active = Connections(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([0.9, 0.1]), (1, 2))
-    >>> set_step(active, 0.5)  # the only place that is free is the one of the connection that was dropped
+    >>> set_step(active, 0.5)  # the only free position is that of the dropped connection
     (tensor([ True, False]), tensor([[0, 1]]))
     """
     n_drop = _drop_count(fraction, len(active.rows))
@@ -132,8 +132,8 @@ def set_step(active, fraction, generator=None):
 
 
 def set_rows_step(layer, fraction, generator=None):
-    """SET within each row of a :class:`~permask_core.sparse.FanInLinear`, which keeps its fan-in k: :func:`set_step`,
-    with floor(fraction k) connections of every active neuron.
+    """SET step within each row of a :class:`~permask_core.sparse.FanInLinear`, which preserves its fan-in k: like
+    :func:`set_step`, but with floor(fraction k) connections of every active neuron.
 
     Parameters
     ----------
@@ -144,8 +144,8 @@ def set_rows_step(layer, fraction, generator=None):
     Returns
     -------
     (torch.Tensor, torch.Tensor)
-        What :meth:`~permask_core.sparse.FanInLinear.rewire` takes: ``keep``, bool [n_active, k], and ``grow``, int64
-        [m, 2].
+        Arguments of :meth:`~permask_core.sparse.FanInLinear.rewire`: ``keep``, bool [n_active, k], and ``grow``,
+        int64 [m, 2].
 
     References
     ----------
@@ -161,7 +161,7 @@ def set_rows_step(layer, fraction, generator=None):
     n_drop = _drop_count(fraction, k)
     keep = torch.zeros_like(indices, dtype=torch.bool)
     grow = indices.new_empty(n * n_drop, 2, dtype=torch.int64)
-    step = max(1, CHUNK // k)  # what selects among a million rows would take more memory than they do
+    step = max(1, CHUNK // k)  # for a million rows, the temporary arrays would be larger than the layer
     for start in range(0, n, step):
         here = slice(start, start + step)
         order = layer.values[here].detach().abs().sort(dim=1, descending=True, stable=True).indices
@@ -176,24 +176,25 @@ def set_rows_step(layer, fraction, generator=None):
 
 
 def rigl_step(active, scores, fraction):
-    """RigL over a layer: drop the smallest magnitudes, grow as many connections where the gradient is largest.
+    """RigL step of a layer: drop the smallest magnitudes, and grow equally many connections where the gradient is
+    largest.
 
     Parameters
     ----------
     active : Connections
     scores : callable
-        ``scores(start, stop)`` gives the absolute gradients of these rows of the dense weight, [stop - start, in].
+        ``scores(start, stop)`` returns the absolute gradients of these rows of the dense weight, [stop - start, in].
     fraction : float
-        As for :func:`set_step`.
+        As in :func:`set_step`.
 
     Returns
     -------
     (torch.Tensor, torch.Tensor)
-        As of :func:`set_step`.
+        As in :func:`set_step`.
 
     References
     ----------
-    Evci et al., ICML 2020, algorithm 1; connections that were just dropped compete, as in their code.
+    Evci et al., ICML 2020, algorithm 1; as in their code, connections that were just dropped can be grown again.
 
     Examples
     --------
@@ -209,33 +210,33 @@ def rigl_step(active, scores, fraction):
 
 
 def srigl_step(active, scores, fraction, budget, min_salient=None):
-    """SRigL over a layer: every neuron comes out with the same fan-in, or ablated.
+    """SRigL step of a layer: afterwards every neuron has the same fan-in or is ablated.
 
-    A neuron without enough salient weights loses all, and the others share what it had. Nothing remembers who was
-    ablated: a neuron whose weights have large gradients comes back.
+    A neuron without enough salient weights loses all its connections, and the other neurons share them. Ablated neurons
+    are not remembered: a neuron whose weights have large gradients becomes active again.
 
     Parameters
     ----------
     active : Connections
-        Of any fan-in.
+        Connections with any fan-in.
     scores, fraction
-        As for :func:`rigl_step`.
+        As in :func:`rigl_step`.
     budget : int
-        Connections the layer may have, floor(numel density). Its neurons get floor(budget / active neurons) each, but
-        at least one.
+        Maximal number of connections of the layer, floor(numel density). Each active neuron gets floor(budget / active
+        neurons), but at least one.
     min_salient : float, optional
-        Of the fan-in that all neurons together could have, the share of salient weights below which a neuron is
-        ablated (gamma_sal); always at least one weight. Without it no neuron is ablated.
+        A neuron is ablated if it has fewer salient weights than this fraction of the fan-in without ablation
+        (gamma_sal), or none. By default no neuron is ablated.
 
     Returns
     -------
     (torch.Tensor, torch.Tensor)
-        As of :func:`set_step`.
+        As in :func:`set_step`.
 
     Raises
     ------
     ValueError
-        If the fraction, the budget or the share is out of range.
+        If ``fraction``, ``budget`` or ``min_salient`` is out of range.
 
     References
     ----------
@@ -261,10 +262,10 @@ def srigl_step(active, scores, fraction, budget, min_salient=None):
         none = rows[:0]
         salient = torch.cat([(rows * n_in + columns)[strong], _best(scores, shape, n_drop, none, none)]).unique()
         counts = torch.bincount(salient // n_in, minlength=n_out)
-        # As few neurons as can hold the budget stay in any case: those with the most.
+        # At least as many neurons as the budget needs are not ablated: those with the most salient weights.
         neurons = (counts >= max(1, int(min_salient * (budget // n_out)))) | _largest(counts, -(-budget // n_in))
     fan_in = max(1, budget // int(neurons.sum()))
-    candidates = neurons[rows].nonzero()[:, 0]  # an ablated neuron's weights do not compete for a place
+    candidates = neurons[rows].nonzero()[:, 0]  # weights of ablated neurons do not compete
     keep = torch.zeros_like(rows, dtype=torch.bool)
     kept = candidates[_largest(magnitudes[candidates], n_keep)]
     keep[kept] = _rank_in_row(rows[kept], magnitudes[kept]) < fan_in
@@ -280,28 +281,28 @@ def srigl_step(active, scores, fraction, budget, min_salient=None):
 
 
 def _largest(values, n):
-    """bool: the n largest values; of equal ones the first."""
+    """Return a bool tensor that marks the n largest values; of equal values, the first."""
     mask = torch.zeros_like(values, dtype=torch.bool)
     mask[values.sort(descending=True, stable=True).indices[:n]] = True
     return mask
 
 
 def _rank_in_row(rows, magnitudes):
-    """The rank of each connection among those of its row, 0 for the largest; rows ascending."""
+    """Return the rank of each connection in its row, 0 for the largest; rows are ascending."""
     order = magnitudes.sort(descending=True, stable=True).indices
     order = order[rows[order].sort(stable=True).indices]
-    first = torch.searchsorted(rows, rows)  # where a row begins
+    first = torch.searchsorted(rows, rows)  # the first connection of each row
     return torch.empty_like(rows).scatter_(0, order, torch.arange(len(rows), device=rows.device) - first)
 
 
 def _pairs(positions, shape):
-    """Rows and columns [m, 2] of positions in a flattened layer, ascending."""
+    """Return the rows and columns [m, 2] of positions in a flattened layer, in ascending order."""
     positions = positions.sort().values
     return torch.stack([positions // shape[1], positions % shape[1]], 1)
 
 
 def _chunks(scores, shape, rows, columns):
-    """Growth scores a few rows at a time, as (first row, [rows, in]), with -1 where there is a connection already."""
+    """Yield growth scores for a few rows at a time, as (first row, [rows, in]), with -1 for existing connections."""
     step = max(1, CHUNK // shape[1])
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
@@ -311,7 +312,8 @@ def _chunks(scores, shape, rows, columns):
 
 
 def _best(scores, shape, n, rows, columns):
-    """The flat positions of a layer's n largest growth scores away from the connections given, found chunk by chunk."""
+    """Return the flat positions of the n largest growth scores of a layer, without the given connections, chunk by
+    chunk."""
     best = positions = None
     for start, chunk in _chunks(scores, shape, rows, columns):
         chunk = chunk.flatten()
@@ -325,7 +327,7 @@ def _best(scores, shape, n, rows, columns):
 
 
 class _MaskedLayer:
-    """A weight under a mask, seen as [out, in] whatever its axes."""
+    """A weight under a mask, viewed as [out, in]."""
 
     def __init__(self, weight, mask):
         self.weight, self.mask = weight, mask
@@ -357,14 +359,14 @@ class _MaskedLayer:
         state = {} if optimizer is None else optimizer.state.get(self.weight, {})
         for tensor in (self.weight, *state.values()):
             if isinstance(tensor, torch.Tensor) and tensor.shape == self.weight.shape:
-                # The optimizer follows weights that are masked, too: what it knows of a new one is from before.
+                # Optimizers also update the state of masked weights, which would be wrong for new connections.
                 tensor.masked_fill_(dropped, 0)
         mask[grow[:, 0], grow[:, 1]] = True
         self.mask.copy_(mask.view_as(self.mask))
 
 
 class _FanInLayer:
-    """A FanInLinear; what its dense gradient would be is found from inputs and output gradients."""
+    """A FanInLinear; its dense gradient is computed from inputs and output gradients."""
 
     def __init__(self, module):
         self.module, self.caught = module, []
@@ -385,15 +387,17 @@ class _FanInLayer:
         return self.module.rows.new_zeros(self.shape[0]).index_fill_(0, self.module.rows, self.module.fan_in)
 
     def watch(self):
-        """From now on keep inputs [batch, in] and gradients of outputs [batch, out], for as long as gradients of the
-        values add up; the handle of the hook that does it."""
+        """Record inputs [batch, in] and gradients of outputs [batch, out] while gradients of the values accumulate.
+
+        Returns the handle of the hook.
+        """
         watched, caught = self.module, self.caught
         caught.clear()
 
         def catch(module, inputs, output):
-            if module is not watched:  # a copy of it, which has its hooks
+            if module is not watched:  # a copy of the module, which has the same hooks
                 return
-            if module.values.grad is None:  # a new sum begins
+            if module.values.grad is None:  # accumulation starts
                 caught.clear()
             if output.requires_grad:
                 x = inputs[0].detach()
@@ -418,43 +422,44 @@ class _FanInLayer:
 class Topology:
     """The connections of a model in training: those of weights under masks and of FanInLinear layers.
 
-    In a training loop, :meth:`step` takes the place of the optimizer's step and of applying masks. SRigL sees inputs
-    and output gradients of FanInLinear layers through hooks, which are there in the steps that rewire alone; so a model
-    that ``torch.compile`` has made needs ``torch._dynamo.config.skip_nnmodule_hook_guards = False``.
+    In a training loop, :meth:`step` replaces the optimizer's step and applies the masks. For SRigL, hooks record inputs
+    and output gradients of FanInLinear layers, only in the steps that rewire. A model compiled by ``torch.compile``
+    therefore needs ``torch._dynamo.config.skip_nnmodule_hook_guards = False``.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Where it trains, on its device; is masked at once.
+        The model, on the device of the training. The masks are applied immediately.
     masks : Masks or None
-        At the start; copied to where the weights are. None if all sparse layers are FanInLinear.
+        Initial masks; they are copied to the device of the weights. None if all sparse layers are FanInLinear.
     rewiring : Rewiring
-        Layers are called by their dense weight, as ``fc1.weight``, in whatever form they are stored. Those that keep
-        everything are left alone.
+        The name of a layer is that of its dense weight, such as ``fc1.weight``, in both forms of storage. Layers whose
+        mask keeps every weight are not rewired.
     steps : int
-        Of the whole training.
+        Number of steps of the whole training.
     seed : int
-        Of random growth, with the step and the layer.
+        Seed of random growth, combined with the step and the layer.
 
     Attributes
     ----------
     masks : Masks
-        The present ones, changed in place.
+        The current masks, which change in place.
     done : int
         Steps taken so far.
     fan_in : dict of str to torch.Tensor
-        int32 [1 + rewirings, out], on the CPU: the connections of each neuron at the start and after each rewiring.
+        int32 [1 + rewirings, out], on the CPU: number of connections of each neuron at the start and after each
+        rewiring.
 
     Raises
     ------
     ValueError
-        If a mask does not fit, there is nothing to rewire, a layer is unknown or its density missing or out of range,
-        or RigL meets a FanInLinear, whose rows it would make unequal.
+        If a mask does not fit, there is no layer to rewire, a layer is unknown, its density is missing or out of range,
+        or the method is RigL, which gives rows different fan-ins, and a layer is a FanInLinear.
 
     Warns
     -----
     UserWarning
-        If no connection will ever move: training is too short, or SET would drop less than one of a row.
+        If no connection can move, because training is too short or SET would drop less than one connection of a row.
 
     Examples
     --------
@@ -482,7 +487,7 @@ class Topology:
         self.layers |= {name: _FanInLayer(module) for name, module in condensed.items()}
         self.rewiring, self.steps, self.seed = rewiring, int(steps), seed
         if not self.layers:
-            raise ValueError("there is nothing to rewire: expected masks, or a model with FanInLinear layers")
+            raise ValueError("there is no layer to rewire: expected masks, or a model with FanInLinear layers")
         if rewiring.method == "rigl" and condensed:
             raise ValueError(f"{next(iter(condensed))!r} is a FanInLinear: RigL gives neurons different numbers of "
                              "connections; expected method 'set' or 'srigl', or a linear layer under a mask")
@@ -503,18 +508,21 @@ class Topology:
                  if rewiring.method == "set" and not _drop_count(rewiring.fraction, module.fan_in)]
         if still:
             warnings.warn(f"the connections of {', '.join(map(repr, still))} will not move: a fraction of "
-                          f"{rewiring.fraction} of each row, rounded down, is none", stacklevel=2)
+                          f"{rewiring.fraction} of each row rounds down to 0", stacklevel=2)
         with torch.no_grad():
-            for name in self.masks:  # not by a product, which would keep a NaN
+            for name in self.masks:  # not a product, because NaN times zero is NaN
                 self.layers[name].weight.masked_fill_(~self.masks[name], 0)
         self.done, self.fan_in, self._hooks = 0, {}, []
         self._record()
-        weakref.finalize(self, _remove, self._hooks)  # a model outlives a training that was interrupted
+        weakref.finalize(self, _remove, self._hooks)  # the model may survive an interrupted training
         self._watch(1)
 
     def restore(self, masks, fan_in, done=0):
-        """Go on from these ``masks``, this history ``fan_in`` and so many steps ``done``. The model's state, of which
-        FanInLinear layers are a part, is loaded after the topology is made and before this."""
+        """Continue from ``masks``, the history ``fan_in`` and the number ``done`` of finished steps.
+
+        Load the state of the model, which includes FanInLinear layers, after creating the topology and before this
+        call.
+        """
         for name, mask in masks.items():
             self.masks[name].copy_(mask)
         self._remember()
@@ -522,22 +530,23 @@ class Topology:
         self._watch(done + 1)
 
     def step(self, optimizer, scaler=None):
-        """Take the next step of the training, once its gradients are there: move the connections where this is due,
-        otherwise let the optimizer step, and apply the masks.
+        """Take the next step of the training: move connections if this is due, else step the optimizer and apply the
+        masks.
 
-        The gradients may be the sum of several backward passes. A step that moves connections changes no other weight.
+        Call it when the gradients are computed; they may be the sum of several backward passes. A step that moves
+        connections changes no other weight.
 
         Parameters
         ----------
         optimizer : torch.optim.Optimizer
         scaler : torch.amp.GradScaler, optional
-            Steps the optimizer; its ``update()`` follows this call, as ever. It may have unscaled the gradients before,
-            for clipping. Where they are not finite, connections that are due to move wait for the next step.
+            Steps the optimizer; call its ``update()`` afterwards as usual. It may already have unscaled the gradients
+            for clipping. If they are not finite, connections that are due to move wait for the next step.
 
         Raises
         ------
         RuntimeError
-            If there are no gradients to grow by.
+            If growth needs gradients and there are none.
 
         Examples
         --------
@@ -547,7 +556,7 @@ class Topology:
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> topology = Topology(model, masks, Rewiring("rigl", every=2), steps=8)
         >>> for _ in range(8):
-        ...     for part in torch.randn(3, 16, 8):  # gradients add up
+        ...     for part in torch.randn(3, 16, 8):  # gradients accumulate
         ...         model(part).square().mean().backward()
         ...     topology.step(optimizer)
         ...     optimizer.zero_grad()
@@ -569,8 +578,8 @@ class Topology:
 
     @contextmanager
     def watching(self, step):
-        """Around the forward and backward passes of a step, where :meth:`rewire` is called instead of :meth:`step`: if
-        the step will rewire, keep what FanInLinear layers need for their growth scores."""
+        """Return a context for the forward and backward passes of a step, if :meth:`rewire` is called instead of
+        :meth:`step`. In a step that rewires, it records what FanInLinear layers need for their growth scores."""
         self._watch(step)
         try:
             yield
@@ -593,15 +602,15 @@ class Topology:
 
     @torch.no_grad()
     def rewire(self, step, optimizer=None):
-        """Move the connections, with the gradients of this step where the method needs them.
+        """Move the connections, by the gradients of this step if the method needs them.
 
-        Dropped and grown weights are 0 afterwards, and so is the optimizer's state for them; what is kept does
-        not change. Of several processes the first decides.
+        Dropped and grown weights and their optimizer state are set to 0; kept weights do not change. With several
+        processes, the first one decides.
 
         Raises
         ------
         RuntimeError
-            If a layer has no gradients to grow by.
+            If growth needs gradients and a layer has none.
         """
         for i, name in enumerate(self.moving):
             layer = self.layers[name]
@@ -616,9 +625,9 @@ class Topology:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, step, i))
             keep, grow = layer.set_step(active, fraction, generator)
         elif not layer.has_gradients():
-            raise RuntimeError(f"{name!r} has no gradients to grow by: expected the forward and backward passes of "
-                               f"step {step} since the last call of step(), or inside watching({step}), "
-                               "optimizer.zero_grad() after them, and a compiled model to see hooks")
+            raise RuntimeError(f"{name!r} has no gradients for growth: expected the forward and backward passes of "
+                               f"step {step} after the last call of step(), or inside watching({step}), "
+                               "optimizer.zero_grad() after these passes, and a compiled model that calls hooks")
         elif self.rewiring.method == "rigl":
             keep, grow = rigl_step(active, layer.scores, fraction)
         else:
@@ -627,7 +636,7 @@ class Topology:
         return keep.cpu(), grow.cpu()
 
     def _record(self):
-        """Note the connections after they moved: for :meth:`_apply_masks`, and their number in :attr:`fan_in`."""
+        """Record the connections after they moved, for :meth:`_apply_masks`, and their numbers in :attr:`fan_in`."""
         self._remember()
         for name, layer in self.layers.items():
             now = layer.fan_in().to("cpu", torch.int32)[None]
@@ -640,7 +649,7 @@ def _remove(hooks):
 
 
 def _unscale(optimizer, scaler):
-    """Undo a scaler's scaling of the gradients, unless its caller has; whether they are all finite."""
+    """Unscale the gradients unless the caller already has; return whether all are finite."""
     try:
         scaler.unscale_(optimizer)
     except RuntimeError as error:
@@ -651,7 +660,7 @@ def _unscale(optimizer, scaler):
 
 
 def constant_fan_in_masks(shapes, densities, *, seed):
-    """Masks with the same number of kept weights in every row, drawn without replacement.
+    """Draw random masks with the same number of kept weights in every row.
 
     Parameters
     ----------
@@ -687,12 +696,12 @@ def constant_fan_in_masks(shapes, densities, *, seed):
 
 
 def _budgets(sizes, densities):
-    """The number of connections of each layer, floor(size density)."""
+    """Return the number of connections of each layer, floor(size density)."""
     if not isinstance(densities, dict):
         densities = dict.fromkeys(sizes, densities)
     for name in sizes:
         density = densities.get(name)
         if not isinstance(density, Real) or isinstance(density, bool) or not 0 < density <= 1:
             raise ValueError(f"density of {name!r} is {density!r}: expected a number in (0, 1]")
-    # In floating point 1 - 0.9 is less than 0.1: that must not cost a connection.
+    # In floating point 1 - 0.9 is less than 0.1, which must not remove a connection.
     return {name: int(size * densities[name] + 1e-6) for name, size in sizes.items()}

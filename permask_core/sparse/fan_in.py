@@ -1,7 +1,7 @@
 """A linear layer with constant fan-in: each neuron has ``k`` weights, and only these are stored.
 
-Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024, call the form condensed. A mask that
-multiplies weights by zero saves nothing; here weights, gradients and the optimizer's state are all [neurons, k].
+Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024, call this form condensed. A mask that
+multiplies weights by zero saves nothing; here weights, gradients and optimizer state are all [neurons, k].
 """
 
 from numbers import Integral
@@ -14,7 +14,7 @@ from permask_core.runs.checks import check_integer
 from permask_core.sparse import kernels
 from permask_core.sparse.kernels import operator
 
-CHUNK = 2 ** 20  # connections at a time where connections are drawn or moved: there may be millions of rows
+CHUNK = 2 ** 20  # connections drawn or moved at a time, because there may be millions of rows
 
 
 class _FanIn(torch.autograd.Function):
@@ -30,8 +30,8 @@ class _FanIn(torch.autograd.Function):
     def backward(ctx, grad):
         (x, values), indices = ctx.saved_tensors, ctx.indices
         if ctx.layer.indices is not indices or ctx.version != kernels.version(indices):
-            raise RuntimeError("the layer was rewired between forward and backward, and the connections whose gradient "
-                               "is asked for are gone: call backward() before rewire()")
+            raise RuntimeError("the layer was rewired between forward and backward, so gradients have no connections: "
+                               "call backward() before rewire()")
         need_x, need_values, need_bias, _ = ctx.needs_input_grad
         dx = dvalues = None
         if need_x or need_values:
@@ -43,25 +43,25 @@ class _FanIn(torch.autograd.Function):
 class FanInLinear(nn.Module):
     """``y = x W^T + bias``, where each active row of W has the same number of weights, ``fan_in``.
 
-    It is called as torch.nn.Linear is, and has no ``weight``: what reads a layer's weight instead of calling it, such
-    as torch.nn.TransformerEncoderLayer in evaluation mode, cannot use it. Gradients are of first order; torch.func,
-    torch.export and the meta device are not supported.
+    It is called like torch.nn.Linear but has no ``weight``: modules that read the weight of a layer instead of calling
+    it, such as torch.nn.TransformerEncoderLayer in evaluation mode, cannot use it. Only first-order gradients are
+    supported; torch.func, torch.export and the meta device are not.
 
-    A state with another number of active neurons or another fan-in can be loaded; the layer takes its shape, and an
-    optimizer has to be made again. Which ``in_features`` it was for is not stored.
+    A state with a different number of active neurons or a different fan-in can be loaded. The layer then changes its
+    shape, and the optimizer must be created again. ``in_features`` is not part of the state.
 
     Parameters
     ----------
     in_features, out_features : int
     fan_in : int
-        Weights of each neuron, from 1 to ``in_features``.
+        Number of weights of each neuron, from 1 to ``in_features``.
     bias : bool
     indices : torch.Tensor, optional
-        Whole numbers [out_features, fan_in]: the connections, instead of drawn ones.
+        Connections, integers [out_features, fan_in]. By default they are drawn at random.
     generator : torch.Generator, optional
-        Draws the connections, uniformly without replacement in each row, and the values.
+        Generator for the values and the connections, which are uniform without replacement in each row.
     device, dtype
-        Of the values and the bias.
+        Device and type of the values and the bias.
 
     Attributes
     ----------
@@ -70,15 +70,15 @@ class FanInLinear(nn.Module):
     indices : torch.Tensor
         int32 [n_active, fan_in]: the input of each value, ascending in each row.
     rows : torch.Tensor
-        int64 [n_active], ascending: the neurons that have weights. The output of the others, which are called ablated,
-        is their bias, or 0 without one.
+        int64 [n_active], ascending: the neurons with weights. All other neurons are ablated: their output is the bias,
+        or 0 without a bias.
     bias : torch.nn.Parameter or None
-        [out_features], at first 0.
+        [out_features], initially 0.
 
     Raises
     ------
     ValueError
-        If ``fan_in`` or a size is out of range, or an index is, or is repeated in its row; when called, if the last
+        If ``fan_in``, a size or an index is out of range, or an index is repeated in its row; when called, if the last
         axis of the input is not ``in_features``, or its device or type is not that of the values.
 
     References
@@ -128,8 +128,8 @@ class FanInLinear(nn.Module):
                 f"bias={self.bias is not None}" + f", ablated={ablated}" * bool(ablated))
 
     def forward(self, x):
-        """[..., in_features] to [..., out_features]."""
-        values, bias = self.values, self.bias  # each a call of nn.Module, which counts where a layer takes microseconds
+        """Map [..., in_features] to [..., out_features]."""
+        values, bias = self.values, self.bias  # once: each read takes time in nn.Module
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"the input has shape {list(x.shape)}: expected a last axis of {self.in_features}")
         if x.device != values.device:
@@ -159,19 +159,19 @@ class FanInLinear(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_dense(cls, linear, mask):
-        """The layer that computes what ``linear`` computes under ``mask``.
+        """Return the layer that computes the same function as ``linear`` under ``mask``.
 
         Parameters
         ----------
         linear : torch.nn.Linear
-            Is left alone; its device and type are taken over.
+            Not changed; the new layer has the same device and type.
         mask : torch.Tensor
-            bool [out, in], with the same number of True in each row that has any. Rows without are ablated.
+            bool [out, in], with the same number of True in each row that has any. Rows without True are ablated.
 
         Raises
         ------
         ValueError
-            If ``linear`` is of another kind, or the mask does not fit or is not of constant fan-in; the message names
+            If ``linear`` is not a torch.nn.Linear, or the mask does not fit or has no constant fan-in; the message has
             the first row that differs.
 
         Examples
@@ -198,7 +198,7 @@ class FanInLinear(nn.Module):
 
     @torch.no_grad()
     def to_dense(self):
-        """A torch.nn.Linear that computes the same, with zeros where there is no connection."""
+        """Return a torch.nn.Linear that computes the same function, with zeros where there is no connection."""
         linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None,
                                     device=self.values.device, dtype=self.values.dtype)
         linear.weight.copy_(self._spread(self.values))
@@ -207,7 +207,7 @@ class FanInLinear(nn.Module):
         return linear.train(self.training)
 
     def mask(self):
-        """bool [out_features, in_features]: where the connections are, whatever their values."""
+        """Return the positions of the connections, bool [out_features, in_features], whatever their values."""
         return self._spread(torch.ones_like(self.indices, dtype=torch.bool))
 
     def _spread(self, values):
@@ -216,33 +216,33 @@ class FanInLinear(nn.Module):
         return whole
 
     def transpose(self, start=0, stop=None):
-        """The :class:`~permask_core.sparse.kernels.Transpose` of the active rows from ``start`` to ``stop``, kept
-        until the indices change."""
+        """Return the :class:`~permask_core.sparse.kernels.Transpose` of the active rows from ``start`` to ``stop``,
+        cached until the indices change."""
         return kernels.remember(self.indices, (start, stop), lambda: kernels.transpose(
             self.indices[start:stop], self.in_features))
 
     @torch.no_grad()
     def rewire(self, keep, grow, optimizer=None):
-        """Move connections: drop those that are not kept, and add new ones whose value is 0.
+        """Move connections: drop those that are not kept, and add new connections with the value 0.
 
-        Every neuron must come out with no connection, which ablates it, or with as many as all others. The number of
-        active neurons and the fan-in may change.
+        Afterwards every neuron must have no connection, which ablates it, or the same number as all active neurons. The
+        number of active neurons and the fan-in may change.
 
         Parameters
         ----------
         keep : torch.Tensor
-            bool [n_active, fan_in]: which slots stay.
+            bool [n_active, fan_in]: which connections are kept.
         grow : torch.Tensor
-            Whole numbers [m, 2]: neuron and input of each new connection, as ``torch.nonzero`` gives them.
+            Integers [m, 2]: neuron and input of each new connection, in the form of ``torch.nonzero``.
         optimizer : torch.optim.Optimizer, optional
-            Its state for ``values``, which must have their shape, as that of SGD and Adam and their kin has, moves
-            along: kept slots keep theirs, new ones get 0.
+            Its state for ``values``, which must have the same shape as in SGD and Adam, is moved too: it does not
+            change for kept connections and is 0 for new ones.
 
         Raises
         ------
         ValueError
-            If a shape or index does not fit, a connection would be there twice, neurons would differ in fan-in, or the
-            optimizer's state has another shape; the layer and the optimizer are then as before.
+            If a shape or index does not fit, a connection would be duplicated, neurons would differ in fan-in, or the
+            optimizer's state has a different shape; the layer and the optimizer are then unchanged.
 
         Examples
         --------
@@ -257,10 +257,10 @@ class FanInLinear(nn.Module):
         state = {} if optimizer is None else optimizer.state.get(self.values, {})
         for name, given in state.items():
             if isinstance(given, torch.Tensor) and given.ndim and given.shape != self.values.shape:
-                raise ValueError(f"the optimizer keeps {name!r} of shape {list(given.shape)} for values "
-                                 f"{list(self.values.shape)}: expected the same shape, as SGD and Adam have it")
+                raise ValueError(f"the optimizer has {name!r} of shape {list(given.shape)} for values "
+                                 f"{list(self.values.shape)}: expected the same shape, as in SGD and Adam")
         if grow.is_floating_point() or grow.dtype == torch.bool:
-            raise ValueError(f"grow is {grow.dtype}: expected whole numbers")
+            raise ValueError(f"grow is {grow.dtype}: expected integers")
         grow = grow.to(self.indices.device, torch.int64)
         if keep.dtype != torch.bool or keep.shape != self.indices.shape:
             raise ValueError(f"keep is {keep.dtype} {list(keep.shape)}: expected bool {list(self.indices.shape)}")
@@ -300,13 +300,13 @@ class FanInLinear(nn.Module):
         self.indices, self.rows = indices, rows
 
     def _resized(self, values):
-        # Where the graph of an earlier step is still alive, autograd checks gradients against the shape that it has
-        # seen there, unless the type changes in between.
+        # If the graph of an earlier step still exists, autograd checks gradients against the shape in that graph,
+        # unless the type changes in between.
         self.values.data = values.new_empty(0, dtype=torch.float16 if values.dtype != torch.float16 else torch.float32)
         self.values.data, self.values.grad = values, None
 
     def _rewired(self, keep, grow, rows, fan_in):
-        """The new indices, and for each new slot the old one it comes from, or -1; both [rows, fan_in]."""
+        """Return the new indices, and for each new slot its old slot or -1; both [rows, fan_in]."""
         indices = torch.empty(len(rows), fan_in, dtype=torch.int32, device=rows.device)
         source = torch.empty(len(rows), fan_in, dtype=torch.int64, device=rows.device)
         done, step = 0, max(1, CHUNK // fan_in)
@@ -320,8 +320,8 @@ class FanInLinear(nn.Module):
             twice = keys[1:][keys[1:] == keys[:-1]]
             if len(twice):
                 neuron, column = divmod(int(twice[0]), self.in_features)
-                raise ValueError(f"neuron {neuron} would have input {column} twice: expected to grow connections that "
-                                 "are not kept")
+                raise ValueError(f"neuron {neuron} would have input {column} twice: expected grow to have only "
+                                 "connections that are not kept")
             here = slice(done, done + len(keys) // fan_in)
             indices[here] = (keys % self.in_features).view(-1, fan_in)
             source[here] = torch.cat([slots, slots.new_full((d - c,), -1)])[order].view(-1, fan_in)
@@ -331,7 +331,7 @@ class FanInLinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         names = ["values", "indices", "rows"] + ["bias"] * (self.bias is not None)
         absent = [prefix + name for name in names if prefix + name not in state_dict]
-        if absent:  # a part of a layer is none: it stays as it was
+        if absent:  # an incomplete state does not change the layer
             missing += absent
             return
         values, indices, rows = (state_dict[prefix + name] for name in names[:3])
@@ -341,8 +341,8 @@ class FanInLinear(nn.Module):
                 raise ValueError("indices do not ascend in every row")
             if rows.is_floating_point() or rows.shape != values.shape[:1] or rows.min() < 0 or (
                     rows.max() >= self.out_features) or (rows[1:] <= rows[:-1]).any():
-                raise ValueError(f"rows, {rows.dtype} {list(rows.shape)}, are not {len(values)} ascending whole "
-                                 f"numbers below {self.out_features}")
+                raise ValueError(f"rows is {rows.dtype} {list(rows.shape)}: expected {len(values)} ascending integers "
+                                 f"below {self.out_features}")
             if self.bias is not None and state_dict[prefix + "bias"].shape != self.bias.shape:
                 raise ValueError(f"bias has shape {list(state_dict[prefix + 'bias'].shape)}: expected "
                                  f"{list(self.bias.shape)}")
@@ -354,18 +354,18 @@ class FanInLinear(nn.Module):
             self.indices, self.rows = self.indices.new_empty(indices.shape), self.rows.new_empty(rows.shape)
         kernels.forget(self.indices)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        # With assign=True they are the tensors that were given, of whatever layout.
+        # With assign=True they are the tensors of the state, which may have any layout.
         self.values.data = self.values.data.contiguous()
         self.indices, self.rows = self.indices.int().contiguous(), self.rows.long().contiguous()
 
 
 def check_indices(indices, shape, in_features):
-    """Raise ValueError unless ``indices`` are whole numbers of this shape [n, k], at least one, in range, and none
-    twice in a row."""
+    """Raise ValueError unless ``indices`` are integers of this shape [n, k], at least one, in range, and without
+    duplicates in a row."""
     if indices.is_floating_point() or indices.dtype == torch.bool or len(shape) != 2 or indices.shape != shape or \
             indices.numel() == 0:
-        raise ValueError(f"indices are {indices.dtype} {list(indices.shape)}: expected whole numbers {list(shape)}")
-    indices = indices.long()  # in a narrower type in_features may not exist
+        raise ValueError(f"indices are {indices.dtype} {list(indices.shape)}: expected integers {list(shape)}")
+    indices = indices.long()  # a narrower type may not hold in_features
     outside = indices[(indices < 0) | (indices >= in_features)]
     if len(outside):
         raise ValueError(f"indices hold {outside[0]}: expected 0 to {in_features - 1}")
@@ -376,12 +376,12 @@ def check_indices(indices, shape, in_features):
 
 
 def find_connections(mask, shape):
-    """The rows of a mask that have connections, int64 [n], and their columns, int64 [n, k].
+    """Return the rows of a mask that have connections, int64 [n], and their columns, int64 [n, k].
 
     Raises
     ------
     ValueError
-        If the mask is not bool of this shape, is empty, or is not of constant fan-in.
+        If the mask is not bool of this shape, is empty, or has no constant fan-in.
     """
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != shape:
         got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
@@ -394,8 +394,8 @@ def find_connections(mask, shape):
     if len(odd):
         raise ValueError(
             f"row {odd[0]} of the mask has {counts[odd[0]]} connections, row {rows[0]} {counts[rows[0]]}: expected a "
-            "constant fan-in. Train with masks that have one (permask_core.sparse.dynamic, method 'srigl'), or keep "
-            "the mask on a dense layer (permask_core.masks.apply_masks)")
+            "constant fan-in. Train with such masks (permask_core.sparse.dynamic, method 'srigl'), or apply the mask "
+            "to a dense layer (permask_core.masks.apply_masks)")
     return rows, mask.nonzero()[:, 1].view(len(rows), -1)
 
 
@@ -407,10 +407,10 @@ def sample_columns(n, in_features, count, *, taken=None, generator=None, device=
     n, in_features, count : int
         Rows, columns to choose from, columns of each row.
     taken : torch.Tensor, optional
-        Whole numbers [n, k], none twice in a row: columns that are not drawn.
+        Columns that are not drawn, integers [n, k] without duplicates in a row.
     generator : torch.Generator, optional
     device : torch.device, optional
-        Of the result.
+        Device of the result.
 
     Returns
     -------
@@ -420,11 +420,11 @@ def sample_columns(n, in_features, count, *, taken=None, generator=None, device=
     Raises
     ------
     ValueError
-        If a row has not that many columns to choose from, or ``taken`` has another number of rows.
+        If a row has fewer than ``count`` columns to choose from, or ``taken`` has a different number of rows.
 
     Examples
     --------
-    >>> sample_columns(2, 4, 3, taken=torch.tensor([[1], [3]]))  # no choice is left
+    >>> sample_columns(2, 4, 3, taken=torch.tensor([[1], [3]]))  # there is only one choice
     tensor([[0, 2, 3],
             [0, 1, 2]], dtype=torch.int32)
     """
@@ -436,7 +436,7 @@ def sample_columns(n, in_features, count, *, taken=None, generator=None, device=
     if not isinstance(count, Integral) or isinstance(count, bool) or not 0 <= count <= free:
         raise ValueError(f"count is {count!r}: expected 0 to {free}, the columns that are not taken")
     drawn_on = (device or "cpu") if generator is None else generator.device
-    # Of many columns few are drawn twice, and drawing those again takes no array of [n, in_features].
+    # With many columns duplicates are rare, and redrawing them needs no array of [n, in_features].
     few = 4 * (taken.shape[1] + count) <= in_features
     sample, width = (_redrawn, taken.shape[1] + count) if few else (_largest, in_features)
     chosen = torch.empty(n, count, dtype=torch.int32, device=drawn_on)
@@ -448,7 +448,7 @@ def sample_columns(n, in_features, count, *, taken=None, generator=None, device=
 
 
 def _redrawn(taken, in_features, count, generator):
-    # Column and, in the last bit, whether it was drawn: of equal columns the drawn one comes last, and is drawn again.
+    # Column and, in the last bit, whether it was drawn: of equal columns the drawn one is last, and is drawn again.
     def draw(*shape):
         return 2 * torch.randint(in_features, shape, generator=generator, device=taken.device) + 1
 

@@ -1,8 +1,8 @@
-"""SparseOpt: each neuron's gradient scaled to the sparsity of the neuron.
+"""SparseOpt: scale the gradient of each neuron by its sparsity.
 
-A normalisation after a sparse neuron divides by a spread that shrinks with its number of connections, and so amplifies
-its gradient by (1 - s)^(-1/2), s being the neuron's sparsity. Where neurons differ in sparsity they learn at different
-speeds; SparseOpt evens that out within a layer. SparseOpt, ICML 2026, arXiv 2605.27541.
+A normalisation after a sparse neuron divides by a deviation that shrinks with its number of connections, and thus
+amplifies its gradient by (1 - s)^(-1/2), where s is the sparsity of the neuron. Neurons with different sparsities
+therefore learn at different speeds; SparseOpt corrects this within a layer. SparseOpt, ICML 2026, arXiv 2605.27541.
 """
 
 import torch
@@ -12,21 +12,22 @@ from permask_core.sparse.fan_in import FanInLinear
 
 
 def scale_gradients(optimizer, model, masks=None):
-    """SparseOpt: from now on, before each step of an optimizer, multiply the gradient of each row i of a masked weight
-    by sqrt(1 - s_i) / sqrt(1 - s), with s_i the row's sparsity and s its mean over the layer's rows.
+    """Apply SparseOpt before each step of an optimizer.
 
-    The factor is 1 where all rows have as many connections: a dense layer, or constant fan-in without ablation. Rows of
-    a :class:`~permask_core.sparse.FanInLinear` are scaled as they would be under its mask. The method is meant for SGD.
-    Adam divides a gradient by its own size, so that a constant factor nearly cancels.
+    The gradient of row i of a masked weight is multiplied by sqrt(1 - s_i) / sqrt(1 - s), where s_i is the sparsity of
+    the row and s its mean over the rows of the layer. The factor is 1 if all rows have equally many connections: in a
+    dense layer, or with constant fan-in without ablation. Rows of a :class:`~permask_core.sparse.FanInLinear` are
+    scaled as under its mask. The method is meant for SGD. Adam divides a gradient by its own size, so a constant factor
+    nearly cancels.
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        One that takes gradients as they are, without a closure.
+        An optimizer whose step is called without a closure.
     model : torch.nn.Module
     masks : Masks, optional
-        Read at every step, so that masks changed in place, such as those of a
-        :class:`~permask_core.sparse.dynamic.Topology`, count at once.
+        Read at every step, so masks may change in place, such as those of a
+        :class:`~permask_core.sparse.dynamic.Topology`.
 
     Returns
     -------
@@ -50,7 +51,7 @@ def scale_gradients(optimizer, model, masks=None):
     >>> handle = scale_gradients(optimizer, linear, {"weight": mask})
     >>> linear.weight.grad = torch.ones(2, 4)
     >>> optimizer.step()
-    >>> linear.weight.grad[:, 0].square()  # 4 and 1 connections, where equal rows would have 2.5
+    >>> linear.weight.grad[:, 0].square()  # 4 and 1 connections, 2.5 on average
     tensor([1.6000, 0.4000])
     """
     masks, weights = masks or {}, dict(model.named_parameters())
@@ -75,10 +76,10 @@ def _scale_rows(gradient, factors):
 
 
 def row_factors(mask):
-    """The factor of each row of a mask [out, ...], float64 [out].
+    """Return the factor of each row of a mask [out, ...], float64 [out].
 
-    With c_i connections in row i and n in all of the ``out`` rows it is sqrt(c_i out / n), which is exactly 1 where
-    rows are equal; 0 for rows without connections.
+    With c_i connections in row i and n in all ``out`` rows, the factor is sqrt(c_i out / n). It is exactly 1 for equal
+    rows, and 0 for rows without connections.
     """
     return _factors(mask.flatten(1).sum(1))
 

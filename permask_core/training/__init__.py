@@ -1,4 +1,4 @@
-"""Training: one loop for every experiment, many networks as one, students of teachers, output layers of many labels."""
+"""Training: one loop for every experiment, batched training, distillation, output layers with many labels."""
 
 from permask_core.training.loop import Evaluation, FitResult, cross_entropy, evaluate, fit, predict, throughput
 from permask_core.training.recipe import Recipe, learning_rate

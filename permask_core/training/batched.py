@@ -1,9 +1,9 @@
-"""Many networks of one architecture, trained as one.
+"""Batched training of many networks of one architecture.
 
-A small network leaves most of a GPU idle: what a step costs is then the number of operations, not their size. The
-weights of k networks, stacked along a new axis, are those of one network of k branches that never meet. The gradient of
-the sum of their losses is each one's own, and an optimizer that works element by element moves each as it would alone,
-up to rounding.
+A small network leaves most of a GPU idle: the time of a step then depends on the number of operations, not on their
+size. The weights of k networks, stacked along a new axis, form one network of k separate branches. The gradient of the
+sum of their losses contains the gradient of each network, and an elementwise optimizer updates each network as in
+separate training, up to rounding.
 """
 
 import copy
@@ -21,29 +21,30 @@ from permask_core.training.loop import Evaluation, FitResult, evaluate, fit, fit
 from permask_core.training.streams import SeveralStreams, as_split
 
 BACKENDS = ("grouped", "vmap", "alone")
-SMALL = 250_000  # multiplications for an image up to which a CPU, too, spends more on calls than on numbers
+SMALL = 250_000  # up to so many multiplications for an image, calls dominate the time on a CPU too
 
 
-# ---- Several networks as one -----------------------------------------------------------------------------------------
+# ---- Several networks in one module ----------------------------------------------------------------------------------
 
 class Batch(nn.Module):
-    """Networks of one architecture as one, from ``x`` [n, k, ...] to logits [n, k, classes].
+    """Networks of one architecture in one module, which maps ``x`` [n, k, ...] to logits [n, k, classes].
 
-    Its parameters and buffers are copies of theirs, stacked along a first axis, under ``inner`` and their own names.
+    Its parameters and buffers are copies of those of the networks, stacked along a first axis, with the prefix
+    ``inner``.
 
     Parameters
     ----------
     models : sequence of torch.nn.Module
-        k of them, on one device.
+        k models on one device.
     backend : {"grouped", "vmap"}
-        ``"grouped"`` lays the networks' channels side by side and makes convolutions grouped ones; it knows
-        convolutions, BatchNorm and linear layers, and needs what lies between them to keep channels apart. ``"vmap"``
-        is :func:`torch.func.vmap`.
+        ``"grouped"`` concatenates the channels of the networks and uses grouped convolutions; it supports convolutions,
+        BatchNorm and linear layers, and requires that other operations do not mix channels. ``"vmap"`` uses
+        :func:`torch.func.vmap`.
 
     Raises
     ------
     ValueError
-        If there are no models, they are not of one architecture, or the way cannot compute them.
+        If there are no models, their architectures differ, or the backend does not support them.
     """
 
     def __init__(self, models, backend="grouped"):
@@ -51,14 +52,14 @@ class Batch(nn.Module):
         models = list(models)
         if len({_architecture(model) for model in models}) != 1:
             raise ValueError(f"got {len(models)} models of {len({_architecture(model) for model in models})} "
-                             "architectures: expected some of one")
+                             "architectures: expected at least one model, all of one architecture")
         if backend not in (known := backends(models[0])) or backend == "alone":
             raise ValueError(f"backend is {backend!r} for a {type(models[0]).__name__}: expected "
-                             f"{' or '.join(known[:-1]) or 'none, such networks are trained alone'}")
+                             f"{' or '.join(known[:-1]) or 'none, because such networks are trained one by one'}")
         self.backend, self.members = backend, len(models)
         self.inner = copy.deepcopy(models[0])
-        self._one = [copy.deepcopy(models[0])]  # in a list, which hides it: its weights are none of the batch's
-        made = {}  # a tensor of two names stays one
+        self._one = [copy.deepcopy(models[0])]  # in a list, so that its weights are not parameters of the batch
+        made = {}  # a tensor with two names is stacked once
         for own, *theirs in zip(self.inner.modules(), *(model.modules() for model in models)):
             for kind in ("_parameters", "_buffers"):
                 for name, tensor in getattr(own, kind).items():
@@ -85,7 +86,7 @@ class Batch(nn.Module):
         return vmap(lambda own, x: functional_call(one, own, (x,)), (0, 1), 1)(tensors, x)
 
     def split(self, state):
-        """The ``state_dict`` of each network, from one of the batch."""
+        """Return the ``state_dict`` of each network, given that of the batch."""
         return [{name.removeprefix("inner."): tensor[i].clone() for name, tensor in state.items()}
                 for i in range(self.members)]
 
@@ -116,12 +117,12 @@ GROUPED = {nn.Conv2d: _Conv2d, nn.BatchNorm2d: _BatchNorm2d, nn.Linear: _Linear}
 
 
 def backends(model):
-    """How several of a model can be trained, the one that is expected to be the fastest on a GPU first."""
+    """Return the backends that can train several copies of a model, the one expected to be fastest on a GPU first."""
     modules = list(model.modules())
     random = any(isinstance(one, nn.modules.dropout._DropoutNd) and one.p > 0 for one in modules)
     if random or not all(tensor.is_floating_point() for tensor in model.parameters()) or any(
             type(one).__module__.startswith("permask_core.sparse") for one in modules):
-        return ["alone"]  # random numbers would be others, and a compiled kernel knows no batch of networks
+        return ["alone"]  # random numbers would differ, and compiled kernels do not support batches of networks
     plain = all(
         type(one) in GROUPED and getattr(one, "padding_mode", "zeros") == "zeros"
         and not (isinstance(one, nn.BatchNorm2d) and (one.momentum is None or one.weight is None
@@ -135,8 +136,8 @@ def _architecture(model):
 
 
 def fastest(models, train, device):
-    """The backend of :func:`fit_batched` where none is given: on a CPU alone, except for the smallest networks; on a
-    GPU grouped, where that gives what the networks give alone."""
+    """Return the default backend of :func:`fit_batched`: on a CPU ``"alone"`` except for the smallest networks, on a
+    GPU ``"grouped"`` if it gives the same outputs as the separate networks."""
     known = backends(models[0])
     x, _ = next(iter(train.batches([torch.arange(min(2, len(train)))], device)))
     if torch.device(device).type == "cpu" and _multiplications(models[0], x) > SMALL or len(models) == 1:
@@ -156,7 +157,7 @@ def fastest(models, train, device):
 
 
 def _multiplications(model, x):
-    """For one input, of layers with weights: places times weights."""
+    """Return the multiplications of layers with weights for one input: positions times weights."""
     counted = []
 
     def count(layer, given, output):
@@ -178,43 +179,44 @@ def _multiplications(model, x):
 
 def fit_batched(models, train, recipe, *, seeds, masks=None, checkpoints=(), backend=None, compiled=False, device=None,
                 resume=None, description="training"):
-    """Train networks of one architecture, each as :func:`~permask_core.training.fit` trains it alone.
+    """Train networks of one architecture at once, each as in a separate :func:`~permask_core.training.fit`.
 
     Parameters
     ----------
     models : sequence of torch.nn.Module
-        Start from the weights they have; are left trained, on the device.
+        Trained in place from their current weights; afterwards they are on the device.
     train, recipe, checkpoints, device, description
-        As for :func:`~permask_core.training.fit`; the recipe without ``sparse_opt``.
+        As in :func:`~permask_core.training.fit`.
     seeds : sequence of int
-        One of each network. Networks of one seed see the same batches.
+        One seed for each network. Networks with the same seed get the same batches.
     masks : sequence of Masks or None, optional
-        One of each network, or None for a dense one.
+        Masks of each network, or None for a dense network.
     backend : {"grouped", "vmap", "alone"}, optional
-        How: see :class:`Batch`; ``"alone"`` is one after the other. By default what is expected to be the fastest.
+        See :class:`Batch`; ``"alone"`` trains one network after the other. The default is the backend that is expected
+        to be the fastest. The recipe's ``sparse_opt`` needs ``"alone"``.
     compiled : bool
-        Whether the batch goes through :func:`torch.compile`, with CUDA graphs on a GPU.
+        Whether to use :func:`torch.compile`, with CUDA graphs on a GPU.
     resume : path-like, optional
-        As for :func:`~permask_core.training.fit`; networks that are trained alone have files of their own beside it.
+        As in :func:`~permask_core.training.fit`; networks that are trained one by one have separate files next to it.
 
     Returns
     -------
     list of FitResult
-        One of each network.
+        One result for each network.
 
     Raises
     ------
     ValueError
-        As :func:`~permask_core.training.fit` does; if models, seeds and masks are not as many, the models are not of
-        one architecture, or the backend cannot train them.
+        As in :func:`~permask_core.training.fit`; or if the numbers of models, seeds and masks differ, the models differ
+        in architecture, or the backend does not support them.
     FloatingPointError
         If the loss of an epoch, or a weight at the end, is not finite in one of the networks.
     """
     models, seeds = list(models), [*seeds]
     masks = list(masks) if masks is not None else [None] * len(models)
     if not models or not len(models) == len(seeds) == len(masks):
-        raise ValueError(f"got {len(models)} models, {len(seeds)} seeds and {len(masks)} masks: expected as many of "
-                         "each, at least one")
+        raise ValueError(f"got {len(models)} models, {len(seeds)} seeds and {len(masks)} masks: expected equal "
+                         "numbers, at least one")
     for seed in seeds:
         check_integer("seed", seed, 0)
     if backend is not None and backend not in BACKENDS:
@@ -253,7 +255,7 @@ def _stacked_masks(model, masks):
 
 
 def evaluate_batched(models, split, *, backend=None, device=None, batch_size=1000):
-    """:func:`~permask_core.training.evaluate` for networks of one architecture: a list of Evaluation."""
+    """:func:`~permask_core.training.evaluate` for networks of one architecture; returns a list of Evaluation."""
     split, device = as_split(split), torch.device(device or default_device())
     backend = backend or fastest(models, split, device)
     if backend == "alone":

@@ -1,7 +1,7 @@
-"""Knowledge distillation: a student is trained on the labels and on what a teacher makes of the same inputs.
+"""Knowledge distillation: a student is trained on the labels and on a teacher's predictions for the same inputs.
 
 Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531. The weights of
-the two parts of the loss are those of Mohammadshahi and Ioannou, TMLR 2025, arXiv 2410.08407.
+both terms of the loss are those of Mohammadshahi and Ioannou, TMLR 2025, arXiv 2410.08407.
 """
 
 import math
@@ -19,23 +19,24 @@ from permask_core.training.streams import as_split
 
 
 def distillation_loss(student_logits, teacher_logits, labels, *, temperature, alpha=0.8, scale_by_t2=True):
-    """The loss of a student: alpha T^2 KL(teacher || student), both at temperature T, + (1 - alpha) cross-entropy.
+    """Return the loss of a student: alpha T^2 KL(teacher || student) at temperature T + (1 - alpha) cross-entropy.
 
-    The labels' part is at temperature 1. Both are means over the inputs, in nats.
+    The temperature of the cross-entropy with the labels is 1. Both terms are means over the inputs, in nats.
 
     Parameters
     ----------
     student_logits, teacher_logits : torch.Tensor
-        [n, classes]; the teacher's get no gradient.
+        [n, classes]; those of the teacher get no gradient.
     labels : torch.Tensor
         int64 [n].
     temperature : float
-        T above 0: logits are divided by it.
+        T above 0; logits are divided by it.
     alpha : float
-        Weight of the teacher's part, 0 to 1.
+        Weight of the teacher's term, 0 to 1.
     scale_by_t2 : bool
-        Whether T^2 is there. The gradient of the teacher's part falls like 1 / T^2; with the factor its size hardly
-        depends on T, and at alpha = 1 it tends to (student - teacher) / (n classes), both logits centred, as T grows.
+        Whether to multiply the teacher's term by T^2. Its gradient decreases like 1 / T^2. With the factor, its size
+        barely depends on T, and at alpha = 1 it tends to (student - teacher) / (n classes) with centred logits as T
+        grows.
 
     Returns
     -------
@@ -45,7 +46,7 @@ def distillation_loss(student_logits, teacher_logits, labels, *, temperature, al
     Raises
     ------
     ValueError
-        If shapes do not fit, a logit is not finite, a label is none of the classes, or a number is out of range.
+        If shapes do not fit, a logit is not finite, a label is not a class, or a number is out of range.
 
     References
     ----------
@@ -78,8 +79,8 @@ def _check_finite(name, logits):
 
 @dataclass(frozen=True)
 class Distillation:
-    """:func:`distillation_loss` as ``loss(student_logits, (labels, teacher_logits))``, for
-    :func:`permask_core.training.fit`; it looks at no values, for which a GPU would have to wait."""
+    """:func:`distillation_loss` as ``loss(student_logits, (labels, teacher_logits))`` for
+    :func:`permask_core.training.fit`. It does not check values, because a GPU would have to synchronise."""
 
     temperature: float
     alpha: float = 0.8
@@ -97,10 +98,10 @@ class Distillation:
         labels, teacher_logits = targets
         if teacher_logits.shape != student_logits.shape:
             raise ValueError(f"student_logits are {list(student_logits.shape)} and teacher_logits "
-                             f"{list(teacher_logits.shape)}: expected [n, classes] of both")
+                             f"{list(teacher_logits.shape)}: expected [n, classes] for both")
         student, teacher = (F.log_softmax(logits / self.temperature, 1)
                             for logits in (student_logits, teacher_logits.detach().to(student_logits.dtype)))
-        # batchmean: "mean" would divide by the number of classes as well.
+        # batchmean, because "mean" would also divide by the number of classes.
         divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         factor = self.temperature ** 2 if self.scale_by_t2 else 1
         return self.alpha * factor * divergence + (1 - self.alpha) * F.cross_entropy(student_logits, labels)
@@ -108,8 +109,8 @@ class Distillation:
 
 @dataclass(frozen=True, eq=False)
 class TeacherSplit:
-    """A split whose batches have, beside the inputs, the labels and the teacher's logits: those in ``logits``
-    [n, classes], or what the ``teacher`` makes of the very inputs, augmented as they are."""
+    """A split whose batches have the inputs, the labels and the teacher's logits: those in ``logits`` [n, classes], or
+    the output of the ``teacher`` for the same augmented inputs."""
 
     split: object
     teacher: torch.nn.Module | None = None
@@ -118,18 +119,18 @@ class TeacherSplit:
 
     def __post_init__(self):
         if (self.teacher is None) == (self.logits is None):
-            raise ValueError("expected a teacher or its logits, one of the two")
+            raise ValueError("expected either a teacher or its logits")
 
     def __len__(self):
         return len(self.split)
 
     def to(self, device):
-        """The split, its teacher and its logits on a device."""
+        """Return the split with its teacher and its logits on a device."""
         return replace(self, split=self.split.to(device), teacher=self.teacher and self.teacher.to(device),
                        logits=None if self.logits is None else self.logits.to(device))
 
     def batches(self, indices, device="cpu", augmented=None):
-        """Batches as :meth:`permask_core.data.splits.Split.batches` has them, with pairs of labels and logits."""
+        """Yield batches as in :meth:`permask_core.data.splits.Split.batches`, with pairs of labels and logits."""
         indices = list(indices)
         for chosen, (x, y) in zip(indices, self.split.batches(indices, device, augmented)):
             if self.logits is not None:
@@ -144,19 +145,19 @@ def distil(student, teacher, train, recipe, *, seed, temperature, alpha=0.8, sca
            **how_to_fit):
     """Train a student in place on the labels and a teacher's logits.
 
-    Where the split augments nothing, the teacher sees each input once. Where it does, teacher and student see the same
-    augmented inputs, the teacher in evaluation mode: its weights and buffers stay as they are.
+    Without augmentation, the teacher's logits are computed once. With augmentation, teacher and student get the same
+    augmented inputs. The teacher is in evaluation mode, and its weights and buffers do not change.
 
     Parameters
     ----------
     student : torch.nn.Module
     teacher : torch.nn.Module or array-like
-        Of the student's classes. Instead of the network its logits for the inputs of ``train``, [n, classes], as
-        :func:`permask_core.training.predict` gives them: a sweep over temperatures needs them ten times.
+        A network with the same classes as the student, or its logits for the inputs of ``train``, [n, classes], from
+        :func:`permask_core.training.predict`, which a sweep over temperatures can reuse.
     train, recipe, seed, device, **how_to_fit
-        As for :func:`permask_core.training.fit`.
+        As in :func:`permask_core.training.fit`.
     temperature, alpha, scale_by_t2
-        As for :func:`distillation_loss`.
+        As in :func:`distillation_loss`.
 
     Returns
     -------
@@ -165,10 +166,10 @@ def distil(student, teacher, train, recipe, *, seed, temperature, alpha=0.8, sca
     Raises
     ------
     ValueError
-        As :func:`permask_core.training.fit`; or if the teacher's logits do not fit the data, are not finite, or were
+        As in :func:`permask_core.training.fit`; or if the teacher's logits do not fit the data, are not finite, or are
         given although the split augments its inputs.
     FloatingPointError
-        As :func:`permask_core.training.fit`.
+        As in :func:`permask_core.training.fit`.
     """
     loss = Distillation(temperature, alpha, scale_by_t2)
     train = as_split(train)
@@ -177,7 +178,7 @@ def distil(student, teacher, train, recipe, *, seed, temperature, alpha=0.8, sca
         logits = None if train.augments else predict(teacher.to(device), train)
     elif train.augments:
         raise ValueError("teacher is a tensor of logits, and the split augments its inputs: expected the network, "
-                         "because its logits are others in every epoch")
+                         "because its logits change in every epoch")
     else:
         teacher, logits = None, torch.as_tensor(teacher)
     if logits is not None:

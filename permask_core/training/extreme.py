@@ -1,10 +1,10 @@
-"""Classifiers with very many labels: a fan-in output layer, trained by SET, whose logits never exist whole.
+"""Classifiers with very many labels: a fan-in output layer, trained by SET, whose logits are computed in chunks.
 
-With a million labels nearly all memory goes to the output layer: its weights, their gradients and the optimizer's two
-moments, and the logits of a batch on top. Fixed fan-in rows make the first three small; the loss goes through the
-labels in chunks, gradients in the same pass, so that of the logits one chunk is there at a time.
+With a million labels nearly all memory is used by the output layer: its weights, their gradients, both moments of the
+optimizer, and the logits of a batch. Rows of fixed fan-in make the first three small. The loss processes the labels in
+chunks and computes gradients in the same pass, so only one chunk of logits exists at a time.
 
-Follows Ullah et al., "Navigating Extremes: Dynamic Sparsity in Large Output Spaces", NeurIPS 2024; SET is Mocanu et
+Based on Ullah et al., "Navigating Extremes: Dynamic Sparsity in Large Output Spaces", NeurIPS 2024; SET is Mocanu et
 al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity", Nature Communications, 2018.
 """
 
@@ -27,12 +27,12 @@ from permask_core.sparse.dynamic import set_rows_step
 from permask_core.sparse.fan_in import FanInLinear
 from permask_core.training.resume import Run, describe, digest, find_run, optimizer_state, restore_optimizer, save_run
 
-# Logits at a time: a megabyte, which stays in a processor's cache; on a GPU as many as keep all of it busy.
+# Logits at a time: a megabyte, which fits into a processor's cache; on a GPU, enough to keep it busy.
 CHUNK = {"cpu": 2 ** 18, "cuda": 2 ** 24}
 
 
 def _chunk(device, points):
-    """Labels at a time."""
+    """Return the number of labels in a chunk."""
     return max(1, CHUNK.get(torch.device(device).type, CHUNK["cpu"]) // max(1, points))
 
 
@@ -48,13 +48,13 @@ class _ChunkedLoss(torch.autograd.Function):
         dweight = torch.empty_like(weight) if need_weight else None
         dbias = torch.empty_like(bias) if need_bias else None
         starts = torch.arange(0, head.out_features + chunk, chunk, device=labels.device)
-        bounds = torch.searchsorted(labels, starts).tolist()  # at once: a GPU is waited for
+        bounds = torch.searchsorted(labels, starts).tolist()  # in one call, because it synchronises with a GPU
         for start, a, b in zip(range(0, head.out_features, chunk), bounds, bounds[1:]):
             stop = min(start + chunk, head.out_features)
             z = _logits(head, x, start, stop)
             there = point[a:b], labels[a:b] - start
             total += F.softplus(z).sum(dtype=torch.float64) - z[there].sum(dtype=torch.float64)
-            grad = z.sigmoid_().div_(len(x))  # of the mean over points
+            grad = z.sigmoid_().div_(len(x))  # for the mean over points
             grad[there] -= 1 / len(x)
             if need_bias:
                 torch.sum(grad, 0, out=dbias[start:stop])
@@ -82,7 +82,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _logits(head, x, start, stop):
-    """Those of the labels from start to stop, [n, stop - start]."""
+    """Return the logits of the labels from start to stop, [n, stop - start]."""
     bias = None if head.bias is None else head.bias[start:stop]
     if isinstance(head, FanInLinear):
         return kernels.forward(x, head.values[start:stop], head.indices[start:stop], bias)
@@ -90,27 +90,28 @@ def _logits(head, x, start, stop):
 
 
 def chunked_loss(head, x, offsets, labels, chunk=None):
-    """Binary cross-entropy with logits ``head(x)``, summed over labels, averaged over points.
+    """Return the binary cross-entropy with logits ``head(x)``, summed over labels and averaged over points.
 
-    Value and gradients come from one pass over the labels in chunks: of logits and their gradients, [points, labels],
-    no more than ``chunk`` columns exist at a time. The same chunks in the same order give the same bits.
+    Value and gradients are computed in one pass over chunks of labels: at most ``chunk`` columns of the logits and
+    their gradients, [points, labels], exist at a time. The same chunks give the same result bit for bit.
 
     Parameters
     ----------
     head : FanInLinear or torch.nn.Linear
-        Without ablated neurons.
+        The output layer, without ablated neurons.
     x : torch.Tensor
         [n, in_features], n at least 1.
     offsets, labels : torch.Tensor
-        int64 [n + 1] and integers [offsets[-1]]: the labels of each point, none twice, as
-        :class:`permask_core.data.extreme.MultiLabel` has them.
+        int64 [n + 1] and integers [offsets[-1]]: the labels of each point, without duplicates, as in
+        :class:`permask_core.data.extreme.MultiLabel`.
     chunk : int, optional
-        Labels at a time; by default so many that a chunk has 2^18 logits, on a GPU 2^24.
+        Labels at a time; by default a chunk has 2^18 logits, on a GPU 2^24.
 
     Returns
     -------
     torch.Tensor
-        A number, in nats, summed in float64. It can be differentiated once, by x and the head's parameters.
+        A scalar, in nats, summed in float64. It can be differentiated once, with respect to x and the head's
+        parameters.
 
     Raises
     ------
@@ -118,16 +119,16 @@ def chunked_loss(head, x, offsets, labels, chunk=None):
         If there are ablated neurons, the shapes do not fit, or a label is out of range.
     """
     if isinstance(head, FanInLinear) and head.n_active < head.out_features:
-        raise ValueError(f"the head has {head.out_features - head.n_active} ablated neurons: expected connections of "
+        raise ValueError(f"the head has {head.out_features - head.n_active} ablated neurons: expected connections for "
                          "every label")
     if x.ndim != 2 or len(x) == 0 or x.shape[1] != head.in_features or len(offsets) != len(x) + 1:
-        raise ValueError(f"x is {list(x.shape)} with {len(offsets)} offsets: expected [n, {head.in_features}], n at "
-                         "least 1, and n + 1 offsets")
+        raise ValueError(f"x is {list(x.shape)} with {len(offsets)} offsets: expected [n, {head.in_features}] with n "
+                         "at least 1, and n + 1 offsets")
     if chunk is not None:
         check_integer("chunk", chunk, 1)
     outside = labels[(labels < 0) | (labels >= head.out_features)]
     if len(outside):
-        raise ValueError(f"there is a label {outside[0]}: expected 0 to {head.out_features - 1}")
+        raise ValueError(f"labels has {outside[0]}: expected 0 to {head.out_features - 1}")
     point = torch.arange(len(x)).repeat_interleave(offsets.diff())
     labels, order = labels.long().sort(stable=True)
     point, labels = point[order].to(x.device), labels.to(x.device)
@@ -138,29 +139,29 @@ def chunked_loss(head, x, offsets, labels, chunk=None):
 # ---- The classifier --------------------------------------------------------------------------------------------------
 
 class ExtremeClassifier(nn.Module):
-    """A first layer, an optional intermediate one, and an output layer with a row of ``fan_in`` weights per label.
+    """A first layer, an optional intermediate layer, and an output layer with ``fan_in`` weights for each label.
 
     Parameters
     ----------
     features, n_labels : int
     fan_in : int or None
-        Of the output layer; None for a dense one.
+        Fan-in of the output layer; None for a dense layer.
     hidden : int, optional
-        Outputs of the first layer, which a ReLU follows; without it, features go straight on.
+        Outputs of the first layer, which is followed by a ReLU. By default there is no first layer.
     intermediate : int, optional
         Outputs of a dense layer with ReLU before the output layer.
     n_clusters : int, optional
-        Outputs of an auxiliary head beside the output layer, for the clusters of labels.
+        Outputs of an auxiliary head for the clusters of labels.
     bags : bool
-        Whether features are bags of words, CSR arrays: then the first layer is an embedding of each feature, summed
-        by value.
+        Whether features are bags of words in CSR arrays. The first layer is then a sum of embeddings, weighted by
+        value.
     generator : torch.Generator, optional
-        Draws the connections and all weights.
+        Generator for the connections and all weights.
 
     Raises
     ------
     ValueError
-        If ``bags`` comes without ``hidden``, or a size is out of range.
+        If ``bags`` is True without ``hidden``, or a size is out of range.
     """
 
     def __init__(self, features, n_labels, fan_in, *, hidden=None, intermediate=None, n_clusters=None, bags=False,
@@ -171,11 +172,11 @@ class ExtremeClassifier(nn.Module):
             if size is not None:
                 check_integer(name, size, 1)
         if bags and hidden is None:
-            raise ValueError("bags of words come without hidden: expected the number of outputs of their embedding")
+            raise ValueError("bags is True without hidden: expected the number of outputs of the embedding")
         self.features, self.bags, width = features, bags, hidden or features
         if bags:
             self.first = nn.EmbeddingBag(features, hidden, mode="sum", include_last_offset=True)
-            nn.init.normal_(self.first.weight, generator=generator)  # rows of norm 1 give a variance of 1
+            nn.init.normal_(self.first.weight, generator=generator)  # inputs of norm 1 give a variance of 1
         else:
             self.first = nn.Identity() if hidden is None else _dense(features, hidden, generator)
         self.intermediate = nn.Identity() if intermediate is None else _dense(width, intermediate, generator)
@@ -183,13 +184,13 @@ class ExtremeClassifier(nn.Module):
         self.head = _dense(width, n_labels, generator) if fan_in is None else FanInLinear(
             width, n_labels, fan_in, generator=generator)
         self.auxiliary = None if n_clusters is None else _dense(width, n_clusters, generator)
-        # As in detectors with as many background examples (Lin et al., "Focal Loss for Dense Object Detection", 2017,
-        # section 3.3): most labels are absent, and with a probability of 1/2 for each the first steps would say nothing
-        # but that.
+        # As in detectors with many background examples (Lin et al., "Focal Loss for Dense Object Detection", 2017,
+        # section 3.3): most labels are absent, and with an initial probability of 1/2 the first steps would learn only
+        # that.
         nn.init.constant_(self.head.bias, -math.log(max(1, n_labels - 1)))
 
     def encode(self, x):
-        """What the output layer is given, [n, width]; ``x`` float32 [n, features], or a CSR array of bags."""
+        """Return the input of the output layer, [n, width]; ``x`` is float32 [n, features] or a CSR array of bags."""
         device = self.head.bias.device
         if self.bags == isinstance(x, torch.Tensor):
             raise ValueError(f"the features are a {type(x).__name__} and bags is {self.bags}: expected bags=True for "
@@ -206,13 +207,13 @@ class ExtremeClassifier(nn.Module):
         return x if isinstance(self.intermediate, nn.Identity) else self.intermediate(x).relu()
 
     def forward(self, x):
-        """All logits, [n, n_labels]."""
+        """Return all logits, [n, n_labels]."""
         return self.head(self.encode(x))
 
     def loss(self, data, share=0.0, chunk=None):
-        """(1 - share) times :func:`chunked_loss`, plus share times that of the auxiliary head over clusters.
+        """Return (1 - share) times :func:`chunked_loss` plus share times the loss of the auxiliary head over clusters.
 
-        A point has a cluster where it has one of its labels. With a ``share`` of 0 the auxiliary head takes no part.
+        A point has a cluster if it has one of its labels. If ``share`` is 0 the auxiliary head is not used.
 
         Parameters
         ----------
@@ -225,15 +226,15 @@ class ExtremeClassifier(nn.Module):
         Returns
         -------
         torch.Tensor
-            A number, in nats.
+            A scalar, in nats.
         """
         x = self.encode(data.features)
         if share == 0:
             return chunked_loss(self.head, x, data.offsets, data.labels, chunk)
         if self.auxiliary is None or data.clusters is None:
             missing = "an auxiliary head" if self.auxiliary is None else "clusters"
-            raise ValueError(f"share is {share} without {missing}: expected a model made with n_clusters and data with "
-                             "the clusters of its labels")
+            raise ValueError(f"share is {share} without {missing}: expected a model with n_clusters and data with "
+                             "clusters of the labels")
         logits = self.auxiliary(x)
         point, labels = data.pairs()
         target = torch.zeros_like(logits)
@@ -243,7 +244,7 @@ class ExtremeClassifier(nn.Module):
 
 
 def _dense(inputs, outputs, generator):
-    """With He's variance 2 / inputs and zero biases."""
+    """Make a linear layer with He's variance 2 / inputs and zero biases."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
     nn.init.zeros_(layer.bias)
@@ -251,7 +252,8 @@ def _dense(inputs, outputs, generator):
 
 
 def training_bytes(in_features, n_labels, fan_in=None):
-    """Bytes of an output layer in training: float32 parameters, gradients and both of Adam's moments, and the indices.
+    """Return the bytes of an output layer in training: float32 parameters, gradients, both moments of Adam, and
+    indices.
 
     Parameters
     ----------
@@ -262,9 +264,9 @@ def training_bytes(in_features, n_labels, fan_in=None):
     Returns
     -------
     int
-        Biases included; of a fan-in layer also int32 indices and the int64 list of its rows, which take no gradient.
-        The transposed copy of the indices, which the gradient by the input needs, is not counted. The paper's figures
-        leave out biases and rows, 16 bytes a label of a dense layer and 24 of a fan-in one.
+        Biases are included, and for a fan-in layer int32 indices and the int64 list of rows, which have no gradients.
+        The transposed copy of the indices for the gradient of the input is not. The paper's numbers exclude biases and
+        rows: 16 bytes for each label of a dense layer and 24 of a fan-in layer.
     """
     if fan_in is None:
         return 16 * n_labels * (in_features + 1)
@@ -275,16 +277,17 @@ def training_bytes(in_features, n_labels, fan_in=None):
 
 @dataclass(frozen=True)
 class ExtremeRecipe:
-    """How to train: Adam with a learning rate that falls to 0 as a cosine, SET, and the auxiliary objective's share."""
+    """Settings of training: Adam with a cosine learning rate that decays to 0, SET, and the share of the auxiliary
+    objective."""
 
     epochs: int = 10
     lr: float = 0.003
     batch_size: int = 128
     rewire_every: int = 100  # steps between two steps of SET
-    rewire_until: float = 0.66  # of training; 0 for connections that stay
-    drop: float = 0.2  # of each row's connections at a step of SET
-    auxiliary: float = 0.0  # share of the auxiliary objective at first; 0.4 in the paper
-    auxiliary_epochs: int = 5  # after which its share is 0; it falls as a cosine that would reach 0 at the last epoch
+    rewire_until: float = 0.66  # fraction of training; 0 for static connections
+    drop: float = 0.2  # fraction of each row's connections in a step of SET
+    auxiliary: float = 0.0  # initial share of the auxiliary objective; 0.4 in the paper
+    auxiliary_epochs: int = 5  # after them the share is 0; it decays like a cosine that ends at the last epoch
 
     def __post_init__(self):
         for name, kind, expected, fits in (
@@ -303,7 +306,7 @@ class ExtremeRecipe:
 
 
 def auxiliary_share(recipe, epoch):
-    """The share of the auxiliary objective at an epoch, counted from 0, fractions allowed."""
+    """Return the share of the auxiliary objective at an epoch, counted from 0, which may be a fraction."""
     if epoch >= recipe.auxiliary_epochs:
         return 0.0
     return recipe.auxiliary * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
@@ -316,16 +319,16 @@ def fit_extreme(model, train, recipe, *, seed, resume=None, description="trainin
     ----------
     model : ExtremeClassifier
     train : MultiLabel
-        On the CPU; batches go where the model is.
+        On the CPU; batches are moved to the device of the model.
     recipe : ExtremeRecipe
-        SET is for a fan-in output layer alone; a dense one is trained without.
+        SET applies only to a fan-in output layer; a dense one is trained without.
     seed : int
-        Of the order of points and of the connections that grow.
+        Seed of the order of points and of the connections that grow.
     resume : path-like, optional
-        A file in which the run is kept after every epoch, and from which it goes on if it is there; on a CPU with the
-        same number of threads to the same bits.
+        A file in which the run is saved after every epoch. If it exists, training continues from it, on a CPU with the
+        same number of threads to the same result bit for bit.
     description : str or None
-        Shown with the progress bar; None for no bar.
+        Text of the progress bar; None for no bar.
 
     Returns
     -------
@@ -335,20 +338,20 @@ def fit_extreme(model, train, recipe, *, seed, resume=None, description="trainin
     Raises
     ------
     ValueError
-        If the number of labels differs, there are fewer points than a batch, SET would drop less than a connection, or
-        the file to resume from is damaged or of a run with other data, weights, recipe or seed.
+        If the number of labels differs, there are fewer points than in a batch, SET would drop less than one
+        connection, or the file to resume from is damaged or belongs to a run with other data, weights, recipe or seed.
     FloatingPointError
         If the loss of an epoch, or a weight at the end, is not finite.
     """
     if train.n_labels != model.head.out_features:
-        raise ValueError(f"the points have {train.n_labels} labels, the model {model.head.out_features}: expected as "
-                         "many")
+        raise ValueError(f"the points have {train.n_labels} labels: expected {model.head.out_features}, the number of "
+                         "labels of the model")
     if len(train) < recipe.batch_size:
         raise ValueError(f"got {len(train)} points: expected at least a batch of {recipe.batch_size}")
     moves = isinstance(model.head, FanInLinear) and recipe.rewire_until > 0
     if moves and int(recipe.drop * model.head.fan_in) == 0:
-        raise ValueError(f"drop is {recipe.drop} of a fan-in of {model.head.fan_in}: expected at least a connection, "
-                         "or rewire_until 0")
+        raise ValueError(f"drop is {recipe.drop} of a fan-in of {model.head.fan_in}: expected at least one "
+                         "connection, or rewire_until 0")
     identity = _identity(model, train, recipe, seed) if resume else {}
     run, parameters = find_run(resume, identity), dict(model.named_parameters())
     optimizer = torch.optim.Adam(model.parameters(), recipe.lr, fused=True)  # without temporaries
@@ -363,7 +366,7 @@ def fit_extreme(model, train, recipe, *, seed, resume=None, description="trainin
         growth.set_state(run.generators["growth"])
         losses, done = run.losses, run.done
     total = 0.0
-    # The same for a shorter last batch: the layer keeps a transposed copy of the indices of each chunk.
+    # The same for a shorter last batch, because the layer caches a transposed copy of the indices of each chunk.
     chunk = _chunk(model.head.bias.device, recipe.batch_size)
     model.train()
     for chosen in progress(islice(shuffled, done, None), description, total=steps - done):
@@ -394,7 +397,7 @@ def fit_extreme(model, train, recipe, *, seed, resume=None, description="trainin
 
 
 def _identity(model, train, recipe, seed):
-    """What decides about a run, as JSON holds it."""
+    """Return the settings that identify a run, in a form for JSON."""
     data = {f"data.{name}": value for name, value in describe(train).items()}
     return json.loads(json.dumps({**asdict(recipe), "seed": seed, **data,
                                   "initial weights": digest(model.state_dict())}, default=plain))
@@ -404,7 +407,7 @@ def _identity(model, train, recipe, seed):
 
 @torch.no_grad()
 def top_labels(model, data, k=5, *, among=None, batch_size=1000, chunk=None):
-    """The k labels with the highest logits of each point, from chunks of labels.
+    """Return the k labels with the highest logits for each point, computed in chunks of labels.
 
     Parameters
     ----------
@@ -416,7 +419,7 @@ def top_labels(model, data, k=5, *, among=None, batch_size=1000, chunk=None):
     batch_size : int
         Points at a time.
     chunk : int, optional
-        Labels at a time; by default so many that a chunk has 2^18 logits, on a GPU 2^24.
+        Labels at a time; by default a chunk has 2^18 logits, on a GPU 2^24.
 
     Returns
     -------
@@ -449,32 +452,33 @@ def top_labels(model, data, k=5, *, among=None, batch_size=1000, chunk=None):
             if among is not None:
                 z[:, ~among[start:stop].to(z.device)] = -math.inf
             best, place = torch.cat([best, z], 1).topk(k, 1)
-            # Places below k are those of the best so far.
+            # Positions below k are those of the best labels so far.
             ids = torch.where(place < k, ids.gather(1, place.clamp(max=k - 1)), place - k + start)
         ranked[chosen] = ids.cpu()
     return ranked
 
 
 def precision_at(ranked, data, ks=(1, 3, 5)):
-    """Precision at k: of the first k labels of a point, the share that it has, averaged over points.
+    """Return the precision at k: the fraction of the first k labels that are correct, averaged over points.
 
     Parameters
     ----------
     ranked : torch.Tensor
-        int64 [n, at least max(ks)], as :func:`top_labels` gives them.
+        int64 [n, at least max(ks)], from :func:`top_labels`.
     data : MultiLabel
     ks : sequence of int
 
     Returns
     -------
     dict of int to float
-        It divides by k even where a point has fewer than k labels, as the literature does: see :func:`best_precision`.
+        The sum is divided by k even if a point has fewer than k labels, as in the literature: see
+        :func:`best_precision`.
     """
     if min(ks) < 1:
         raise ValueError(f"ks are {list(ks)}: expected integers of at least 1")
     if len(ranked) != len(data) or len(data) == 0 or ranked.shape[1] < max(ks):
-        raise ValueError(f"ranked is {list(ranked.shape)}: expected [{len(data)}, at least {max(ks)}], at least one "
-                         "point")
+        raise ValueError(f"ranked is {list(ranked.shape)}: expected [{len(data)}, at least {max(ks)}] and at least "
+                         "one point")
     point, labels = data.pairs()
     rows = torch.arange(len(data))[:, None]
     hits = torch.isin(rows * data.n_labels + ranked, point * data.n_labels + labels)
@@ -482,14 +486,15 @@ def precision_at(ranked, data, ks=(1, 3, 5)):
 
 
 def best_precision(data, ks=(1, 3, 5)):
-    """What :func:`precision_at` is for a perfect ranking, since points may have fewer than k labels."""
+    """Return :func:`precision_at` of a perfect ranking, which is below 1 if points have fewer than k labels."""
     counts = data.offsets.diff()
     return {k: (counts.clamp(max=k).double().mean() / k).item() for k in ks}
 
 
 def head_tail(train, share=0.2):
-    """Groups of labels by their frequency in training, bool [n_labels] both: ``head``, the most frequent ``share`` of
-    them, and ``tail``, the rest. Of equally frequent labels those with the lower ids come first."""
+    """Return two groups of labels by their frequency in training, bool [n_labels] each: ``head``, the fraction
+    ``share`` of the most frequent labels, and ``tail``, the rest. Of equally frequent labels, the lowest ids come
+    first."""
     order = torch.argsort(train.frequencies, descending=True, stable=True)
     head = torch.zeros(train.n_labels, dtype=torch.bool)
     head[order[:math.ceil(share * train.n_labels)]] = True
@@ -497,11 +502,12 @@ def head_tail(train, share=0.2):
 
 
 def precisions(model, data, groups, ks=(1, 3, 5)):
-    """Precision at k over all labels, and within groups of labels.
+    """Return the precision at k over all labels, and within groups of labels.
 
-    Within a group, a model ranks its labels alone, and only points that have one of them count: how well rare labels
-    are told apart from each other, whatever the frequent ones do. (The literature also uses the part of the precision
-    over all labels that a group contributes; it cannot exceed the group's share of positives.)
+    Within a group, a model ranks only the labels of the group, and only points with one of these labels count. This
+    measures how well rare labels are distinguished from each other, independently of frequent labels. (The literature
+    also uses the contribution of a group to the precision over all labels, which cannot exceed the group's fraction of
+    positives.)
 
     Parameters
     ----------
@@ -524,7 +530,7 @@ def precisions(model, data, groups, ks=(1, 3, 5)):
 
 
 def within(data, group):
-    """The points that have labels of a group, bool [n_labels], with these labels alone."""
+    """Return the points that have labels of a group, bool [n_labels], with only these labels."""
     point, labels = data.pairs()
     kept = group[labels]
     counts = torch.bincount(point[kept], minlength=len(data))

@@ -1,8 +1,8 @@
-"""One training loop for every experiment: batches, backward, step, on one process or several.
+"""One training loop for every experiment: batches, backward, step, in one process or several.
 
-Everything random about a run comes from its seed: the same seed gives the same batches in the same order, whatever the
-masks, so that runs that share a checkpoint and a seed differ in nothing but the mask. A step is taken by one object:
-the optimizer alone, with masks after it, or a topology that moves connections.
+All randomness of a run comes from its seed: the same seed gives the same batches in the same order for any masks. Runs
+with the same checkpoint and the same seed therefore differ only in their masks. One object takes the steps: the
+optimizer by itself, the optimizer with masks, or a topology that moves connections.
 """
 
 import copy
@@ -39,14 +39,14 @@ from permask_core.training.resume import (
 )
 from permask_core.training.streams import stream_of
 
-SAVE_SECONDS = 60  # between two saves of a run that can be resumed
-IGNORED = -100  # a target that does not count, as for torch's cross-entropy
+SAVE_SECONDS = 60  # between two saves of a resumable run
+IGNORED = -100  # a target that does not count, as in torch's cross-entropy
 
 
 class FitResult(NamedTuple):
-    """A finished run: the last ``state``, the ``checkpoints`` asked for by name, the mean training ``losses`` [epochs],
-    and the last ``masks``. With rewiring also ``fan_in``, of each layer int32 [1 + rewirings, out]: the connections of
-    its neurons at the start and after each rewiring."""
+    """A finished run: the final ``state``, the requested ``checkpoints`` by name, the mean training ``losses``
+    [epochs], and the final ``masks``. With rewiring also ``fan_in``, for each layer int32 [1 + rewirings, out]: the
+    number of connections of its neurons at the start and after each rewiring."""
 
     state: dict[str, torch.Tensor]
     checkpoints: dict[str, dict[str, torch.Tensor]]
@@ -62,59 +62,60 @@ def fit(model, train, recipe, *, seed, loss=None, forward=None, masks=None, rewi
     Parameters
     ----------
     model : torch.nn.Module
-        Starts from the weights it has; is left trained, on the device.
+        Trained from its current weights; afterwards it is on the device.
     train : Split, (torch.Tensor, torch.Tensor) or iterable of batches
-        What :func:`permask_core.data.load_dataset` gives, inputs [n, ...] and targets [n, ...], or batches with targets
-        as :mod:`permask_core.data.batches` has them: a DataLoader, whose batch size and order hold then.
+        A split of :func:`permask_core.data.load_dataset`, inputs [n, ...] and targets [n, ...], or batches with targets
+        in a form of :mod:`permask_core.data.batches`, such as a DataLoader, which then determines batch size and order.
     recipe : Recipe
     seed : int
-        Of the order of the data, of augmentation, of dropout and of random growth; the global random state comes back
-        afterwards. A DataLoader that shuffles does so by this seed.
+        Seed of the order of the data (also in a DataLoader that shuffles), augmentation, dropout and random growth. The
+        global random state is restored afterwards.
     loss : callable, optional
-        ``loss(logits, targets)``, a mean over the examples of a batch; by default the cross-entropy of
-        :func:`cross_entropy`. A run is found again by the loss's name, or by the ``repr`` of one that has settings.
+        ``loss(logits, targets)``, a mean over the examples of a batch; by default :func:`cross_entropy`. A run to
+        resume is identified by the name of the loss, or by its ``repr`` if the loss has settings.
     forward : callable, optional
-        ``forward(model, inputs)`` gives what the loss gets; by default the model is called with the inputs (a tensor, a
-        tuple of arguments, a dict of named ones), and the logits in its output are taken.
+        ``forward(model, inputs)`` returns the first argument of the loss. By default the model is called with the
+        inputs (a tensor, a tuple of arguments or a dict of named arguments), and the loss gets the logits in its
+        output.
     masks : Masks, optional
-        Applied before the first step and after every one: momentum and weight decay would revive weights otherwise.
+        Applied before the first step and after every step, because momentum and weight decay change pruned weights.
     rewiring : Rewiring, optional
-        Moves the connections under the masks, and those of :class:`~permask_core.sparse.FanInLinear` layers. A step
-        that does so changes no weight otherwise.
+        How to move the connections under the masks and those of :class:`~permask_core.sparse.FanInLinear` layers. A
+        step that moves connections changes no other weight.
     checkpoints : sequence of str
-        States to keep: ``"init"`` (before the first step, masked if there are masks), ``"epoch K"`` or ``"step K"``
-        (after that many).
+        States to return: ``"init"`` (before the first step, masked if there are masks), ``"epoch K"`` or ``"step K"``
+        (after K epochs or steps).
     device : str or torch.device, optional
-        Where to train; by default a CUDA device if there is one.
+        Device of the training; by default a CUDA device if there is one.
     processes : int
-        That share each batch, each on a device of its own where there are several. With more than one, they are
-        started by this call, so that a script must call it below ``if __name__ == "__main__":``; in processes that
-        ``torchrun`` has started, as many as given here, they join. Gradients are averaged over all examples of the
-        batch; BatchNorm sees the examples of its own process, and its statistics are those of the first.
+        Number of processes that share each batch, on separate CUDA devices if available. If it is above 1, this call
+        starts the processes, so a script must call it below ``if __name__ == "__main__":``; processes that ``torchrun``
+        has started, in this number, connect instead. Gradients are averaged over all examples of the batch. BatchNorm
+        uses the examples of its own process, and its final statistics are those of the first process.
     resume : path-like, optional
-        A file to which the run is saved every minute and at the end. Where it exists, the run goes on from there, and
-        on the same CPU, in one or two processes, ends in the same bits as one that was never interrupted. (The sum
-        of more gradients depends on how they are grouped, which their engine decides in its first step.)
+        A file to which the run is saved every minute and at the end. If it exists, training continues from it. On the
+        same CPU, with one or two processes, the result is bit for bit that of an uninterrupted run. (With more
+        processes, the order of sums of gradients is chosen by the communication library in its first step.)
     description : str or None
-        Shown with the progress bar; None for no bar.
+        Text of the progress bar; None for no bar.
 
     Returns
     -------
     FitResult
-        States are copies, on the CPU.
+        States are copies on the CPU.
 
     Raises
     ------
     ValueError
-        If masks do not fit, a recipe smooths labels beside a loss of its own, a checkpoint has no such name or lies
-        behind the end, there are fewer examples than a batch or fewer in the last batch than parts of a batch, one
-        example alone would meet a BatchNorm, there is nothing to rewire, processes disagree about what to train, or the
-        file to resume from is of a run with other settings; before any training. If targets are no classes of the
-        logits, or a parameter of several processes gets no gradient; in the first step.
+        Before training, if masks do not fit, the recipe has label smoothing and a ``loss`` is given, a checkpoint has a
+        wrong name or is after the end, there are fewer examples than in a batch, the last batch has fewer examples than
+        parts, a BatchNorm would get only one example, there is no layer to rewire, processes disagree about the
+        training, or the file to resume from belongs to a run with other settings. In the first step, if targets are not
+        classes of the logits, or with several processes a parameter has no gradient.
     FloatingPointError
         If the loss of an epoch, or a weight at the end, is not finite.
     RuntimeError
-        If one of several processes failed, with its message.
+        If one of several processes failed; it has the message of that process.
 
     Examples
     --------
@@ -133,46 +134,46 @@ def fit(model, train, recipe, *, seed, loss=None, forward=None, masks=None, rewi
 
 
 def cross_entropy(logits, targets, *, label_smoothing=0.0, reduction="mean"):
-    """The cross-entropy in nats of logits [n, classes, ...], or [n, ..., classes], and classes [n, ...]; targets of
-    -100 do not count.
+    """Return the cross-entropy in nats of logits [n, classes, ...] or [n, ..., classes] and classes [n, ...]; targets
+    of -100 do not count.
 
     Raises
     ------
     ValueError
-        If the targets are no integers, or their shape is not that of the logits without the classes.
+        If the targets are not integers, or their shape is not that of the logits without the classes.
     """
     return F.cross_entropy(by_class(logits, targets), targets, label_smoothing=label_smoothing, reduction=reduction)
 
 
 def by_class(logits, targets):
-    """The logits as [n, classes, ...], for targets [n, ...]; ValueError if these do not fit."""
+    """Return the logits as [n, classes, ...] for targets [n, ...]; raise ValueError if the targets do not fit."""
     if targets is None:
         raise ValueError("the batches have no targets: expected (inputs, targets), or dicts with labels")
     if not isinstance(targets, torch.Tensor) or targets.is_floating_point() or targets.is_complex():
         kind = targets.dtype if isinstance(targets, torch.Tensor) else type(targets).__name__
-        raise ValueError(f"the targets are {kind}: expected integers, the classes; a network with other targets has a "
-                         "loss and a metric of its own")
+        raise ValueError(f"the targets are {kind}: expected classes as integers; for other targets pass loss= to fit "
+                         "and metric= to evaluate")
     if logits.ndim > 1 and logits.shape[:1] + logits.shape[2:] == targets.shape:
         return logits
     if logits.ndim > 1 and logits.shape[:-1] == targets.shape:
         return logits.movedim(-1, 1)
     raise ValueError(f"the targets have shape {list(targets.shape)} and the logits {list(logits.shape)}: expected "
-                     "those of the logits without the axis of the classes, which is the second or the last")
+                     "the shape of the logits without the axis of classes, which is the second or the last")
 
 
-# ---- What takes a step -----------------------------------------------------------------------------------------------
+# ---- Steps -----------------------------------------------------------------------------------------------------------
 
 class Dense:
-    """All weights move. What takes a step has this one method, as a
-    :class:`~permask_core.sparse.dynamic.Topology` has, which moves connections."""
+    """Steps of an optimizer without masks. Classes that take steps have this one method, like
+    :class:`~permask_core.sparse.dynamic.Topology`, which moves connections."""
 
     def step(self, optimizer):
-        """Take a step with the gradients of the whole batch."""
+        """Take a step, given the gradients of the whole batch."""
         optimizer.step()
 
 
 class Masked(Dense):
-    """The weights move, and those that are masked are set to zero again."""
+    """Steps of an optimizer, after which pruned weights are set to zero again."""
 
     def __init__(self, model, masks):
         parameters = dict(model.named_parameters())
@@ -188,7 +189,7 @@ class Masked(Dense):
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
 class _Plan(NamedTuple):
-    """What decides about a run."""
+    """The settings that determine a run."""
 
     recipe: object
     stream: object
@@ -196,14 +197,14 @@ class _Plan(NamedTuple):
     forward: object
     masks: dict | None
     rewiring: Rewiring | None
-    wanted: dict[str, int]  # steps at which checkpoints are taken, by name
-    networks: int | None = None  # how many are trained at once, each with a loss of its own
-    identity: dict = {}  # all of it in short, by what a reader calls it; empty where nobody compares it
+    wanted: dict[str, int]  # number of steps by name of the checkpoint
+    networks: int | None = None  # number of networks in batched training, each with its own loss
+    identity: dict = {}  # summary of all settings by name; empty if it is never compared
 
 
 def fit_stream(model, stream, recipe, *, loss=None, forward=None, masks=None, rewiring=None, checkpoints=(),
                device=None, processes=1, resume=None, description="training", networks=None):
-    """:func:`fit` on the batches of a stream; with ``networks`` the loss is a tensor of as many, and losses are lists.
+    """:func:`fit` on the batches of a stream; with ``networks`` the loss is a tensor [networks], and losses are lists.
 
     See :mod:`permask_core.training.streams`. Parameters, results and errors are those of :func:`fit`.
     """
@@ -220,7 +221,7 @@ def fit_stream(model, stream, recipe, *, loss=None, forward=None, masks=None, re
         return _train(Alone(), model, plan, resume, description)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(resume or Path(folder, "run.safetensors")).absolute()
-        find_run(path, plan.identity)  # what is wrong with it is said before any process starts
+        find_run(path, plan.identity)  # raises errors before any process starts
         launch(_train, processes, device, model.cpu(), plan, path, description)
         run = of_first(load_run, path, plan.identity)
     model.load_state_dict(run.state)
@@ -232,28 +233,28 @@ def fit_stream(model, stream, recipe, *, loss=None, forward=None, masks=None, re
 def _check(model, plan, processes):
     recipe, stream, total = plan.recipe, plan.stream, plan.recipe.epochs * plan.stream.steps
     if plan.loss and plan.networks is None and recipe.label_smoothing:
-        raise ValueError(f"label_smoothing is {recipe.label_smoothing} beside a loss of its own: expected 0")
+        raise ValueError(f"label_smoothing is {recipe.label_smoothing} and loss is given: expected label_smoothing 0")
     parts = processes * recipe.accumulate
     if stream.last is not None and stream.last < parts:
         raise ValueError(f"the last batch of an epoch has {stream.last} examples: expected at least "
                          f"{parts}, one for each of {processes} processes x accumulate {recipe.accumulate}")
     norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     if norms and stream.last is not None and stream.last // parts == 1:
-        raise ValueError(f"the last batch of an epoch has {stream.last} examples in {parts} parts: {norms[0]!r} cannot "
-                         "normalise a part of one; expected another batch_size, or a loader with drop_last=True")
+        raise ValueError(f"the last batch of an epoch has {stream.last} examples in {parts} parts: {norms[0]!r} "
+                         "cannot normalise one example; expected another batch_size, or a loader with drop_last=True")
     for name, step in plan.wanted.items():
         if step > total:
-            raise ValueError(f"checkpoint {name!r} lies behind the end: the run has {recipe.epochs} epochs of "
+            raise ValueError(f"checkpoint {name!r} is after the end: the run has {recipe.epochs} epochs of "
                              f"{stream.steps} steps")
     if plan.masks is not None:
         check_fit(plan.masks, dict(model.named_parameters()))
     if plan.rewiring is not None and not isinstance(plan.rewiring, Rewiring):
-        raise ValueError(f"rewiring is {plan.rewiring!r}: expected a Rewiring, as Rewiring('set')")
+        raise ValueError(f"rewiring is {plan.rewiring!r}: expected a Rewiring such as Rewiring('set')")
     if plan.rewiring:
-        Topology(copy.deepcopy(model), plan.masks, plan.rewiring, steps=total, seed=stream.seed)  # which masks it
+        Topology(copy.deepcopy(model), plan.masks, plan.rewiring, steps=total, seed=stream.seed)  # applies masks
         if processes > 1 and any(isinstance(module, FanInLinear) for module in model.modules()):
-            raise ValueError(f"processes is {processes}, with rewiring and FanInLinear layers: expected 1, or masks "
-                             "instead, because the engine that averages gradients holds their shapes fixed")
+            raise ValueError(f"processes is {processes} with rewiring and FanInLinear layers: expected 1, or masks "
+                             "instead, because DistributedDataParallel requires fixed shapes of gradients")
 
 
 def _identity(model, plan, processes):
@@ -267,7 +268,7 @@ def _identity(model, plan, processes):
 
 
 def _train(team, model, plan, path, description):
-    """Train where the model is: alone, or as one of the processes of a ``team``."""
+    """Train on the device of the model, in one process or as one of the processes of a ``team``."""
     team.check_agreement(plan.identity)
     recipe, device = plan.recipe, team.device or device_of(model)
     order = memory_format(model.to(device).train(), device)
@@ -291,14 +292,14 @@ def _train(team, model, plan, path, description):
                 n = count(inputs)
                 with team.accumulating(network, more=i < len(parts)):
                     total = loss if plan.networks is None else loss.sum()
-                    (total * (team.ranks * n / size)).backward()  # a mean over processes follows
+                    (total * (team.ranks * n / size)).backward()  # gradients are then averaged over processes
                 state.totals[team.rank] += loss.detach() * n
             if state.done == 0 and team.ranks > 1:
                 _check_gradients(model)
             state.weights.step(optimizer)
             state.advance(size)
     for name, weight in model.named_parameters():
-        if not weight.isfinite().all():  # the last step may do what no loss has seen
+        if not weight.isfinite().all():  # the last step is not covered by a loss
             raise FloatingPointError(f"{name!r} is not finite after the last step: try a smaller learning rate than "
                                      f"{recipe.lr}")
     return state.finish()
@@ -317,8 +318,8 @@ def _loss(network, inputs, targets, plan, order, device):
 
 
 def _seed_dropout(seed, device):
-    """Of the step alone, so that a run that was interrupted needs no memory of the steps before. Not by
-    torch.manual_seed, which spends a millisecond on devices that are not there."""
+    """Seed dropout by the step, so that a resumed run does not depend on previous steps. torch.manual_seed is not used
+    because it takes a millisecond for absent devices."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -327,12 +328,12 @@ def _seed_dropout(seed, device):
 def _check_gradients(model):
     without = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
     if without:
-        raise ValueError(f"{', '.join(map(repr, without))} got no gradient: expected that the loss uses every "
-                         "parameter where several processes train; requires_grad_(False) leaves one out")
+        raise ValueError(f"{', '.join(map(repr, without))} got no gradient: with several processes, expected a "
+                         "loss that uses every parameter; requires_grad_(False) excludes a parameter")
 
 
 class _State:
-    """How far a run is: what its file holds, and what the loop goes on with."""
+    """The progress of a run: the content of its file, and the state of the loop."""
 
     def __init__(self, team, model, plan, path):
         self.team, self.model, self.plan, self.path = team, model, plan, path
@@ -348,7 +349,7 @@ class _State:
         if plan.recipe.sparse_opt:
             scale_gradients(self.optimizer, model, masks)
         self.losses, self.checkpoints, self.done, self.seen, self.saved = [], {}, 0, 0, time.monotonic()
-        # Each process adds to an entry of its own, so that a run that is resumed adds in the same order.
+        # Each process has its own entry, so that a resumed run adds in the same order.
         self.totals = torch.zeros(team.ranks, *[plan.networks] * (plan.networks is not None), device=device)
         if run:
             model.load_state_dict(run.state)
@@ -362,12 +363,12 @@ class _State:
             self.keep()
 
     def keep(self):
-        """Keep the state if it is one of the checkpoints."""
+        """Copy the state if it is one of the checkpoints."""
         self.checkpoints |= {name: _on_cpu(self.model.state_dict())
                              for name, step in self.plan.wanted.items() if step == self.done}
 
     def advance(self, size):
-        """Count a step; keep checkpoints, the loss of an epoch, and once a minute the file."""
+        """Count a step; record checkpoints and the loss of an epoch, and save the file once a minute."""
         self.done += 1
         self.seen += size
         self.keep()
@@ -400,10 +401,11 @@ class _State:
 
 
 def memory_format(model, device):
-    """The order in memory that makes a model's convolutions fastest: channels last.
+    """Return the memory format in which a model's convolutions are fastest: channels last.
 
-    On a CPU not if a 1x1 convolution with a stride has fewer than 8 input channels. Its gradient with AVX2 writes past
-    the end of its memory in oneDNN 3.12, which comes with PyTorch 2.13: https://github.com/uxlfoundation/oneDNN/issues/6035
+    The exception, on a CPU, is a 1x1 convolution with a stride and fewer than 8 input channels. Its gradient with AVX2
+    writes past the end of its memory in oneDNN 3.12, which is part of PyTorch 2.13:
+    https://github.com/uxlfoundation/oneDNN/issues/6035
     """
     broken = torch.device(device).type == "cpu" and any(
         isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
@@ -412,19 +414,19 @@ def memory_format(model, device):
 
 
 def throughput(model, input_shape, recipe, *, classes=10, steps=2, device=None):
-    """Images per second of training on random images in memory: what the network costs, without reading any.
+    """Measure the training speed in images per second, on random images in memory.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Is trained.
+        The model, which is trained.
     input_shape : tuple of int
-        Of one image.
+        Shape of one image.
     recipe : Recipe
-        Of which one epoch of ``steps`` batches is timed, after one that is not.
+        One epoch of ``steps`` batches is timed, after one without timing.
     classes, steps : int
     device
-        As for :func:`fit`.
+        As in :func:`fit`.
     """
     def seconds(steps):
         n = steps * recipe.batch_size
@@ -451,27 +453,27 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(model, data, *, state=None, batch_size=1000, metric=None, forward=None):
-    """Accuracy and loss on some data, or a metric of one's own.
+    """Return accuracy and loss on some data, or a custom metric.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Evaluated where it is, in evaluation mode.
+        Evaluated on its device, in evaluation mode.
     data : Split, (torch.Tensor, torch.Tensor) or iterable of batches
-        As for :func:`fit`.
+        As in :func:`fit`.
     state : dict of str to torch.Tensor, optional
-        Weights to evaluate instead of the model's own, which are left alone.
+        Weights to evaluate instead of those of the model, which do not change.
     batch_size : int
-        Of a split or of tensors.
+        Batch size for a split or tensors.
     metric : callable, optional
-        ``metric(outputs, targets)`` of all examples, on the CPU; what it returns is returned.
+        ``metric(outputs, targets)`` is called with all examples, on the CPU, and its result is returned.
     forward : callable, optional
-        As for :func:`fit`.
+        As in :func:`fit`.
 
     Returns
     -------
     Evaluation
-        Or what ``metric`` returns.
+        Or the result of ``metric``.
 
     Raises
     ------
@@ -499,22 +501,22 @@ def evaluate(model, data, *, state=None, batch_size=1000, metric=None, forward=N
     if metric is not None:
         return metric(*map(torch.cat, zip(*found)))
     if not n:
-        raise ValueError(f"every target is {IGNORED}, which does not count: expected at least one class")
+        raise ValueError(f"every target is {IGNORED}, which is ignored: expected at least one class")
     return Evaluation(hits / n, loss / n)
 
 
 def predict(model, data, *, state=None, batch_size=1000, forward=None):
-    """The logits of the inputs from first to last, none of them augmented.
+    """Return the logits of all inputs in order, without augmentation.
 
     Parameters
     ----------
     model, data, state, batch_size, forward
-        As for :func:`evaluate`; targets are not needed.
+        As in :func:`evaluate`; targets are not needed.
 
     Returns
     -------
     torch.Tensor
-        [n, classes], or [n, ...] as the network has them, on the CPU.
+        [n, classes], or [n, ...] if the network has other outputs, on the CPU.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""How to train, as settings: an optimizer, a learning rate that follows a schedule, and how a step is computed."""
+"""Training settings: the optimizer, the learning rate with its schedule, and the computation of a step."""
 
 import math
 from dataclasses import dataclass, fields
@@ -9,12 +9,12 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: an optimizer, a learning rate that follows a schedule, and how a step is computed.
+    """Training settings: the optimizer, the learning rate with its schedule, and the computation of a step.
 
     Raises
     ------
     ValueError
-        If a value is out of range; it names the value and what was expected.
+        If a value is out of range; the message has the value and the expected range.
 
     Examples
     --------
@@ -32,8 +32,8 @@ class Recipe:
     warmup: float = 0.0  # epochs over which the learning rate first rises linearly; a cosine begins after them
     label_smoothing: float = 0.0
     optimizer: str = "sgd"  # or "adamw"
-    accumulate: int = 1  # parts of a batch, one after the other; BatchNorm sees one part at a time
-    precision: str = "float32"  # or "bf16": autocast, the weights stay float32
+    accumulate: int = 1  # parts of a batch, one after the other; BatchNorm normalises each part separately
+    precision: str = "float32"  # or "bf16": autocast with float32 weights
     sparse_opt: bool = False  # gradients under masks scaled to the sparsity of their neuron (SparseOpt)
 
     def __post_init__(self):
@@ -55,7 +55,7 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, kind) or kind is not bool and isinstance(value, bool) or not fits(value):
                 raise ValueError(f"{name} is {value!r}: expected {expected}")
-            if isinstance(value, Real):  # NumPy's numbers are accepted, and kept as Python's
+            if isinstance(value, Real):  # NumPy numbers are converted to Python numbers
                 object.__setattr__(self, name, getattr(value, "item", lambda value=value: value)())
 
     def __str__(self):
@@ -78,7 +78,7 @@ OPTIMIZERS = {
 
 
 def learning_rate(recipe, step, steps_per_epoch):
-    """The learning rate of a step, counted from 0."""
+    """Return the learning rate of a step, counted from 0."""
     epoch = step / steps_per_epoch
     if epoch < recipe.warmup:
         return recipe.lr * min(1, (step + 1) / (recipe.warmup * steps_per_epoch))
@@ -86,17 +86,17 @@ def learning_rate(recipe, step, steps_per_epoch):
 
 
 def autocast(device, precision):
-    """The context in which a network computes in a recipe's precision."""
+    """Return a context in which a network computes in the precision of a recipe."""
     return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "float32")
 
 
 def checkpoint_step(name, steps_per_epoch):
-    """The number of steps after which a checkpoint called ``init``, ``epoch K`` or ``step K`` is taken.
+    """Return the number of steps before a checkpoint with the name ``init``, ``epoch K`` or ``step K``.
 
     Raises
     ------
     ValueError
-        If the name is none of these.
+        If the name has a different form.
     """
     kind, _, count = name.partition(" ")
     if name == "init":

@@ -1,4 +1,4 @@
-"""A training run on disk: where it is, and of what it is a run, so that it can go on after an interruption."""
+"""A training run on disk, with its progress and its settings, so that it can continue after an interruption."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ from permask_core.runs.files import digest, load_tensors, save_tensors
 
 
 class Run(NamedTuple):
-    """A run of which ``done`` steps are done: its ``state``, its ``checkpoints`` by name, the mean ``losses`` of the
-    epochs that are finished, the ``optimizer``'s state named "weight/quantity", ``totals`` [processes], each one's sum
-    of the losses of the epoch that is not, and the examples ``seen`` in it. Where connections move, also the present
-    ``masks`` and the history ``fan_in``, or the states of the ``generators`` that draw them."""
+    """A run after ``done`` steps: its ``state``, its ``checkpoints`` by name, the mean ``losses`` of finished epochs,
+    the state of the ``optimizer`` with names "weight/quantity", and of the current epoch ``totals`` [processes], the
+    sum of losses in each process, and the number of examples ``seen``. With moving connections also the current
+    ``masks`` and the history ``fan_in``, or the states of the ``generators`` that draw connections."""
 
     state: dict[str, torch.Tensor]
     checkpoints: dict[str, dict[str, torch.Tensor]]
@@ -33,7 +33,7 @@ _MOVING = ("masks", "fan_in", "generators")
 
 
 def save_run(path, run, identity):
-    """Write a run; ``identity`` says what decides about it, as a dict that JSON holds."""
+    """Write a run and its ``identity``, the settings that determine it, a dict that JSON holds."""
     tensors = {f"state/{name}": tensor for name, tensor in run.state.items()}
     tensors |= {f"checkpoint/{name}/{key}": tensor for name, state in run.checkpoints.items()
                 for key, tensor in state.items()}
@@ -44,15 +44,15 @@ def save_run(path, run, identity):
 
 
 def load_run(path, identity):
-    """Read what :func:`save_run` wrote.
+    """Read a run that :func:`save_run` wrote.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is damaged, holds something else than a run, or a run of another identity; it says which values
-        differ.
+        If the file is damaged, does not hold a run, or holds a run with a different identity; the message lists the
+        differences.
     """
     tensors, record = load_tensors(path)
     if record.get("kind") != "run":
@@ -60,9 +60,9 @@ def load_run(path, identity):
     differ = [f"{name} {record['identity'].get(name)!r} (here {value!r})" for name, value in identity.items()
               if record["identity"].get(name) != value]
     if differ:
-        again = " (a model that was trained already is another start: build it again)" * any(
+        again = " (if the model was already trained, build it again)" * any(
             text.startswith("initial weights") for text in differ)
-        raise ValueError(f"{path} is of a run with {', '.join(differ)}: give another file, or delete it{again}")
+        raise ValueError(f"{path} belongs to a run with {', '.join(differ)}: give another file, or delete it{again}")
     parts, checkpoints = {kind: {} for kind in ("state", "optimizer", *_MOVING)}, {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
@@ -76,13 +76,13 @@ def load_run(path, identity):
 
 
 def find_run(path, identity):
-    """:func:`load_run`, or None where there is no path or no file."""
+    """Return :func:`load_run`, or None if there is no path or no file."""
     return load_run(path, identity) if path and Path(path).exists() else None
 
 
 def describe(value):
-    """What data are in short, as JSON holds it: not where their files lie, how many processes read them, or what nobody
-    trains on."""
+    """Return a summary of data in a form for JSON, without the folder of files, the number of reading processes, and
+    attributes that training does not use."""
     if isinstance(value, torch.nn.Module):
         return digest(value.state_dict())
     if hasattr(value, "indptr"):  # a SciPy CSR array
@@ -96,19 +96,19 @@ def describe(value):
 
 
 def fingerprint(*values):
-    """A short hash of what data are, as :func:`describe` says it."""
+    """Return a short hash of data, from :func:`describe`."""
     return hashlib.sha256(json.dumps([describe(value) for value in values], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def optimizer_state(optimizer, parameters):
-    """The state of an optimizer over named parameters, flat: tensors by "weight/quantity"."""
+    """Return the state of an optimizer over named parameters as a flat dict of tensors by "weight/quantity"."""
     return {f"{name}/{key}": value for name, parameter in parameters.items()
             for key, value in optimizer.state[parameter].items() if value is not None}
 
 
 def restore_optimizer(optimizer, parameters, state):
-    """Put back what :func:`optimizer_state` gave."""
+    """Load a state from :func:`optimizer_state`."""
     for name, value in state.items():
         name, key = name.rsplit("/", 1)
-        # AdamW counts its steps in float32 on the device of the weight when it is fused.
+        # Fused AdamW counts its steps in float32 on the device of the weight.
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device)

@@ -1,7 +1,7 @@
-"""The batches of a training in the order that a seed gives, from any step on, for one process or for several.
+"""The batches of a training in an order given by a seed, from any step, for one process or several.
 
-What a batch holds depends on the seed, the epoch and the number of the batch alone, so that a run that was interrupted
-needs no memory of the batches before.
+The content of a batch depends only on the seed, the epoch and the index of the batch, so a resumed run does not depend
+on previous batches.
 """
 
 import math
@@ -14,12 +14,12 @@ from permask_core.training.resume import describe
 
 
 def stream_of(data, batch_size, seed):
-    """The stream of a split, of tensors (inputs, targets), or of an iterable of batches such as a DataLoader.
+    """Return the stream of a split, of tensors (inputs, targets), or of an iterable of batches such as a DataLoader.
 
     Raises
     ------
     ValueError
-        If the data are of another kind, have no length, or fewer examples than a batch.
+        If the data have a different form, no length, or fewer examples than a batch.
     """
     if isinstance(data, tuple) or hasattr(data, "batches"):
         return SplitStream(as_split(data), batch_size, seed)
@@ -30,19 +30,19 @@ def stream_of(data, batch_size, seed):
 
 
 def as_split(data):
-    """A split as it is, or one made of a tuple of inputs and labels; ValueError for anything else."""
+    """Return a split, which may be made from a tuple of inputs and labels; raise ValueError for other data."""
     check_data((data.x, data.y) if isinstance(data, Split) else data)
     if isinstance(data, tuple):
         return Split(*data)
     if not hasattr(data, "batches"):
-        raise ValueError(f"got {type(data).__name__}: expected a split, as data.train, or a tuple of tensors (inputs, "
-                         "targets), because examples are taken by their numbers")
+        raise ValueError(f"got {type(data).__name__}: expected a split such as data.train, or a tuple of tensors "
+                         "(inputs, targets), because examples are selected by index")
     return data
 
 
 class SplitStream:
-    """A split, shuffled in each epoch. ``steps`` is the number of batches of an epoch, ``last`` the examples in its
-    last one."""
+    """A split, shuffled in each epoch. ``steps`` is the number of batches in an epoch, ``last`` the number of examples
+    in its last batch."""
 
     def __init__(self, split, batch_size, seed):
         self.split, self.batch_size, self.seed = split, batch_size, seed
@@ -54,12 +54,12 @@ class SplitStream:
         return SplitStream(self.split.to(device), self.batch_size, self.seed)
 
     def identity(self):
-        """What decides about the batches, as JSON holds it."""
+        """Return the settings that determine the batches, in a form for JSON."""
         return {"seed": self.seed, "images": len(self.split),
                 **{f"data.{name}": value for name, value in describe(self.split).items()}}
 
     def batches(self, epochs, done, device, parts, own):
-        """From step ``done`` on, the size of each batch, and of its equal ``parts`` those in the slice ``own``."""
+        """Yield, from step ``done``, the size of each batch and those of its equal ``parts`` in the slice ``own``."""
         order = torch.Generator().manual_seed(self.seed)
         for epoch in range(epochs):
             batches = torch.randperm(len(self.split), generator=order).split(self.batch_size)
@@ -71,8 +71,8 @@ class SplitStream:
 
 
 class LoaderStream:
-    """An iterable of batches in the order that it gives. The global random state, the loader's own generator and an
-    epoch of its sampler are set from the seed, so that a DataLoader with ``shuffle=True`` repeats itself."""
+    """An iterable of batches in its own order. The global random state, the loader's generator and the epoch of its
+    sampler are set from the seed, so a DataLoader with ``shuffle=True`` is reproducible."""
 
     def __init__(self, loader, seed):
         if not hasattr(loader, "__len__") or not len(loader):
@@ -82,17 +82,17 @@ class LoaderStream:
         self.loader, self.seed, self.steps = loader, seed, len(loader)
         examples, size = getattr(loader, "dataset", ()), getattr(loader, "batch_size", None)
         whole = getattr(loader, "drop_last", True) or not size or not hasattr(examples, "__len__")
-        self.last = size if whole else len(examples) % size or size  # None if it is not known
+        self.last = size if whole else len(examples) % size or size  # None if unknown
 
     def to(self, device):
         return self
 
     def identity(self):
-        """What is known of the batches, as JSON holds it: not what they hold."""
+        """Return the known settings of the batches, in a form for JSON, without their content."""
         return {"seed": self.seed, "data": type(self.loader).__name__, "batches": self.steps, "last batch": self.last}
 
     def batches(self, epochs, done, device, parts, own):
-        """From step ``done`` on, the size of each batch, and of its equal ``parts`` those in the slice ``own``."""
+        """Yield, from step ``done``, the size of each batch and those of its equal ``parts`` in the slice ``own``."""
         for epoch in range(done // self.steps, epochs):
             torch.manual_seed(mix_seed(self.seed, epoch))
             if isinstance(generator := getattr(self.loader, "generator", None), torch.Generator):
@@ -101,7 +101,7 @@ class LoaderStream:
                 sampler.set_epoch(epoch)
             batches = iter(self.loader)
             for i in range(self.steps):
-                torch.manual_seed(mix_seed(self.seed, epoch, i))  # what a batch draws is its own
+                torch.manual_seed(mix_seed(self.seed, epoch, i))  # random numbers depend on the batch only
                 batch = take_apart(next(batches))
                 if batch[1] is None:
                     raise ValueError("a batch has no targets: expected inputs and targets, or a dict with labels")
@@ -110,7 +110,7 @@ class LoaderStream:
 
 
 class SeveralStreams:
-    """The batches of a split for several seeds as one: inputs and labels have an axis for the networks,
+    """The batches of a split for several seeds; inputs and labels have an axis for the networks,
     [n, networks, ...]."""
 
     def __init__(self, split, batch_size, seeds):

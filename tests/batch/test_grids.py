@@ -115,7 +115,7 @@ def test_missing_files_are_reported_once(tmp_path, monkeypatch):
     ({"notebook": "tiny", "fixed": {"rate": "high"}}, ["tiny: rate is 'high', a str: expected float (in (0, 1))"]),
     ({"notebook": "tiny", "fixed": {"value": True}}, ["tiny: value is True, a bool: expected int"]),
     ({"notebook": "tiny", "fixed": {"value": None}}, ["tiny: value is None, a NoneType: expected int"]),
-    ({"notebook": "tiny", "fixed": {"output": "x"}}, ["tiny: output is set by the batch itself"]),
+    ({"notebook": "tiny", "fixed": {"output": "x"}}, ["tiny: output is set by the batch"]),
     ({"notebook": "tiny", "cross": {"rate": [0.5, 2], "value": [1, -1]}},
      ["tiny: value is -1: expected at least 0", "tiny: rate is 2: expected a number in (0, 1)"]),
     ({"notebook": "tiny", "fixed": {"rate": 3, "value": -7}},
@@ -130,23 +130,23 @@ def test_missing_files_are_reported_once(tmp_path, monkeypatch):
      ["line 2 has 'value' a second time", "line 5 has 'rate' a second time"]),
     ({"notebook": "tiny", "presets": {"a": {"rate": 0.5}}, "fixed": {"value": 1},
       "cross": {"rate": [0.1], "value": [2]}},
-     ["value stands in fixed and in cross: expected it in one", "rate stands in cross and in the preset a: expected"]),
+     ["value is in fixed and in cross: expected it in one", "rate is in cross and in the preset a: expected"]),
     ({"notebook": "../tiny"}, ["unknown notebook '../tiny', perhaps 'tiny': expected one of tiny"]),
     ({"notebook": 3}, ["unknown notebook 3: expected one of tiny"]),
     ("notebook: 2026-01-01", ["unknown notebook datetime.date(2026, 1, 1): expected one of tiny"]),
     ({"notebook": "tiny", "presets": {"../../../evil": {}, 3: {}, "": {}}},
-     ["a preset is called '../../../evil': expected letters", "a preset is called 3: expected",
-      "a preset is called ''"]),
+     ["a preset has the name '../../../evil': expected letters", "a preset has the name 3: expected",
+      "a preset has the name ''"]),
     ("notebook: tiny\nfixed: {value: 2026-01-01, 7: 1}",
      ["fixed has value: datetime.date(2026, 1, 1), which holds a date: expected texts", "fixed has the name 7, a int"]),
     ("notebook: tiny\nfixed: {rate: .nan}", ["fixed has rate: nan, which holds a number that is not finite"]),
-    ({"notebook": "tiny", "cross": {"names": [["a" * 200]]}}, ["a job is called tiny_names-aaa"]),
+    ({"notebook": "tiny", "cross": {"names": [["a" * 200]]}}, ["a job has the name tiny_names-aaa"]),
     ("[]", ["the grid is empty: expected a mapping"]),
-    ({"notebook": "tiny", "resources": {"threads": True}}, ["resources has threads: True, expected whole numbers"]),
+    ({"notebook": "tiny", "resources": {"threads": True}}, ["resources has threads: True, expected integers"]),
     ({"notebook": "tiny", "resources": {"gpu": 1, "mem_mb": "4G", "runtime": 0, "gpus": -1}},
      ["resources has gpu: 1, expected", "resources has mem_mb: '4G', expected", "resources has runtime: 0, expected",
       "resources has gpus: -1, expected"]),
-    ({"notebook": "tiny", "cross": {"value": [1, 1]}}, ["two jobs are called tiny_value-1"]),
+    ({"notebook": "tiny", "cross": {"value": [1, 1]}}, ["two jobs have the name tiny_value-1"]),
     ([{"notebook": "tiny"}, 3], ["got 3: expected a mapping"]),
     ("", ["the grid is empty: expected a mapping"]),
     ({"notebook": "tiny", "cross": {"fail": [True, "yes"]}}, ["tiny: fail is 'yes', a str: expected bool"]),
@@ -159,14 +159,14 @@ def test_all_faults_are_told(grid, content, expected):
 
 
 def test_a_file_that_is_no_yaml(grid):
-    with pytest.raises(GridError, match="grid.yaml is no YAML"):
+    with pytest.raises(GridError, match="grid.yaml is not YAML"):
         read_grid(grid("notebook: [tiny"))
 
 
 def test_a_notebook_without_results_or_a_check(tmp_path, grid):
     write_notebook(tmp_path, "silent", parameters="value: int = 1  # some", check="")
     assert faults(grid({"notebook": "silent"})) == [
-        "  silent leaves no results: expected a notebook with the parameters runs and output"]
+        "  silent writes no results: expected a notebook with the parameters runs and output"]
 
 
 def test_grids_are_found_by_name():

@@ -87,7 +87,7 @@ def test_a_truncated_file_is_told_and_made_again(place, file, change, said, caps
     whole = (place / file).read_bytes()
     (place / file).write_bytes(change(whole))
     assert finished(place, one) is None
-    assert f"tiny has {said}: it is run again" in capsys.readouterr().err
+    assert f"tiny has {said}: it will be run again" in capsys.readouterr().err
     assert run(one, place) and finished(place, one)["runs"] and runs_of(place) == ["3", "3"]
 
 
@@ -192,7 +192,7 @@ def test_the_table_and_the_outlook(place):
         ("b", 2, 0.5, {}), ("a", 1, 0.25, {}), ("c", 3, 0.5, {"fail": True}))}
     assert outlook(jobs, place, every=True).splitlines() == [
         "to run    b, at most 3 minutes", "to run    a, at most 3 minutes", "to run    c, at most 3 minutes",
-        "3 jobs, 0 of them finished; the others take at most 9 minutes, one after the other"]
+        "3 jobs, 0 of them finished; the rest take at most 9 minutes, one after the other"]
     assert gather(jobs, place) == "0 of 3 jobs are finished" and not place.exists()
     for one in jobs.values():
         run(one, place)
@@ -209,7 +209,7 @@ def test_the_table_and_the_outlook(place):
         ("a", 1, "3"), ("b", 2, "3")]
     listed = outlook(jobs, place, every=True).splitlines()
     assert [line.split()[0] for line in listed] == ["finished", "finished", "failed", "3"]
-    assert "about" in listed[2] and "3 jobs, 2 of them finished; the others take about" in listed[3]
+    assert "about" in listed[2] and "3 jobs, 2 of them finished; the rest take about" in listed[3]
 
     found = json.loads((place / "jobs" / "a.json").read_text())
     (place / "jobs" / "a.json").unlink()

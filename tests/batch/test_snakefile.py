@@ -53,7 +53,7 @@ def test_without_a_grid_the_grids_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("given, said", [
-    (["grid=smoke", "seeds=3"], "--config has 'seeds': expected grid, output, store; parameters of notebooks stand in"),
+    (["grid=smoke", "seeds=3"], "--config has 'seeds': expected grid, output, store; parameters of notebooks are in"),
     (["grid=smoke", "ouput=x"], "--config has 'ouput', perhaps 'output': expected"),
     (["grid=3"], "--config has grid=3, a int: expected the name of a file or folder"),
 ])
@@ -117,7 +117,7 @@ def test_a_dry_run_lists_the_jobs_and_touches_nothing_and_a_result_of_other_para
     for dry in ("-pn", "--dry-run"):
         done = snakemake(root, dry, *settings, root=root)
         assert done.returncode == 0 and "to run    tiny_value-1, at most 60 minutes" in done.stderr
-        assert "2 jobs, 0 of them finished; the others take at most 2 hours" in done.stderr
+        assert "2 jobs, 0 of them finished; the rest take at most 2 hours" in done.stderr
         assert list((root / "out").rglob("*.*")) == [result]
     snakemake(root, "--until", "nothing", *settings, root=root)
     assert not result.exists() and "another grid" in result.with_suffix(".old").read_text()

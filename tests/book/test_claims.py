@@ -101,7 +101,7 @@ def test_rates_are_those_of_the_repetitions(project, in_this_process, capsys):
     assert [name for name, one in threads.items() if one["holds"]] == ["two threads"]
     (machine,) = record["repetitions"]["avx2"]["machines"]
     assert machine["processor"] and machine["commit"] and machine["versions"]["torch"]
-    assert "0 of 4 repetitions of notebooks are there" in capsys.readouterr().out
+    assert "0 of 4 repetitions of notebooks are finished" in capsys.readouterr().out
 
 
 def test_what_was_repeated_is_not_repeated_again_unless_the_notebook_changed(project, in_this_process):

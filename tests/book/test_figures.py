@@ -1,4 +1,4 @@
-"""The figures of the prose pages, and the numbers and code that stand beside them in the text."""
+"""The figures of the prose pages, and the numbers and code next to them in the text."""
 
 import re
 import xml.etree.ElementTree as ElementTree

@@ -42,10 +42,10 @@ def test_what_follows_the_first_of_three_are_targets():
 
 
 @pytest.mark.parametrize("data, expected", [
-    (load_dataset("digits"), "got a Dataset of str, Split, Split, tuple, int: expected a split, as data.train"),
+    (load_dataset("digits"), "got a Dataset of str, Split, Split, tuple, int: expected a split such as data.train"),
     ((X.numpy(), Y.numpy()), "got a tuple of ndarray, ndarray"), ((X, Y[:4]), "got 10 inputs and 4 labels"),
     ((X,), "got a tuple of Tensor"), (X.split(2), r"got a tuple of 5 tensors, \[2, 3\] and \[2, 3\]: expected"),
-    (X.view(10, 1, 3).split(5), "batches, as tensor.split has them, come in a list"),
+    (X.view(10, 1, 3).split(5), "pass batches, such as those of tensor.split, as a list"),
     (7, "got int"), ("digits", "got str"), ({"x": X}, "got dict"),
     ([], "got a list without batches"), (iter([]), "got a list_iterator without batches"),
     ((X[:0], Y[:0]), "got a tuple without batches"), ([{"x": X, "y": Y, "labels": Y}], "a batch has labels and y"),

@@ -161,7 +161,7 @@ def test_images_that_are_listed_and_missing_are_named(root):
     for number in (3, 100):
         (root / "celeba" / "img_align_celeba" / f"{number:06}.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(
-            f"{root}/celeba/img_align_celeba lacks 2 of the 130 images in {ATTRIBUTES}: 000003.jpg, 000100.jpg; "
+            f"2 of the 130 images in {ATTRIBUTES} are not in {root}/celeba/img_align_celeba: 000003.jpg, 000100.jpg; "
             "unpack img_align_celeba.zip again")):
         load(root)
 
@@ -187,10 +187,10 @@ def test_bad_options_are_named(made, options, message):
     (ATTRIBUTES, lambda lines: [*lines[:-1], lines[-1][:-1] + "0"], "line 132 of {} has the value '0': expected one of "
      "-1, 1"),
     (ATTRIBUTES, lambda lines: [*lines[:2], lines[2].replace("000001", "1"), *lines[3:]], "lists 130 images, "
-     f"{ATTRIBUTES} 130; only in one of them: 000001.jpg, 1.jpg: expected the same, in the same order"),
-    (PARTITION, lambda lines: [], f"lists 0 images, {ATTRIBUTES} 130; only in one of them: 000001.jpg, 000002.jpg"),
-    (PARTITION, lambda lines: lines[:-1], "only in one of them: 000130.jpg: expected the same"),
-    (PARTITION, lambda lines: [*reversed(lines)], "only in one of them: none: expected the same, in the same order"),
+     f"{ATTRIBUTES} 130; in only one of them: 000001.jpg, 1.jpg: expected the same images in the same order"),
+    (PARTITION, lambda lines: [], f"lists 0 images, {ATTRIBUTES} 130; in only one of them: 000001.jpg, 000002.jpg"),
+    (PARTITION, lambda lines: lines[:-1], "in only one of them: 000130.jpg: expected the same"),
+    (PARTITION, lambda lines: [*reversed(lines)], "in only one of them: none: expected the same images in the same"),
     (PARTITION, lambda lines: ["000001.jpg", *lines[1:]], "line 1 of {} has 1 columns: expected 2"),
     (PARTITION, lambda lines: [*lines[:7], "000008.jpg x", *lines[8:]], "line 8 of {} has the value 'x': expected one "
      "of 0, 1, 2"),

@@ -20,7 +20,7 @@ def test_every_image_is_there_once(digits):
     for split in (digits.train, digits.test):
         assert split.x.dtype == torch.float32 and split.y.dtype == torch.int64 and len(split.x) == len(split.y)
     assert not images(digits.train) & images(digits.test)
-    assert len(images(digits.train) | images(digits.test)) == 1797  # the set has no two images alike
+    assert len(images(digits.train) | images(digits.test)) == 1797  # all images of the set differ
 
 
 def test_pixels_and_labels_belong_together(digits):

@@ -136,11 +136,11 @@ def test_what_was_written_at_random_is_read(written):
 @pytest.mark.parametrize("number, line, message", [
     (0, "5 6", "line 1 of .* is '5 6': expected three numbers"),
     (0, "1 5 2147483648", "expected fewer than 2.31"), (0, "5 6 0", "line 1 of .* is '5 6 0'"),
-    (0, "0,1 2:3", "line 1 of "), (1, "4 0:1", "line 2 of .*: the label is '4': expected a whole number from 0 to 3"),
+    (0, "0,1 2:3", "line 1 of "), (1, "4 0:1", "line 2 of .*: the label is '4': expected an integer from 0 to 3"),
     (2, "1,x 0:1", "line 3 of .*: the label is 'x'"), (2, "1,, 0:1", "line 3 of .*: the label is ''"),
-    (3, "1 6:1", "line 4 of .*: the feature is '6': expected a whole number from 0 to 5"),
-    (3, "1 -1:1", "line 4 of .*: the feature is '-1'"), (4, "1 2", "line 5 of .*: '2' is no pair"),
-    (4, "1 2:3:4", "line 5 of .*: '2:3:4' is no pair"), (5, "1 2:nan", "line 6 .* 'nan': expected a finite number"),
+    (3, "1 6:1", "line 4 of .*: the feature is '6': expected an integer from 0 to 5"),
+    (3, "1 -1:1", "line 4 of .*: the feature is '-1'"), (4, "1 2", "line 5 of .*: '2' is not a pair"),
+    (4, "1 2:3:4", "line 5 of .*: '2:3:4' is not a pair"), (5, "1 2:nan", "line 6 .* 'nan': expected a finite number"),
     (5, "1 2:1e39", "line 6 of .*: the value is '1e39'"), (5, "1 2:é", "line 6 of .*: the value is "),
 ])
 def test_a_damaged_line_is_named(number, line, message, written):
@@ -161,8 +161,8 @@ def test_a_wrong_number_of_lines_is_named(written):
 
 
 @pytest.mark.parametrize("header, said", [
-    ("1 1 2147483647", "line 1 of {path} announces 1 points, 1 features and 2147483647 labels: a number for each takes "
-                       "17.2 GB, and this machine has 16.0 GB of memory. Expected at most half of it"),
+    ("1 1 2147483647", "line 1 of {path} announces 1 points, 1 features and 2147483647 labels: one number for each "
+                       "takes 17.2 GB, and this machine has 16.0 GB of memory: expected at most half of it"),
     ("99999999999 1 1", "line 1 of {path} announces 99999999999 points"),
     ("1" * 5000 + " 1 1", "line 1 of {path} is '1111"),
 ])

@@ -179,7 +179,7 @@ def test_missing_files_are_named(tmp_path, load, gone):
     (write_hatexplain(tmp_path) / gone).unlink()
     with pytest.raises(FileNotFoundError) as found:
         load()
-    for part in (f"HateXplain is not in {tmp_path}: expected the folder hatexplain with", f"missing: {gone}. Fetch",
+    for part in (f"HateXplain is not in {tmp_path}: expected the folder hatexplain with", f"missing: {gone}. Download",
                  "the folder Data of https://github.com/hate-alert/HateXplain", f"put them in {tmp_path}/hatexplain"):
         assert part in str(found.value)
 
@@ -210,19 +210,19 @@ def test_damaged_posts_are_named(tmp_path, load, bad, message):
 
 
 @pytest.mark.parametrize("file, content, message", [
-    ("dataset.json", "", "{} is damaged or no JSON (Expecting value"),
-    ("dataset.json", '{"1_gab": {"ann', "{} is damaged or no JSON ("),
-    ("dataset.json", b"\xff\xfe\x00", "{} is damaged or no JSON ("),
+    ("dataset.json", "", "{} is damaged or not JSON (Expecting value"),
+    ("dataset.json", '{"1_gab": {"ann', "{} is damaged or not JSON ("),
+    ("dataset.json", b"\xff\xfe\x00", "{} is damaged or not JSON ("),
     ("dataset.json", "[]", "{} holds list: expected an object"),
     ("dataset.json", "{}", "lists posts that are not in dataset.json: 1_gab, 2_gab; in train and in test: none"),
-    ("post_id_divisions.json", "<html>", "{} is damaged or no JSON ("),
-    ("post_id_divisions.json", '{"train": ["1_gab"]}', "{} has the keys train: expected train and test, lists of the"),
+    ("post_id_divisions.json", "<html>", "{} is damaged or not JSON ("),
+    ("post_id_divisions.json", '{"train": ["1_gab"]}', "{} has the keys train: expected train and test, lists of"),
     ("post_id_divisions.json", '{"train": ["1_gab"], "test": "2_gab"}', "{} has the keys test, train: expected"),
     ("post_id_divisions.json", '{"train": ["1_gab"], "test": [2]}', "{} has the keys test, train: expected"),
     ("post_id_divisions.json", '{"train": ["1_gab"], "test": ["1_gab", "7_gab"]}',
-     "{} lists posts that are not in dataset.json: 7_gab; in train and in test: 1_gab: expected none of either"),
+     "{} lists posts that are not in dataset.json: 7_gab; in train and in test: 1_gab: expected no such posts"),
     ("post_id_divisions.json", '{"train": ["1_gab"], "test": ["2_gab", "1_gab"]}',
-     "{} lists posts that are not in dataset.json: none; in train and in test: 1_gab: expected none of either"),
+     "{} lists posts that are not in dataset.json: none; in train and in test: 1_gab: expected no such posts"),
     ("post_id_divisions.json", '{"train": ["1_gab"], "test": []}', "{} has 1 training and 0 test posts on which two"),
 ])
 def test_damaged_files_are_named(tmp_path, load, file, content, message):
@@ -250,7 +250,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path, load, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     write_hatexplain(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"(?s)cannot load the tokenizer '{name}' .*expected a folder .* or its "
-                                                "name on the Hugging Face hub; where there is no network, fetch"):
+                                                "name on the Hugging Face hub; without network access, download"):
         load(tokenizer=name)
 
 

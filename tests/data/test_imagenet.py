@@ -151,7 +151,7 @@ def test_damaged_images_are_named(tmp_path, damage, readers):
     train, _, _, _ = imagenet(tmp_path, image_size=16, readers=readers)
     path = tmp_path / "train" / train.names[2]
     damage(path)
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is no readable image .*: replace or delete it"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a readable image .*: replace or delete it"):
         together(train, in_order(train, 1))
 
 
@@ -167,7 +167,7 @@ def test_classes_must_be_the_same_in_both_folders(tmp_path):
         imagenet(tmp_path)
     (tmp_path / "train").rename(tmp_path / "too")
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match="0 classes in train and 0 in val; .*expected the same, at least one"):
+    with pytest.raises(ValueError, match="0 classes in train and 0 in val; .*expected the same classes, at least one"):
         imagenet(tmp_path)
 
 
@@ -183,7 +183,7 @@ def test_names_that_imagenet_does_not_know(tmp_path):
     write_imagenet(tmp_path, 3, 1, 1, size=8)
     for name in ("train", "val"):
         (tmp_path / name / "n00000002").rename(tmp_path / name / "cats")
-    with pytest.raises(ValueError, match="meta.bin does not know cats: expected names of ImageNet's classes"):
+    with pytest.raises(ValueError, match="meta.bin does not have cats: expected names of ImageNet's classes"):
         imagenet(tmp_path)
     (tmp_path / "meta.bin").unlink()  # another set in the same folders
     train, val, _, classes = imagenet(tmp_path)
@@ -218,7 +218,7 @@ def test_missing_folders_are_named(tmp_path, monkeypatch, gone):
     for name in gone:
         (tmp_path / "sets" / "imagenet" / name).rename(tmp_path / name)
     message = (f"ImageNet is not in {tmp_path}/sets/imagenet: expected train/<class>/*.JPEG and val/<class>/*.JPEG; "
-               f"missing: {', '.join(gone)}. Fetch ILSVRC2012_img_train.tar")
+               f"missing: {', '.join(gone)}. Download ILSVRC2012_img_train.tar")
     monkeypatch.setenv("PERMASK_DATA", "sets")
     for root in ("sets/imagenet", None):
         with pytest.raises(FileNotFoundError, match=re.escape(message)):

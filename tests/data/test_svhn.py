@@ -79,19 +79,19 @@ def test_another_set_than_the_published_one(tmp_path):
 def test_damaged_files_are_named(tmp_path, damage):
     path = write_svhn(tmp_path) / "test_32x32.mat"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged or no file of MATLAB .*: delete it"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged or not a MATLAB file .*: delete it"):
         svhn(tmp_path, verify=False)
 
 
 @pytest.mark.parametrize("content, message", [
-    ({"y": LABELS}, "'X' in {} is object []: expected uint8 [32, 32, 3, n], n at least 1"),
+    ({"y": LABELS}, "'X' in {} is object []: expected uint8 [32, 32, 3, n] with n at least 1"),
     ({"X": IMAGES.astype(float), "y": LABELS}, "'X' in {} is float64 [32, 32, 3, 4]: expected uint8"),
     ({"X": IMAGES.transpose(3, 0, 1, 2), "y": LABELS}, "'X' in {} is uint8 [4, 32, 32, 3]: expected"),
     ({"X": IMAGES[..., :0], "y": LABELS[:0]}, "'X' in {} is uint8 [32, 32, 3, 0]: expected"),
     ({"X": IMAGES}, "'y' in {} is object []: expected one number for each of the 4 images"),
     ({"X": IMAGES, "y": LABELS[:3]}, "'y' in {} is uint8 [3, 1]: expected one number for each of the 4 images"),
     ({"X": IMAGES, "y": "1234"}, "'y' in {} is <U4 [1]: expected one number"),
-    ({"X": IMAGES, "y": LABELS % 10}, "'y' in {} has the label 0: expected 1 to 10, which stands for the digit 0"),
+    ({"X": IMAGES, "y": LABELS % 10}, "'y' in {} has the label 0: expected 1 to 10, where 10 is the digit 0"),
     ({"X": IMAGES, "y": LABELS + 1}, "'y' in {} has the label 11: expected 1 to 10"),
     ({"X": IMAGES, "y": LABELS / 2}, "'y' in {} has the label 0.5: expected 1 to 10"),
 ])

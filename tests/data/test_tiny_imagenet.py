@@ -65,14 +65,15 @@ def test_missing_files_are_named(tmp_path, folder, gone):
     with pytest.raises(FileNotFoundError) as found:
         tiny_imagenet(tmp_path)
     for part in (f"Tiny ImageNet is not in {tmp_path}: expected the folder tiny-imagenet-200 with wnids.txt, train,",
-                 f"missing: {gone}. Fetch http://cs231n.stanford.edu/tiny-imagenet-200.zip", f"unpack it in {tmp_path}",
+                 f"missing: {gone}. Download http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                 f"unpack it in {tmp_path}",
                  "PERMASK_DATA"):
         assert part in str(found.value)
 
 
 @pytest.mark.parametrize("listed, message", [
     ("", "lists 0 classes, and train has 4; only listed: none; only in train: n00000000, n00000001"),
-    ("n00000000\nn00000001\nn00000002\nn7", "only listed: n7; only in train: n00000003: expected each class once"),
+    ("n00000000\nn00000001\nn00000002\nn7", "only listed: n7; only in train: n00000003: expected the same classes"),
     ("n00000000\nn00000001\nn00000002\nn00000003\nn00000003", "lists 5 classes, and train has 4; only listed: none"),
 ])
 def test_classes_other_than_the_folders(tmp_path, folder, listed, message):
@@ -91,11 +92,11 @@ def test_a_class_without_images_is_named(tmp_path, folder):
 
 @pytest.mark.parametrize("change, message", [
     (lambda rows: [*rows[:2], rows[2].replace("\t", " "), *rows[3:]], "line 3 of {} is ['val_2.JPEG n00000002 0 0 62 62"
-     "']: expected six columns, the second one of the 4 classes in wnids.txt"),
+     "']: expected six columns, the second with one of the 4 classes in wnids.txt"),
     (lambda rows: [rows[0].replace("n00000000", "n5"), *rows[1:]], "line 1 of {} is ['val_0.JPEG', 'n5', '0'"),
     (lambda rows: rows[1:], "lists 11 images, and {images} has 12; only listed: none; only there: val_0.JPEG"),
     (lambda rows: [*rows, rows[0].replace("val_0", "val_12")], "lists 13 images, and {images} has 12; only listed: "
-     "val_12.JPEG; only there: none: expected each once"),
+     "val_12.JPEG; only there: none: expected the same images, each once"),
     (lambda rows: [*rows, rows[0]], "lists 13 images, and {images} has 12; only listed: none; only there: none"),
     (lambda rows: [], "lists 0 images, and {images} has 12"),
 ])
@@ -113,5 +114,5 @@ def test_images_of_another_size_or_damaged_are_named(tmp_path, folder):
     with pytest.raises(ValueError, match=re.escape(f"{path} is 32x64: expected 64x64 pixels")):
         tiny_imagenet(tmp_path)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is no readable image .*: replace or delete it"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is not a readable image .*: replace or delete it"):
         tiny_imagenet(tmp_path)

@@ -138,7 +138,7 @@ def test_results_have_a_line_for_each_width_rewind_and_sparsity():
                                 | {head: cell(rows, *one, **where) for head, one in COLUMNS.items()})
     lines = results(rows)
     assert lines == expected
-    assert len({line["dense"] for line in lines}) == 4  # of each width and rewind its own, beside every sparsity
+    assert len({line["dense"] for line in lines}) == 4  # one for each width and rewind, with every sparsity
 
 
 def test_results_name_only_what_differs():

@@ -41,7 +41,7 @@ def test_numbers_stand_right(number):
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([], "at least one row"),
+    ([], "expected at least one"),
     ([{"a": 1}, {"a": 1, "b": 2}], "row 1 has the columns ['a', 'b']: expected ['a']"),
     ([{"a": 1, "b": 2}, {"b": 2, "a": 1}], "row 1 has the columns ['b', 'a']"),
 ])

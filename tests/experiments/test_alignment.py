@@ -122,8 +122,8 @@ def test_without_a_gap_nothing_is_closed(lth, why):
 @pytest.mark.parametrize("changes, message", [
     ({"permuted": [0.5]}, "permuted has the shape [1], lth [2]: expected one value"),
     ({"permuted": [0.5], "naive": [0.5], "lth": [0.5]}, "permuted has the shape [1]"),
-    ({"naive": [50, 60]}, "naive holds [50.0, 60.0]: expected accuracies in [0, 1]"),
-    ({"lth": [0.9, math.nan]}, "lth holds [0.9, nan]"), ({"confidence": 95}, "confidence is 95")])
+    ({"naive": [50, 60]}, "naive is [50.0, 60.0]: expected accuracies in [0, 1]"),
+    ({"lth": [0.9, math.nan]}, "lth is [0.9, nan]"), ({"confidence": 95}, "confidence is 95")])
 def test_bad_accuracies_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         gap_share(**{"permuted": [0.6, 0.6], "naive": [0.5, 0.5], "lth": [0.7, 0.7], **changes})
@@ -230,7 +230,7 @@ def test_a_shortcut_without_a_mask_connects_and_a_norm_does_not():
 def test_idle_units_of_what_does_not_fit(network):
     groups, state, masks = network
     name = next(iter(masks))
-    with pytest.raises(ValueError, match="which is none of"):
+    with pytest.raises(ValueError, match="has .*: expected one of"):
         idle_units(groups, masks, {key: state[key] for key in masks})
     with pytest.raises(ValueError, match=f"mask '{name}' has shape"):
         idle_units(groups, masks, {**state, name: state[name][:1]})

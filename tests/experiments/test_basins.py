@@ -102,7 +102,7 @@ def test_a_batchnorm_without_statistics_is_refused_before_any_training(correctio
 
     monkeypatch.setattr(basins, "build_network", without)
     store = Store(tmp_path)
-    with pytest.raises(ValueError, match="BatchNorm '0' keeps no running statistics"):
+    with pytest.raises(ValueError, match="BatchNorm '0' has no running statistics"):
         basins.run(TINY, store, seeds=[0], sparsities=[0], correction=correction)
     assert store.computed == 0
 

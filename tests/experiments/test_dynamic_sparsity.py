@@ -173,7 +173,7 @@ def test_a_run_killed_in_the_middle_ends_in_the_same_bits(finished, tmp_path, me
         train_network(TINY, Store(tmp_path), 0, 0.95, method)
     assert len(list(tmp_path.rglob("*.unfinished"))) == 1 and not list(tmp_path.rglob("*.safetensors"))
     state, masks, record = train_network(TINY, Store(tmp_path), 0, 0.95, method)
-    assert 20 < len(saved) < 2 * 23 + 5  # it went on, and did not begin anew
+    assert 20 < len(saved) < 2 * 23 + 5  # it continued, and did not start again
     whole = train_network(TINY, store, 0, 0.95, method)
     for found, expected in ((state, whole[0]), (masks, whole[1])):
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)

@@ -136,7 +136,7 @@ def test_a_setting_that_cannot_be_is_named(call, message):
     ({}, {"seeds": [0, 0]}, "seeds is [0, 0]: expected each value once"), ({}, {"seeds": [-1]}, "seed is -1: expected"),
     ({}, {"seeds": []}, "seeds is []: expected"), ({}, {"workers": 0}, "workers is 0: expected an integer"),
     ({"fan_in": 21}, {}, "fan_in is 21, which gives 'static' rows of 21: expected 1 to 20, the inputs of the output"),
-    ({"fan_in": 4}, {}, "fan_in is 4, and of the 4 connections of a row of 'set' a share of 0.2 is to move: expected"),
+    ({"fan_in": 4}, {}, "fan_in is 4: of the 4 connections in a row of 'set', a fraction of 0.2 is dropped; expected"),
     ({"fan_in": 4, "hidden": 40}, {"methods": ["set+intermediate"]}, "fan_in is 4, which gives 'set+interm"),
     ({"fan_in": 1, "labels": 30, "hidden": 40}, {"methods": ["bottleneck"]}, "fan_in is 1: a bottleneck would have no"),
     ({"dataset": "words"}, {"methods": ["set+auxiliary"]}, "method 'set+auxiliary' needs clusters of labels, which"),

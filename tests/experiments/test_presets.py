@@ -175,7 +175,7 @@ def test_any_valid_change_gives_experiments_that_can_run(name, data):
     epochs = data.draw(st.none() | st.integers(1, 400), "epochs")
     length = epochs or base.epochs
     assume(length > base.warmup)
-    rewinds = data.draw(values(st.integers(0, int(length - base.warmup - 1))), "rewinds")  # warmup fits in what is left
+    rewinds = data.draw(values(st.integers(0, int(length - base.warmup - 1))), "rewinds")  # warmup fits
     changes = {
         "epochs": epochs,
         "width": data.draw(st.none() | st.floats(0.01, 20), "width"),
@@ -200,17 +200,17 @@ def test_any_valid_change_gives_experiments_that_can_run(name, data):
     ({"dataset": "mnist"}, "dataset is 'mnist': expected one of"),
     ({"model": "cnn"}, "model is 'cnn'"), ({"imp": "restart"}, "imp is 'restart'"),
     ({"width": 0}, "width is 0: expected a factor above 0"),
-    ({"rewinds": [2, 12]}, "rewind is 12: expected an epoch from 0 to 11, before the last of 12"),
+    ({"rewinds": [2, 12]}, "rewind is 12: expected an epoch from 0 to 11, before the end of 12"),
     ({"rewinds": [-1]}, "rewind is -1"), ({"rewinds": [0.5]}, "rewind is 0.5"), ({"rewinds": []}, "rewinds is []"),
     ({"rewinds": [2, 2]}, "rewinds is [2, 2]: expected each value once"),
-    ({"rewind": 12}, "rewind is 12: expected an epoch from 0 to 11, before the last of 12"),
-    ({"epochs": 2}, "rewind is 2: expected an epoch from 0 to 1, before the last of 2"),
+    ({"rewind": 12}, "rewind is 12: expected an epoch from 0 to 11, before the end of 12"),
+    ({"epochs": 2}, "rewind is 2: expected an epoch from 0 to 1, before the end of 2"),
     ({"epochs": "9"}, "epochs is '9'"), ({"epochs": 0}, "epochs is 0: expected an integer of at least 1"),
     ({"imp_epochs": -1}, "imp_epochs is -1: expected an integer of at least 1"), ({"imp_lr": 0}, "imp_lr is 0"),
     ({"sparse_lr": 0}, "sparse_lr is 0: expected a number above 0"), ({"lr": 0}, "lr is 0"),
     ({"warmup": 11, "imp_epochs": 12}, "warmup is 11: expected a number of epochs below epochs - rewind"),
     ({"warmup": 10}, "warmup is 10: expected a number of epochs below imp_epochs"),
-    ({"checkpoints": (0, 99)}, "checkpoints holds 99: expected epochs from 0 to 12"),
+    ({"checkpoints": (0, 99)}, "checkpoints has 99: expected epochs from 0 to 12"),
     ({"batch_size": 0}, "batch_size is 0"), ({"precision": "fp16"}, "precision is 'fp16'"),
     ({"dataset": "cifar10", "options": {"noise": 1}}, "cifar10 has no option 'noise'"),
 ])

@@ -107,8 +107,8 @@ def test_a_training_killed_before_it_is_stored_is_not_done_again(tmp_path, monke
 @pytest.mark.parametrize(("change", "said"), [
     ({"batched": 0}, "batched is 0: expected an integer of at least 1"),
     ({"batched": 2.0}, "batched is 2.0: expected an integer"),
-    ({"batched": 2, "workers": 2}, "batched is 2, beside several processes"),
-    ({"batched": 2, "experiment": [TINY, dataclasses.replace(TINY, processes=2)]}, "batched is 2, beside several"),
+    ({"batched": 2, "workers": 2}, "batched is 2 with several processes"),
+    ({"batched": 2, "experiment": [TINY, dataclasses.replace(TINY, processes=2)]}, "batched is 2 with several"),
 ])
 def test_what_cannot_be_is_refused_before_any_training(store, change, said):
     with pytest.raises(ValueError, match=said):
@@ -147,7 +147,7 @@ print(sum(trained), store.computed, [row["accuracy"] for row in rows])
 
 @pytest.mark.parametrize("numbers", [(100, 100), (100, 1)])
 def test_processes_at_once_never_train_a_network_twice(tmp_path, numbers):
-    """Two that collect what they train at once, and one that does beside one that trains one after the other."""
+    """Two that train batched, and one that does next to one that trains one network after the other."""
     (tmp_path / "script.py").write_text(AT_ONCE)
     processes = [subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path / "runs", str(number)], text=True,
                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE,

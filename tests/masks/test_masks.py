@@ -99,9 +99,9 @@ def test_the_first_offending_key_is_named_with_both_shapes():
     model, masks = network_and_masks()
     for target in (model, model.state_dict()):
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with pytest.raises(ValueError, match=r"'fc2.weight' has shape \[6, 5\], its tensor \[6, 6\]"):
+        with pytest.raises(ValueError, match=r"'fc2.weight' has shape \[6, 5\]: expected \[6, 6\]"):
             apply_masks(target, {**masks, "fc2.weight": masks["fc2.weight"][:, 1:], "head.weight": masks["fc1.weight"]})
-        with pytest.raises(ValueError, match=r"'fc9.weight' of shape \[6, 4\] has no tensor .* one of fc1.weight"):
+        with pytest.raises(ValueError, match=r"'fc9.weight' of shape .* not in the model: expected one of fc1.weight"):
             apply_masks(target, {"fc9.weight": masks["fc1.weight"]})
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -149,11 +149,11 @@ def test_masks_are_loaded_against_any_network(tmp_path):
     for network in (model, model.state_dict()):
         assert load_masks(tmp_path / "masks", network).keys() == masks.keys()
     for network in (other, other.state_dict()):
-        with pytest.raises(ValueError, match=r"'fc1.weight' has shape \[6, 4\], its tensor \[13, 4\]"):
+        with pytest.raises(ValueError, match=r"'fc1.weight' has shape \[6, 4\]: expected \[13, 4\]"):
             load_masks(tmp_path / "masks", network)
     with pytest.raises(ValueError, match=r"'fc1.weight' has shape"):
         save_masks(tmp_path / "others", masks, model=other)
-    with pytest.raises(ValueError, match="provenance of masks cannot be written as JSON.*set"):
+    with pytest.raises(ValueError, match="provenance of the masks cannot be written as JSON.*set"):
         save_masks(tmp_path / "others", masks, command={1})
     assert not (tmp_path / "others").exists()
 
@@ -525,7 +525,7 @@ def test_steps_are_those_of_the_networks_own_optimizer():
 def test_masks_that_do_not_fit_are_refused_before_the_block():
     model, masks, _, _ = data_and_network()
     for use in (watch, attach_masks):
-        with pytest.raises(ValueError, match="'fc9.weight' of shape .* has no tensor"):
+        with pytest.raises(ValueError, match="'fc9.weight' of shape .*, which is not in the model"):
             with use(model, {"fc9.weight": masks["fc1.weight"]}):
                 pytest.fail("entered")
     assert_no_hooks(model)

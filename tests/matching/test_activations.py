@@ -264,7 +264,7 @@ def test_every_call_of_a_module_counts(lively):
 
 
 @pytest.mark.parametrize("tap, message", [
-    (Tap("7", "output", 1), "group '0' is read at the output of '7', which is no module of the model"),
+    (Tap("7", "output", 1), "group '0' is read at the output of '7', which is not a module of the model"),
     (Tap("1", "outside", 1), "group '0' is read at the outside of '1': expected its input or output"),
     (Tap("2", "output", 1), "whose shape is [25, 2]: expected 5 indices along axis 1"),
     (Tap("1", "output", 3), "whose shape is [25, 5]: expected 5 indices along axis 3"),
@@ -304,7 +304,7 @@ def test_heads_that_cannot_be_read_can_be_left_out():
     nets = [nn.Sequential(nn.Linear(5, 8), net, nn.Linear(8, 3)) for net in nets]
     x = torch.randn(10, 4, 5)
     groups = permutation_groups(nets[0], x)
-    with pytest.raises(ValueError, match=re.escape("has no taps") + ".*Leave such groups out"):
+    with pytest.raises(ValueError, match=re.escape("has no taps") + ".*Exclude such groups"):
         match_activations(groups, *nets, [x])
     left = {name: group for name, group in groups.items() if group.taps}
     assert 0 < len(left) < len(groups) and match_activations(left, *nets, [x]).keys() == left.keys()

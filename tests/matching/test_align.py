@@ -106,7 +106,7 @@ def test_batches_of_any_kind(planted, form, by):
 
 
 class Named(nn.Module):
-    """A network of two named inputs, and a BatchNorm that keeps no statistics beside one that is not called."""
+    """A network of two named inputs, and a BatchNorm without statistics next to one that is not called."""
 
     def __init__(self, seed):
         torch.manual_seed(seed)

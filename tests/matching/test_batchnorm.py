@@ -113,9 +113,9 @@ def test_everything_else_stays_also_after_an_error():
 
 
 def test_what_cannot_be_reset_is_named():
-    with pytest.raises(ValueError, match="Sequential has no BatchNorm: there is nothing to reset"):
+    with pytest.raises(ValueError, match="Sequential has no BatchNorm: expected at least one layer"):
         reset_batchnorm(build_model("mlp", (1, 8, 8), 10), [torch.zeros(3, 1, 8, 8)])
-    with pytest.raises(ValueError, match="BatchNorm '6' keeps no running statistics"):
+    with pytest.raises(ValueError, match="BatchNorm '6' has no running statistics"):
         reset_batchnorm(small(track_running_stats=False), [images()])
 
 

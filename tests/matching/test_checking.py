@@ -50,7 +50,7 @@ def test_groups_by_hand_that_are_right_pass():
 
 @pytest.mark.parametrize("group, entry", [(name, entry) for name, group in RIGHT.items() for entry in group.entries])
 def test_a_missing_entry_is_found_and_its_group_named(group, entry):
-    """Also of a fresh network, whose biases and norms are alike or zero."""
+    """Also of a new network, whose biases and norms are equal or zero."""
     wrong = without(group, entry.tensor, entry.axis)
     with pytest.raises(ValueError, match=f"permuting group '{group}' changes the outputs by .* less than 1e-09"):
         check_function(wrong, net(), X)
@@ -140,7 +140,7 @@ def test_outputs_of_any_kind(answer):
 
 
 @pytest.mark.parametrize("answer, message", [
-    (lambda y: y * 0, "of 12 outputs, 0 are not finite and 12 are 0: nothing can be said"),
+    (lambda y: y * 0, "of 12 outputs, 0 are not finite and 12 are 0: expected finite outputs"),
     (lambda y: (y - y) / (y - y), "of 12 outputs, 12 are not finite and 0 are 0"),
     (lambda y: torch.where(y == y.max(), float("inf"), y), "of 12 outputs, 1 are not finite"),
 ], ids=["zero", "nan", "inf"])
@@ -226,7 +226,7 @@ def test_tied_tensors_stay_tied_when_drawn():
 
 
 def test_a_fresh_network_is_no_witness_and_a_redrawn_one_is():
-    """With norms that are all alike, a group that forgets them keeps the function of a fresh network."""
+    """With norms that are all equal, a group without them preserves the function of a new network."""
     model, x = build_model("vgg11", (3, 32, 32), 4, width=0.05, batch_norm=True).eval(), torch.randn(2, 3, 32, 32)
     groups = permutation_groups(model, x)
     forgotten = {"conv1": groups["conv1"]._replace(entries=tuple(

@@ -115,16 +115,19 @@ ENTRY = ["groups", "g", "entries", 0]
     (changed(["groups"], None), "KeyError: 'groups'"), (changed(["groups"], [1]), "AttributeError"),
     (changed(["groups", "g"], 3), "TypeError"), (changed(["groups", "g", "entries"], None), "KeyError: 'entries'"),
     (changed(["groups", "g", "entries"], ["w"]), "TypeError"),
-    (changed(["groups", "g", "size"], 2.5), "2.5 is no integer"),
-    (changed(["groups", "g", "size"], "2"), "'2' is no integer"), (changed([*ENTRY, "axis"], "0"), "'0' is no integer"),
-    (changed([*ENTRY, "axis"], True), "True is no integer"), (changed([*ENTRY, "axis"], None), "KeyError: 'axis'"),
+    (changed(["groups", "g", "size"], 2.5), "2.5 is not an integer"),
+    (changed(["groups", "g", "size"], "2"), "'2' is not an integer"),
+    (changed([*ENTRY, "axis"], "0"), "'0' is not an integer"),
+    (changed([*ENTRY, "axis"], True), "True is not an integer"), (changed([*ENTRY, "axis"], None), "KeyError: 'axis'"),
     (changed([*ENTRY, "tensor"], None), "missing 1 required positional argument: 'tensor'"),
     (changed([*ENTRY, "colour"], 1), "unexpected keyword argument 'colour'"),
-    (changed([*ENTRY, "positions"], [[0], [0.5]]), "0.5 is no integer"),
+    (changed([*ENTRY, "positions"], [[0], [0.5]]), "0.5 is not an integer"),
     (changed([*ENTRY, "positions"], [0, 1]), "iterable"),
     (changed([*ENTRY, "positions"], [[0, 1], [2]]), "length"), (changed([*ENTRY, "rows"], [1]), "not enough values"),
-    (changed([*ENTRY, "rows"], [0, "2"]), "'2' is no integer"), (changed(["groups", "g", "within"], "h"), "missing"),
-    (changed(["groups", "g", "within"], ["h", "0"]), "'0' is no integer"), (changed(["fixed"], [["w", 0]]), "missing"),
+    (changed([*ENTRY, "rows"], [0, "2"]), "'2' is not an integer"),
+    (changed(["groups", "g", "within"], "h"), "missing"),
+    (changed(["groups", "g", "within"], ["h", "0"]), "'0' is not an integer"),
+    (changed(["fixed"], [["w", 0]]), "missing"),
 ])
 def test_a_damaged_file_is_refused_by_name(tmp_path, text, message):
     assert text != json.dumps(SAVED)
@@ -148,7 +151,7 @@ def one(size, *entries, within=None):
 
 
 @pytest.mark.parametrize("groups, message", [
-    (one(3, Entry("x", 0)), "name none of the tensors w, c: expected some of x"),
+    (one(3, Entry("x", 0)), "have none of the tensors w, c: expected some of x"),
     (one(3, Entry("w", 2)), "use axis 2 of 'w', whose shape is [3, 4]"),
     (one(3, Entry("w", -1)), "use axis -1 of 'w', whose shape is [3, 4]"),
     (one(3, Entry("w", 1)), "group 'g' has 3 units, its entry for 'w' along axis 1 takes the whole axis, which has 4"),
@@ -161,9 +164,9 @@ def one(size, *entries, within=None):
     ({**one(3, Entry("w", 0)), "h": Group(3, (Entry("w", 0),))}, "'h' takes index [0, 1, 2] along axis 0 of 'w'"),
     ({**one(2, Entry("w", 1, positions([0], [1]))), "h": Group(2, (Entry("w", 1, positions([2], [1])),))},
      "'h' takes index [1] along axis 1 of 'w'"),
-    (one(2, Entry("c", 1, None, (0, 5))), "confined to rows (0, 5) of shape [4, 2]: expected rows of axis 0"),
-    (one(2, Entry("c", 1, None, (2, 2))), "confined to rows (2, 2)"),
-    (one(4, Entry("c", 0, None, (0, 4))), "expected rows of axis 0, and another axis"),
+    (one(2, Entry("c", 1, None, (0, 5))), "restricted to rows (0, 5) of shape [4, 2]: expected rows of axis 0"),
+    (one(2, Entry("c", 1, None, (2, 2))), "restricted to rows (2, 2)"),
+    (one(4, Entry("c", 0, None, (0, 4))), "expected rows of axis 0, and an axis above 0"),
     ({**one(2, Entry("c", 1, None, (0, 3))), "h": Group(2, (Entry("c", 1, None, (2, 4)),))}, "'h' takes index [0, 1]"),
     ({**one(2, Entry("c", 1)), "h": Group(2, (Entry("c", 1, None, (2, 4)),))}, "'h' takes index [0, 1] along axis 1"),
     (one(3, Entry("w", 0), within=("h", 0)), "group 'g' is within unit 0 of 'h': expected a unit of another group"),
@@ -195,7 +198,7 @@ def test_groups_that_fit_pass(groups):
 
 
 def test_all_of_the_tensors_can_be_asked_for():
-    with pytest.raises(ValueError, match="group 'g' names 'elsewhere', which is none of w"):
+    with pytest.raises(ValueError, match="group 'g' has 'elsewhere': expected one of w"):
         check_groups(one(3, Entry("w", 0), Entry("elsewhere", 0)), {"w": torch.ones(3, 4)}, whole=True)
 
 

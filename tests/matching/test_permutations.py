@@ -171,7 +171,7 @@ def test_a_permutation_may_come_as_a_list_or_array(net, convert):
 
 
 @pytest.mark.parametrize("bad, message", [
-    ({"fc7": torch.arange(13)}, "'fc7' belongs to no group: expected one of fc1, fc2"),
+    ({"fc7": torch.arange(13)}, "permutations has 'fc7', which is not a group: expected one of fc1, fc2"),
     ({"fc1": torch.arange(12)}, "'fc1' is not a permutation of 13 units"),
     ({"fc1": torch.zeros(13, dtype=torch.int64)}, "'fc1' is not a permutation of 13 units"),
     ({"fc1": torch.arange(13)[None]}, "'fc1' is not a permutation of 13 units"),

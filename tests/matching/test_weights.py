@@ -76,7 +76,7 @@ def test_planted_permutations_are_recovered_in_float32_10_of_10(name, options, l
 
 
 def test_a_search_that_stalls_is_helped_by_restarts():
-    """A fresh ResNet, whose BatchNorms are all alike, is anchored weakly: one search in forty or so stalls, this one
+    """A new ResNet, whose BatchNorms are all equal, is anchored weakly: one search in forty or so stalls, this one
     where it was tried."""
     model = build_model("resnet20", (3, 32, 32), 10, seed=4, width=4)
     groups, source = permutation_groups(model, torch.zeros(2, 3, 32, 32)), model.state_dict()
@@ -188,7 +188,7 @@ def test_groups_of_another_network_are_refused(lively):
 
 def test_groups_of_statistics_alone_are_refused():
     state = {"norm.running_mean": torch.zeros(3)}
-    with pytest.raises(ValueError, match="nothing to match"):
+    with pytest.raises(ValueError, match="at least one weight to match"):
         match_weights({"norm": Group(3, (Entry("norm.running_mean", 0),))}, state, state)
 
 
@@ -407,7 +407,7 @@ def test_parts_that_differ_from_unit_to_unit_are_refused():
     groups, state = three_levels(), {"w": torch.randn(12, 5)}
     shuffled = groups["inner11"]._replace(entries=(Entry("w", 0, torch.tensor([[11], [9], [10]])),))
     other = {"w": permute(groups, random_permutations(groups, seed=0), state)["w"]}
-    with pytest.raises(ValueError, match="do not lie at the same places of each in 'w'"):
+    with pytest.raises(ValueError, match="are not at the same positions of each unit in 'w'"):
         for seed in range(20):
             match_weights({**groups, "inner11": shuffled},
                           {"w": torch.randn(12, 5, generator=torch.Generator().manual_seed(seed))}, other)

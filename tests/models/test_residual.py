@@ -37,7 +37,7 @@ def parameters(model):
 
 
 def lively(model):
-    """Every tensor drawn at random, variances above 0: nothing cancels and no two layers are alike."""
+    """Every tensor drawn at random, variances above 0: nothing cancels and all layers differ."""
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
@@ -119,7 +119,7 @@ def test_a_padded_shortcut_by_hand():
 @pytest.mark.parametrize("name, options", [*((name, {"shortcut": kind}) for name in SMALL for kind in KINDS),
                                            *((name, {}) for name in LARGE)])
 def test_pruning_leaves_shortcuts_out(name, options):
-    """What is left are the layers that a network is named after."""
+    """The rest are the layers that a network is named after."""
     with torch.device("meta"):
         model = build_model(name, (3, 32, 32), 10, **options)
     prunable = prunable_weights(model)

@@ -138,7 +138,7 @@ def test_others_may_read_as_the_umask_says(tmp_path):
 
 def test_a_record_that_is_no_dict_is_refused(tmp_path):
     save_tensors(tmp_path / "list.safetensors", {"x": torch.ones(1)}, [1])
-    with pytest.raises(ValueError, match="its record is no dict"):
+    with pytest.raises(ValueError, match="its record is not a dict"):
         load_tensors(tmp_path / "list.safetensors")
 
 

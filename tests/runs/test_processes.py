@@ -247,14 +247,14 @@ def test_a_parameter_without_a_gradient_is_named(ranks):
 
 
 def test_a_file_of_other_settings_is_refused_in_every_process(ranks):
-    assert all("is of a run with checkpoints" in rank["other settings"] for rank in ranks)
+    assert all("belongs to a run with checkpoints" in rank["other settings"] for rank in ranks)
 
 
 def test_a_file_of_another_number_of_processes_is_refused_before_any_starts(tmp_path, monkeypatch):
     path, model = tmp_path / "run.safetensors", net()
     trained(processes=1, resume=path)
     monkeypatch.setattr(loop, "launch", None)
-    with pytest.raises(ValueError, match=r"is of a run with processes 1 \(here 2\): give another file, or delete it"):
+    with pytest.raises(ValueError, match=r"belongs to a run with processes 1 \(here 2\): give another file"):
         trained(model=model, masks=masks(), resume=path)
     assert same(model.state_dict(), net().state_dict())
 
@@ -284,7 +284,7 @@ def test_processes_that_fit_starts_are_torchruns_killed_and_resumed_in_a_noteboo
 
 def test_an_error_in_a_process_arrives():
     model, data = net().float(), pictures()
-    with pytest.raises(RuntimeError, match="a training process ended: FloatingPointError: the training loss is nan in "
+    with pytest.raises(RuntimeError, match="a training process failed: FloatingPointError: the training loss is nan in "
                                            "epoch [12]: try a smaller learning rate than 1000000000.0"):
         trained(Recipe(2, 1e9), model, replace(data, x=data.x.float()))
     assert same(model.state_dict(), net().float().state_dict())

@@ -22,10 +22,10 @@ def test_a_bar_is_shown_to_those_who_watch(monkeypatch, display, terminal, descr
     assert list(bar) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("display, description, told", [
+@pytest.mark.parametrize("display, description, shown", [
     ("", "work", ["work: 1 of 3 in 0 min", "work: 2 of 3 in 0 min", "work: 3 of 3 in 0 min"]), ("static", "work", []),
     ("", None, [])])
-def test_long_work_that_nobody_watches_prints_lines(monkeypatch, capsys, display, description, told):
+def test_long_work_that_nobody_watches_prints_lines(monkeypatch, capsys, display, description, shown):
     for mark in MARKS:
         monkeypatch.delenv(mark, raising=False)
     monkeypatch.setenv("PERMASK_DISPLAY", display)
@@ -34,4 +34,4 @@ def test_long_work_that_nobody_watches_prints_lines(monkeypatch, capsys, display
     assert capsys.readouterr().out == ""  # it took no minute
     monkeypatch.setattr(module, "SECONDS", 0)
     assert list(progress(range(3), description)) == [0, 1, 2]
-    assert capsys.readouterr().out.splitlines() == told
+    assert capsys.readouterr().out.splitlines() == shown

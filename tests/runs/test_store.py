@@ -139,8 +139,8 @@ def other_stage(path):
      "do not have the checksum"),
     (foreign, "its format is 'pt': expected 'permask 2'"),
     (other_stage, "holds the stage 'other' with other parameters than its name says"),
-    (lambda path: save_tensors(path, {}, {"kind": "masks"}), "is no stage with a result"),
-    (lambda path: save_tensors(path, {}, {"stage": "some"}), "is no stage with a result"),
+    (lambda path: save_tensors(path, {}, {"kind": "masks"}), "is not a stage with a result"),
+    (lambda path: save_tensors(path, {}, {"stage": "some"}), "is not a stage with a result"),
 ], ids=["cut", "empty", "no head", "a bit", "a record", "foreign", "another stage", "masks", "no result"])
 def test_a_file_that_is_not_the_stage_is_reported_put_aside_and_made_again(store, damage, said, capsys):
     store.stage("some", compute)
@@ -152,7 +152,7 @@ def test_a_file_that_is_not_the_stage_is_reported_put_aside_and_made_again(store
     tensors, record = store.stage("some", compute)
     assert tensors["x"].tolist() == [0, 1, 2] and record["value"] == 1
     told = capsys.readouterr().out
-    assert said in told and f"what was there is now {path.name}.damaged" in told and told.count("\n") == 1
+    assert said in told and f"the old file was renamed to {path.name}.damaged" in told and told.count("\n") == 1
     assert path.with_name(path.name + ".damaged").read_bytes() == damaged
     assert (store.computed, store.found) == (2, 0)
     assert store.stage("some", compute) and store.found == 1
@@ -481,7 +481,7 @@ def test_a_training_that_other_code_began_goes_on_where_results_are_kept(store, 
     assert store.unfinished("some", compute, n=1) != begun and begun.exists()
     taken = Store(store.folder, on_change="keep").unfinished("some", compute, n=1)
     assert taken == store.unfinished("some", compute, n=1) and taken.exists() and not begun.exists()
-    assert f"some: goes on from {begun.name}, although its code has changed since" in capsys.readouterr().out
+    assert f"some: continues from {begun.name}, although its code has changed since" in capsys.readouterr().out
 
 
 def test_a_stage_that_a_gpu_computed_is_found_without_one(store, monkeypatch):

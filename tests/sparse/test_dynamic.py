@@ -706,7 +706,7 @@ def test_layers_that_are_not_there_are_refused(options, message):
 def test_what_cannot_be_rewired_is_refused():
     model, masks = model_and_masks("linear", "rigl")
     *_, condensed = twins()
-    with pytest.raises(ValueError, match="nothing to rewire: expected masks, or a model with FanInLinear"):
+    with pytest.raises(ValueError, match="no layer to rewire: expected masks, or a model with FanInLinear"):
         Topology(model, None, Rewiring("rigl"), steps=10, seed=0)
     with pytest.raises(ValueError, match="'0.weight' is a FanInLinear: RigL gives neurons different numbers"):
         Topology(condensed, None, Rewiring("rigl"), steps=10, seed=0)
@@ -734,7 +734,7 @@ def test_growth_without_gradients_is_refused(fan_in):
     masked, masks, condensed = twins()
     model, masks = (condensed, None) if fan_in else (masked, masks)
     topology = Topology(model, masks, replace(Rewiring("srigl"), **ALWAYS), steps=10, seed=0)
-    with pytest.raises(RuntimeError, match=r"'0.weight' has no gradients to grow by: .* step 4 since the last call"):
+    with pytest.raises(RuntimeError, match=r"'0.weight' has no gradients for growth: .* step 4 after the last call"):
         topology.rewire(4)
     with pytest.raises(RuntimeError, match="zero_grad.. after them"):
         topology.step(torch.optim.SGD(model.parameters(), 0.1))

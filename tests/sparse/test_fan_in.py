@@ -858,6 +858,6 @@ def test_an_optimizer_whose_state_cannot_move_along_is_refused_and_nothing_chang
     before = everything(layer)
     keep = torch.ones(8, 3, dtype=torch.bool)
     keep[0] = False
-    with pytest.raises(ValueError, match="the optimizer keeps .* of shape .* for values .*: expected the same shape"):
+    with pytest.raises(ValueError, match="the optimizer has .* of shape .* for values .*: expected the same shape"):
         layer.rewire(keep, torch.empty(0, 2, dtype=torch.int64), optimizer)
     assert_untouched(layer, before)

@@ -541,7 +541,7 @@ def test_a_numba_that_keeps_code_in_another_way_keeps_none_and_says_so_once(monk
 
     simd._keeps_code.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="compiled in every process: how numba .* keeps compiled code") as caught:
+        with pytest.warns(UserWarning, match="compiled in every process: the code cache of numba") as caught:
             functions = [simd._compile(add, parallel=False) for _ in range(2)]
     finally:
         simd._keeps_code.cache_clear()

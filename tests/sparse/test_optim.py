@@ -184,5 +184,5 @@ def test_fan_in_layers_are_scaled_as_under_their_mask_also_where_connections_mov
 
 def test_masks_that_do_not_fit_are_refused():
     model, masks, *_ = uneven()
-    with pytest.raises(ValueError, match=re.escape("mask '3.weight' has shape [1], its tensor [5, 24]")):
+    with pytest.raises(ValueError, match=re.escape("mask '3.weight' has shape [1]: expected [5, 24]")):
         scale_gradients(sgd(model.parameters()), model, masks | {"3.weight": torch.ones(1, dtype=torch.bool)})

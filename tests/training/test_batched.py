@@ -181,12 +181,12 @@ def test_a_run_that_was_interrupted_goes_on(images, tmp_path, monkeypatch):
     for one, other in zip(found, whole):
         assert one.losses == other.losses
         torch.testing.assert_close(one.state, other.state, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="is of a run with seed"):
+    with pytest.raises(ValueError, match="belongs to a run with seed"):
         fit_batched(copy.deepcopy(models), images, recipe, seeds=[3, 3, 4], backend="grouped", resume=tmp_path / "run")
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ({"seeds": [0]}, "got 3 models, 1 seeds and 3 masks: expected as many"),
+    ({"seeds": [0]}, "got 3 models, 1 seeds and 3 masks: expected equal"),
     ({"masks": [None]}, "got 3 models, 3 seeds and 1 masks"),
     ({"backend": "fast"}, "unknown backend 'fast': expected one of grouped, vmap, alone"),
     ({"seeds": [0, 1, -1], "backend": "vmap"}, "seed is -1: expected an integer of at least 0"),

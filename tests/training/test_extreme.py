@@ -131,8 +131,8 @@ def test_bad_input_to_the_loss_is_named():
     for wrong, message in (((x[:, :5], offsets, labels), "x is [2, 5] with 3 offsets: expected [n, 6]"),
                            ((x[:0], offsets[:1], labels[:0]), "x is [0, 6]"),
                            ((x, offsets[:2], labels[:1]), "x is [2, 6] with 2 offsets"),
-                           ((x, offsets, labels + 26), "there is a label 30: expected 0 to 29"),
-                           ((x, offsets, labels - 4), "there is a label -1"), ((x, offsets, labels, 0), "chunk is 0")):
+                           ((x, offsets, labels + 26), "labels has 30: expected 0 to 29"),
+                           ((x, offsets, labels - 4), "labels has -1"), ((x, offsets, labels, 0), "chunk is 0")):
         with pytest.raises(ValueError, match=re.escape(message)):
             chunked_loss(head, *wrong)
     keep = torch.ones(30, 3, dtype=torch.bool)
@@ -175,7 +175,7 @@ def test_bags_of_words_are_summed_by_value(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     ({"hidden": 0}, "hidden is 0"), ({"intermediate": 2.5}, "intermediate is 2.5"), ({"fan_in": 33}, "fan_in is 33"),
-    ({"bags": True}, "bags of words come without hidden"), ({"n_labels": 0}, "n_labels is 0"),
+    ({"bags": True}, "bags is True without hidden"), ({"n_labels": 0}, "n_labels is 0"),
 ])
 def test_a_size_out_of_range_is_named(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -336,7 +336,7 @@ def test_a_run_on_bags_of_words_goes_on(tmp_path):
     losses = [fit_extreme(model, data, recipe, seed=0, resume=path, description=None) for model in models[:2]]
     assert losses[0] == losses[1] and torch.equal(models[0].first.weight, models[1].first.weight)
     data.features.data[0] = 3.0
-    with pytest.raises(ValueError, match=r"is of a run with data.features '\w+' \(here '\w+'\): give another"):
+    with pytest.raises(ValueError, match=r"belongs to a run with data.features '\w+' \(here '\w+'\): give another"):
         fit_extreme(models[2], data, recipe, seed=0, resume=path, description=None)
 
 
@@ -347,7 +347,7 @@ def test_a_file_of_another_run_is_refused(problem, tmp_path):
                              (r"lr 0.003 \(here 0.1\)", {"recipe": dataclasses.replace(recipe, lr=0.1)}),
                              ("data.labels", {"problem": make_multilabel(300, n_train=1000, n_test=1, n_features=32,
                                                                          seed=1)})):
-        with pytest.raises(ValueError, match=f"is of a run with .*{message}"):
+        with pytest.raises(ValueError, match=f"belongs to a run with .*{message}"):
             trained(**{"problem": problem, "recipe": recipe, "resume": path} | changed)
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) // 2])
@@ -371,7 +371,7 @@ def test_it_learns(problem):
 
 
 def test_training_that_cannot_go_well_is_told(problem):
-    with pytest.raises(ValueError, match="the points have 300 labels, the model 299"):
+    with pytest.raises(ValueError, match="the points have 300 labels: expected 299"):
         fit_extreme(ExtremeClassifier(32, 299, 4), problem.train, ExtremeRecipe(), seed=0)
     with pytest.raises(ValueError, match="got 50 points: expected at least a batch of 128"):
         fit_extreme(ExtremeClassifier(32, 300, 4), problem.train.subset(torch.arange(50)), ExtremeRecipe(), seed=0)

@@ -175,13 +175,13 @@ def test_a_run_that_diverges_raises(digits, net):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"checkpoints": ["epoch 3"]}, "checkpoint 'epoch 3' lies behind the end: the run has 2 epochs of 15 steps"),
-    ({"checkpoints": ["step 31"]}, "checkpoint 'step 31' lies behind the end"),
+    ({"checkpoints": ["epoch 3"]}, "checkpoint 'epoch 3' is after the end: the run has 2 epochs of 15 steps"),
+    ({"checkpoints": ["step 31"]}, "checkpoint 'step 31' is after the end"),
     ({"checkpoints": ["init", "last"]}, "unknown checkpoint 'last': expected 'init', 'epoch K' or 'step K'"),
     ({"checkpoints": ["epoch -1"]}, "unknown checkpoint 'epoch -1'"),
     ({"checkpoints": ["epoch"]}, "unknown checkpoint 'epoch'"),
-    ({"masks": {"fc9.weight": torch.ones(1).bool()}}, "'fc9.weight' of shape [1] has no tensor"),
-    ({"masks": {"fc1.weight": torch.ones(13, 63).bool()}}, "'fc1.weight' has shape [13, 63], its tensor [13, 64]"),
+    ({"masks": {"fc9.weight": torch.ones(1).bool()}}, "'fc9.weight' of shape [1], which is not in the model"),
+    ({"masks": {"fc1.weight": torch.ones(13, 63).bool()}}, "'fc1.weight' has shape [13, 63]: expected [13, 64]"),
     ({"masks": {"fc1.weight": torch.ones(13, 64)}}, "'fc1.weight' is torch.float32"),
     ({"masks": {}}, "masks are empty"),
     ({"processes": 0}, "processes is 0: expected an integer of at least 1"), ({"processes": 1.5}, "processes is 1.5"),
@@ -568,7 +568,7 @@ def test_a_file_of_other_rewiring_is_refused(digits, tmp_path):
     options = {"seed": 1, "masks": masks, "resume": path}
     fit(model, digits.train, RECIPE, rewiring=REWIRED["rigl"], **options)
     for rewiring in (None, REWIRED["set"], replace(REWIRED["rigl"], fraction=0.4)):
-        with pytest.raises(ValueError, match="is of a run with rewiring {'method': 'rigl'.*: give another file"):
+        with pytest.raises(ValueError, match="belongs to a run with rewiring {'method': 'rigl'.*: give another file"):
             fit(sparse_start()[0], digits.train, RECIPE, rewiring=rewiring, **options)
 
 
@@ -581,7 +581,7 @@ def test_masks_that_stay_are_those_of_the_run(digits, net, masks):
 def test_what_cannot_be_rewired_is_refused_before_training(digits, net, masks):
     start = copied(net)
     for options, message in (
-            ({"masks": None}, "there is nothing to rewire"),
+            ({"masks": None}, "there is no layer to rewire"),
             ({"masks": masks, "rewiring": "set"}, "rewiring is 'set': expected a Rewiring"),
             ({"masks": masks, "rewiring": Rewiring("srigl", 1, unablated=("fc9",))}, "unablated names 'fc9'")):
         with pytest.raises(ValueError, match=message):
@@ -590,7 +590,7 @@ def test_what_cannot_be_rewired_is_refused_before_training(digits, net, masks):
     model, _ = sparse_start("fan-in")
     with pytest.raises(ValueError, match="'1.weight' is a FanInLinear: RigL"):
         fit(model, digits.train, RECIPE, seed=0, rewiring=Rewiring("rigl"))
-    with pytest.raises(ValueError, match="processes is 2, with rewiring and FanInLinear layers: expected 1, or masks"):
+    with pytest.raises(ValueError, match="processes is 2 with rewiring and FanInLinear layers: expected 1, or masks"):
         fit(model, digits.train, RECIPE, seed=0, rewiring=Rewiring("set", 1), processes=2)
 
 
@@ -642,7 +642,7 @@ def test_a_file_of_another_start_is_refused(digits, masks, finished):
 
 def refused(path, name, model, train, options):
     start, content = copied(model), path.read_bytes()
-    with pytest.raises(ValueError, match=re.escape(f"{path} is of a run with {name} ")) as error:
+    with pytest.raises(ValueError, match=re.escape(f"{path} belongs to a run with {name} ")) as error:
         fit(model, train, **{"recipe": RECIPE, "seed": 1, "checkpoints": ["epoch 1"], **options}, resume=path)
     assert str(error.value).count("(here ") == 1 and "give another file, or delete it" in str(error.value)
     assert same(copied(model), start) and path.read_bytes() == content
@@ -725,7 +725,7 @@ def test_what_is_no_split_is_refused(digits, net, what):
     x, y = digits.train.x, digits.train.y
     data = {"dataset": digits, "numpy": (x.numpy(), y.numpy()), "inputs": x}[what]
     for use in (lambda: fit(net, data, RECIPE, seed=0), lambda: evaluate(net, data)):
-        with pytest.raises(ValueError, match="expected a split, as data.train|the batches have no targets"):
+        with pytest.raises(ValueError, match="expected a split such as data.train|the batches have no targets"):
             use()
 
 
@@ -902,7 +902,7 @@ def test_regression_has_a_loss_and_a_metric_of_its_own():
         description=None)
     assert torch.allclose(model.weight, slope[None], atol=1e-3)  # planted
     assert evaluate(model, (x, y), metric=F.mse_loss, batch_size=30) < 1e-5
-    with pytest.raises(ValueError, match="expected integers, the classes; a network with other targets has a loss"):
+    with pytest.raises(ValueError, match="expected classes as integers; for other targets pass loss="):
         fit(model, (x, y), Recipe(1, batch_size=50), seed=0, description=None)
 
 

@@ -1,4 +1,4 @@
-"""What took too long to measure in a notebook: results of our own scripts, with the command, versions and commit."""
+"""Results that take too long for a notebook: measured by our own scripts, with the command, versions and commit."""
 
 import json
 from importlib.resources import files
@@ -6,8 +6,7 @@ from pathlib import Path
 
 
 def measured_noisy_digits():
-    """The permuted-mask experiment on noisy digits, with more seeds, widths and sparsities than a notebook has time
-    for.
+    """The permuted-mask experiment on noisy digits, with more seeds, widths and sparsities than in a notebook.
 
     Returns
     -------
@@ -19,36 +18,36 @@ def measured_noisy_digits():
 
 
 def measured_cifar_sized():
-    """The permuted-mask experiment with ResNet20 on 50,000 Trifeature images, trained together on one GPU.
+    """The permuted-mask experiment with ResNet20 on 50,000 Trifeature images, in batched training on one GPU.
 
     Returns
     -------
     dict or None
-        ``command``, ``commit``, ``versions``, ``device``, ``machine``, ``settings``; ``batched`` (networks at once at
-        most), ``pieces`` (of the work: ``seconds``, ``commit`` and ``device`` of each), their ``seconds`` in all, the
-        ``epochs`` of training, the ``images`` of an epoch, and ``rows`` as
-        :func:`permask_core.experiments.permuted_masks.run` returns them. None if it has not been run.
+        ``command``, ``commit``, ``versions``, ``device``, ``machine``, ``settings``; ``batched`` (largest number of
+        networks at once), ``pieces`` (``seconds``, ``commit`` and ``device`` of each part of the work), the total
+        ``seconds``, the ``epochs`` of training, the ``images`` of an epoch, and ``rows`` as returned by
+        :func:`permask_core.experiments.permuted_masks.run`. None if the experiment has not been run.
     """
     return _read("cifar_sized") if files(__package__).joinpath("cifar_sized.json").is_file() else None
 
 
 def measured_dynamic_sparse_training():
-    """Static masks against dynamic sparse training on digits, and SparseOpt beside plain SGD.
+    """Static masks and dynamic sparse training on digits, and SparseOpt compared with plain SGD.
 
     Returns
     -------
     dict
         ``command``, ``commit``, ``versions``, ``device`` and ``settings``; ``rows``, a list of dict: ``network``,
-        ``method``, ``sparsity`` (asked for), ``achieved`` (of the masks at the start; not of dense rows), ``seed``,
-        ``accuracy``, and where connections move ``connections`` (at the end) and ``active`` (neurons of each layer
-        that have any then); and ``sparse_opt``, a list of dict: ``masks``, ``sparsity``, ``achieved``, ``seed``,
-        ``sparse_opt`` (whether it was used), ``accuracy``.
+        ``method``, ``sparsity`` (requested), ``achieved`` (of the masks at the start; not in dense rows), ``seed``,
+        ``accuracy``, and for moving connections ``connections`` (at the end) and ``active`` (neurons of each layer
+        with any connection at the end); and ``sparse_opt``, a list of dict: ``masks``, ``sparsity``, ``achieved``,
+        ``seed``, ``sparse_opt`` (whether it was used), ``accuracy``.
     """
     return _read("dynamic_sparse_training")
 
 
 def measured_fairness_of_sparse_networks():
-    """Classes, groups and individuals under dense, pruned, ticket, permuted, naive and random networks.
+    """Fairness by class, group and individual of dense, pruned, ticket, permuted, naive and random networks.
 
     Returns
     -------
@@ -56,17 +55,18 @@ def measured_fairness_of_sparse_networks():
         ``command``, ``commit``, ``versions``, ``device``, and ``tasks``: ``digits`` and ``trifeature``, each with its
         ``settings`` (of :class:`permask_core.experiments.permuted_masks.Experiment`), ``class_sizes`` of the test set
         and ``rows``, a list of dict: ``method``, ``matching``, ``sparsity`` (0 for dense), ``seed``, ``network`` ("a"
-        or "b": the dense network itself, or the one that the run started from), ``accuracy``, ``loss``,
+        or "b": the dense network itself, or the network from which the run started), ``accuracy``, ``loss``,
         ``class_accuracies``, ``individual`` (mean total variation over distance), ``confidence`` (mean of the largest
         probability), and for ``trifeature`` ``colour DPD``, ``colour EOD``, ``texture DPD`` and ``texture EOD``, each
-        with the value, its chance level and the 95 % point of chance, and ``shortcut``, the share of the wrong answers
-        that name the shape for which the colour speaks, among images where that is not the true one (chance: 1 / 9).
+        with the value, its chance level and the 95 % point of chance, and ``shortcut``, the fraction of the wrong
+        predictions that are the shape correlated with the colour, among images where that is not the true shape
+        (chance: 1 / 9).
     """
     return _read("fairness_of_sparse_networks")
 
 
 def measured_price_of_alignment():
-    """Permuted masks matched early, with few images or over one layer only, and planted permutations found back.
+    """Permuted masks matched early, with few images or in one layer only, and recovery of planted permutations.
 
     Returns
     -------
@@ -75,24 +75,24 @@ def measured_price_of_alignment():
         :class:`permask_core.experiments.permuted_masks.Experiment`) and ``training_images``; ``rows``, a list of dict:
         ``method``, ``matching``, ``sparsity`` (0 for dense), ``seed``, ``accuracy``, ``loss``, ``seconds`` (of the
         training), and for ``permuted`` the recipe (``matched_at``, ``matched_images``, ``matched_layers``),
-        ``matching_seconds`` and ``overlap`` (of the mask with the one matched at the end); and ``control``, a list of
-        dict: ``matching`` ("": nothing is moved), ``noise`` (standard deviations of the weights), ``seed``,
-        ``sparsity``, ``shared_positions``, ``overlap`` (of the mask with the planted one) and ``idle`` (share of units
-        without any connection), all in [0, 1].
+        ``matching_seconds`` and ``overlap`` (with the mask matched at the end); and ``control``, a list of dict:
+        ``matching`` ("" if nothing is moved), ``noise`` (in standard deviations of the weights), ``seed``,
+        ``sparsity``, ``shared_positions``, ``overlap`` (with the planted mask) and ``idle`` (fraction of units without
+        connections), all in [0, 1].
     """
     return _read("price_of_alignment")
 
 
 def measured_extreme():
-    """Output layers for 10,000 labels: static rows of fixed fan-in, SET, its helpers, and dense layers.
+    """Output layers for 10,000 labels: static rows of fixed fan-in, SET and its variants, and dense layers.
 
     Returns
     -------
     dict
         ``command``, ``commit``, ``versions``, ``machine``, ``labels``, ``data``, ``recipe``; ``rows``, a list of dict:
         ``method``, ``seed``, ``parameters``, ``fan_in``, ``intermediate``, ``output_layer_bytes``, ``seconds``,
-        ``losses``, ``precision`` (by group of labels, then by k as text), ``unseen`` (share of test labels that no
-        training point has); and ``compared``, paired differences of precision at 1.
+        ``losses``, ``precision`` (by group of labels, then by k as text), ``unseen`` (fraction of test labels that
+        no training point has); and ``compared``, paired differences of precision at 1.
     """
     return _read("extreme")
 
@@ -111,33 +111,33 @@ def measured_extreme_memory():
 
 
 def measured_distillation():
-    """Teachers, students and distilled students on Trifeature: class by class, by group and by individual.
+    """Teachers, students and distilled students on Trifeature: accuracy and fairness by class, group and individual.
 
     Returns
     -------
     dict
         ``command``, ``commit``, ``versions``, ``device``; and ``tasks``, by name a dict with ``settings`` and ``rows``,
         a list of dict: ``role``, ``temperature``, ``seed``, ``accuracy``, ``loss``, ``seconds``, ``class_accuracies``
-        [classes], and where there are groups ``individual`` (mean ratio, pixels in [0, 1]) and for each attribute and
-        measure, as "colour EOD", the value, what chance gives in the mean, and below what it stays in 95 %.
+        [classes], and if there are groups ``individual`` (mean ratio, pixels in [0, 1]) and for each attribute and
+        measure, such as "colour EOD", the value, the mean of chance and the 95 % point of chance.
     """
     return _read("distillation")
 
 
 def measured_structured_tickets():
-    """Tickets of constant fan-in and unstructured ones on noisy digits: accuracy, and time of an answer.
+    """Tickets of constant fan-in and unstructured tickets on noisy digits: accuracy, and time of a prediction.
 
     Returns
     -------
     dict
         ``command``, ``commit``, ``versions``, ``device``, ``settings`` (of
         :class:`permask_core.experiments.permuted_masks.Experiment`); ``rows``, a list of dict: ``scope`` ("global" or
-        "fan_in"; dense rows stand once, under "global"), ``method``, ``sparsity`` and ``achieved`` (0 for dense),
-        ``seed``, ``accuracy`` and ``loss``; permuted ones also have ``connections`` (by layer, those of a neuron at
-        least and at most, and how many neurons have any), and those of constant fan-in ``condensed_accuracy`` and
-        ``condensed_loss``, of the ticket trained as condensed layers; and ``times``, a list of dict: ``seed``,
+        "fan_in"; dense rows are listed once, under "global"), ``method``, ``sparsity`` and ``achieved`` (0 for dense),
+        ``seed``, ``accuracy`` and ``loss``; permuted rows also have ``connections`` (by layer, the smallest and
+        largest number of a neuron, and how many neurons have any), and rows of constant fan-in ``condensed_accuracy``
+        and ``condensed_loss``, of the ticket trained as condensed layers; and ``times``, a list of dict: ``seed``,
         ``sparsity``, ``batch``, ``turns``, ``trimmed_to`` (units of the hidden layers of the trimmed network) and
-        ``median_seconds`` of the processor for an answer by "dense", "zeros", "trimmed" and "CSR" (the unstructured
+        ``median_seconds`` of processor time for a prediction by "dense", "zeros", "trimmed" and "CSR" (the unstructured
         ticket) and "fan-in".
     """
     return _read("structured_tickets")
@@ -150,11 +150,11 @@ def measured_torchvision_groups():
     -------
     dict
         ``command``, ``versions``, ``device``, ``precision``, and ``rows``, a list of dict: ``model``,
-        ``parameters``, ``side`` (of the images, pixels), ``groups``, ``top`` (groups within no other), ``units`` (the
-        sum of their sizes), ``fixed`` (indices that are in no group, by the reason), ``seconds`` (tracing), ``change``
-        (the largest change of an output when all groups are permuted at random, in standard deviations of the outputs),
-        ``left_out`` (the smallest such change with one entry left out, at the group ``left_out_at``, of
-        ``left_out_groups`` that were tried), and ``commit``, at which it was measured.
+        ``parameters``, ``side`` (of the images, pixels), ``groups``, ``top`` (groups that are not nested), ``units``
+        (the sum of their sizes), ``fixed`` (number of indices in no group, by reason), ``seconds`` (tracing),
+        ``change`` (the largest change of an output when all groups are permuted at random, in standard deviations of
+        the outputs), ``left_out`` (the smallest such change with one entry omitted, in the group ``left_out_at``, of
+        ``left_out_groups`` that were tried), and ``commit``.
     """
     return _read("torchvision_groups")
 
@@ -167,15 +167,16 @@ def measured_ensembles_from_one_mask():
     dict
         ``command``, ``commit``, ``versions``, ``device``, ``settings``; ``early``, the epoch at which the masks of
         ``permuted early`` are matched; and ``rows``, a list of dict: ``method``, ``sparsity`` (0 for dense), ``seed``
-        (the family), ``members``, ``accuracy`` (a mean over all subsets of that size, of eight networks), ``weights``
-        (those that all members keep, in weights of one dense network), ``epochs`` (of training, what members share
-        counted once).
+        (the family), ``members``, ``accuracy`` (mean over all subsets of that size, of eight networks), ``weights``
+        (kept weights of all members, in units of the weights of one dense network), ``epochs`` (of training; shared
+        epochs are counted once).
     """
     return _read("ensembles_from_one_mask")
 
 
 def measured_how_little_rewinding():
-    """Sparse training from several rewind points, of weights as they are and scaled to the connections left.
+    """Sparse training from several rewind points, with dense weights and with weights scaled to the remaining
+    connections.
 
     Returns
     -------
@@ -188,13 +189,13 @@ def measured_how_little_rewinding():
 
 
 def measured_grids():
-    """Grids of runs that were run beforehand.
+    """Grids of runs that were run in advance.
 
     Returns
     -------
     dict of str to pathlib.Path
-        By the grid's name its folder, with ``tables``, a CSV for each notebook (for
-        :func:`permask_core.runs.tables.read_table`: a row for each run, with settings, commit and device), ``jobs.csv``
+        The folder of each grid by name. It has ``tables``, a CSV for each notebook (read by
+        :func:`permask_core.runs.tables.read_table`, with a row for each run: settings, commit and device), ``jobs.csv``
         and ``status.json``.
     """
     return {path.parent.name: path.parent for path in sorted(Path(str(files(__package__))).glob("grids/*/status.json"))}
@@ -206,10 +207,10 @@ def measured_claims():
     Returns
     -------
     dict
-        ``command``; ``repetitions``, by name a dict: ``seeds`` (what was added to every seed), ``environment`` (the
-        variables that choose other arithmetic) and ``machines`` (processors, commits and versions it ran with); and
-        ``pages``, by the notebook's name a dict: ``version`` (of its code) and ``claims``, by sentence and repetition a
-        dict: ``holds`` and ``evidence``. Both are empty if nothing was repeated.
+        ``command``; ``repetitions``, a dict by name: ``seeds`` (number added to every seed), ``environment`` (variables
+        that select other arithmetic) and ``machines`` (processors, commits and versions); and ``pages``, a dict by name
+        of the notebook: ``version`` (of its code) and ``claims``, a dict by sentence and repetition: ``holds`` and
+        ``evidence``. Both are empty if nothing was repeated.
     """
     there = files(__package__).joinpath("claims.json").is_file()
     return _read("claims") if there else {"repetitions": {}, "pages": {}}

@@ -1,4 +1,4 @@
-"""Figures that others published, as data: never measured here, and labelled as published wherever they are shown."""
+"""Published results of other authors as data; they are not measured here, and are always labelled as published."""
 
 import csv
 from importlib.resources import files
@@ -11,7 +11,7 @@ def published_permuted_masks():
     -------
     list of dict
         ``setting`` (network/dataset), ``width`` (a factor), ``sparsity`` (a fraction), ``method``, ``rewind`` (epoch;
-        None for dense, which stands beside every sparsity) and ``accuracy`` in [0, 1]. The figures give no deviations.
+        None for dense, which is listed with every sparsity) and ``accuracy`` in [0, 1]. The figures have no deviations.
 
     References
     ----------
@@ -24,14 +24,14 @@ def published_permuted_masks():
 
 
 def published_affected_classes():
-    """How many classes distillation affects, as Mohammadshahi and Ioannou count them, of five initialisations.
+    """Numbers of classes that distillation affects, counted by Mohammadshahi and Ioannou over five initialisations.
 
     Returns
     -------
     list of dict
-        ``setting`` (teacher → student/dataset), ``temperature``, ``student_classes`` (#SC: of the distilled student
-        against the student without a teacher), ``teacher_classes`` (#TC: against the teacher), and the test accuracies
-        ``teacher_accuracy`` and ``student_accuracy`` (without a teacher) in [0, 1].
+        ``setting`` (teacher → student/dataset), ``temperature``, ``student_classes`` (#SC: distilled student against
+        the student without a teacher), ``teacher_classes`` (#TC: distilled student against the teacher), and the test
+        accuracies ``teacher_accuracy`` and ``student_accuracy`` (without a teacher) in [0, 1].
 
     References
     ----------
@@ -50,11 +50,11 @@ def published_fairness():
     Returns
     -------
     list of dict
-        ``dataset``, ``attribute`` ("" where there is none), ``measure`` ("DPD", "EOD", "individual" or "accuracy"),
-        ``role`` ("teacher", "student" or "distilled"), ``temperature`` (None for the others), ``value`` (a
-        fraction; of "individual", whose unit the source does not state, as published), ``sd``, its standard deviation
-        over five initialisations (None where the source gives none: it gives those of CelebA with the attribute Young,
-        in its Table 2), and ``read_from``, a "table" or a "figure", whose values are less exact.
+        ``dataset``, ``attribute`` ("" if there is none), ``measure`` ("DPD", "EOD", "individual" or "accuracy"),
+        ``role`` ("teacher", "student" or "distilled"), ``temperature`` (None if not distilled),
+        ``value`` (a fraction; for "individual" the published number, whose unit the source does not state), ``sd`` (its
+        standard deviation over five initialisations, which the source's Table 2 gives for CelebA with the attribute
+        Young; elsewhere None), and ``read_from``: "table" or "figure", which is less exact.
 
     References
     ----------
@@ -67,7 +67,7 @@ def published_fairness():
 
 
 def published_dynamic_sparse_training():
-    """Test accuracies of RigL and of SRigL without and with ablation, as far as they are at hand.
+    """Test accuracies of RigL, and of SRigL without and with ablation; only some of the published ones are available.
 
     Returns
     -------
@@ -84,15 +84,15 @@ def published_dynamic_sparse_training():
 
 
 def published_functional_diversity():
-    """How differently five networks of each method answer, in the permuted-mask paper.
+    """Diversity of the predictions of five networks of each method, in the permuted-mask paper.
 
     Returns
     -------
     list of dict
-        ``setting`` (network/dataset), ``width`` (a factor), ``sparsity`` (a fraction; of dense networks that of the
-        table), ``method`` ("pruned" is its IMP), test ``accuracy`` and its ``accuracy_spread`` (what stands behind its
-        ±), and the measures of :class:`permask_core.evaluation.diversity.Diversity`: ``ensemble``, ``disagreement``,
-        ``kl`` and ``js``, None for dense. Accuracies are in [0, 1], divergences in nats.
+        ``setting`` (network/dataset), ``width`` (a factor), ``sparsity`` (a fraction; for dense networks that of
+        the table), ``method`` ("pruned" is its IMP), test ``accuracy`` and ``accuracy_spread`` (the number after ± in
+        the source), and the measures of :class:`permask_core.evaluation.diversity.Diversity`: ``ensemble``,
+        ``disagreement``, ``kl`` and ``js``, None for dense. Accuracies are in [0, 1], divergences in nats.
 
     References
     ----------
@@ -113,7 +113,7 @@ def published_tickets():
     -------
     list of dict
         ``setting`` (network/dataset), ``method`` ("lth" or "scratch"), the ``accuracy`` of one network and of an
-        ``ensemble``, in [0, 1], and the ``disagreement`` with the pruned network, a share of the test inputs.
+        ``ensemble``, in [0, 1], and the ``disagreement`` with the pruned network, a fraction of the test inputs.
 
     References
     ----------

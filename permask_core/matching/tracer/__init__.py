@@ -1,1 +1,1 @@
-"""Permutation groups of any network, by following its operations."""
+"""Permutation groups of any network, found by tracing its operations."""

@@ -1,8 +1,8 @@
-"""Rules: what each of PyTorch's operations does to the values that it is given.
+"""Rules: the effect of each PyTorch operation on the values of its arguments.
 
-A rule is called with the tracer (``net``), the shape of the result (None if there are several) and the arguments by
-their names in the operation's schema, of which ``self`` and ``shape`` have become ``self_`` and ``shape_``. It returns
-what is known of the result, and raises NoRule for a form that it does not cover.
+A rule is called with the tracer (``net``), the shape of the result (None if there are several results) and the
+arguments by their names in the operation's schema, with ``self`` and ``shape`` renamed to ``self_`` and ``shape_``. It
+returns the value of the result, and raises NoRule for a form that it does not cover.
 """
 
 import operator
@@ -12,7 +12,7 @@ import torch
 
 from permask_core.matching.tracer.values import Bundle, NoRule, value_of
 
-KERNEL = "they are places in a kernel"
+KERNEL = "they are positions in a kernel"
 
 
 def _same(net, shape, **given):
@@ -20,7 +20,7 @@ def _same(net, shape, **given):
 
 
 def pointwise(net, shape, **given):
-    """An elementwise operation on all the tensors that it is given."""
+    """An elementwise operation on all of its tensors."""
     if shape is None:
         raise NoRule
     return net.pointwise(shape, *net._tensors(given.values()))
@@ -176,7 +176,7 @@ def _best(net, shape, self_, dim=None, keepdim=False, **given):
     value = net.value(self_)
     asked = any(user.args[1] == 1 for user in net.node.users if user.target is operator.getitem)
     if dim is not None and asked and any(dim % len(value.shape) in bundle.axes for bundle in value.bundles):
-        raise NoRule  # where the best is changes with the order
+        raise NoRule  # the position of the best depends on the order
     return _reduced(net, shape, dim, keepdim, self_=self_)
 
 
@@ -203,7 +203,7 @@ def _einsum(net, shape, equation, tensors, **_):
 
 
 def _product(net, a, b):
-    """A matrix product of values, as torch.matmul does it."""
+    """A matrix product of values, like torch.matmul."""
     ranks = len(a.shape), len(b.shape)
     batch = [("batch", i) for i in range(max(*ranks, 2) - 2)]
     left = [*batch[len(batch) - max(ranks[0] - 2, 0):], *(["row"] if ranks[0] > 1 else []), "inner"]
@@ -267,7 +267,7 @@ def _convolution(net, shape, input, weight, bias=None, groups=1, transposed=Fals
 
 
 def _grouped_kernel(net, weight, shape, groups):
-    """The weight of a convolution with groups as [groups, rows, columns]: the columns of each group are its own."""
+    """The weight of a grouped convolution as [groups, rows, columns], with separate columns for each group."""
     height, columns = shape[0] // groups, shape[1]
     if weight not in net.parameters:
         value = net.ordered(net.value(weight), range(2, len(shape)), KERNEL)
@@ -297,7 +297,7 @@ def _pool(dims, several=False):
 
 def _batch_norm(net, shape, input, weight=None, bias=None, running_mean=None, running_var=None, **_):
     value = net.value(input)
-    value = net.symmetric(value, set(range(len(value.shape))) - {1})  # for the statistics of a batch
+    value = net.symmetric(value, set(range(len(value.shape))) - {1})  # because statistics are computed over the batch
     value = net.along(value, 1, weight, bias, running_mean, running_var)
     return value if shape is not None else [value, None, None, None]
 
@@ -358,7 +358,7 @@ def _channel_shuffle(net, shape, self_, groups):
 RULES = {
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "_to_copy", "to",
                      "native_dropout", "feature_dropout", "alpha_dropout"), _same),
-    # Elementwise, but not among those that PyTorch marks so.
+    # Elementwise, but not marked so by PyTorch.
     **dict.fromkeys(("hardswish", "log_sigmoid", "where", "masked_fill", "rsub", "type_as"), pointwise),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _view),
     **dict.fromkeys(("transpose", "t", "swapaxes"), _transpose), "permute": _permute,

@@ -1,14 +1,13 @@
-"""From what was seen of a network's tensors to the units that may change places.
+"""Find the exchangeable units of a network from its coloured graph.
 
 A tracer describes a network as a coloured graph. A vertex is an index along an axis of a parameter, or a block: a
-vertex that stands for several others, as an attention head does for its dimensions. An edge says that two vertices are
-the same unit, or that one is part of the other. Its colour, and that of a vertex, says everything else that tells them
-apart. Any relabelling that keeps the coloured graph keeps the function.
+vertex that represents several others, like an attention head its dimensions. An edge means that two vertices are the
+same unit, or that one is part of the other. The colours of vertices and edges encode all other differences. Any
+relabelling that preserves the coloured graph preserves the function.
 
-Colours are refined until every vertex's colour tells what surrounds it (the Weisfeiler-Leman algorithm). Units that
-then have the same colours, and are parts of the same block, are exchangeable one by one: swapping two of them touches
-nothing else. Where that is in doubt (a unit with two parts that cannot be told apart, blocks that cross) nothing is
-exchanged.
+Colours are refined until the colour of every vertex determines its surroundings (the Weisfeiler-Leman algorithm). Units
+with the same colours in the same block can then be exchanged one by one: swapping two of them affects nothing else. In
+doubtful cases (a unit with two indistinguishable parts, blocks that cross) no units are exchanged.
 """
 
 from collections import defaultdict
@@ -18,11 +17,11 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-UNIFORM, INERT = -1, -2  # instead of a vertex: a constant that any permutation keeps, a value that none may touch
+UNIFORM, INERT = -1, -2  # instead of a vertex: a constant, a value that no permutation may move
 
 
 class Site(NamedTuple):
-    """An axis of a tensor whose indices are vertices, in these rows of axis 0 only if there are any."""
+    """An axis of a tensor whose indices are vertices; with ``rows``, only in these rows of axis 0."""
 
     tensor: str
     axis: int
@@ -30,7 +29,7 @@ class Site(NamedTuple):
 
 
 def colour_of(*names):
-    """A colour for anything with a ``repr``: the same in every process, unlike ``hash``."""
+    """Return a colour for values with a ``repr``; unlike ``hash``, it is the same in every process."""
     value = np.uint64(14695981039346656037)  # FNV-1a
     with np.errstate(over="ignore"):
         for byte in repr(names).encode():
@@ -39,7 +38,7 @@ def colour_of(*names):
 
 
 def mix(x):
-    """Scatter colours, so that sums of them hardly ever agree by chance (splitmix64)."""
+    """Hash colours, so that equal sums by chance are very unlikely (splitmix64)."""
     x = np.asarray(x, np.uint64)
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
@@ -49,7 +48,7 @@ def mix(x):
 
 
 class Structure:
-    """The coloured graph while it grows. Arrays of vertices may hold ``UNIFORM`` and ``INERT`` too."""
+    """The coloured graph under construction. Arrays of vertices may also have ``UNIFORM`` and ``INERT``."""
 
     def __init__(self):
         self.sites, self.reasons, self._blocks = [], {}, {}
@@ -57,7 +56,7 @@ class Structure:
         self.count = 0
 
     def axis(self, site, length):
-        """New vertices for the indices along an axis of a tensor, int64 [length]."""
+        """Return new vertices for the indices along an axis of a tensor, int64 [length]."""
         self.sites.append(site)
         return self._new(len(self.sites) - 1, np.arange(length), colour_of("axis", site.tensor, site.axis))
 
@@ -68,9 +67,10 @@ class Structure:
         return np.arange(self.count - n, self.count)
 
     def same(self, u, v, tags_u, tags_v, name, at):
-        """u[k], as its copy tags_u[k], is the unit of v[k], as its copy tags_v[k], says the operation of this name.
+        """Note that, by the operation ``name``, u[k] in its copy tags_u[k] is the same unit as v[k] in its copy
+        tags_v[k].
 
-        Returns what stands for both, and its tags.
+        Returns the vertices that represent both, and their tags.
         """
         u, v, tags_u, tags_v = (array.ravel() for array in np.broadcast_arrays(u, v, tags_u, tags_v))
         self.fix(u[v == INERT], why := f"they meet fixed values in {at}")
@@ -84,13 +84,13 @@ class Structure:
         self._same.append((u[both], v[both], colours))
         first = (u == INERT) | ((u >= 0) & (v != INERT))
         tags, constant = np.where(first, tags_u, tags_v), (u == UNIFORM) & (v == UNIFORM)
-        pairs = np.stack([tags_u[constant], tags_v[constant]])  # of two constants, what is made depends on both
+        pairs = np.stack([tags_u[constant], tags_v[constant]])  # the result of two constants depends on both
         tags[constant] = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()
         return np.where(first, u, v), tags
 
     def blocks(self, parts, tags, ordered, why):
-        """A vertex for each row of ``parts`` [blocks, parts], and its tag; parts that are ``ordered`` keep their
-        places in the block."""
+        """Return a vertex for each row of ``parts`` [blocks, parts], and its tag. ``ordered`` parts have fixed
+        positions in the block."""
         constant = (tags == tags[:, :1]).all()
         result, new_tags = np.empty(len(parts), np.int64), tags[:, 0] if constant else np.zeros(len(parts), np.int64)
         for i, (row, row_tags) in enumerate(zip(parts, np.zeros_like(tags) if constant else tags)):
@@ -111,18 +111,18 @@ class Structure:
         return result, new_tags
 
     def mark(self, vertices, colours):
-        """Set vertices apart from those without this mark."""
+        """Distinguish vertices from those without this mark."""
         vertices = np.asarray(vertices).ravel()
         real = vertices >= 0
         self._marks.append((vertices[real], np.broadcast_to(np.asarray(colours, np.uint64), real.shape)[real]))
 
     def fix(self, vertices, why):
-        """Vertices that nothing may permute."""
+        """Exclude vertices from every permutation."""
         for vertex in np.unique(vertices[vertices >= 0]).tolist():
             self.reasons.setdefault(vertex, why)
 
     def arrays(self):
-        """(site, position, colour) of the vertices, then the edges (u, v, colour) and (part, block, colour)."""
+        """Return (site, position, colour) of the vertices, then the edges (u, v, colour) and (part, block, colour)."""
         vertices = _joined(self._vertices, (np.int64, np.int64, np.uint64))
         for marked, colours in self._marks:
             with np.errstate(over="ignore"):
@@ -136,8 +136,8 @@ def _joined(triples, dtypes):
 
 
 class Orbit(NamedTuple):
-    """Units that may be exchanged: their positions [size, block] at each site, the number of each (with those of their
-    parts), and the (orbit, unit) that they are within."""
+    """Exchangeable units: their positions [size, block] at each site, the numbers of the units (and those of their
+    parts), and the (orbit, unit) in which they are nested."""
 
     places: dict[Site, np.ndarray]
     numbers: dict[int, int]
@@ -145,12 +145,12 @@ class Orbit(NamedTuple):
 
 
 def orbits(structure):
-    """The sets of exchangeable units, in the order in which the network was followed.
+    """Return the sets of exchangeable units, in the order of the trace.
 
     Returns
     -------
     (list of Orbit, ndarray, dict of int to str)
-        The second gives the unit of every vertex, the third says of each parameter vertex in no orbit why it is fixed.
+        The orbits, the unit of every vertex, and for each parameter vertex in no orbit the reason why it is fixed.
     """
     (site, position, colour), same, parts = structure.arrays()
     unit, tree, crossing = _tree(structure.count, same, parts)
@@ -161,7 +161,7 @@ def orbits(structure):
     found = []
     for alike in units.alike(why.keys()):
         places = _places(structure.sites, [units.vertices(u) for u in alike], site, position)
-        found += [(alike, places)] if places and len(places) > 1 else []  # one place is read by nothing
+        found += [(alike, places)] if places and len(places) > 1 else []  # nothing reads a unit with one entry
     found.sort(key=lambda orbit: units.first(orbit[0][0]))
     number = {u: (i, j) for i, (alike, _) in enumerate(found) for j, u in enumerate(alike)}
     result = [Orbit(places, {part: j for j, u in enumerate(alike) for part in units.whole(u)},
@@ -173,18 +173,18 @@ def orbits(structure):
 
 
 def _settle(colour, unit, site, same, parts, why):
-    """Colours refined until two vertices of one unit never have the same; ``why`` gets the units that must be fixed for
-    it."""
+    """Refine colours until no two vertices of one unit have the same; units that must be fixed for this are added to
+    ``why``."""
     while True:
         refined = _refine(_unique(colour, unit, why), same, parts)
         ambiguous = _ambiguous(refined, unit, site, parts) - why.keys()
         if not ambiguous:
             return refined
-        why |= dict.fromkeys(ambiguous, "two places of one unit cannot be told apart")
+        why |= dict.fromkeys(ambiguous, "two entries of one unit cannot be distinguished")
 
 
 class _Units:
-    """Units with their parts, in an order that is the same in exchangeable units."""
+    """Units with their parts, in an order that is the same for exchangeable units."""
 
     def __init__(self, unit, tree, site, colour):
         self.tree, self.children, self.wholes = tree, defaultdict(list), {}
@@ -192,27 +192,28 @@ class _Units:
             for block in above:
                 self.children[block].append(child)
         self.members, self.end = _members(unit, site, colour), len(unit)
-        self.colours = np.zeros(unit.max(initial=-1) + 1, np.uint64)  # of a unit: those of its vertices, in any order
+        self.colours = np.zeros(unit.max(initial=-1) + 1, np.uint64)  # of units, from their vertices in any order
         with np.errstate(over="ignore"):
             np.add.at(self.colours, unit, mix(colour))
 
     def whole(self, u):
-        """A unit and its parts, and theirs."""
+        """Return a unit, its parts, and their parts."""
         if u not in self.wholes:
             inside = sorted(self.children.get(u, ()), key=lambda child: (self.colours[child], self.first(child)))
             self.wholes[u] = [u, *(part for child in inside for part in self.whole(child))]
         return self.wholes[u]
 
     def vertices(self, u):
-        """The parameter vertices of a unit and its parts."""
+        """Return the parameter vertices of a unit and its parts."""
         return [vertex for part in self.whole(u) for vertex in self.members[part]]
 
     def first(self, u):
-        """The first of them in the order of the network, of each part the first by site and colour."""
+        """Return the first of these vertices in the order of the network, where each part counts by its first site and
+        colour."""
         return min((self.members[part][0] for part in self.whole(u) if self.members[part]), default=self.end)
 
     def alike(self, fixed):
-        """Lists of two or more units that have the same colours and are part of the same blocks."""
+        """Return lists of two or more units that have the same colours and are part of the same blocks."""
         candidates = defaultdict(list)
         for u, colour in enumerate(self.colours):
             if u not in fixed:
@@ -221,7 +222,7 @@ class _Units:
 
 
 def _within(u, tree, number):
-    """The nearest block above a unit that may move, as (orbit, unit)."""
+    """Return the nearest movable block that contains a unit, as (orbit, unit)."""
     while len(tree.get(u, ())) == 1:
         (u,) = tree[u]
         if u in number:
@@ -230,10 +231,11 @@ def _within(u, tree, number):
 
 
 def _tree(n, same, parts):
-    """Units (connected by sameness), the blocks that each is directly part of, and the blocks that cross others.
+    """Return units (connected by sameness), the blocks that directly contain each unit, and the blocks that cross
+    others.
 
-    Two blocks with the same parts are one. Of two blocks of a unit, one may hold the other: then the unit is directly
-    part of the smaller only.
+    Two blocks with the same parts are one block. If one of two blocks of a unit contains the other, the unit is
+    directly part of the smaller block only.
     """
     u, v = same[0], same[1]
     while True:
@@ -257,7 +259,8 @@ def _tree(n, same, parts):
 
 
 def _nested(held):
-    """Of each unit the smallest block above it, in a set, and of each two blocks that cross the one with more parts."""
+    """Return the smallest block that contains each unit, in a set, and of each two crossing blocks that with more
+    parts."""
     above, tree, crossing = defaultdict(set), {}, set()
     for block, inside in held.items():
         for child in inside:
@@ -277,7 +280,7 @@ def _nested(held):
 
 
 def _in_circles(tree):
-    """Units that are part of themselves, which no network should make."""
+    """Return units that are part of themselves, which should not occur."""
     circles = set()
     for start in tree:
         seen, todo = set(), list(tree[start])
@@ -292,7 +295,7 @@ def _in_circles(tree):
 
 
 def _unique(colour, unit, fixed):
-    """Colours of their own for the vertices of fixed units."""
+    """Give the vertices of fixed units unique colours."""
     colour = colour.copy()
     chosen = np.isin(unit, list(fixed))
     with np.errstate(over="ignore"):
@@ -301,7 +304,7 @@ def _unique(colour, unit, fixed):
 
 
 def _refine(colour, same, parts):
-    """Colours of vertices by their surroundings, refined until no more can be told apart."""
+    """Refine the colours of vertices by their surroundings until no more vertices can be distinguished."""
     ways = []
     for (u, v, tone), name in ((same, "same"), (parts, "part")):
         ways += [(u, v, mix(tone ^ colour_of(name, "out"))), (v, u, mix(tone ^ colour_of(name, "in")))]
@@ -319,7 +322,7 @@ def _refine(colour, same, parts):
 
 
 def _ambiguous(colour, unit, site, parts):
-    """Units of which two parameter vertices have one colour, or two blocks that hold different parts."""
+    """Return units with two parameter vertices of one colour, or with two blocks of one colour and different parts."""
     real = np.flatnonzero(site >= 0)
     pairs = np.stack([unit[real].astype(np.uint64), colour[real]], 1)
     pairs, counts = np.unique(pairs, axis=0, return_counts=True)
@@ -333,7 +336,7 @@ def _ambiguous(colour, unit, site, parts):
 
 
 def _members(unit, site, colour):
-    """Of each unit the parameter vertices, in the order of sites and colours."""
+    """Return the parameter vertices of each unit, ordered by site and colour."""
     members = defaultdict(list)
     real = np.flatnonzero(site >= 0)
     for vertex in real[np.lexsort((colour[real], site[real]))].tolist():
@@ -342,9 +345,9 @@ def _members(unit, site, colour):
 
 
 def _places(sites, units, site, position):
-    """Positions [size, block] by site, or None if the units are not alike.
+    """Return positions [size, block] by site, or None if the units differ in layout.
 
-    An entry confined to rows that the unit owns as a whole travels with them.
+    An entry restricted to rows that the unit owns completely moves with these rows.
     """
     places = []
     for unit in units:

@@ -1,11 +1,11 @@
-"""Permutation groups of any network, found by following it operation by operation.
+"""Find the permutation groups of any network by tracing it operation by operation.
 
 The network is exported to a graph of tensor operations (torch.export). Every index along an axis of a parameter is a
-vertex (see the module symmetry), and an activation carries, for some of its axes, the vertices that its
-indices stand for: the output of a linear layer those of its weight's rows. Each operation says which indices are the
-same unit (a sum of two activations, a product with a weight), which are parts of a whole (an attention head, a group of
-channels), and which must stay because their order matters (the pixels that a convolution slides over). An operation
-that nobody described fixes all it touches, so that a network is never permuted wrongly, only less than it could be.
+vertex (see the module symmetry). An activation has, for some of its axes, the vertices that its indices represent: the
+output of a linear layer has those of the rows of its weight. Each operation determines which indices are the same unit
+(a sum of two activations, a product with a weight), which are parts of a whole (an attention head, a group of
+channels), and which are fixed because their order matters (the pixels of a convolution). An operation without a rule
+fixes everything that it touches. A network may thus have fewer permutations than possible, but never a wrong one.
 """
 
 import contextlib
@@ -35,28 +35,29 @@ BY_HAND = ("groups can be written by hand, as a dict of permask_core.matching.Gr
 
 
 def permutation_groups(model, example_input, *, check=False):
-    """Find the groups of a network.
+    """Find the permutation groups of a network.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Followed in evaluation mode; left as it was, its modes and statistics included.
+        Traced in evaluation mode; its modes and statistics do not change.
     example_input : torch.Tensor, tuple or dict
-        A batch that the model accepts (a tuple: its arguments, a dict: its keyword arguments). Only the shapes matter,
-        as long as the model does not look at values.
+        A batch for the model (a tuple of its arguments, or a dict of its keyword arguments). Only the shapes matter,
+        unless the model's control flow depends on values.
     check : bool
-        Test the result with :func:`permask_core.matching.check_function`: two runs of a copy of the model in float64.
+        Whether to test the result with :func:`permask_core.matching.check_function`, which runs a copy of the model in
+        float64 twice.
 
     Returns
     -------
     Groups
-        By the name of the layer that produces the units, in the order of the computation. Units that reach the output
-        are in no group, nor are those that an operation treats in a way that is not known: ``fixed`` says why.
+        Groups by name of the layer that produces the units, in the order of the computation. Units that reach the
+        output and units in an operation without a rule are in no group; ``fixed`` lists them with the reason.
 
     Raises
     ------
     ValueError
-        If the model cannot be exported; the message says what stopped it. With ``check``, if a permutation changes the
+        If the model cannot be exported; the message has the reason. With ``check``, if a permutation changes the
         function.
 
     Examples
@@ -82,16 +83,16 @@ def permutation_groups(model, example_input, *, check=False):
 
 def _exported(model, args, kwargs):
     fast, silent = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
-    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation instead of an attention that can be followed
-    logging.disable()  # what stops an export is in its exception; PyTorch would print the graph so far as well
+    torch.backends.mha.set_fastpath_enabled(False)  # the fast path is one opaque operation, which cannot be traced
+    logging.disable()  # the exception has the reason; PyTorch would also print the partial graph
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
-            # Makes operations in place ordinary ones, and takes some composite ones apart; half of the time of tracing.
+            # Replaces in-place operations and decomposes some composite ones; takes half of the time of tracing.
             plain = all(_has_rule(node.target) for node in program.graph.nodes if node.op == "call_function")
             return program if plain else program.run_decompositions({})
-    except Exception as error:  # tracing runs the user's own code, which may raise anything
+    except Exception as error:  # tracing runs user code, which may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if place := re.search(r'raised this error:\s*File "(.+)", line (\d+).*\n\s*(.+)', str(error)):
             reason += f" in {Path(place[1]).name}, line {place[2]}: {place[3]}"
@@ -111,14 +112,14 @@ def _has_rule(target):
 
 
 class _Tracer(Algebra):
-    """Walks the graph in order; ``values`` holds what is known of every node's result."""
+    """Walks the graph in order; ``values`` has the value of the result of every node."""
 
     def __init__(self, model, program):
         self.graph, self.signature = program.graph, program.graph_signature
         self.graph.eliminate_dead_code()
         super().__init__()
         self.values, self.parameters, self.taps = {}, {}, []
-        self.axes, self.calls = {}, Counter()  # the vertices of (tensor, axis, rows); operations by module
+        self.axes, self.calls = {}, Counter()  # vertices of (tensor, axis, rows); number of operations by module
         state, firsts = model.state_dict(keep_vars=True), {}
         parameters = {id(parameter) for parameter in model.parameters()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)
@@ -167,8 +168,8 @@ class _Tracer(Algebra):
                 if isinstance(one, Value) and one.shape != tuple(result.shape):
                     raise NoRule
             return value
-        except (NoRule, TypeError, ValueError, LookupError, AttributeError):  # a form that no rule foresees
-            self.fix(self._tensors([*node.args, *node.kwargs.values()]), why := f"{name} is not followed")
+        except (NoRule, TypeError, ValueError, LookupError, AttributeError):  # a form that no rule covers
+            self.fix(self._tensors([*node.args, *node.kwargs.values()]), why := f"{name} is not supported")
             return pytree.tree_map(lambda result: self._inert(result, why), results)
 
     @staticmethod
@@ -176,7 +177,8 @@ class _Tracer(Algebra):
         return value_of(result.shape, why=why) if isinstance(result, torch.Tensor) else None
 
     def value(self, node):
-        """What is known of an argument: a node's value, a parameter's own vertices, or None for what is no tensor."""
+        """Return the value of an argument: that of a node, the vertices of a parameter, or None if it is not a
+        tensor."""
         if node in self.parameters:
             name = self.parameters[node]
             shape = self.shapes[name]
@@ -197,20 +199,20 @@ class _Tracer(Algebra):
         return self.axes[key]
 
     def along(self, value, axis, *parameters):
-        """An elementwise operation with tensors [n] along one axis, None where there are none."""
+        """Apply an elementwise operation with ``parameters``, tensors [n] along one axis or None."""
         vectors = [v.placed([axis], value.shape) for p in parameters if (v := self.value(p)) is not None]
         return self.join(value.shape, [value, *vectors])
 
     def tap(self, weight, side, value, axis):
-        """Remember that a module with this weight sees the value at its input or output."""
+        """Record that a module with this weight has the value at its input or output."""
         if self.parameters.get(weight) in (f"{self.module}.weight", "weight"):
             self.taps += [(self.module, side, axis, bundle, self.node.args[0] if side == "input" else self.node)
                           for bundle in value.bundles if bundle.axes == (axis,)]
 
     def groups(self):
-        """The orbits as groups, named and with their taps."""
+        """Return the orbits as groups with names and taps."""
         for (name, axis, rows), vertices in self.axes.items():
-            if rows is not None and (name, axis, None) in self.axes:  # grouped here, whole there
+            if rows is not None and (name, axis, None) in self.axes:  # restricted to rows here, whole elsewhere
                 for clash in (vertices, self.axes[name, axis, None]):
                     self.structure.fix(clash, "their tensor is used in two forms")
         found, unit, fixed = orbits(self.structure)
@@ -237,7 +239,7 @@ class _Tracer(Algebra):
                       [*(Fixed(tensor, axis, count, why) for (tensor, axis, why), count in counts.items()), *idle])
 
     def _taps(self, found, owners, unit):
-        """For each orbit, the inputs of the modules that read its units; where there are none, outputs."""
+        """Return, for each orbit, the inputs of the modules that read its units, or outputs if there are none."""
         taps = [{"input": {}, "output": {}} for _ in found]
         for module, side, axis, bundle, node in self.taps:
             if self.calls[module] > 1 or not module:
@@ -257,19 +259,19 @@ class _Tracer(Algebra):
 
 
 def _moves(buffer):
-    """Whether a buffer has units, as BatchNorm's statistics do; a table of indices or coordinates is a constant."""
+    """Whether a buffer has units, like BatchNorm's statistics; a table of indices or coordinates is a constant."""
     return buffer.is_floating_point() and sum(n > 1 for n in buffer.shape) <= 1
 
 
 def _memory(tensor):
-    """What two names share when they name one tensor."""
+    """Return a key that is equal for two names of one tensor."""
     if tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
 def _overlapping(tensors):
-    """Names of tensors that share memory with another one in part."""
+    """Return the names of tensors that partly share memory with another tensor."""
     spans, shared = defaultdict(list), set()
     for name, tensor in tensors.items():
         if tensor.numel() and not tensor.is_meta:
@@ -285,14 +287,14 @@ def _overlapping(tensors):
 
 
 def _positions(places, length):
-    """Positions as :class:`Entry` holds them: None for one index a unit all along the axis."""
+    """Return positions for :class:`Entry`: None if the units cover the axis with one index each."""
     if places.shape == (length, 1) and (places[:, 0] == np.arange(length)).all():
         return None
     return torch.from_numpy(places.astype(np.int64))
 
 
 def _names(found):
-    """The layer that produces the units; for parts of a unit, the group and the number of the unit."""
+    """Return names: the layer that produces the units or, for parts of a unit, the group and the number of the unit."""
     names, taken = {}, set()
 
     def name(i):

@@ -1,9 +1,9 @@
-"""What is known of an activation while a network is followed, and what operations do to it.
+"""Values: what is known about activations during a trace, and the operations on them.
 
-An activation's axis is *in a bundle* if its indices stand for vertices (see the module symmetry), *uniform* if the
-activation is constant along it, and otherwise *inert*: its indices stay where they are. The operations here are few and
-general: values combined index by index, sums over axes, views, selections and concatenations. The module rules puts
-PyTorch's own together from them.
+An axis of an activation is *in a bundle* if its indices represent vertices (see the module symmetry), *uniform* if the
+activation is constant along it, and otherwise *inert*: its indices are fixed. The operations here are few and general:
+elementwise combinations, sums over axes, views, selections and concatenations. The module rules composes PyTorch's
+operations from them.
 """
 
 import math
@@ -15,9 +15,9 @@ from permask_core.matching.tracer.symmetry import INERT, UNIFORM, Structure, col
 
 
 class Bundle(NamedTuple):
-    """Axes of an activation whose indices stand for vertices, jointly: ``vertices`` has the shape of these axes.
+    """Axes of an activation whose indices jointly represent vertices: ``vertices`` has the shape of these axes.
 
-    Where a vertex stands at several indices, ``tags`` number its copies.
+    If a vertex is at several indices, ``tags`` number its copies.
     """
 
     axes: tuple[int, ...]
@@ -25,8 +25,8 @@ class Bundle(NamedTuple):
     tags: np.ndarray
 
     def without(self, axis):
-        """The bundle without an axis along which its vertices are the same: where it ran through copies, the pattern
-        of their tags becomes the tag."""
+        """Remove an axis along which the vertices are the same; if it ran through copies, the pattern of their tags
+        becomes the tag."""
         i = self.axes.index(axis)
         tags = np.moveaxis(self.tags, i, 0)
         if not (tags == tags[:1]).all():
@@ -39,15 +39,15 @@ class Bundle(NamedTuple):
         return bool((self.vertices == self.vertices.take([0], i)).all())
 
     def placed(self, positions):
-        """The bundle with axis a at positions[a]."""
+        """Return the bundle with axis a at positions[a]."""
         axes = [positions[a] for a in self.axes]
         order = np.argsort(axes)
         return Bundle(tuple(axes[i] for i in order), self.vertices.transpose(order), self.tags.transpose(order))
 
 
 class Value(NamedTuple):
-    """What is known of a tensor. Along ``uniform`` axes it is constant; axes that are neither uniform nor in a bundle
-    are inert: their indices stay, and ``why`` says so."""
+    """What is known about a tensor. It is constant along ``uniform`` axes. Axes that are neither uniform nor in a
+    bundle are inert: their indices are fixed, and ``why`` is the reason."""
 
     shape: tuple[int, ...]
     bundles: tuple[Bundle, ...]
@@ -59,15 +59,15 @@ class Value(NamedTuple):
         return set(range(len(self.shape))) - self.uniform - {a for bundle in self.bundles for a in bundle.axes}
 
     def placed(self, positions, shape):
-        """The value as a tensor of another shape, axis a at positions[a], constant along the axes that it lacks."""
+        """Return the value as a tensor of another shape, with axis a at positions[a], constant along new axes."""
         new = set(range(len(shape))) - set(positions)
         return value_of(shape, [bundle.placed(positions) for bundle in self.bundles],
                       {positions[a] for a in self.uniform} | new, self.why)
 
 
 def value_of(shape, bundles=(), uniform=(), why=""):
-    """A value in its simplest form: no bundle has an axis along which its vertices do not differ, or says less than
-    another."""
+    """Return a value in its simplest form: without bundle axes along which vertices do not differ, and without bundles
+    that other bundles imply."""
     simple = []
     for bundle in bundles:
         for axis in bundle.axes:
@@ -85,11 +85,11 @@ class NoRule(Exception):
 
 
 class Algebra:
-    """Operations on values that note, in a ``structure``, what they say of the vertices."""
+    """Operations on values, which record their constraints on vertices in a ``structure``."""
 
     def __init__(self):
         self.structure = Structure()
-        self.at = self.name = ""  # the operation at work, for reasons and for colours
+        self.at = self.name = ""  # the current operation, for reasons and colours
 
     def fix(self, values, why):
         for value in values:
@@ -97,7 +97,8 @@ class Algebra:
                 self.structure.fix(bundle.vertices.ravel(), why)
 
     def project(self, bundle, axes, ordered):
-        """A bundle on fewer axes: its vertices where they do not differ along the rest, else blocks of them."""
+        """Return a bundle on fewer axes: its vertices if they do not differ along the other axes, else blocks of
+        them."""
         for axis in bundle.axes:
             if axis not in axes and bundle.constant(axis):
                 bundle = bundle.without(axis)
@@ -115,7 +116,7 @@ class Algebra:
         return f"their order matters to {self.at.split()[0]}"
 
     def ordered(self, value, axes, why=None):
-        """The value with inert ``axes``: their order matters."""
+        """Return the value with inert ``axes``, because their order matters."""
         axes = {a % len(value.shape) for a in axes}
         return value._replace(bundles=tuple(self._ordered(value.bundles, axes, why or self.why_ordered())),
                               uniform=value.uniform - {a for a in axes if value.shape[a] > 1},
@@ -132,7 +133,7 @@ class Algebra:
                 self.structure.fix(bundle.vertices.ravel(), why)
 
     def symmetric(self, value, axes):
-        """Note an operation that treats all indices along some axes alike, such as a softmax."""
+        """Record an operation that treats all indices along some axes equally, such as a softmax."""
         axes = {a % len(value.shape) for a in axes}
         for bundle in value.bundles:
             if axes & set(bundle.axes) and set(bundle.axes) - axes:
@@ -140,7 +141,7 @@ class Algebra:
         return value
 
     def join(self, shape, values):
-        """Values of one rank combined index by index, as a sum or a product does."""
+        """Combine values of the same rank elementwise, like a sum or a product."""
         inert = {a for value in values for a in value.inert}
         why = next((value.why for value in values if value.inert), "")
         joined = []
@@ -149,7 +150,7 @@ class Algebra:
                 common = set(bundle.axes) & set(other.axes)
                 for small, large in ((bundle, other), (other, bundle)):
                     if set(small.axes) < set(large.axes) and (large.vertices == UNIFORM).any():
-                        raise NoRule  # where the larger is constant, nothing would remain of the smaller
+                        raise NoRule  # where the larger is constant, the smaller would be lost
                 if common:
                     one, two = self.project(other, common, False), self.project(bundle, common, False)
                     both = self.structure.same(one.vertices, two.vertices, one.tags, two.tags, self.name, self.at)
@@ -166,7 +167,7 @@ class Algebra:
         return self.join(shape, lifted)
 
     def reduce(self, value, axes, keep=False):
-        """A sum over axes, or anything else that does not see their order."""
+        """A sum over axes, or another operation that does not depend on their order."""
         axes = {a % len(value.shape) for a in axes}
         bundles = [self.project(b, set(b.axes) - axes, False) for b in value.bundles if set(b.axes) - axes]
         rest = [a for a in range(len(value.shape)) if a not in axes]
@@ -179,7 +180,7 @@ class Algebra:
                       {places[a] for a in value.uniform - axes}, value.why)
 
     def contract(self, terms, out, values):
-        """Einstein summation: a letter for every axis of every value and of the result."""
+        """Einstein summation, with a letter for every axis of every value and of the result."""
         letters = list(dict.fromkeys([*out, *(letter for term in terms for letter in term)]))
         size = {}
         for term, value in zip(terms, values):
@@ -192,7 +193,7 @@ class Algebra:
         return self.reduce(self.join(shape, placed), range(len(out), len(letters)))
 
     def view(self, value, shape):
-        """The value in another shape, indices in the same order."""
+        """Return the value in another shape, with indices in the same order."""
         if 0 in value.shape or math.prod(value.shape) != math.prod(shape):
             raise NoRule
         segments = _segments(value.shape, shape)
@@ -206,7 +207,7 @@ class Algebra:
             touched = [(old, new) for old, new in segments if set(old) & set(bundle.axes)]
             old, new = (tuple(sorted(a for segment in touched for a in segment[i])) for i in (0, 1))
             clash = next((other for touching, other in done if set(old) & set(touching)), None)
-            if clash is not None:  # of two independent bundles, the larger is kept
+            if clash is not None:  # of two independent bundles, keep the larger
                 return self.view(self.ordered(value, min(bundle, clash, key=lambda b: b.vertices.size).axes), shape)
             done.append((old, bundle))
             full = [value.shape[a] for a in old]
@@ -216,7 +217,7 @@ class Algebra:
         return value_of(shape, bundles, uniform, value.why)
 
     def take(self, value, axis, indices, part=0):
-        """Some of the indices along an axis."""
+        """Select some of the indices along an axis."""
         axis %= len(value.shape)
         if len(indices) == value.shape[axis]:
             return value
@@ -241,13 +242,13 @@ class Algebra:
         return self.view(value, [n for a, n in enumerate(value.shape) if a != axis])
 
     def concatenate(self, values, axis, names=None):
-        """The values one after the other; of those that are constant, the ones of the same name are the same."""
+        """Concatenate values; constant values with the same name are the same."""
         axis %= len(values[0].shape)
         names = [name for name, value in zip(names or range(len(values)), values) if value.shape != (0,)]
         values = [value for value in values if value.shape != (0,)]
         shape = [sum(value.shape[axis] for value in values) if a == axis else n for a, n in enumerate(values[0].shape)]
         axes = _axes_along(values, axis)
-        if axes is None:  # they cannot be laid end to end
+        if axes is None:  # they cannot be concatenated
             values = [self.ordered(value, [axis]) for value in values]
         joined = self.join(shape, [value._replace(
             bundles=tuple(b for b in value.bundles if axis not in b.axes), shape=tuple(shape),
@@ -259,13 +260,13 @@ class Algebra:
         return value_of(shape, [*joined.bundles, whole], joined.uniform - set(axes), joined.why)
 
     def _end_to_end(self, parts, names, axis):
-        """One bundle of several with the same axes, one after the other along an axis; along the others their units are
-        the same."""
+        """Concatenate several bundles with the same axes along one axis; along all other axes their units are the
+        same."""
         n, axes = len(parts), parts[0].axes
         parts = [part._replace(tags=np.where(part.vertices == UNIFORM, part.tags * n + names.index(name), part.tags))
                  for part, name in zip(parts, names)]
         seen = [set(part.vertices[part.vertices >= 0].tolist()) for part in parts]
-        if sum(map(len, seen)) > len(set().union(*seen)):  # a unit twice: number its copies
+        if sum(map(len, seen)) > len(set().union(*seen)):  # a unit occurs twice: number its copies
             parts = [part._replace(tags=part.tags * n + k) for k, part in enumerate(parts)]
         if len(axes) > 1:
             first, *others = [self.project(part, set(axes) - {axis}, False) for part in parts]
@@ -276,15 +277,15 @@ class Algebra:
         return Bundle(axes, *(np.concatenate([part[j] for part in parts], axes.index(axis)) for j in (1, 2)))
 
     def spatial(self, value, dims, shape):
-        """The value after an operation that slides over its last ``dims`` axes."""
+        """Return the value after an operation that slides over its last ``dims`` axes."""
         value, places = self.ordered(value, range(-dims, 0)), range(len(shape) - dims, len(shape))
-        uniform = value.uniform - {a for a in places if shape[a] > 1}  # padding may tell apart what one pixel becomes
+        uniform = value.uniform - {a for a in places if shape[a] > 1}  # padding may break uniformity
         return value._replace(shape=tuple(shape), uniform=uniform, why=value.why or self.why_ordered())
 
 
 def _axes_along(values, axis):
-    """The axes of the bundles that run along an axis: () if there are none, None if they differ in different values, or
-    if a value has two, or has none but another that runs along the same axes."""
+    """Return the axes of the bundles along an axis: () if there are none, None if they differ between values, or if a
+    value has two such bundles, or has none but another bundle along the same axes."""
     along = [[bundle for bundle in value.bundles if axis in bundle.axes] for value in values]
     spans = {bundle.axes for bundles in along for bundle in bundles}
     if not spans:
@@ -298,7 +299,7 @@ def _axes_along(values, axis):
 
 
 def _bundle_along(value, axes):
-    """A value's bundle along these axes; if it has none, one of a constant or of what no permutation may touch."""
+    """Return a value's bundle along these axes; if it has none, a bundle of ``UNIFORM`` or ``INERT``."""
     shape = [value.shape[a] for a in axes]
     blank = Bundle(axes, np.full(shape, INERT if value.inert & set(axes) else UNIFORM), np.zeros(shape, np.int64))
     return next((bundle for bundle in value.bundles if bundle.axes == axes), blank)
@@ -312,7 +313,7 @@ def _filled(bundle, axes, shape):
 
 
 def _segments(old, new):
-    """The shortest runs of axes longer than 1, of two shapes, that hold the same number of elements."""
+    """Return the shortest runs of axes longer than 1, of two shapes, that have the same number of elements."""
     olds, news = ([a for a, n in enumerate(shape) if n > 1] for shape in (old, new))
     segments = []
     while olds:
@@ -324,7 +325,7 @@ def _segments(old, new):
 
 
 def _copies(bundle, axes, shape):
-    """Tags of a bundle spread over more axes: each index along the others is another copy."""
+    """Return the tags of a bundle expanded to more axes: each index along the new axes is another copy."""
     others = [a for a in axes if a not in bundle.axes]
     number = np.arange(math.prod(shape[a] for a in others)).reshape([shape[a] for a in others])
     index = tuple(slice(None) if a in others else None for a in axes)

@@ -1,11 +1,10 @@
-"""The arithmetic of fan-in layers, on whole batches: each output sums ``k`` products, of values and the inputs that its
-indices name.
+"""The arithmetic of fan-in layers on whole batches: each output sums ``k`` products of values and the inputs at its
+indices.
 
-``forward`` and ``backward`` pick a kernel by device, type and shape: on a CPU those of :mod:`.cpu` for float32 and
-float64, on a GPU those of :mod:`.triton` for float32 and half precision, elsewhere :mod:`.eager`, which needs nothing
-but torch. Neither is differentiable by itself: :class:`~permask_core.sparse.FanInLinear` makes them so, and for
-``torch.compile`` :mod:`.operator`. Both take any slice of rows of a layer, so that a caller can go through millions of
-outputs a few thousand at a time.
+``forward`` and ``backward`` choose a kernel by device, type and shape: on a CPU :mod:`.cpu` for float32 and float64, on
+a GPU :mod:`.triton` for float32 and half precision, and otherwise :mod:`.eager`, which needs only torch. They are not
+differentiable; :class:`~permask_core.sparse.FanInLinear` is, and so is :mod:`.operator` for ``torch.compile``. Both
+accept any slice of rows of a layer, so that millions of outputs can be computed a few thousand at a time.
 """
 
 import importlib
@@ -19,22 +18,22 @@ import torch
 from permask_core.sparse.kernels import cpu, eager
 from permask_core.sparse.kernels.transposing import Transpose, forget, remember, transpose, version
 
-LOADED = {"cuda": ["permask_core.sparse.kernels.triton"]}  # by name, on such a device: see runs.store.sources
+LOADED = {"cuda": ["permask_core.sparse.kernels.triton"]}  # by name and type of device: see runs.store.sources
 
 __all__ = ["Transpose", "backward", "forget", "forward", "remember", "transpose", "version"]
 
 
 @cache
 def _triton():
-    """The module, or None, said once, where it cannot run."""
+    """Return the Triton module, or warn once and return None if it cannot run."""
     try:
         if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))):
             raise ImportError("Triton needs a C compiler, gcc or clang")
         module = importlib.import_module(*LOADED["cuda"])
         if torch.cuda.is_available():
-            module.triton.runtime.driver.active.get_current_device()  # compiled here, which is where that would fail
+            module.triton.runtime.driver.active.get_current_device()  # compiles, and fails here if it cannot
         return module
-    except Exception as error:  # whatever a compiler says
+    except Exception as error:  # compilers raise various exceptions
         warnings.warn(f"fan-in layers on a GPU take the slower path in plain torch: {error}", stacklevel=2)
         return None
 
@@ -64,27 +63,29 @@ def forward(x, values, indices, bias=None):
     Returns
     -------
     torch.Tensor
-        [batch, n], of the type of ``x``; bfloat16 and float16 are summed in float32.
+        [batch, n], with the type of ``x``; bfloat16 and float16 are summed in float32.
     """
     return _kernels(x, values, indices, bias).forward(x, values, indices, bias)
 
 
 def backward(grad, x, values, indices, transposed, *, need_x=True, need_values=True):
-    """The gradients of a loss by ``x`` and ``values``, from that by the output of :func:`forward`.
+    """Return the gradients with respect to ``x`` and ``values``, given that with respect to the output of
+    :func:`forward`.
 
     Parameters
     ----------
     grad : torch.Tensor
         [batch, n].
     x, values, indices : torch.Tensor
-        As :func:`forward` had them.
+        The arguments of :func:`forward`.
     transposed : Transpose
-        Of these indices.
+        The transpose of ``indices``.
     need_x, need_values : bool
 
     Returns
     -------
     (torch.Tensor or None, torch.Tensor or None)
-        [batch, in] and [n, k]. Every sum has a fixed order: the same bits again, whatever the number of threads.
+        [batch, in] and [n, k]. Every sum has a fixed order, so the result is the same bit for bit for any number of
+        threads.
     """
     return _kernels(x, values, indices).backward(grad, x, values, indices, transposed, need_x, need_values)

@@ -1,6 +1,6 @@
-"""Fan-in arithmetic on a CPU: which loop of :mod:`permask_core.sparse.kernels.simd` for which shape.
+"""Fan-in arithmetic on a CPU: choose a loop of :mod:`permask_core.sparse.kernels.simd` by shape.
 
-A few examples are gathered, each on its own. More are laid out with the examples last, in tiles.
+A few examples are gathered one by one. Larger batches are stored in tiles with the examples last.
 """
 
 import os
@@ -14,18 +14,19 @@ import torch
 
 from permask_core.models.extras import check_extra
 
-# Examples in a tile. The forward pass does best with what a second-level cache holds of some thousand inputs; the
-# backward pass sums over a tile's examples for every connection, which weighs less the more they are.
+# Examples in a tile. The forward pass is fastest with tiles that fit into a second-level cache for a few thousand
+# inputs. The backward pass sums over the examples of a tile for every connection, whose cost decreases with their
+# number.
 WIDTHS = {"forward": (8, 16, 32), "backward": (8, 16, 32, 64)}
-ALONE = 30_000  # products that one thread has done before others would have started
-_LOCK = threading.Lock()  # not every threading layer of numba lets two threads in
+ALONE = 30_000  # one thread computes these products in the time in which others start
+_LOCK = threading.Lock()  # some threading layers of numba do not allow two threads to enter
 
 
 @cache
 def _simd():
     try:
         check_extra("the fast one", "numba", "cpu")
-        from permask_core.sparse.kernels import simd  # compiles: only where it is needed
+        from permask_core.sparse.kernels import simd  # compiles, so it is imported only when needed
     except ImportError as error:
         warnings.warn(f"fan-in layers take the slower path in plain torch: {error}", stacklevel=2)
         return None
@@ -34,27 +35,27 @@ def _simd():
 
 @cache
 def _started():
-    """Start numba's threads; the process that did."""
+    """Start numba's threads, and return the id of this process."""
     threads = torch.get_num_threads()
-    sys.modules["numba"].get_num_threads()  # starts them, which sets OpenMP's number for torch too
+    sys.modules["numba"].get_num_threads()  # starts them, which also sets the number of OpenMP threads of torch
     torch.set_num_threads(threads)
     return os.getpid()
 
 
 def is_usable():
-    """Whether the compiled loops can run: numba is there, and this is no fork of the process that started their
-    threads, which would have none."""
+    """Whether the compiled loops can run: numba is installed, and this process is not a fork of the one that started
+    numba's threads, because a fork has none."""
     return _simd() is not None and _started() == os.getpid()
 
 
 def _arrays(*tensors):
-    # Unsigned, because numba would ask of a signed index whether it counts from the end.
+    # Unsigned, because numba checks whether a signed index is negative.
     arrays = [tensor.detach().numpy() for tensor in tensors]
     return [array.view(np.uint32) if array.dtype == np.int32 else array for array in arrays]
 
 
 def _call(products, loop, *arguments):
-    """Run a loop over so many products on as many threads as torch has."""
+    """Run a loop over ``products`` products with the number of threads of torch."""
     _started()
     numba = sys.modules["numba"]
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS) if products > ALONE else 1
@@ -73,12 +74,12 @@ def _width(batch, way):
 
 
 def forward(x, values, indices, bias=None):
-    """As :func:`permask_core.sparse.kernels.forward`, for float32 and float64 on the CPU, in compiled loops."""
+    """:func:`permask_core.sparse.kernels.forward` for float32 and float64 on the CPU, in compiled loops."""
     (batch, inputs), (n, k) = x.shape, values.shape
     x, values, indices, y = x.contiguous(), values.contiguous(), indices.contiguous(), x.new_empty(batch, n)
     bias = bias if bias is None else bias.contiguous()
-    # In cycles of a processor, roughly: a product of a gather takes one, a tile of eight two and a half; to lay it out
-    # half a cycle for each number, and to start the threads twice more some thousand.
+    # Approximate cost in processor cycles: 1 for a product of a gather, 2.5 for a tile of eight, 0.5 for storing a
+    # number in a tile, and some thousand for starting the threads twice more.
     if batch * n * k < 2.5 * n * k + 4 * (inputs + n) + 20_000:
         _call(batch * n * k, _simd().gather(x.itemsize), x.data_ptr(), values.data_ptr(), indices.data_ptr(),
               0 if bias is None else bias.data_ptr(), y.data_ptr(), batch, inputs, n, k)
@@ -90,13 +91,13 @@ def forward(x, values, indices, bias=None):
 
 
 def backward(grad, x, values, indices, transposed, need_x, need_values):
-    """As :func:`permask_core.sparse.kernels.backward`, for float32 and float64 on the CPU, in compiled loops."""
+    """:func:`permask_core.sparse.kernels.backward` for float32 and float64 on the CPU, in compiled loops."""
     width = _width(len(x), "backward")
     dx, dvalues = x.new_empty(x.shape if need_x else (0, 0)), values.new_empty(values.shape if need_values else (0, 0))
     tiles, given, sums = _tiles(grad, width), _tiles(x, width), _tiles(x, width)
     if not len(values):
         sums.zero_()
-    listed, products = values.new_empty(values.numel()), values.new_zeros(values.numel())  # 0 where there is no tile
+    listed, products = values.new_empty(values.numel()), values.new_zeros(values.numel())  # 0 without tiles
     grad, x, values = grad.contiguous(), x.contiguous(), values.contiguous()
     _call(len(x) * values.numel(), _simd().kernels(width)[1], *_arrays(
         grad, x, values, *transposed, tiles, given, listed, sums, products, dx, dvalues))

@@ -1,6 +1,6 @@
-"""Fan-in arithmetic in torch's own operations: for every device and type, and what the fast kernels are tested against.
+"""Fan-in arithmetic in plain torch operations, for every device and type; the reference for tests of the fast kernels.
 
-Rows go through in chunks, because a gather of a whole layer would hold batch x outputs x fan-in numbers at once.
+Rows are computed in chunks, because gathering a whole layer would need batch x outputs x fan-in numbers at once.
 """
 
 from functools import wraps
@@ -20,7 +20,7 @@ def _chunks(n, batch, k):
 
 
 def _as_given(kernel):
-    """Without autocast, which would multiply in half precision what is to be summed in float32."""
+    """Disable autocast, which would multiply in half precision what is summed in float32."""
     @wraps(kernel)
     def exact(first, *given, **named):
         with torch.autocast(first.device.type, enabled=False):
@@ -30,7 +30,7 @@ def _as_given(kernel):
 
 @_as_given
 def forward(x, values, indices, bias=None):
-    """As :func:`permask_core.sparse.kernels.forward`, in plain torch, for any device and type."""
+    """:func:`permask_core.sparse.kernels.forward` in plain torch, for any device and type."""
     dtype = _summed_in(x.dtype)
     columns, y = x.to(dtype).t().contiguous(), x.new_empty(len(x), len(values))
     for rows in _chunks(len(values), len(x), values.shape[1]):
@@ -42,7 +42,7 @@ def forward(x, values, indices, bias=None):
 
 @_as_given
 def backward(grad, x, values, indices, transposed, need_x, need_values):
-    """As :func:`permask_core.sparse.kernels.backward`, in plain torch, for any device and type."""
+    """:func:`permask_core.sparse.kernels.backward` in plain torch, for any device and type."""
     dtype, (batch, inputs), k = _summed_in(x.dtype), x.shape, values.shape[1]
     columns, by_output = (tensor.to(dtype).t().contiguous() for tensor in (x, grad))
     dx = torch.zeros(inputs, batch, dtype=dtype, device=x.device) if need_x else None
@@ -53,7 +53,7 @@ def backward(grad, x, values, indices, transposed, need_x, need_values):
             dvalues[rows] = torch.bmm(columns[chosen], by_output[rows, :, None])[..., 0].to(values.dtype)
         if need_x:
             parts, chosen = (values[rows, :, None].to(dtype) * by_output[rows, None]).flatten(0, 1), chosen.flatten()
-            if x.is_cpu:  # each of the two adds in a fixed order on its device alone
+            if x.is_cpu:  # each variant has a fixed order of sums on its own device only
                 dx.index_add_(0, chosen, parts)
             else:
                 dx.index_put_((chosen,), parts, accumulate=True)

@@ -1,8 +1,8 @@
-"""Forward and backward pass as operators that torch.compile takes as a whole: ``permask::fan_in``, with its derivative.
+"""Forward and backward pass as custom operators for torch.compile: ``permask::fan_in`` and its derivative.
 
-Calling one costs some ten microseconds more than an autograd function, so that a layer uses them only in compiled code.
-In a CUDA graph that torch.compile makes of its own (``mode="reduce-overhead"``) they are left out: what they keep about
-the indices would lie in memory that belongs to the graph.
+A call takes about ten microseconds longer than an autograd function, so a layer uses the operators only in compiled
+code. They are excluded from CUDA graphs that torch.compile captures (``mode="reduce-overhead"``), because their cached
+data about the indices would be in memory of the graph.
 """
 
 import torch
@@ -27,8 +27,8 @@ def _(x, values, indices, bias):
 @torch.library.custom_op("permask::fan_in_backward", mutates_args=(), tags=TAGS)
 def fan_in_backward(grad: Tensor, x: Tensor, values: Tensor, indices: Tensor, need_x: bool,
                     need_values: bool) -> tuple[Tensor, Tensor]:
-    """:func:`permask_core.sparse.kernels.backward` as an operator, which lists the connections by input itself; a
-    gradient that nobody needs is empty."""
+    """:func:`permask_core.sparse.kernels.backward` as an operator, which transposes the indices itself; a gradient that
+    is not needed is empty."""
     listed = kernels.remember(indices, (0, None), lambda: kernels.transpose(indices, x.shape[1]))
     dx, dvalues = kernels.backward(grad.contiguous(), x, values, indices, listed, need_x=need_x,
                                    need_values=need_values)

@@ -1,9 +1,9 @@
 """Compiled loops over connections, for :mod:`permask_core.sparse.kernels.cpu`.
 
-A batch is cut into tiles of ``width`` examples, and a tile is stored with its examples last, [features, width]. A
-connection then multiplies one value with ``width`` neighbouring numbers, which is one or a few vector instructions with
-no gather. Numba compiles for the processor at hand and needs no compiler on the machine. Left to itself it would keep
-the sums in memory; so the innermost loops are written in LLVM's vectors, of any width, which it keeps in registers.
+A batch is split into tiles of ``width`` examples, and a tile is stored with its examples last, [features, width]. A
+connection then multiplies one value with ``width`` neighbouring numbers, which takes one or a few vector instructions
+without a gather. Numba compiles for the current processor and needs no system compiler. By itself it would keep the
+sums in memory; therefore the innermost loops use LLVM vectors of any width, which it keeps in registers.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from numba.core.caching import IndexDataCacheFile
 from numba.core.errors import NumbaTypeError, RequireLiteralValue
 from numba.extending import intrinsic
 
-# Products may be fused with sums, but no sum put in another order: how the optimizer does that depends on what a loop
-# is compiled with, and would not be the same where it is compiled and where it is found on disk.
+# Products may be fused with sums, but sums must not be reordered: the reordering depends on what else is compiled with
+# a loop, and could differ between newly compiled code and code loaded from disk.
 FAST = ("contract",)
 INT32, INT64 = ir.IntType(32), ir.IntType(64)
-LINES = 4  # vectors of 64 bytes that a sum is spread over, to hide the latency of one addition
+LINES = 4  # vectors of 64 bytes for one sum, which hide the latency of an addition
 
 
 def _literal(number):
@@ -37,7 +37,7 @@ def _literal(number):
 
 
 class _Vectors:
-    """What the intrinsics below write LLVM's instructions with: vectors of ``width`` numbers of an array's type."""
+    """Builds LLVM instructions for the intrinsics below, on vectors of ``width`` numbers of an array's type."""
 
     def __init__(self, context, builder, array, width):
         if array.dtype not in (types.float32, types.float64):
@@ -89,8 +89,8 @@ class _Vectors:
         return self.builder.call(reduce, [ir.Constant(self.item, 0.0), vector], fastmath=("reassoc",))
 
     def loop(self, begin, end, body, first, step=1, turns=None):
-        """Sum vectors over begin..end; ``body(i, sum)`` adds ``step`` of them to a sum, of which several take turns.
-        The sum, and where it stopped: fewer than ``step`` before the end."""
+        """Sum vectors over begin..end; ``body(i, sum)`` adds ``step`` of them to one of several alternating sums.
+        Returns the sum and the index where it stopped, fewer than ``step`` before the end."""
         b, turns = self.builder, turns or max(1, LINES * 64 // (self.width * self.itemsize))
         sums = [cgutils.alloca_once(b, self.type) for _ in range(turns)]
         for n, place in enumerate(sums):
@@ -109,8 +109,8 @@ class _Vectors:
 
 @intrinsic
 def row_dot(typing, values, indices, begin, end, x, bias, row, y, place, itemsize):
-    """``y[place] = bias[row] + sum values[s] * x[indices[s]]``, of arrays given by their addresses; a ``bias`` at
-    address 0 is none."""
+    """``y[place] = bias[row] + sum values[s] * x[indices[s]]``, with arrays given by their addresses; a ``bias`` at
+    address 0 means no bias."""
     sized = _literal(itemsize)
 
     def codegen(context, builder, signature, args):
@@ -124,7 +124,7 @@ def row_dot(typing, values, indices, begin, end, x, bias, row, y, place, itemsiz
             builder.store(v.number(bias, row), given)
 
         def body(s, sum):
-            # One load for each: processors' own gathers are slower.
+            # One load for each, because the gather instructions of processors are slower.
             inputs = ir.Constant(v.type, ir.Undefined)
             for i in range(8):
                 number = v.number(x, v.index(indices, builder.add(s, ir.Constant(INT64, i))))
@@ -195,8 +195,8 @@ def column_sum(typing, values, outputs, begin, end, tile, tile_at, x, x_at, out,
 
 @intrinsic
 def turn(typing, source, source_at, source_step, source_rows, target, target_at, target_step, target_rows, size):
-    """Transpose a block of ``size`` x ``size``, a power of two, of which ``source_rows`` rows are there, the others
-    being 0, and ``target_rows`` are written. The steps are from row to row."""
+    """Transpose a block of ``size`` x ``size``, a power of two. ``source_rows`` rows are read, all others are 0, and
+    ``target_rows`` rows are written. The steps are distances between rows."""
     n = _literal(size)
 
     def codegen(context, builder, signature, args):
@@ -207,7 +207,7 @@ def turn(typing, source, source_at, source_step, source_rows, target, target_at,
         there = [builder.icmp_signed("<", ir.Constant(INT64, i), source_rows) for i in range(n)]
         rows = [builder.select(yes, v.load(builder.select(yes, v.at(source, source_step, i), source)), v.zero)
                 for i, yes in enumerate(there)]
-        # A perfect shuffle of rows i and i + n/2, log2(n) times, is the transpose.
+        # log2(n) perfect shuffles of rows i and i + n/2 are the transpose.
         low, high = (ir.Constant(ir.VectorType(INT32, n), [place for j in range(start, start + n // 2)
                                                            for place in (j, n + j)]) for start in (0, n // 2))
         for _ in range(n.bit_length() - 1):
@@ -223,10 +223,10 @@ def turn(typing, source, source_at, source_step, source_rows, target, target_at,
 
 
 def _number_apart():
-    """Let numba number the functions that this process compiles from where no other process begins; whether it does.
+    """Let numba's numbers of compiled functions start at a value unique to this process; return whether it does.
 
-    Compiled code that is kept on disk goes by names made of these numbers. From two processes, each of which compiles
-    what the other does not, a third would load two functions of one name, and call one for the other.
+    Compiled code on disk has names made of these numbers. If two processes compiled different functions with the same
+    number, a third process that loads both would call one instead of the other.
     """
     first = secrets.randbits(48)
     FunctionIdentity._unique_ids = itertools.count(first)
@@ -238,26 +238,30 @@ if hasattr(os, "register_at_fork"):
 
 
 class CodeFile(IndexDataCacheFile):
-    """Where numba keeps compiled code, with a file's name made of what is in it.
+    """Numba's cache of compiled code, with file names that are hashes of the content.
 
-    Numba's own are numbered. Two processes that keep code at once may take one number for different code, and one that
-    is killed may leave a number in the list whose file is that of other code. Both would be called without a word.
+    Numba numbers its files. Two processes that write at the same time may use one number for different code, and a
+    killed process may leave a number in the index whose file has different code. Numba would call the wrong code
+    without an error.
     """
 
     def save(self, key, data):
         name = hashlib.sha256(repr((self._source_stamp, self._version, key)).encode()).hexdigest()[:24]
         name = f"{self._index_name.removesuffix('.nbi')}.{name}.nbc"
-        self._save_data(name, data)  # before it is listed
+        self._save_data(name, data)  # before it is in the index
         self._save_index(self._load_index() | {key: name})
 
 
-PRIVATE = ("_source_stamp", "_version", "_index_name", "_save_data", "_save_index", "_load_index")  # what it uses
+PRIVATE = ("_source_stamp", "_version", "_index_name", "_save_data", "_save_index", "_load_index")  # used here
 
 
 @cache
 def _keeps_code():
-    """Whether compiled code is kept on disk. Not where there is no folder for it; nor, which is said, if numba has
-    changed what the two measures above reach into, without which code that is kept could be the wrong one."""
+    """Whether compiled code is cached on disk.
+
+    It is not if there is no folder for it or, with a warning, if numba has changed the internals that the two classes
+    above rely on, because the wrong code could then be loaded.
+    """
     try:
         file = njit(cache=True)(_number_apart)._cache._cache_file
         if type(file) is IndexDataCacheFile and all(hasattr(file, name) for name in PRIVATE) and _number_apart():
@@ -266,8 +270,8 @@ def _keeps_code():
         return False
     except AttributeError:
         pass
-    warnings.warn(f"fan-in layers are compiled in every process: how numba {numba.__version__} keeps compiled code is "
-                  "not known here", stacklevel=2)
+    warnings.warn(f"fan-in layers are compiled in every process: the code cache of numba {numba.__version__} is "
+                  "not supported", stacklevel=2)
     return False
 
 
@@ -279,9 +283,11 @@ def _compile(function, parallel=True):
 
 
 def _join(function, width, **parts):
-    """One call of several compiled ``parts``, which the function has as globals. In a closure they would look new to
-    numba in every process, and compiled code would be kept for each of them. It does not look at globals: so the
-    name contains the width."""
+    """Return one compiled function that calls several compiled ``parts``, which are its globals.
+
+    In a closure they would look new to numba in every process, and code would be cached for each of them. Numba does
+    not compare globals, so the name contains the width.
+    """
     name = f"{function.__name__}_{width}"
     joined = FunctionType(function.__code__, {**globals(), **parts}, name)
     joined.__qualname__ = name
@@ -293,7 +299,7 @@ def gather(itemsize):
     """The forward pass example by example, for float32 (``itemsize`` 4) or float64 (8)."""
     @_compile
     def rows(x, values, indices, bias, y, batch, inputs, n, k):
-        # Addresses instead of arrays, whose unpacking would take as long as the sums of a small layer.
+        # Addresses, because unpacking arrays would take as long as the sums of a small layer.
         for i in prange(n):
             for b in range(batch):
                 row_dot(values, indices, i * k, i * k + k, x + b * inputs * itemsize, bias, i, y, b * n + i, itemsize)
@@ -318,7 +324,7 @@ def put(values, slots, out):
         out[slots[p]] = values[p]
 
 
-# Each is one call: passing arrays from Python takes as long as the arithmetic of a small layer.
+# Each is one call, because passing arrays from Python takes as long as the arithmetic of a small layer.
 
 def _forward(x, values, indices, bias, tiles, out, y):
     pack(x, tiles)
@@ -339,13 +345,13 @@ def _backward(grad, x, values, pointers, outputs, slots, tiles, given, listed, s
 
 @cache
 def kernels(width):
-    """``forward`` and ``backward`` for tiles of ``width`` examples."""
+    """Return ``forward`` and ``backward`` for tiles of ``width`` examples."""
     block = min(width, 16)
     parts = 256  # features that a task packs
 
     @_compile
     def pack(x, tiles):
-        """[batch, features] to [tiles, features, width]; behind the end of the batch come zeros."""
+        """[batch, features] to [tiles, features, width]; the batch is padded with zeros."""
         batch, features = x.shape
         source, target = x.reshape(-1), tiles.reshape(-1)
         chunks = (features + parts - 1) // parts
@@ -397,11 +403,11 @@ def kernels(width):
 
     @_compile
     def columns(tiles, x, values, pointers, outputs, sums, products):
-        """Both gradients in one pass over connections listed by input.
+        """Compute both gradients in one pass over the connections listed by input.
 
-        From the gradient by the output, ``tiles`` [tiles, n, width], and the input ``x`` [tiles, in, width]: into
-        ``sums`` [tiles, in, width] the gradient by the input, into ``products`` [n k], listed like ``values``, that by
-        the values. An input belongs to one thread, which adds in one order.
+        From the gradient of the output, ``tiles`` [tiles, n, width], and the input ``x`` [tiles, in, width]: the
+        gradient of the input is written to ``sums`` [tiles, in, width], that of the values to ``products`` [n k], in
+        the order of ``values``. An input belongs to one thread, which adds in a fixed order.
         """
         inputs = x.shape[1]
         source, given, target = tiles.reshape(-1), x.reshape(-1), sums.reshape(-1)

@@ -1,7 +1,7 @@
-"""The connections of a fan-in layer listed by input: what the gradient by the input runs over.
+"""The connections of a fan-in layer listed by input, for the gradient with respect to the input.
 
-The list is cut into blocks of outputs, so that what a block reads of the gradient stays in a processor's cache. What
-is made of the indices is kept for as long as they live and do not change.
+The list is split into blocks of outputs, so that the part of the gradient for one block fits into a processor's cache.
+Data derived from the indices are cached while the indices exist and do not change.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,8 @@ class Transpose(NamedTuple):
     """Connections by block of outputs, then by input, then by output.
 
     ``pointers`` int64 [blocks, in + 1]: the connections of input j in a block are ``pointers[block, j]`` to
-    ``pointers[block, j + 1]``; ``outputs`` int32 [n k]: the output of each; ``slots`` [n k]: its place in the
-    flattened values, int32 unless there are 2^31 values or more.
+    ``pointers[block, j + 1]``; ``outputs`` int32 [n k]: the output of each; ``slots`` [n k]: its position in
+    the flattened values, int32 unless there are 2^31 values or more.
     """
 
     pointers: torch.Tensor
@@ -27,7 +27,7 @@ class Transpose(NamedTuple):
 
 
 def transpose(indices, in_features):
-    """The :class:`Transpose` of ``indices`` [n, k]."""
+    """Return the :class:`Transpose` of ``indices`` [n, k]."""
     n, k = indices.shape
     starts = range(0, n, BLOCK)
     pointers = torch.zeros(len(starts), in_features + 1, dtype=torch.int64, device=indices.device)
@@ -40,23 +40,23 @@ def transpose(indices, in_features):
         here = slice(start * k, start * k + len(part))
         part, order = torch.sort(part, stable=True)
         slots[here], outputs[here] = order + start * k, order // k + start
-        pointers[block, 1:] = torch.searchsorted(part, inputs, right=True)  # bincount would wait for a GPU
+        pointers[block, 1:] = torch.searchsorted(part, inputs, right=True)  # bincount would synchronise with a GPU
         pointers[block] += start * k
     return Transpose(pointers, outputs, slots)
 
 
-_remembered = WeakTensorKeyDictionary()  # by the indices: their version, and what was made of that by its name
+_remembered = WeakTensorKeyDictionary()  # indices -> their version, and the cached data by name
 
 
 def version(indices):
-    """Another number after each change in place; None where torch does not count."""
+    """Return a number that changes with each in-place change, or None if torch does not count them."""
     return None if indices.is_inference() else indices._version
 
 
 def remember(indices, name, make):
-    """What ``make()`` gives, made once for these indices and this name; again where they were written to since.
+    """Return the cached ``make()`` for these indices and this name; call it again if the indices have changed.
 
-    What a CUDA graph would make while it is captured has no numbers yet, and is not kept: call the layer once before.
+    Results during the capture of a CUDA graph have no values yet and are not cached: call the layer once before.
     """
     entry = _remembered.get(indices)
     if entry is None or entry[0] != version(indices):
@@ -66,12 +66,12 @@ def remember(indices, name, make):
         if indices.is_cuda and torch.cuda.is_current_stream_capturing():
             return make()
         new = make()
-        if indices.is_cuda:  # the next who asks may work on another stream
+        if indices.is_cuda:  # the next caller may use another stream
             torch.cuda.current_stream(indices.device).synchronize()
         made[name] = new
     return made[name]
 
 
 def forget(indices):
-    """Give the memory back before the indices themselves go."""
+    """Free the cached data before the indices are deleted."""
     _remembered.pop(indices, None)

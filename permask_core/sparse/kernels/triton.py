@@ -1,19 +1,19 @@
 """Fan-in arithmetic on a GPU, in Triton.
 
-Both directions are sums of rows of a table that has the examples last: an output sums rows of the transposed input, one
-for each connection, and so does an input, over rows of the transposed gradient. A program holds a few sums for a tile
-of examples, [sums, connections, examples], and goes through the connections that many at a time; neighbouring numbers
-of a row are read together. The gradient by the values multiplies two such rows and sums over the examples.
+Both directions sum rows of a table with the examples last: an output sums rows of the transposed input, one for each
+connection; an input sums rows of the transposed gradient. A program computes a few sums for a tile of examples,
+[sums, connections, examples], and processes that many connections at a time; neighbouring numbers of a row are read
+together. The gradient of the values multiplies two such rows and sums over the examples.
 
-There are two layouts of a table. In one a row has the whole batch, and is read through the second-level cache. In the
-other the batch is cut into tiles that lie apart, so small that the tile of all inputs stays in the first-level cache of
-a processor, whose program goes through many outputs.
+A table has one of two layouts. In the first, a row has the whole batch and is read through the second-level cache. In
+the second, the batch is split into separate tiles, so small that the tile of all inputs fits into the first-level cache
+of a processor, whose program computes many outputs.
 
-No sum depends on which program is done first: the same bits again on one device, for one plan. A rule gives the plan
-unless the environment asks to measure. Triton's own ``autotune`` cannot take that over. It chooses the constants of a
-kernel, whereas a plan also chooses the layout, whose table is made before the kernel and is part of the time. It
-measures again for every size of a batch, and also in the interpreter and while a CUDA graph is captured, where it
-fails.
+No sum depends on the order of programs: on one device and with one plan, results are the same bit for bit. A rule gives
+the plan, unless the environment variable requests measurements. Triton's ``autotune`` cannot be used instead. It
+chooses only the constants of a kernel, but a plan also chooses the layout, whose table is made before the kernel and
+counts for the time. It also measures for every size of a batch, in the interpreter, and during the capture of a CUDA
+graph, where it fails.
 """
 
 import json
@@ -29,9 +29,9 @@ import triton.language as tl
 from permask_core.runs.files import write_whole
 from permask_core.sparse.kernels.transposing import remember
 
-TUNE = "PERMASK_TUNE"  # an environment variable: 1 has plans measured
-SIDE = 32  # of the squares that a table is made in
-# Triton's interpreter, with which the kernels run on a CPU, loses the carry when it rounds to half precision (3.7.1).
+TUNE = "PERMASK_TUNE"  # environment variable: 1 measures plans
+SIDE = 32  # of the squares in which a table is transposed
+# Triton's interpreter, which runs the kernels on a CPU, loses the carry in rounding to half precision (3.7.1).
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -51,10 +51,10 @@ def _transpose(source, target, rows, columns, width, SIDE: tl.constexpr):
 @triton.jit
 def _forward(table, values, indices, bias, y, batch, n, k, width, step, room, stride,
              BIAS: tl.constexpr, OUTPUTS: tl.constexpr, CHUNK: tl.constexpr, EXAMPLES: tl.constexpr):
-    """y [n, batch] = values x table; a program does every ``stride``-th block of outputs for a tile of examples.
+    """y [n, batch] = values x table; a program computes every ``stride``-th block of outputs for a tile of examples.
 
-    Rows of the table lie ``width`` apart, tiles ``step``; it has ``room`` for more examples than there are, so that
-    reads are aligned whatever the batch.
+    The distance between rows of the table is ``width``, that between tiles ``step``. The table has ``room`` examples,
+    more than the batch, so that reads are aligned.
     """
     tile, lane = (tl.program_id(0) // stride).to(tl.int64), tl.arange(0, EXAMPLES)
     example = tile * EXAMPLES + lane
@@ -82,7 +82,7 @@ def _forward(table, values, indices, bias, y, batch, n, k, width, step, room, st
 @triton.jit
 def _by_input(table, values, pointers, outputs, slots, dx, batch, inputs, width, step, room, blocks, stride,
               CHUNK: tl.constexpr, EXAMPLES: tl.constexpr):
-    """dx [inputs, batch] from table, the gradient; a program does every ``stride``-th input."""
+    """dx [inputs, batch] from table, the gradient; a program computes every ``stride``-th input."""
     tile, lane = (tl.program_id(0) // stride).to(tl.int64), tl.arange(0, EXAMPLES)
     example = tile * EXAMPLES + lane
     table += tile * step
@@ -106,7 +106,7 @@ def _by_input(table, values, pointers, outputs, slots, dx, batch, inputs, width,
 @triton.jit
 def _by_value(x, grad, indices, dvalues, n, k, room,
               OUTPUTS: tl.constexpr, CHUNK: tl.constexpr, EXAMPLES: tl.constexpr):
-    """dvalues [n, k] from the tables of x and of the gradient, which have the whole batch in a row, and then zeros."""
+    """dvalues [n, k] from the tables of x and of the gradient, whose rows have the whole batch, padded with zeros."""
     output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
     slot = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     there = (output < n)[:, None] & (slot < k)[None, :]
@@ -124,7 +124,7 @@ def _by_value(x, grad, indices, dvalues, n, k, room,
 
 
 class Plan(NamedTuple):
-    """What a program holds at a time, and on how many warps; ``tiled`` says which layout the table has."""
+    """The block sizes of a program and its number of warps; ``tiled`` selects the layout of the table."""
 
     outputs: int
     chunk: int
@@ -134,9 +134,9 @@ class Plan(NamedTuple):
 
 
 def rule(batch, listed, size=2048, examples=64, warps=4, tiled=False):
-    """The plan for lists of so many connections that holds ``size`` products, and is not measured.
+    """Return the plan, without measuring, for lists of ``listed`` connections and blocks of ``size`` products.
 
-    For one example a warp does a few outputs on its own: summing over several would cost more than it brings.
+    For one example a warp computes a few outputs by itself: summing over several warps would be slower.
     """
     if batch == 1:
         size, warps = 512, 1
@@ -146,7 +146,7 @@ def rule(batch, listed, size=2048, examples=64, warps=4, tiled=False):
 
 
 def _candidates(batch, listed):
-    """Plans to measure: few connections of many examples or the reverse, and tiles of several sizes."""
+    """Return the plans to measure: few connections of many examples or the reverse, and tiles of several sizes."""
     options = [*product((1024, 2048), (16, 32, 64, 128), (4,), (False,)), (4096, 64, 8, False), (4096, 128, 8, False),
                *product((2048, 8192), (8, 16, 32), (4, 16), (True,))]
     one = [Plan(max(1, 2048 // chunk), chunk, 1) for chunk in (128, 512) if chunk < 2 * listed] if batch == 1 else []
@@ -161,7 +161,8 @@ def _plans_file():
 
 
 def _plan(kind, run, x, batch, listed, n, inputs):
-    """The plan for a shape: by rule, or where the environment asks for it the fastest, measured once and kept."""
+    """Return the plan for a shape: by rule or, if the environment variable is set, the fastest, measured once and
+    saved."""
     if os.environ.get(TUNE) != "1" or not x.is_cuda:
         return rule(batch, listed)
     key = " ".join(map(str, (kind, torch.cuda.get_device_name(x.device), triton.__version__, x.dtype,
@@ -184,7 +185,7 @@ def _stored(dtype):
 
 
 def _turned(source, width):
-    """The tiles [tiles, columns, width] of ``source`` [rows, columns]."""
+    """Return the tiles [tiles, columns, width] of ``source`` [rows, columns]."""
     rows, columns = source.shape
     if 1 in (rows, columns) and width == rows:
         return source
@@ -194,35 +195,37 @@ def _turned(source, width):
 
 
 def _layout(batch, rows, plan):
-    """How far apart rows of a table lie, and tiles of examples, and for how many examples there is room."""
+    """Return the distance between rows of a table, that between tiles, and the padded number of examples."""
     if plan.tiled:
         return plan.examples, rows * plan.examples, triton.cdiv(batch, plan.examples) * plan.examples
     return _room(batch), plan.examples, _room(batch)
 
 
 def _room(batch):
-    """Rows of a table begin at multiples of 16 numbers, which Triton knows to read many at a time."""
+    """Return the padded number of examples: rows begin at multiples of 16 numbers, which allows wide reads in
+    Triton."""
     return batch if batch == 1 else triton.cdiv(batch, 16) * 16
 
 
 def _narrow(indices, inputs):
-    """As int16 where that suffices; for one example they are a third of what is read. Made once, so not of a slice."""
+    """Return indices as int16 if possible; for one example they are a third of the memory traffic. The result is
+    cached, so it is not made for slices."""
     if inputs > 2 ** 15 or indices.dtype == torch.int16 or indices._is_view():
         return indices
     return remember(indices, "int16", indices.short)
 
 
 def _programs(x, batch, plan, outputs):
-    """Programs for one tile of examples, and the grid of them all."""
+    """Return the number of programs for one tile of examples, and the grid of all programs."""
     tiles, stride = triton.cdiv(batch, plan.examples), triton.cdiv(outputs, plan.outputs)
-    if plan.tiled:  # one on each processor, so that a cache has one tile
+    if plan.tiled:  # one on each processor, so that each cache holds one tile
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
         stride = min(stride, max(1, processors // tiles))
     return stride, (stride * tiles,)
 
 
 def forward(x, values, indices, bias=None):
-    """As :func:`permask_core.sparse.kernels.forward`, on a GPU, by Triton."""
+    """:func:`permask_core.sparse.kernels.forward` on a GPU, in Triton."""
     (batch, inputs), (n, k) = x.shape, values.shape
     if not batch or not n:
         return x.new_empty(batch, n)
@@ -242,7 +245,7 @@ def forward(x, values, indices, bias=None):
 
 
 def backward(grad, x, values, indices, transposed, need_x, need_values):
-    """As :func:`permask_core.sparse.kernels.backward`, on a GPU, by Triton."""
+    """:func:`permask_core.sparse.kernels.backward` on a GPU, in Triton."""
     (batch, inputs), (n, k) = x.shape, values.shape
     if not batch or not n:
         return torch.zeros_like(x) if need_x else None, torch.zeros_like(values) if need_values else None

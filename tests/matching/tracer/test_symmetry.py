@@ -96,7 +96,7 @@ def test_copies_that_cannot_be_told_apart_are_fixed():
     structure, a, b = planted(3, 6)
     same(structure, np.concatenate([a, a]), b)
     assert found(structure) == []
-    assert set(orbits(structure)[2].values()) == {"two places of one unit cannot be told apart"}
+    assert set(orbits(structure)[2].values()) == {"two entries of one unit cannot be distinguished"}
 
 
 def test_parts_of_blocks_are_exchanged_within_them():

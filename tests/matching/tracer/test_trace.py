@@ -220,7 +220,7 @@ FOLLOWED = {
         c=Linear(8, 6), n=nn.BatchNorm1d(8), b=Linear(8, 3)), vectors())),
     "padded by a number": ("a:6 n:3", lambda: (Net(lambda s, x: s.b(s.n(F.pad(s.a(x), (1, 2), value=.7)).tanh()),
         a=Linear(8, 6), n=nn.BatchNorm1d(9), b=Linear(9, 3)), vectors())),
-    "parts beside units": ("a:5", lambda: (Net(
+    "parts next to units": ("a:5", lambda: (Net(
         lambda s, x: s.b(torch.cat([s.a(x).view(-1, 2, 5), s.g(x)[:, None]], 1).relu()).mean(1), a=Linear(8, 10),
         g=Linear(8, 5), b=Linear(5, 3)), vectors())),
     "a part written": ("a:2 a#2:4", written(slice(0, 2))),
@@ -489,13 +489,13 @@ LEFT_FIXED = {
     "an index": ("", "their order matters to index", lambda: between(lambda s, h: h[:, [1, 0, 3, 2, 5, 4]])),
     "a table as index": ("", "their order matters to index", lambda: between(lambda s, h: h[:, s.k], k=torch.tensor([5,
         0, 1, 2, 3, 4]))),
-    "sort": ("", "sort is not followed", lambda: between(lambda s, h: h.sort(1)[0])),
-    "topk": ("", "topk is not followed", lambda: between(lambda s, h: h.topk(6, 1)[0])),
-    "argmax": ("", "argmax is not followed", lambda: between(lambda s, h: h * h.argmax(1, keepdim=True))),
-    "where the largest is": ("", "max is not followed", lambda: between(lambda s, h: h * h.max(1, keepdim=True)[1])),
-    "gather": ("", "gather is not followed", lambda: between(lambda s, h: h.gather(1, torch.arange(6).expand(len(h),
+    "sort": ("", "sort is not supported", lambda: between(lambda s, h: h.sort(1)[0])),
+    "topk": ("", "topk is not supported", lambda: between(lambda s, h: h.topk(6, 1)[0])),
+    "argmax": ("", "argmax is not supported", lambda: between(lambda s, h: h * h.argmax(1, keepdim=True))),
+    "where the largest is": ("", "max is not supported", lambda: between(lambda s, h: h * h.max(1, keepdim=True)[1])),
+    "gather": ("", "gather is not supported", lambda: between(lambda s, h: h.gather(1, torch.arange(6).expand(len(h),
         6)))),
-    "unfold": ("", "unfold is not followed", lambda: between(lambda s, h: h.unfold(1, 2, 2).flatten(1))),
+    "unfold": ("", "unfold is not supported", lambda: between(lambda s, h: h.unfold(1, 2, 2).flatten(1))),
     "pooling over units": ("", "their order matters to avg_pool", lambda: between(lambda s, h: F.avg_pool1d(h[:, None],
         2)[:, 0], 6, 3)),
     "convolution over units": ("", "their order matters to conv1d", lambda: between(lambda s, h: s.c(h[:, None])[:, 0],
@@ -506,18 +506,18 @@ LEFT_FIXED = {
         3)), vectors())),
     "the output itself": ("", "they reach the network's output", lambda: (Net(lambda s, x: (s.a(x), s.b(s.a(x))),
         a=Linear(8, 6), b=Linear(6, 3)), vectors())),
-    "space to channels": ("", "pixel_unshuffle is not followed", lambda: (Seq(Conv(3, 2, 3), ReLU(),
+    "space to channels": ("", "pixel_unshuffle is not supported", lambda: (Seq(Conv(3, 2, 3), ReLU(),
         nn.PixelUnshuffle(2), Conv(8, 3, 1)), images())),
     "Gram matrix of channels": ("", "their order matters to", lambda: (Net(lambda s,
         x: s.b((s.a(x).mT @ s.a(x)).flatten(1)), a=Linear(8, 4), b=Linear(16, 3)), tokens())),
     "units that are their own means": ("", "blocks of units cross each other",
         lambda: between(lambda s, h: h + torch.cat([h.view(-1, 3, 2).mean(2)] * 2, 1))),
     "a part added to all": ("a:5", "no other unit", lambda: between(lambda s, h: h + h[:, :1])),
-    "an LSTM": ("", "lstm is not followed", lambda: (Net(lambda s, x: s.o(s.r(s.i(x))[0]), i=Linear(8, 6), r=nn.LSTM(6,
+    "an LSTM": ("", "lstm is not supported", lambda: (Net(lambda s, x: s.o(s.r(s.i(x))[0]), i=Linear(8, 6), r=nn.LSTM(6,
         5, batch_first=True), o=Linear(5, 3)), tokens())),
-    "a GRU's cell": ("", "gru_cell is not followed", lambda: (Net(lambda s, x: s.o(s.c(x)), c=nn.GRUCell(8, 6),
+    "a GRU's cell": ("", "gru_cell is not supported", lambda: (Net(lambda s, x: s.o(s.c(x)), c=nn.GRUCell(8, 6),
         o=Linear(6, 3)), vectors())),
-    "a branch": ("", "cond is not followed", lambda: between(lambda s, h: torch.cond(h.sum() > 0, lambda h: h.relu(),
+    "a branch": ("", "cond is not supported", lambda: between(lambda s, h: torch.cond(h.sum() > 0, lambda h: h.relu(),
         lambda h: h.cos(), (h,)))),
     "orthogonal weights": ("", "their order matters to tril", lambda: (Seq(Linear(8, 6), ReLU(), orthogonal(Linear(6,
         6)), ReLU(), Linear(6, 3)), vectors())),
@@ -532,7 +532,7 @@ def beside_parts(s, x):
 
 
 LEFT_FIXED |= {
-    "constants beside parts": ("", "add is not followed", lambda: (Net(
+    "constants next to parts": ("", "add is not supported", lambda: (Net(
         beside_parts, a=Linear(8, 4), g=Linear(8, 6), p=parameter(12), b=Linear(12, 3)), vectors())),
 }
 
