@@ -3,59 +3,66 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from permask_core.sparse import FanInLinear
 from tests.notebooks import run
 
-SMALL = {"inputs": 96, "outputs": 40, "sparsities": [0.9], "seeds": 1, "epochs": 1, "batches": [1, 8], "seconds": 0.001}
+SMALL = {"inputs": 96, "outputs": 40, "sparsities": [0.9]}
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The names of the page after its last cell, for a layer that is quick to measure."""
-    return run("fan_in_layers", SMALL, tmp_path_factory.mktemp("page")).space
+    """The names of the page on the layer after its last cell."""
+    return run("fan_in_layers", SMALL | {"seeds": 1, "epochs": 1}, tmp_path_factory.mktemp("page")).space
+
+
+@pytest.fixture(scope="module")
+def speed(tmp_path_factory):
+    """The names of the page on its speed, for a layer that is quick to measure."""
+    return run("fan_in_speed", SMALL | {"batches": [1, 8], "seconds": 0.001}, tmp_path_factory.mktemp("speed")).space
 
 
 @pytest.mark.parametrize("loop", ["batch_first", "with_transposes"])
-def test_both_loops_compute_the_masked_layer(page, loop):
-    mask, x = page["drawn_mask"](0.9), torch.randn(7, 96)
-    layer = FanInLinear.from_dense(page["dense"], mask)
-    y = page[loop](x.numpy(), layer.values.detach().numpy(), layer.indices.numpy())
-    wanted = x @ (page["dense"].weight.detach() * mask).t()
+def test_both_loops_compute_the_masked_layer(speed, loop):
+    mask, x = speed["drawn_mask"](0.9), torch.randn(7, 96)
+    layer = FanInLinear.from_dense(speed["dense"], mask)
+    y = speed[loop](x.numpy(), layer.values.detach().numpy(), layer.indices.numpy())
+    wanted = x @ (speed["dense"].weight.detach() * mask).t()
     assert np.allclose(y, wanted, atol=1e-5)
 
 
-def test_outputs_and_gradients_are_those_of_double_precision(page):
-    assert page["worst"](0.9, 1) < 1e-5 and page["worst"](0.9, 70) < 1e-5
+def test_outputs_and_gradients_are_those_of_double_precision(speed):
+    assert speed["worst"](0.9, 1) < 1e-5 and speed["worst"](0.9, 70) < 1e-5
 
 
-def test_bytes_are_four_for_each_number(page):
+def test_bytes_are_four_for_each_number(page, speed):
     connections = 40 * round(0.1 * 96)
-    dense, sparse = page["bytes_held"](page["dense"]), page["bytes_held"](FanInLinear(96, 40, round(0.1 * 96)))
+    dense, sparse = page["bytes_held"](nn.Linear(96, 40)), page["bytes_held"](FanInLinear(96, 40, round(0.1 * 96)))
     for held, weights in ((dense, 96 * 40), (sparse, connections)):
         assert held["weights"] == held["gradients"] == 4 * (weights + 40)  # and the biases
         assert held["Adam's state"] == 2 * held["weights"]
     assert dense["mask, indices"] == 0 < sparse["mask, indices"]
-    masked = page["bytes_held"](page["Masked"](page["dense"], page["drawn_mask"](0.9)))
+    masked = page["bytes_held"](speed["Masked"](nn.Linear(96, 40), speed["drawn_mask"](0.9)))
     assert masked == dense | {"mask, indices": 96 * 40}
 
 
-def test_the_published_layer_wins_for_one_example_and_loses_for_many_at_80_and_90(page):
-    condensed = page["published_faster"]["FanInLinear"]
+def test_the_published_layer_wins_for_one_example_and_loses_for_many_at_80_and_90(speed):
+    condensed = speed["published_faster"]["FanInLinear"]
     assert (condensed[1] > 1).all()
     assert condensed[256][condensed[256] < 1].index.tolist() == [0.8, 0.9]
 
 
-def test_published_times_stand_beside_a_layer_of_their_size_alone(page, monkeypatch):
-    assert page["published_at"](256).empty
-    monkeypatch.setitem(page, "inputs", 3072)
-    monkeypatch.setitem(page, "outputs", 768)
-    assert page["published_at"](256)["CSR"].to_dict() == {0.9: 2025 / 4673}
-    assert page["published_at"](256, "forward + backward").empty and page["published_at"](8).empty
+def test_published_times_stand_beside_a_layer_of_their_size_alone(speed, monkeypatch):
+    assert speed["published_at"](256).empty
+    monkeypatch.setitem(speed, "inputs", 3072)
+    monkeypatch.setitem(speed, "outputs", 768)
+    assert speed["published_at"](256)["CSR"].to_dict() == {0.9: 2025 / 4673}
+    assert speed["published_at"](256, "forward + backward").empty and speed["published_at"](8).empty
 
 
-def test_bounds_on_a_gpu(page):
-    gain = page["bound_gain"]
+def test_bounds_on_a_gpu(speed):
+    gain = speed["bound_gain"]
     assert 6 < gain("dense, float32", 0.9, 1) < 10 * 4 / 6  # bytes: six for a connection, four for a weight
     assert 8 < gain("dense, float32", 0.9, 4096) < 10.1  # operations
     assert gain("dense, bfloat16", 0.9, 4096) < 1 < gain("dense, bfloat16", 0.99, 4096)
