@@ -294,7 +294,7 @@ def test_what_a_way_runs_under(without_gpu):
     assert state("fan-in bf16, tuned") == (False, "1", {})
 
 
-def test_gpu_speeds_but_for_the_gpu(without_gpu, tmp_path, monkeypatch, capsys):
+def test_gpu_speeds_except_for_the_gpu(without_gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(without_gpu, "SPARSITIES", [0.9, 0.99])
     found, printed = record(without_gpu, tmp_path, "--quick"), capsys.readouterr().out
     assert len(found["rows"]) == 2 * 2 * 2 * 2  # sparsities, batches, ways, in a graph or not
@@ -306,7 +306,7 @@ def test_gpu_speeds_but_for_the_gpu(without_gpu, tmp_path, monkeypatch, capsys):
     # torch has 2:4 sparsity for a GPU alone
     assert len(found["skipped"]) == 2 * 2 * 2
     assert {row["left_out"] for row in found["skipped"]} == {"2:4 bf16, 50 %"}
-    assert "left out: 2:4 bf16, 50 %: Error original_tensor.device= cpu is not supported" in printed
+    assert "omitted: 2:4 bf16, 50 %: Error original_tensor.device= cpu is not supported" in printed
     assert found["memory"]["peak_bytes"].keys() == {"fan-in", "dense"} and found["hoped"] == []
 
 

@@ -294,7 +294,7 @@ def test_files_of_different_width_or_without_tail_are_refused(tmp_path):
     write_files(tmp_path / "wide")
     write_files(tmp_path / "more", features=31)
     shutil.copy(tmp_path / "more" / "test.txt", tmp_path / "wide" / "test.txt")
-    with pytest.raises(ValueError, match="test.txt of wide announces 31 features: expected 30, as train.txt"):
+    with pytest.raises(ValueError, match="test.txt of wide announces 31 features: expected 30, as in train.txt"):
         data(dataclasses.replace(WORDS, dataset="wide", root=str(tmp_path)), 0)
     (tmp_path / "more" / "test.txt").write_text("1 31 40\n0 1:1\n")
     with pytest.raises(ValueError, match="no test point of more has a label of the tail"):

@@ -736,7 +736,7 @@ def test_growth_without_gradients_is_refused(fan_in):
     topology = Topology(model, masks, replace(Rewiring("srigl"), **ALWAYS), steps=10, seed=0)
     with pytest.raises(RuntimeError, match=r"'0.weight' has no gradients for growth: .* step 4 after the last call"):
         topology.rewire(4)
-    with pytest.raises(RuntimeError, match="zero_grad.. after them"):
+    with pytest.raises(RuntimeError, match="zero_grad.. after these"):
         topology.step(torch.optim.SGD(model.parameters(), 0.1))
 
 
