@@ -2,8 +2,8 @@
 
 Data are a split, a tensor of inputs, a tuple of tensors (inputs, targets), or any iterable of batches, such as a
 DataLoader. A batch is a tensor of inputs, a tuple or list of inputs and targets, or a dict of named inputs, in which
-the targets have one of the names in :data:`TARGETS`. Inputs are a tensor, a tuple (several arguments) or a dict
-(arguments by name).
+the targets are called ``labels``, ``label``, ``targets``, ``target`` or ``y``. Inputs are a tensor, a tuple (several
+arguments) or a dict (arguments by name).
 """
 
 from collections.abc import Iterable, Mapping

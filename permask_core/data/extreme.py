@@ -82,8 +82,7 @@ def make_multilabel(n_labels=10_000, *, n_train=30_000, n_test=2_000, n_features
     3. For each point, a number of labels, uniform from 1 to ``most``, then each label independently: label l has a
        probability proportional to (l + 1)^-``zipf``. A label that is drawn twice counts once.
     4. The features of a point, x = z Q + e, where z_j is the number of times that feature j is among the latent
-    features
-       of its labels and their clusters, and e is normal with standard deviation ``noise``.
+       features of its labels and their clusters, and e is normal with standard deviation ``noise``.
 
     Labels are sorted by expected frequency. On x Q^T, a row of ones at the latent features of a label is a matched
     filter for that label, but a model only sees x.

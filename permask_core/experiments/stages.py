@@ -123,8 +123,8 @@ def change_preset(presets, name, experiment, changes):
 
 
 def same_results(experiment, other, free=()):
-    """Whether two experiments differ only in settings that are in ``free`` or :data:`FREE`, which do not affect
-    accuracies."""
+    """Whether two experiments differ only in settings that are in ``free`` or do not affect accuracies: ``root``,
+    ``readers``, ``processes``, ``precision`` and ``accumulate``."""
     def decisive(settings):
         return {name: decisive(value) if isinstance(value, dict) else value for name, value in settings.items()
                 if name not in (*FREE, *free)}

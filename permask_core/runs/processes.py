@@ -51,7 +51,8 @@ class Alone:
 
 
 class Joined(Alone):
-    """One of several connected processes, which reads its rank from the environment variables of ``torchrun``."""
+    """One of several connected processes, which reads its rank from the environment variables of ``torchrun``; its
+    methods are those of :class:`Alone`."""
 
     def __init__(self, device_type):
         local = int(os.environ["LOCAL_RANK"])

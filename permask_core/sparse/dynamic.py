@@ -442,13 +442,13 @@ class Topology:
 
     Attributes
     ----------
-    masks : Masks
+    masks : dict
         The current masks, which change in place.
     done : int
         Steps taken so far.
-    fan_in : dict of str to torch.Tensor
-        int32 [1 + rewirings, out], on the CPU: number of connections of each neuron at the start and after each
-        rewiring.
+    fan_in : dict
+        By layer, int32 [1 + rewirings, out], on the CPU: number of connections of each neuron at the start and after
+        each rewiring.
 
     Raises
     ------

@@ -1,10 +1,11 @@
 """The arithmetic of fan-in layers on whole batches: each output sums ``k`` products of values and the inputs at its
 indices.
 
-``forward`` and ``backward`` choose a kernel by device, type and shape: on a CPU :mod:`.cpu` for float32 and float64, on
-a GPU :mod:`.triton` for float32 and half precision, and otherwise :mod:`.eager`, which needs only torch. They are not
-differentiable; :class:`~permask_core.sparse.FanInLinear` is, and so is :mod:`.operator` for ``torch.compile``. Both
-accept any slice of rows of a layer, so that millions of outputs can be computed a few thousand at a time.
+``forward`` and ``backward`` choose a kernel by device, type and shape: on a CPU compiled loops for float32 and
+float64, on a GPU Triton for float32 and half precision, and otherwise :mod:`~permask_core.sparse.kernels.eager`, which
+needs only torch. They are not differentiable; :class:`~permask_core.sparse.FanInLinear` is, also under
+``torch.compile``. Both accept any slice of rows of a layer, so that millions of outputs can be computed a few thousand
+at a time.
 """
 
 import importlib
