@@ -81,6 +81,27 @@ def run(source: Path, target: Path, parameters: dict, **options) -> str:
     return ""
 
 
+# What a folded cell is called, by what stands in its outputs; the first that fits.
+LABELS = {"permask-figure": "Code for this figure", "permask-results": "Code for this table",
+          "permask-claim": "Code for these claims", "'output_type': 'stream'": "Code for these numbers"}
+
+
+def with_labels(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Return an executed `notebook` in which each folded cell is labelled by its outputs, unless it has a label."""
+    for cell in notebook.cells:
+        tags, outputs = cell.metadata.get("tags", []), repr(cell.get("outputs"))
+        if "mystnb" in cell.metadata or not {"hide-input", "hide-cell"} & {*tags}:
+            continue
+        lines = [line for line in cell.source.splitlines() if line and not line.startswith((" ", ")"))]
+        if all(line.startswith(("import ", "from ")) for line in lines):
+            label = "Imports"
+        else:
+            label = "Settings" if "check" in tags else "Code"
+        label = next((name for mark, name in LABELS.items() if mark in outputs), label)
+        cell.metadata["mystnb"] = {"code_prompt_show": label, "code_prompt_hide": label}
+    return notebook
+
+
 def with_notice(notebook: nbformat.NotebookNode, failure: str) -> nbformat.NotebookNode:
     """Return an executed `notebook` that failed with a notice below its title instead of papermill's notice."""
     cells = [cell for cell in notebook.cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
@@ -108,6 +129,7 @@ def execute(source: Path, target: Path, added: int = 0) -> str:
         os.utime(running, (0, 0))
     else:
         failed.unlink(missing_ok=True)
+        nbformat.write(with_labels(nbformat.read(running, as_version=4)), running)
     running.replace(target)
     return failure
 

@@ -187,6 +187,25 @@ def test_executed_notebook_has_outputs_and_leaves_its_files_in_build(workshop, c
     assert "cell  2 of 2" in capsys.readouterr().out
 
 
+def test_folded_cells_are_labelled_by_what_they_show():
+    def cell(source, *outputs, tags=("hide-input",), **metadata):
+        made = nbformat.v4.new_code_cell(source, metadata={"tags": [*tags], **metadata})
+        made.outputs = [nbformat.v4.new_output(*one) if isinstance(one, tuple) else
+                        nbformat.v4.new_output("display_data", {"text/html": one}) for one in outputs]
+        return made
+
+    table, claim = '<figure class="permask-results">', '<div class="permask-claim">'
+    found = execute.with_labels(nbformat.v4.new_notebook(cells=[
+        cell("import os\n\nfrom a import (\n    b,\n)"), cell("import os\nx = 1", tags=["check", "hide-input"]),
+        cell("x = 1"),
+        cell("claim()", claim), cell("table()", table, claim), cell("show()", '<figure class="permask-figure">'),
+        cell("print(1)", ("stream",)), cell("1", mystnb={"code_prompt_show": "Solution 1"}),
+        cell("1", tags=["figure"])]))
+    assert [one.metadata.get("mystnb", {}).get("code_prompt_show") for one in found.cells] == [
+        "Imports", "Settings", "Code", "Code for these claims", "Code for this table", "Code for this figure",
+        "Code for these numbers", "Solution 1", None]
+
+
 def test_failed_notebook_is_a_page_with_a_notice_that_is_out_of_date(workshop):
     failure, cells = executed("1 + 1", "raise ValueError('no such mask')", "'not reached'")
     assert failure == "code cell 2 failed: ValueError: no such mask"
