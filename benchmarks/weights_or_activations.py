@@ -4,7 +4,7 @@ Two measures. The barrier on the line from B to A moved onto B, on the test and 
 statistics are recomputed along the line. And the accuracy of B under A's mask, moved by either matching, at 97 %
 sparsity; the widest ResNet8 has the barrier only. Widths, sparsity and number of seeds were fixed before the run.
 Results are written to permask_core/data/measured/weights_or_activations.json. An interrupted run continues from its
-stored stages. Run it with `python benchmarks/weights_or_activations.py`; it takes about a quarter of an hour on two cores.
+stored stages. Run it with `python benchmarks/weights_or_activations.py`; it takes a quarter of an hour on two cores.
 """
 
 import argparse
