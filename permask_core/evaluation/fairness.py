@@ -425,7 +425,7 @@ def _sample(metric, y_true, y_pred, sensitive_features, sample_weight):
     y_true, y_pred = ((as_labels if counts else _as_values)(*named) for named in (("y_true", y_true),
                                                                                   ("y_pred", y_pred)))
     if len(y_true) != len(y_pred):
-        raise ValueError(f"y_true has {len(y_true)} labels, y_pred has {len(y_pred)}: expected as many")
+        raise ValueError(f"y_true has {len(y_true)} labels, y_pred has {len(y_pred)}: expected the same number")
     groups, member, kind = _sets_of_groups(sensitive_features, len(y_true))
     weight = _as_weights(sample_weight, len(y_true))
     kept = np.flatnonzero(member.any(1)[kind] & (True if weight is None else weight > 0))
@@ -504,7 +504,7 @@ def _sets_of_feature(name, feature, n):
             raise ValueError(f"{name} has the shape {list(values.shape)}: expected one group for each input [n], "
                              "several [n, features], a dict of them, or an Attribute")
         if len(values) != n:
-            raise ValueError(f"{name} has {len(values)} inputs, y_true has {n}: expected as many")
+            raise ValueError(f"{name} has {len(values)} inputs, y_true has {n}: expected the same number")
         objects = np.asarray(feature, dtype=object)  # with strings, numpy would convert a NaN to the string "nan"
         missing = [i for i, one in enumerate(objects) if one is None or type(one).__name__ == "NAType" or one != one]
         if missing:
@@ -707,7 +707,7 @@ def individual_fairness(outputs, inputs, *, output_distance="total_variation", i
     outputs, inputs = _batch("outputs", outputs), _batch("inputs", inputs)
     n = len(inputs)
     if len(outputs) != n or n < 2:
-        raise ValueError(f"outputs has {len(outputs)} rows, inputs has {n}: expected as many, at least two")
+        raise ValueError(f"outputs has {len(outputs)} rows, inputs has {n}: expected the same number, at least two")
     apart = [_distance(*named) for named in (("output_distance", output_distance, outputs),
                                              ("input_distance", input_distance, inputs))]
     size = max(1, CHUNK // (outputs[0].numel() + inputs[0].numel()))

@@ -262,7 +262,7 @@ def class_accuracies(y_true, y_pred, classes):
     """
     y_true, y_pred = as_labels("y_true", y_true, classes), as_labels("y_pred", y_pred, classes, stacked=True)
     if y_true.shape != y_pred.shape[-1:]:
-        raise ValueError(f"y_true has {len(y_true)} labels, y_pred has {y_pred.shape[-1]}: expected as many")
+        raise ValueError(f"y_true has {len(y_true)} labels, y_pred has {y_pred.shape[-1]}: expected the same number")
     hits = [np.bincount(y_true[row == y_true], minlength=classes) for row in np.atleast_2d(y_pred)]
     with np.errstate(invalid="ignore"):
         return np.reshape(hits / np.bincount(y_true, minlength=classes), (*y_pred.shape[:-1], classes))
