@@ -1,12 +1,11 @@
-"""Fairness of predictions: how far the rates of groups are apart, how much of that is chance, and how differently a
-model treats similar inputs.
+"""Fairness of predictions: differences between the rates of groups, their chance level, and individual fairness.
 
-The difference in demographic parity and that in equalized odds have the names, the order of arguments and, for two
+The demographic parity difference and the equalized odds difference have the names, the order of arguments and, for two
 classes, the values of fairlearn. For several classes each class is compared with the rest, and the mean over the
 classes is taken, as by Mohammadshahi and Ioannou, "What's Left After Distillation? How Knowledge Transfer Impacts
-Fairness and Bias", TMLR 2025, arXiv 2410.08407. Everything follows from one table, how many inputs of which groups are
-of which class and put into which: a bootstrap and a permutation are other tables of the same inputs. Only where inputs
-have weights, or the metric is the caller's own, are inputs drawn one by one.
+Fairness and Bias", TMLR 2025, arXiv 2410.08407. All values are computed from one table, which counts inputs by their
+groups, their class and the predicted class. A bootstrap and a permutation draw other tables of the same inputs. Inputs
+are drawn one by one only if they have weights, or if the caller passes a metric.
 """
 
 import itertools
@@ -30,27 +29,27 @@ CHUNK = 2**22  # numbers held at once, to bound memory
 # ---- Groups ----------------------------------------------------------------------------------------------------------
 
 def demographic_parity_difference(y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan"):
-    """How far apart groups are in the share of their inputs that is put into a class: largest minus smallest.
+    """The largest minus the smallest share of a group's inputs for which a class is predicted.
 
-    A perfect predictor's is not 0 but how far apart the groups' shares of the class are. With two classes it is the
+    For a perfect predictor it is not 0, but the difference of the base rates of the groups. With two classes it is the
     same for both; with more, it is the mean over all classes that are in y_true or y_pred. A class that is never
-    predicted differs by 0 and counts, so that a model that gives up a class is no less fair for that by this number.
+    predicted counts with a difference of 0, so a model that never predicts a class is no less fair by this number.
 
     Parameters
     ----------
     y_true, y_pred : array-like of int, shape [n]
         Any integers: labels, not logits.
     sensitive_features : array-like, shape [n] or [n, features], dict of array-like or Attribute, or Attribute
-        Each input's group, such as a number or a name. Of several features, as columns or by name, the groups are all
-        intersections, ``("F", "old")``, those without an input included. An attribute's inputs may be in several
-        groups, and count in each, or in none: those are left out.
+        The group of each input, such as a number or a name. For several features, as columns or by name, the groups are
+        all intersections, ``("F", "old")``, including those without an input. Inputs of an Attribute may belong to
+        several groups, and count in each, or to none: those are left out.
     sample_weight : array-like of float, shape [n], optional
-        What each input counts, at least 0. An input that counts 0 is left out.
+        Weight of each input, at least 0. An input of weight 0 is left out.
     undefined : {"nan", "omit", "zero"}
-        What to do with a group that has no input to take a rate of. Here that is only an intersection, or a group of an
-        attribute, without any input. ``nan``: the result is NaN, with a warning that says where. ``omit``: the group is
-        left out of that difference, which is NaN, with a warning, if fewer than two are left. ``zero``: fairlearn's
-        convention, the rate is 0; a group without any input is left out.
+        What to do with a group without an input from which to compute a rate. Here that is only an intersection, or a
+        group of an attribute, without any input. ``nan``: the result is NaN, with a warning that names the group.
+        ``omit``: the group is left out of that difference, which is NaN, with a warning, if fewer than two groups
+        remain. ``zero``: fairlearn's convention, the rate is 0; a group without any input is left out.
 
     Returns
     -------
@@ -60,7 +59,7 @@ def demographic_parity_difference(y_true, y_pred, *, sensitive_features, sample_
     Raises
     ------
     ValueError
-        If the lengths differ, there is no input, fewer than two groups have one, a label is no integer, a group is
+        If the lengths differ, there is no input, fewer than two groups have one, a label is not an integer, a group is
         missing, a weight is negative or not finite, or ``undefined`` is unknown.
 
     Examples
@@ -76,11 +75,10 @@ def demographic_parity_difference(y_true, y_pred, *, sensitive_features, sample_
 
 
 def equalized_odds_difference(y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan"):
-    """How far apart groups are in their true positive rate or in their false positive rate, whichever is more: largest
-    minus smallest.
+    """The largest minus the smallest true positive rate of the groups, or false positive rate, whichever is larger.
 
-    A perfect predictor's is 0. With two classes it is the same for both; with more, it is the mean over the classes
-    that are in y_true.
+    For a perfect predictor it is 0. With two classes it is the same for both; with more, it is the mean over the
+    classes that are in y_true.
 
     Parameters
     ----------
@@ -105,19 +103,19 @@ def equalized_odds_difference(y_true, y_pred, *, sensitive_features, sample_weig
 
 
 def group_difference(metric, y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan"):
-    """How far apart groups are in any metric: largest minus smallest, as the ``difference`` of fairlearn's MetricFrame.
+    """The largest minus the smallest value of any metric over the groups, as ``difference`` of fairlearn's MetricFrame.
 
     Parameters
     ----------
     metric : callable
-        ``metric(y_true, y_pred)`` of the inputs of one group gives a number, with ``sample_weight=`` if there are
-        weights: any of scikit-learn's, or your own.
+        ``metric(y_true, y_pred)`` returns a number for the inputs of one group; it also gets ``sample_weight=`` if
+        there are weights. Metrics of scikit-learn can be used.
     y_true, y_pred : array-like, shape [n, ...]
-        What the metric takes: labels, scores or probabilities.
+        Arguments of the metric: labels, scores or probabilities.
     sensitive_features, sample_weight
         As of :func:`demographic_parity_difference`.
     undefined : {"nan", "omit", "zero"}
-        As there, for a group without any input, of which the metric is not asked, and for one where it is NaN.
+        As there, for a group without any input, for which the metric is not called, and for a group where it is NaN.
 
     Returns
     -------
@@ -127,7 +125,7 @@ def group_difference(metric, y_true, y_pred, *, sensitive_features, sample_weigh
     Raises
     ------
     ValueError
-        As :func:`demographic_parity_difference`, or if the metric does not give a number.
+        As :func:`demographic_parity_difference`, or if the metric does not return a number.
 
     Examples
     --------
@@ -144,7 +142,7 @@ _COMPARED = {demographic_parity_difference: ("selection rate",),
 
 
 class Estimate(NamedTuple):
-    """A rate with its interval [low, high], from ``n`` inputs. As text, it is in per cent."""
+    """A rate with its interval [low, high], from ``n`` inputs. As text, it is in percent."""
 
     value: float
     low: float
@@ -156,8 +154,10 @@ class Estimate(NamedTuple):
 
 
 class Chance(NamedTuple):
-    """What a difference is where groups do not matter: its ``mean``, and ``high``, which it exceeds as rarely as the
-    confidence says. As text, it is in per cent."""
+    """The difference if groups do not matter: its ``mean``, and ``high``, its quantile at the confidence.
+
+    As text, it is in percent.
+    """
 
     mean: float
     high: float
@@ -167,10 +167,11 @@ class Chance(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A difference between groups: the observed ``value``; ``corrected``, the value without the bias that a bootstrap
-    of ``n`` draws finds; the interval [low, high] of the true difference; and what ``chance`` alone gives.
+    """A difference between groups, with its interval and its chance level.
 
-    As text, it is in per cent, with the interval and the chance level.
+    ``value`` is the observed difference, ``corrected`` is the value without the bias that a bootstrap of ``n`` draws
+    estimates, [low, high] is the interval of the true difference, and ``chance`` is the chance level. As text, it is in
+    percent, with the interval and the chance level.
     """
 
     value: float
@@ -187,16 +188,16 @@ class Difference(NamedTuple):
 
 def difference_interval(metric, y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan", draws=1000,
                         confidence=0.95, seed=0):
-    """A difference between groups, with a correction of its bias, an interval, and the level of chance.
+    """A difference between groups, with a correction of its bias, an interval, and the chance level.
 
-    A largest minus smallest rate is too large on average, because noise adds to it: the more, the smaller and the more
-    numerous the groups. A bootstrap shows part of this bias. Taking it off leaves more than half of the bias where
-    groups do not differ at all, and less where they do: only :func:`chance_level` says whether they differ.
+    The largest minus the smallest rate is too large on average, because noise increases it, and more so for small or
+    numerous groups. A bootstrap estimates a part of this bias. Subtracting it leaves more than half of the bias if the
+    groups do not differ at all, and less if they do: only :func:`chance_level` shows whether they differ.
 
-    The interval is for the difference in the population. The difference changes by no more than the range, over the
+    The interval is that of the difference in the population. The difference changes by no more than the range, over the
     groups, of the errors of the rates. The interval is therefore the value plus and minus a quantile of this range in
-    the bootstrap. For two groups its coverage is that of the ordinary interval of a difference. For more it is at
-    least that, whichever groups are the extreme ones: exact where all groups are equal, cautious where one is apart.
+    the bootstrap. For two groups its coverage is that of the ordinary interval of a difference. For more groups it is
+    at least that, whichever groups are the extreme ones: exact if all groups are equal, cautious if one differs.
 
     Parameters
     ----------
@@ -204,7 +205,7 @@ def difference_interval(metric, y_true, y_pred, *, sensitive_features, sample_we
         :func:`demographic_parity_difference`, :func:`equalized_odds_difference`, or a function of a single group, as
         :func:`group_difference` takes it; the latter is called for each group in each draw.
     y_true, y_pred, sensitive_features, sample_weight, undefined
-        As of the metric, or of :func:`group_difference`. An input keeps its weight.
+        As for the metric, or for :func:`group_difference`. An input keeps its weight.
     draws : int
         At least 1.
     confidence : float
@@ -265,22 +266,22 @@ def difference_interval(metric, y_true, y_pred, *, sensitive_features, sample_we
 
 def chance_level(metric, y_true, y_pred, *, sensitive_features, sample_weight=None, undefined="nan", draws=1000,
                  confidence=0.95, seed=0):
-    """The difference that chance alone makes between groups of these sizes: that after inputs have exchanged groups.
+    """The difference between groups of these sizes by chance alone, with the groups permuted among the inputs.
 
-    A largest minus smallest is never below 0; it grows with the number of groups and as they get smaller. For equalized
-    odds inputs exchange groups within their true class: which are mistaken then does not depend on the group, while
-    each group keeps its numbers of every class. For demographic parity, and for a metric of your own, all inputs do.
+    A largest minus a smallest value is never below 0. It grows with the number of groups, and as they become smaller.
+    For equalized odds the groups are permuted within each true class: then errors do not depend on the group, while
+    each group keeps its number of inputs of every class. For other metrics they are permuted among all inputs.
 
     Parameters
     ----------
     metric, y_true, y_pred, sensitive_features, sample_weight, undefined, draws, confidence, seed
-        As of :func:`difference_interval`. An input of several groups passes on all of them together, and its weight
-        with them, so that no group gains or loses weight.
+        As for :func:`difference_interval`. An input of several groups passes on all of them together with its weight,
+        so that no group gains or loses weight.
 
     Returns
     -------
     Chance
-        NaN where the difference itself is.
+        NaN if the difference itself is NaN.
 
     Raises
     ------
@@ -330,20 +331,20 @@ def group_table(y_true, y_pred, *, sensitive_features, sample_weight=None, posit
     Parameters
     ----------
     y_true, y_pred, sensitive_features, sample_weight
-        As of :func:`demographic_parity_difference`. The interval of a weighted rate is that of the effective number of
+        As for :func:`demographic_parity_difference`. The interval of a weighted rate is that of the effective number of
         inputs, which is smaller the more the weights differ.
     positive : int, optional
-        The class whose rates are shown, against the rest; of two classes the larger one if not given, of more none.
+        The class whose rates are returned, against the rest; by default the larger one of two classes, none of more.
     confidence : float
         In (0, 1).
 
     Returns
     -------
     list of dict
-        One of each group, of those without an input too: ``group`` and ``n``; with a positive class ``positives``,
+        One for each group, including groups without an input: ``group`` and ``n``; with a positive class ``positives``,
         ``negatives``, and as Estimates ``selection rate``, ``true positive rate`` and ``false positive rate``; and
-        ``accuracy``, an Estimate of the share put into the right one of all classes. ``n``, ``positives`` and
-        ``negatives`` count inputs, whatever their weights. A rate without an input is NaN.
+        ``accuracy``, an Estimate of the share of right predictions. ``n``, ``positives`` and ``negatives`` count
+        inputs, whatever their weights. A rate without an input is NaN.
 
     Raises
     ------
@@ -384,10 +385,13 @@ def _rate(part, whole, weight, confidence):
 
 
 class _Sample(NamedTuple):
-    """Inputs, each of some group: the ``groups`` by name; the sets of groups that inputs have, ``member`` int
-    [sets, groups]; and of each input the number of its set, ``kind``, what is true and predicted, and its weight, or
-    None for all. If a metric counts classes, true and predicted are numbers of these ``classes``, of which the metric
-    looks at ``compared``."""
+    """Inputs with their groups.
+
+    ``groups`` are the names of the groups; ``member``, int [sets, groups], are the sets of groups that inputs have. For
+    each input, ``kind`` is the number of its set, followed by its true and predicted values and its weight; ``weight``
+    is None without weights. If a metric counts classes, true and predicted values are indices of ``classes``, and the
+    metric uses those of ``compared``.
+    """
 
     groups: tuple
     member: np.ndarray
@@ -403,11 +407,11 @@ class _Sample(NamedTuple):
         return self._replace(kind=self.kind[rows], y_true=self.y_true[rows], y_pred=self.y_pred[rows], weight=weight)
 
     def each_group(self):
-        """For one group after the other, which inputs are in it, bool [n]."""
+        """Yield for each group which inputs are in it, bool [n]."""
         return (column[self.kind] > 0 for column in self.member.T)
 
     def table(self):
-        """How many inputs, or how much weight, of which set of groups are of which class and put into which:
+        """The number of inputs, or their weight, by set of groups, true class and predicted class:
         [sets, classes, classes]."""
         shape = len(self.member), len(self.classes), len(self.classes)
         cell = np.ravel_multi_index((self.kind, self.y_true, self.y_pred), shape)
@@ -421,7 +425,7 @@ def _sample(metric, y_true, y_pred, sensitive_features, sample_weight):
     y_true, y_pred = ((as_labels if counts else _as_values)(*named) for named in (("y_true", y_true),
                                                                                   ("y_pred", y_pred)))
     if len(y_true) != len(y_pred):
-        raise ValueError(f"y_true has {len(y_true)} labels, y_pred has {len(y_pred)}: expected as many")
+        raise ValueError(f"y_true has {len(y_true)} labels, y_pred has {len(y_pred)}: expected the same number")
     groups, member, kind = _sets_of_groups(sensitive_features, len(y_true))
     weight = _as_weights(sample_weight, len(y_true))
     kept = np.flatnonzero(member.any(1)[kind] & (True if weight is None else weight > 0))
@@ -434,8 +438,8 @@ def _sample(metric, y_true, y_pred, sensitive_features, sample_weight):
         return sample
     classes, labels = np.unique([sample.y_true, sample.y_pred], return_inverse=True)
     truth, predicted = labels.reshape(2, -1)
-    # Of two classes, both give the same where their rates are defined: the larger one is enough, and is the one whose
-    # undefined rates are fairlearn's.
+    # Two classes have the same difference if their rates are defined. The larger class is enough, and its undefined
+    # rates are those of fairlearn.
     compared = ([-1] if len(classes) <= 2 else np.unique(truth) if metric is equalized_odds_difference
                 else np.arange(len(classes)))
     return sample._replace(y_true=truth, y_pred=predicted, classes=classes, compared=compared)
@@ -464,7 +468,8 @@ def _as_weights(weight, n):
 
 
 def _sets_of_groups(features, n):
-    """Names of the groups; the sets of groups that inputs have, int [sets, groups]; and each input's set, [n]."""
+    """Return the names of the groups, the sets of groups that inputs have, int [sets, groups], and the set of each
+    input, [n]."""
     if isinstance(features, Mapping):
         found = [_sets_of_feature(f"sensitive_features[{name!r}]", values, n) for name, values in features.items()]
     elif isinstance(features, Attribute):
@@ -478,7 +483,7 @@ def _sets_of_groups(features, n):
         raise ValueError("sensitive_features has no features: expected at least one")
     groups, member, kind = found[0]
     groups = [(group,) for group in groups]
-    for more, other, number in found[1:]:  # all intersections; of the sets, only those that inputs have
+    for more, other, number in found[1:]:  # all intersections, but only the sets that inputs have
         groups = [(*one, another) for one, another in itertools.product(groups, more)]
         present, kind = np.unique(kind * len(other) + number, return_inverse=True)
         first, second = np.divmod(present, len(other))
@@ -487,7 +492,7 @@ def _sets_of_groups(features, n):
 
 
 def _sets_of_feature(name, feature, n):
-    """As :func:`_sets_of_groups`, of one feature."""
+    """As :func:`_sets_of_groups`, for one feature."""
     if isinstance(feature, Attribute):
         groups, member = feature.groups, feature.member.cpu().numpy()
         if member.shape != (n, len(groups)) or member.dtype != bool:
@@ -499,8 +504,8 @@ def _sets_of_feature(name, feature, n):
             raise ValueError(f"{name} has the shape {list(values.shape)}: expected one group for each input [n], "
                              "several [n, features], a dict of them, or an Attribute")
         if len(values) != n:
-            raise ValueError(f"{name} has {len(values)} inputs, y_true has {n}: expected as many")
-        objects = np.asarray(feature, dtype=object)  # beside strings, numpy would make the string "nan" of a NaN
+            raise ValueError(f"{name} has {len(values)} inputs, y_true has {n}: expected the same number")
+        objects = np.asarray(feature, dtype=object)  # with strings, numpy would convert a NaN to the string "nan"
         missing = [i for i, one in enumerate(objects) if one is None or type(one).__name__ == "NAType" or one != one]
         if missing:
             raise ValueError(f"{name} is {objects[missing[0]]} for input {missing[0]}: expected a group")
@@ -511,14 +516,14 @@ def _sets_of_feature(name, feature, n):
 
 
 def _counts(member, table):
-    """From tables [..., sets, classes, classes], how many inputs of each group are of a class, how many are put into
-    it, and how many both: three arrays [..., groups, classes]."""
+    """Count from tables [..., sets, classes, classes] the inputs of each group that belong to a class, those for which
+    it is predicted, and those with both: three arrays [..., groups, classes]."""
     return tuple(member.T @ count for count in (table.sum(-1), table.sum(-2), np.diagonal(table, axis1=-2, axis2=-1)))
 
 
 def _rates(member, table):
-    """The rates of each group and class, each [..., groups, classes], NaN where there is no input to take one of; and
-    how many inputs the groups have, [..., groups, 1]."""
+    """Return the rates of each group and class, each [..., groups, classes], NaN without an input, and the number of
+    inputs of each group, [..., groups, 1]."""
     positives, selected, hits = _counts(member, table)
     n = positives.sum(-1, keepdims=True)
     with np.errstate(invalid="ignore"):
@@ -527,15 +532,15 @@ def _rates(member, table):
 
 
 def _rates_of_tables(metric, sample, tables, undefined):
-    """What a metric that counts classes compares, in tables [..., sets, classes, classes] of a sample: [..., kinds of
-    rate, groups, classes]."""
+    """Return the rates that a metric that counts classes compares, from tables [..., sets, classes, classes] of a
+    sample: [..., kinds of rate, groups, classes]."""
     rates, n = _rates(sample.member, tables)
     rates = np.stack([rates[name][..., sample.compared] for name in _COMPARED[metric]], -3)
     return _filled(rates, n[..., None, :, :], undefined)
 
 
 def _rates_of_sample(metric, sample, undefined):
-    """As :func:`_rates_of_tables`, of the sample itself; a metric of the caller's own is one rate of one class."""
+    """As :func:`_rates_of_tables`, for the sample itself; a metric of the caller is one rate of one class."""
     if metric in _COMPARED:
         return _rates_of_tables(metric, sample, sample.table(), undefined)
     n, values = (np.array(column)[None, :, None] for column in zip(*_by_group(metric, sample)))
@@ -543,13 +548,13 @@ def _rates_of_sample(metric, sample, undefined):
 
 
 def _filled(rates, n, undefined):
-    """Rates [..., groups, classes] by fairlearn's convention, if asked for: an undefined one of n > 0 inputs is 0."""
+    """Rates [..., groups, classes], by fairlearn's convention if asked for: an undefined rate of n > 0 inputs is 0."""
     return np.where(np.isnan(rates) & (n > 0), 0, rates) if undefined == "zero" else rates
 
 
 def _spread(rates, undefined):
-    """A difference between groups from rates [..., kinds, groups, classes]: largest minus smallest over the groups, of
-    the kind of rate for which it is larger in each class, and only then the mean over the classes."""
+    """Return the difference between groups from rates [..., kinds, groups, classes]: in each class the largest minus
+    the smallest rate of the groups, of the kind of rate with the larger difference; then the mean over the classes."""
     if undefined == "nan":
         spread = rates.max(-2) - rates.min(-2)
     else:
@@ -560,7 +565,7 @@ def _spread(rates, undefined):
 
 
 def _by_group(metric, sample):
-    """The number of inputs of each group, and the metric of them; NaN without any."""
+    """Yield the number of inputs of each group and their metric, which is NaN without inputs."""
     for group, here in zip(sample.groups, sample.each_group()):
         n, value = int(here.sum()), np.nan
         if n:
@@ -582,7 +587,7 @@ def _observed(metric, sample, undefined):
 
 
 def _undefined(metric, sample):
-    """In words, which groups have no input, and which rates of the others are undefined; the first few of each."""
+    """As text, which groups have no input, and which rates of the others are undefined; the first few of each."""
     empty = [repr(group) for group, here in zip(sample.groups, sample.each_group()) if not here.any()]
     found = [f"no input is in group {_few(empty, 10)}"] if empty else []
     if metric in _COMPARED:
@@ -610,8 +615,11 @@ def _check_draws(draws, confidence):
 
 
 def _draw(metric, sample, undefined, draws, seed, of_table, of_inputs):
-    """Yield the rates of random samples, [some draws, kinds, groups, classes]: of tables of counts, as many at once as
-    memory allows, which ``of_table(table)(size, generator)`` draws, or of those that ``of_inputs(generator)`` draws."""
+    """Yield the rates of random samples, [some draws, kinds, groups, classes].
+
+    They are tables of counts drawn by ``of_table(table)(size, generator)``, as many at once as memory allows, or
+    samples drawn by ``of_inputs(generator)``.
+    """
     generator = np.random.default_rng(seed)
     if metric in _COMPARED and sample.weight is None:
         table = sample.table()
@@ -631,7 +639,7 @@ def euclidean(a, b):
 
 
 def total_variation(a, b):
-    """Half the sum of absolute differences: of probabilities, the largest difference that any event can have."""
+    """Half the sum of absolute differences; for probabilities, the largest difference over all events."""
     return _difference(a, b).abs().sum(1) / 2
 
 
@@ -644,11 +652,12 @@ DISTANCES = {"euclidean": euclidean, "total_variation": total_variation}
 
 
 class IndividualFairness(NamedTuple):
-    """How far outputs are apart for each unit that inputs are: small if similar inputs are treated similarly.
+    """The distance of outputs divided by the distance of inputs: small if similar inputs are treated similarly.
 
-    ``mean``, ``sd`` (n - 1) and the ``largest`` of the ratios of ``pairs`` pairs. Left out are ``self_pairs`` of an
-    input with itself, and pairs of ``identical`` inputs, at distance 0; of the latter, ``violations`` have different
-    outputs, which would be an infinite ratio. Pairs share inputs: sd over the root of ``pairs`` is no standard error.
+    ``mean``, ``sd`` (n - 1) and ``largest`` are those of the ratios of ``pairs`` pairs. The ``self_pairs`` of an
+    input with itself, and the pairs of ``identical`` inputs, at distance 0, are left out; ``violations`` of the latter
+    have different outputs, which would be an infinite ratio. Pairs share inputs, so sd / sqrt(pairs) is not a standard
+    error.
     """
 
     mean: float
@@ -662,22 +671,22 @@ class IndividualFairness(NamedTuple):
 
 def individual_fairness(outputs, inputs, *, output_distance="total_variation", input_distance="euclidean",
                         pairs=10_000, seed=0):
-    """The mean over pairs of inputs of the distance between their outputs over that between the inputs themselves: a
-    mean of ratios, not the Lipschitz constant, which is their supremum.
+    """The mean over pairs of inputs of the distance between their outputs divided by the distance between the inputs.
 
-    The ratio has a unit, that of the outputs' distance over that of the inputs'. For images, give pixels in [0, 1]:
-    standardised or not, in 255ths or not, changes the value by that factor.
+    This is a mean of ratios, not the Lipschitz constant, which is their supremum. The ratio has a unit: that of the
+    distance of outputs divided by that of inputs. For images, pass pixels in [0, 1]: standardised pixels, or pixels
+    from 0 to 255, change the value.
 
     Parameters
     ----------
     outputs : array-like, shape [n, ...]
-        What the model makes of each input: probabilities for the default distance.
+        Output of the model for each input: probabilities for the default distance.
     inputs : array-like, shape [n, ...]
     output_distance, input_distance : {"euclidean", "total_variation"} or callable
-        ``distance(a, b)`` of two batches of tensors [m, ...] gives [m]. The Euclidean is over all entries; total
-        variation is of probabilities, in [0, 1], as by Dwork et al.
+        ``distance(a, b)`` of two batches of tensors [m, ...] returns [m]. The Euclidean distance is over all entries;
+        the total variation is that of probabilities, in [0, 1], as by Dwork et al.
     pairs : int, "all", or array-like of int, shape [m, 2]
-        How many distinct pairs to draw at random, all of them where there are no more; or every pair; or these.
+        The number of distinct pairs to draw at random, at most all; or ``"all"`` pairs; or the pairs themselves.
     seed : int
 
     Returns
@@ -687,9 +696,9 @@ def individual_fairness(outputs, inputs, *, output_distance="total_variation", i
     Raises
     ------
     ValueError
-        If the lengths differ, there are fewer than two inputs, a number or distance is not finite, total variation is
-        asked of what is no probability, a distance or the pairs are unknown or out of range, or no pair is at a
-        distance above 0.
+        If the lengths differ, there are fewer than two inputs, a number or distance is not finite, the total variation
+        is wanted of values that are not probabilities, a distance or the pairs are unknown or out of range, or no pair
+        is at a distance above 0.
 
     References
     ----------
@@ -698,7 +707,7 @@ def individual_fairness(outputs, inputs, *, output_distance="total_variation", i
     outputs, inputs = _batch("outputs", outputs), _batch("inputs", inputs)
     n = len(inputs)
     if len(outputs) != n or n < 2:
-        raise ValueError(f"outputs has {len(outputs)} rows, inputs has {n}: expected as many, at least two")
+        raise ValueError(f"outputs has {len(outputs)} rows, inputs has {n}: expected the same number, at least two")
     apart = [_distance(*named) for named in (("output_distance", output_distance, outputs),
                                              ("input_distance", input_distance, inputs))]
     size = max(1, CHUNK // (outputs[0].numel() + inputs[0].numel()))
@@ -732,7 +741,8 @@ def _batch(name, values):
 
 
 def _distance(name, distance, values):
-    """The distance between the rows of ``values`` that two arrays of indices name: float64, on the CPU."""
+    """Return a function from two arrays of row indices to the distances between the rows of ``values``: float64, on the
+    CPU."""
     if not callable(distance) and distance not in DISTANCES:
         raise ValueError(f"{name} is {distance!r}: expected {', '.join(DISTANCES)}, or a callable")
     if distance == "total_variation":
@@ -762,7 +772,7 @@ def _pairs(pairs, n, size, seed):
         chosen = None if wanted == every else np.random.default_rng(seed).choice(every, wanted, replace=False)
         for start in range(0, wanted, size):
             number = np.arange(start, min(start + size, wanted)) if chosen is None else chosen[start:start + size]
-            # Each input with the one that many places on, in a circle: every unordered pair has one number.
+            # Pairs each input with the one at that offset, in a circle: every unordered pair has one number.
             yield number % n, (number % n + number // n + 1) % n
         return
     indices = np.asarray(pairs)

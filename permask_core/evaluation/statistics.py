@@ -1,9 +1,9 @@
 """Comparisons over seeds, of whole methods and class by class: means with intervals, and differences.
 
 Two methods run from the same seed share the dense networks, the data order and the split. The seed is then a block, and
-what is compared is the difference within it. Methods that share nothing are compared by their means. Which classes a
-method changes is asked one class at a time, and chance alone answers a few times in a hundred: the count comes with
-what chance gives.
+the methods are compared by the differences within blocks. Methods that share nothing are compared by their means.
+Whether a method changes a class is tested for each class separately, and chance alone flags a few classes in a
+hundred: the count is returned with the number expected by chance.
 """
 
 import itertools
@@ -34,8 +34,8 @@ class Paired(NamedTuple):
     """A paired comparison a - b over ``n`` blocks.
 
     ``difference`` is the mean of a - b with its interval [low, high]; ``wins`` counts the blocks with a > b; ``effect``
-    is Hedges' g of the differences (their mean over their standard deviation, corrected for small n); ``p`` belongs to
-    the paired t-test, ``p_sign`` to the exact sign-flip test, which assumes no normal distribution.
+    is Hedges' g of the differences (their mean divided by their standard deviation, corrected for small n); ``p``
+    belongs to the paired t-test, ``p_sign`` to the exact sign-flip test, which assumes no normal distribution.
     """
 
     difference: float
@@ -51,9 +51,9 @@ class Paired(NamedTuple):
 class Unpaired(NamedTuple):
     """An unpaired comparison a - b of ``n_a`` and ``n_b`` values.
 
-    ``difference`` is that of the means with its interval [low, high]; ``effect`` is Hedges' g (the difference over the
-    pooled standard deviation, corrected for small n); ``p`` belongs to Welch's t-test, ``p_permutation`` to the exact
-    permutation test, which assumes no normal distribution.
+    ``difference`` is that of the means with its interval [low, high]; ``effect`` is Hedges' g (the difference divided
+    by the pooled standard deviation, corrected for small n); ``p`` belongs to Welch's t-test, ``p_permutation`` to the
+    exact permutation test, which assumes no normal distribution.
     """
 
     difference: float
@@ -67,13 +67,13 @@ class Unpaired(NamedTuple):
 
 
 class Affected(NamedTuple):
-    """The classes on which two models differ, a - b, with everything by class in arrays [classes].
+    """The classes on which two models differ, a - b, with the values of all classes in arrays [classes].
 
-    ``count`` classes are ``affected``, by their ``adjusted`` p; ``p`` is that of each class alone. ``differences`` are
-    those of the means, in the unit of the normalised accuracies, and ``effects`` their Hedges' g. ``expected`` is how
-    many would have p below alpha if no class differed, counted as if the test were exact. ``constant`` classes have
-    one value throughout, the same in both models (if paired: the same in both models of every pair): they have p = 1,
-    and are not among the expected.
+    ``count`` classes are ``affected``, by their ``adjusted`` p-value; ``p`` is the p-value of each class alone.
+    ``differences`` are those of the means, in the unit of the normalised accuracies, and ``effects`` their Hedges' g.
+    ``expected`` is the number of classes with p below alpha if no class differed and the test were exact.
+    ``constant`` counts classes with a single value that is the same in both models (if paired: the same in both models
+    of every pair). They have p = 1, and are not among the expected.
     """
 
     count: int
@@ -92,7 +92,7 @@ def mean_interval(values, confidence=0.95):
     Parameters
     ----------
     values : array-like, shape [n]
-        At least two finite values; the interval's unit is theirs.
+        At least two finite values; the interval has their unit.
     confidence : float
         In (0, 1).
 
@@ -125,9 +125,9 @@ def paired_comparison(a, b, confidence=0.95):
     -------
     Paired
         ``p_sign`` enumerates all 2^n signs (Fisher's randomisation test, two-sided), so that its smallest possible
-        value is 2 / 2^n: five seeds cannot show less than 0.0625. Above 16 blocks it uses 65,536 seeded draws.
-        ``effect`` is 0 for two blocks, where the correction for small n vanishes. It is infinite (and ``p`` zero)
-        where all differences are the same and not zero.
+        value is 2 / 2^n, which is 0.0625 for five seeds. Above 16 blocks it uses 65,536 seeded draws.
+        ``effect`` is 0 for two blocks, for which the correction for small n is 0. It is infinite (and ``p`` zero)
+        if all differences are the same and not zero.
 
     Raises
     ------
@@ -158,10 +158,10 @@ def welch_comparison(a, b, confidence=0.95):
     Returns
     -------
     Unpaired
-        ``p_permutation`` enumerates all ways to deal the values out to a and b (two-sided, by the difference of the
-        means): with five and five its smallest possible value is 2 / 252 = 0.0079. Where there are more than 65,536
-        ways it uses that many seeded draws. If neither method varies, ``effect`` is 0 and ``p`` one where they are the
-        same, infinite and zero where not; then ``p_permutation`` is the one to read.
+        ``p_permutation`` enumerates all ways to divide the values between a and b (two-sided, by the difference of the
+        means): with five and five its smallest possible value is 2 / 252 = 0.0079. If there are more than 65,536
+        ways it uses that many seeded draws. If neither method varies, ``effect`` is 0 and ``p`` one if they are the
+        same, and infinite and zero otherwise; then read ``p_permutation``.
 
     Raises
     ------
@@ -178,7 +178,7 @@ def welch_comparison(a, b, confidence=0.95):
 
 
 def proportion_interval(successes, n, confidence=0.95):
-    """A proportion with Wilson's score interval, which stays inside [0, 1] and holds for 0 and n successes too.
+    """A proportion with Wilson's score interval, which lies inside [0, 1] and is valid for 0 and n successes too.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def wilson_interval(p, n, confidence=0.95):
     p : float
         The observed proportion, in [0, 1].
     n : float
-        How many trials it is of, above 0. Of weighted trials, the effective number ``sum(w)**2 / sum(w**2)`` (Kish).
+        The number of trials, above 0; for weighted trials, the effective number ``sum(w)**2 / sum(w**2)`` (Kish).
     confidence : float
         In (0, 1).
 
@@ -247,7 +247,7 @@ def class_accuracies(y_true, y_pred, classes):
     y_true : array-like of int, shape [n]
         0 to ``classes`` - 1.
     y_pred : array-like of int, shape [n] or [seeds, n]
-        What one model predicts, or several.
+        Predictions of one model, or of several.
     classes : int
 
     Returns
@@ -258,53 +258,53 @@ def class_accuracies(y_true, y_pred, classes):
     Raises
     ------
     ValueError
-        If a label is out of range or no integer, or the shapes do not fit.
+        If a label is out of range or not an integer, or the shapes do not fit.
     """
     y_true, y_pred = as_labels("y_true", y_true, classes), as_labels("y_pred", y_pred, classes, stacked=True)
     if y_true.shape != y_pred.shape[-1:]:
-        raise ValueError(f"y_true has {len(y_true)} labels, y_pred has {y_pred.shape[-1]}: expected as many")
+        raise ValueError(f"y_true has {len(y_true)} labels, y_pred has {y_pred.shape[-1]}: expected the same number")
     hits = [np.bincount(y_true[row == y_true], minlength=classes) for row in np.atleast_2d(y_pred)]
     with np.errstate(invalid="ignore"):
         return np.reshape(hits / np.bincount(y_true, minlength=classes), (*y_pred.shape[:-1], classes))
 
 
 def affected_classes(a, b, *, normalize="ratio", alpha=0.05, correction="none", weights=None, paired=False):
-    """The classes on which two models differ by more than their seeds explain: a t-test on each, Welch's or paired.
+    """The classes on which two models differ by more than their seeds explain, by a t-test on each, Welch's or paired.
 
-    An accuracy on a class is first related to the overall accuracy of the same seed, so that a model that is better
-    on all classes alike differs on none. What some classes lose, the others win by this: where the first are many, or
-    the seeds agree well, the others may be affected as well.
+    The accuracy on a class is first related to the overall accuracy of the same seed, so that a model that is better
+    by the same factor on all classes differs on none. If some classes lose, the relative accuracy of the others rises:
+    if the former are many, or the seeds agree closely, the latter may be affected too.
 
     Parameters
     ----------
     a, b : array-like, shapes [seeds of a, classes] and [seeds of b, classes]
         Accuracy on each class, as from :func:`class_accuracies`; at least two seeds each.
     normalize : {"ratio", "difference", "none"}
-        The class's accuracy over the seed's overall accuracy, minus it, or as it is.
+        The accuracy on the class divided by the seed's overall accuracy, minus it, or unchanged.
     alpha : float
-        In (0, 1): a class is affected if its adjusted p is below.
+        In (0, 1): a class is affected if its adjusted p-value is below.
     correction : {"none", "bh", "by"}
         For the number of classes: none, as in the source; Benjamini and Hochberg's, or Benjamini and Yekutieli's, which
         holds for classes that depend on each other in any way. Both bound the expected share of false ones among the
-        affected.
+        affected classes.
     weights : array-like, shape [classes], optional
-        The classes' sizes in the test set, which make the overall accuracy; without them all are equal.
+        The sizes of the classes in the test set, by which the overall accuracy is weighted; by default all are equal.
     paired : bool
-        Whether row i of a and row i of b are of one block, such as a network and what was pruned from it. What the two
-        have in common then cancels; Welch's test would count it as noise, and find too little.
+        Whether row i of a and row i of b belong to one block, such as a network and its pruned version. What the two
+        have in common then cancels; Welch's test would count it as noise, and flag too few classes.
 
     Returns
     -------
     Affected
-        A class on which neither model varies (paired: whose difference does not) has p = 1 where they agree, and p = 0
-        and an infinite effect where not. Few seeds make Welch's test conservative: without any effect, 5 and 5 flag
-        about 4 of 100 classes, not 5.
+        A class on which neither model varies (paired: whose difference does not vary) has p = 1 if the models agree,
+        and p = 0 and an infinite effect otherwise. Few seeds make Welch's test conservative: if nothing differs, five
+        against five flag about 4 of 100 classes, not 5.
 
     Raises
     ------
     ValueError
-        If the shapes do not fit, there are fewer than two seeds, a value is not finite or an option unknown, if an
-        overall accuracy of 0 would be divided by, or if what is paired has not as many seeds.
+        If the shapes do not fit, there are fewer than two seeds, a value is not finite, an option is unknown, an
+        overall accuracy is 0 and would be a divisor, or paired models have different numbers of seeds.
 
     References
     ----------
@@ -334,10 +334,10 @@ def affected_classes(a, b, *, normalize="ratio", alpha=0.05, correction="none", 
 
 
 def leave_one_out_counts(a, b, *, weights=None, **options):
-    """How many other classes are affected when one class is left out of everything, the overall accuracy included.
+    """Count the other affected classes without each class in turn, which is also left out of the overall accuracy.
 
     A class that loses much lowers the overall accuracy, and so raises the ratio of every other class. If the count
-    falls when one class is left out, this class made the others look affected.
+    falls without one class, this class made the others look affected.
 
     Parameters
     ----------
@@ -371,24 +371,25 @@ def leave_one_out_counts(a, b, *, weights=None, **options):
 
 
 def disagreement_matrix(a, b, classes):
-    """Into which classes two models put the inputs on which they differ.
+    """The classes that two models predict for the inputs on which they differ.
 
     Parameters
     ----------
     a, b : array-like of int, shape [n] or [seeds, n]
-        Predictions for the same inputs, 0 to ``classes`` - 1; of several seeds, one of a beside one of b.
+        Predictions for the same inputs, 0 to ``classes`` - 1; with several seeds, row i of a is compared with row i of
+        b.
     classes : int
 
     Returns
     -------
     numpy.ndarray, shape [classes, classes]
-        Entry (i, j) is the share of all inputs that a puts into class i and b into class j, a mean over the seeds. The
-        diagonal, where they agree, is NaN; the sum of the others is the share on which they differ.
+        Entry (i, j) is the share of all inputs for which a predicts class i and b predicts class j, a mean over the
+        seeds. The diagonal, where they agree, is NaN; the sum of the others is the share on which they differ.
 
     Raises
     ------
     ValueError
-        If a label is out of range or no integer, or the shapes differ.
+        If a label is out of range or not an integer, or the shapes differ.
     """
     a, b = (as_labels(name, values, classes, stacked=True) for name, values in (("a", a), ("b", b)))
     if a.shape != b.shape:
@@ -404,10 +405,10 @@ def as_labels(name, values, classes=None, *, stacked=False):
     Parameters
     ----------
     name : str
-        What an error calls them.
+        Name of the labels in error messages.
     values : array-like of int, shape [n], or with ``stacked`` also [seeds, n]
     classes : int, optional
-        Their number, where labels are 0 to ``classes`` - 1; without it any integers are labels.
+        The number of classes, if labels are 0 to ``classes`` - 1; by default all integers are labels.
     stacked : bool
 
     Returns
@@ -417,7 +418,7 @@ def as_labels(name, values, classes=None, *, stacked=False):
     Raises
     ------
     ValueError
-        If there are none, a value is no integer or out of range, or the shape is another.
+        If there are no labels, a value is not an integer or out of range, or the shape is wrong.
     """
     labels = np.asarray(values.cpu() if hasattr(values, "cpu") else values)
     if labels.ndim not in ((1, 2) if stacked else (1,)):
@@ -445,7 +446,7 @@ def _accuracies(name, values):
 
 
 def _normalized(name, values, normalize, weights):
-    overall = (values @ weights / weights.sum())[:, None]  # each seed's own, not the mean over the seeds
+    overall = (values @ weights / weights.sum())[:, None]  # of each seed, not the mean over the seeds
     if normalize == "ratio" and not overall.all():
         raise ValueError(f"the overall accuracy of seed {int(np.argmin(overall != 0))} of {name} is 0: expected more, "
                          "to divide by it")
@@ -481,8 +482,8 @@ def _sign_flip(differences):
 
 
 def _welch(a, b, confidence=0.95):
-    """Of each column of a and b [seeds, ...]: the difference of the means, half its interval, Hedges' g, Welch's p, and
-    whether neither varies."""
+    """Return for each column of a and b [seeds, ...] the difference of the means, half the width of its interval,
+    Hedges' g, Welch's p-value, and whether neither varies."""
     spread_a, spread_b = a.var(0, ddof=1), b.var(0, ddof=1)
     error_a, error_b = spread_a / len(a), spread_b / len(b)
     more_a, more_b = len(a) - 1, len(b) - 1
@@ -494,7 +495,7 @@ def _welch(a, b, confidence=0.95):
 
 
 def _paired(a, b, confidence=0.95):
-    """As :func:`_welch`, of a paired t-test: whether the differences do not vary."""
+    """As :func:`_welch`, for a paired t-test; the last value is whether the differences do not vary."""
     n, sd = len(a), (a - b).std(0, ddof=1)
     constant = np.ptp(a - b, axis=0) <= ROUNDING * _largest(a, b)
     return _t_test(a, b, sd / math.sqrt(n), n - 1, sd, n - 1, constant, confidence)
@@ -516,7 +517,7 @@ def _largest(a, b):
 
 
 def _small_sample(df):
-    """Hedges' correction of an effect for its degrees of freedom."""
+    """Hedges' correction of an effect for small samples, by the degrees of freedom."""
     return 1 - 3 / (4 * df - 1)
 
 
@@ -527,5 +528,5 @@ def _permuted(a, b):
     else:
         dealt = np.random.default_rng(0).permuted(np.tile(np.arange(len(values)), (2**16, 1)), axis=1)[:, : len(a)]
         dealt[0] = range(len(a))  # the observed one always counts
-    distances = np.abs(values[dealt].sum(1))  # the values add up to 0: a's sum says how far the means are apart
+    distances = np.abs(values[dealt].sum(1))  # the values add up to 0, so a's sum measures the distance of the means
     return float((distances >= distances[0] - ROUNDING * _largest(a, b)).mean())

@@ -1,7 +1,7 @@
-"""One ticket trained several times: how differently do its members answer, and what do they start from?
+"""One ticket trained several times: how differently its members predict, by the weights from which they start.
 
-A seed has one network A and its ticket. Its members share the mask and differ in what is left to chance: for ``lth``
-the order of the data, for the others also the network B that they start from. Evci, Ioannou, Keskin and
+A seed has one network A and its ticket. Its members share the mask and differ in their random choices: for ``lth``
+in the order of the data, for most other methods also in the network B from which they start. Evci, Ioannou, Keskin and
 Dauphin, "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022; Adnan, Jain, Sharma, Krishnan
 and Ioannou, ICML 2025. Experiments and stages are those of :mod:`permask_core.experiments.permuted_masks`, with
 ``SPAN * seed + member`` as the seed of a member.
@@ -32,7 +32,7 @@ from permask_core.sparse.initialisation import scale_to_fan_in, sparse_init
 
 METHODS = ("dense", "pruned", "lth", "permuted", "naive", "random", "scratch", "rescaled", "he", "sparse_init")
 FROM_SCRATCH = ("scratch", "rescaled", "he", "sparse_init")  # these start from B before any training
-SPAN = 100  # members of a seed at most
+SPAN = 100  # maximal number of members of a seed
 
 
 def member_epochs(experiment):
@@ -48,8 +48,8 @@ def member_seed(seed, member):
 
 
 def member_masks(experiment, store, seed, member, sparsity, method):
-    """The mask of a member: that of the seed's A, moved onto its own B for ``permuted`` and shuffled for ``random``;
-    of ``pruned`` each has its own."""
+    """Return the mask of a member: that of the seed's A, moved onto its own B for ``permuted`` and shuffled for
+    ``random``. Each member of ``pruned`` has its own mask."""
     own = member_seed(seed, member)
     masks = find_ticket(experiment, store, own if method == "pruned" else member_seed(seed, 0), sparsity).masks
     if method == "permuted":
@@ -75,18 +75,19 @@ def train_member(experiment, store, seed, member, sparsity, method):
     sparsity : float
         In (0, 1); irrelevant to ``dense``.
     method : str
-        What is trained, with the same recipe for all masked networks. ``dense`` is the member's network B. ``pruned``
-        continues from the end of the member's own network A, under the mask of that network. ``lth`` starts from the
-        seed's A; ``permuted``, ``naive`` and ``random`` start from the member's B. Four methods start before any
-        training, under the seed's mask, and differ in the variance of a weight with n inputs of which the mask keeps m:
-        ``scratch`` 1 / (3n), which is PyTorch's default; ``rescaled`` 1 / (3m); ``he`` 2 / n, which is He's; and
-        ``sparse_init`` 2 / m. The first two are one draw of B, and so are the last two.
+        The network to train, with the same recipe for all masked networks. ``dense`` is the member's network B.
+        ``pruned`` continues from the end of the member's own network A, under the mask of that network. ``lth`` starts
+        from the seed's A; ``permuted``, ``naive`` and ``random`` start from the member's B. Four methods start before
+        any training, under the seed's mask, and differ in the variance of the weights of a neuron with n_in inputs, of
+        which the mask keeps k: ``scratch`` 1 / (3 n_in), which is PyTorch's default; ``rescaled`` 1 / (3k); ``he``
+        2 / n_in, which is He's; and ``sparse_init`` 2 / k. The first two use the same random numbers, and so do the
+        last two.
 
     Returns
     -------
     (dict of int to state, dict)
         States by epoch, of :func:`member_epochs` (``dense``: the experiment's checkpoints), and the record: test
-        ``accuracy`` and ``loss``, and ``achieved``, the real sparsity.
+        ``accuracy`` and ``loss``, and ``achieved``, the sparsity that was reached.
 
     Raises
     ------
@@ -138,7 +139,7 @@ def check_member(seed, member):
 
 
 def check_run(seeds, members, sparsity, methods, workers):
-    """Raise ValueError for what :func:`run` would not take."""
+    """Raise ValueError for arguments that :func:`run` does not accept."""
     check_work(seeds, workers, "seeds")
     check_integer("members", members, 1)
     if members > SPAN:
@@ -192,13 +193,13 @@ def run(experiment, store, *, seeds, members, sparsity, methods, workers=1):
     """
     seeds, methods = list(seeds), methods if isinstance(methods, str) else list(methods)
     check_run(seeds, members, sparsity, methods, workers)
-    groups(experiment)  # a network that cannot be permuted is refused here
+    groups(experiment)  # raises for a network that cannot be permuted
     jobs = [(experiment, seed, members, sparsity, methods) for seed in map(int, seeds)]
     return run_jobs(_run_seed, jobs, store, workers, len(jobs) * members * len(methods))
 
 
 def training_epochs(experiment, members, sparsity, method):
-    """How many epochs of training some members of a seed need, what they share counted once.
+    """Count the epochs of training that some members of a seed need, with shared epochs counted once.
 
     Parameters
     ----------
@@ -213,8 +214,8 @@ def training_epochs(experiment, members, sparsity, method):
     Returns
     -------
     int
-        No more than what they need: of a network B the epochs to its rewind point, for ``permuted`` those to where it
-        is matched if that is later. (:func:`run` trains each B to its end, for the methods that need it.)
+        Only the epochs that they need: for a network B those to its rewind point, and for ``permuted`` those to the
+        epoch of matching if that is later. (:func:`run` trains each B to its end, for the methods that need it.)
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Initial weights that fit the number of connections, and the gradient that they let through.
+"""Initial weights that fit the number of connections, and the gradient flow under a mask.
 
-The variance that keeps signals at their size depends on how many inputs a neuron has. A mask removes inputs: the
-smaller the variance was to begin with, the less gradient is left. Evci et al., "Gradient Flow in Sparse Neural Networks
-and How Lottery Tickets Win", AAAI 2022.
+The variance of the weights that preserves the size of signals depends on the number of inputs of a neuron. A mask
+removes inputs, so that a variance chosen for a dense layer is too small, and gradients become small. Evci et al.,
+"Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022.
 """
 
 import copy
@@ -21,10 +21,10 @@ def sparse_init(model, masks, *, seed):
     Parameters
     ----------
     model : torch.nn.Module
-        Is changed in place; tensors without a mask do not change.
+        Changed in place; tensors without a mask do not change.
     masks : Masks
         For linear and convolution weights [out, ...]. Under a full mask this is He's initialisation (``fan_in``, for
-        ReLU); a row without connections is 0.
+        ReLU); a row without connections becomes 0.
     seed : int
 
     Returns
@@ -62,15 +62,15 @@ def sparse_init(model, masks, *, seed):
 
 @torch.no_grad()
 def scale_to_fan_in(model, masks):
-    """Scale the weights of each neuron by sqrt(fan-in / connections left), which makes up for those that are gone.
+    """Scale the weights of each neuron by sqrt(inputs / connections), which compensates for removed connections.
 
-    Weights that were drawn with a variance of c / fan-in then have c / connections, as :func:`sparse_init` draws them
-    with c = 2; what was learned since is scaled by the same factor.
+    Weights that were drawn with a variance of c / inputs then have c / connections, as :func:`sparse_init` draws them
+    with c = 2. Trained weights are scaled by the same factor.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Is changed in place; weights that are masked out are scaled too, and tensors without a mask do not change.
+        Changed in place; weights that are masked out are scaled too, and tensors without a mask do not change.
     masks : Masks
         For linear and convolution weights [out, ...]; a row without connections does not change.
 
@@ -86,7 +86,7 @@ def scale_to_fan_in(model, masks):
 
     References
     ----------
-    Evci et al., AAAI 2022, for weights that were not trained.
+    Evci et al., AAAI 2022, for untrained weights.
 
     Examples
     --------
@@ -106,14 +106,14 @@ def scale_to_fan_in(model, masks):
 
 
 def gradient_flow(model, masks, x, y):
-    """The squared Euclidean norm of the loss's gradient, without the weights that are masked out.
+    """Return the squared Euclidean norm of the gradient of the loss, without the weights that are masked out.
 
-    To first order it is what the loss falls by in a step of gradient descent, divided by the learning rate.
+    To first order, a step of gradient descent lowers the loss by the gradient flow times the learning rate.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Is left alone. It is evaluated under the masks and in the mode it is in; in training mode BatchNorm uses the
+        Does not change. It is evaluated under the masks and in its current mode; in training mode BatchNorm uses the
         statistics of the batch.
     masks : Masks
     x, y : torch.Tensor

@@ -649,7 +649,7 @@ AB = ["a", "a", "b", "b"]
 
 @both
 @pytest.mark.parametrize("labels, group, options, message", [
-    (([0, 1], [0, 1, 1]), AB, {}, "y_true has 2 labels, y_pred has 3: expected as many"),
+    (([0, 1], [0, 1, 1]), AB, {}, "y_true has 2 labels, y_pred has 3: expected the same number"),
     (GOOD, ["a", "b"], {}, "sensitive_features has 2 inputs, y_true has 4"),
     (GOOD, Attribute(("a", "b"), torch.ones(3, 2).bool()), {}, "is bool [3, 2]: expected bool [4, 2]"),
     (GOOD, Attribute(("a", "b"), torch.ones(4, 2)), {}, "float32 [4, 2]: expected bool [4, 2]"),
