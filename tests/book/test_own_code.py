@@ -135,6 +135,7 @@ def test_a_table_of_predictions_is_all_that_fairness_needs(tmp_path):
     columns = generator.integers(2, size=(4, 400))
     rows = "\n".join(f"{y},{p},{'old' if a else 'young'},{'f' if s else 'm'}" for y, p, a, s in columns.T)
     (tmp_path / "predictions.csv").write_text(f"label,prediction,age,sex\n{rows}\n")
-    interval, chance = run("fairness", tmp_path).splitlines()
+    interval, chance = run("fairness", tmp_path).strip().split("; by chance ")
     value, low, high = (float(one) for one in re.findall(r"-?[\d.]+", interval)[:3])
-    assert 0 <= low <= value <= high <= 100 and chance
+    mean, most = (float(one) for one in re.findall(r"[\d.]+", chance))
+    assert 0 <= low <= value <= high <= 100 and mean < most
