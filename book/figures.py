@@ -20,7 +20,7 @@ TARGETS = (0.80, 0.90, 0.95, 0.97)
 
 
 def rounds_to(sparsity, rate=0.2):
-    """Rounds of iterative pruning up to ``sparsity``, and the fraction of what is left that the last removes."""
+    """Rounds of iterative pruning up to ``sparsity``, and the fraction of the remaining weights removed in the last."""
     rounds = math.ceil(round(math.log(1 - sparsity) / math.log(1 - rate), 9))
     return rounds, 1 - (1 - sparsity) / (1 - rate) ** (rounds - 1)
 
