@@ -114,10 +114,10 @@ def evidence(found, unit="points", blocks="pairs"):
     width = found.high - found.low
     digits = 1 if not np.isfinite(width) or width <= 0 else int(np.clip(1 - np.floor(np.log10(width)), 1, 4))
     if isinstance(found, Interval):
-        return (f"{found.mean:.{digits}f} {unit}, 95 % interval {found.low:.{digits}f} to {found.high:.{digits}f}, "
+        return (f"{found.mean:z.{digits}f} {unit}, 95 % interval {found.low:.{digits}f} to {found.high:.{digits}f}, "
                 f"n = {found.n} {blocks}")
-    return (f"{found.wins} of {found.n} {blocks}; {found.difference:+.{digits}f} {unit}, 95 % interval "
-            f"{found.low:+.{digits}f} to {found.high:+.{digits}f}")
+    return (f"{found.wins} of {found.n} {blocks}; {found.difference:+z.{digits}f} {unit}, 95 % interval "
+            f"{found.low:+z.{digits}f} to {found.high:+z.{digits}f}")
 
 
 def ahead(a, b, unit="points", blocks="pairs"):

@@ -79,9 +79,9 @@ def plus_minus(values, digits=1):
     '2.0 ± 12.7'
     """
     if isinstance(values, Paired):
-        return f"{values.difference:+.{digits}f} ± {values.high - values.difference:.{digits}f}"
+        return f"{values.difference:+z.{digits}f} ± {values.high - values.difference:.{digits}f}"
     found = values if isinstance(values, Interval) else spread(values)
-    return f"{found.mean:.{digits}f}" + (f" ± {found.high - found.mean:.{digits}f}" if found.n > 1 else "")
+    return f"{found.mean:z.{digits}f}" + (f" ± {found.high - found.mean:.{digits}f}" if found.n > 1 else "")
 
 
 def provenance(measured):
