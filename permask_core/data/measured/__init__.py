@@ -83,6 +83,19 @@ def measured_price_of_alignment():
     return _read("price_of_alignment")
 
 
+def measured_weights_or_activations():
+    """Return weight matching and activation matching of perceptrons of several widths on noisy digits.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``, ``settings``, ``points`` (of a line); ``rows`` as
+        :func:`permask_core.experiments.permuted_masks.run` returns them, and ``lines`` as
+        :func:`permask_core.experiments.basins.run` does, without the losses and errors along the line.
+    """
+    return _read("weights_or_activations")
+
+
 def measured_extreme():
     """Output layers for 10,000 labels: static rows of fixed fan-in, SET and its variants, and dense layers.
 
