@@ -14,6 +14,7 @@ from matplotlib.patches import Ellipse, FancyBboxPatch, Rectangle
 from scipy.optimize import linear_sum_assignment
 
 from permask_core.display import look, new_figure
+from permask_core.display.control import svg
 
 INK, GREY, PALE = "#222222", "#777777", "#E4E4E4"
 TARGETS = (0.80, 0.90, 0.95, 0.97)
@@ -271,7 +272,7 @@ def draw(folder):
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.svg" for name in FIGURES}
     for name, path in paths.items():
-        FIGURES[name]().savefig(path, metadata={"Date": None, "Creator": None})
+        path.write_text(svg(FIGURES[name]()), encoding="utf8")
     return list(paths.values())
 
 

@@ -7,12 +7,15 @@ from numbers import Number
 import pandas as pd
 from IPython.display import HTML
 
+SHORT = 24  # letters of a head that is one line on a narrow screen, where the table scrolls anyway
+
 _STYLE = """<style>
 .permask-table{border-collapse:collapse;margin:0 auto;font-size:.9em;font-variant-numeric:tabular-nums}
 .permask-results{margin:1.2rem 0;padding:0}
 .permask-results figcaption{margin:0 auto .5rem;max-width:46rem;font-size:.9em;font-weight:400;
 color:inherit;text-align:left}
 .permask-scroll{overflow-x:auto}
+@media(max-width:600px){.permask-table th.short{white-space:nowrap}}
 .permask-table th,.permask-table td{padding:.25rem .55rem;text-align:left;border:0;background:none}
 .permask-table td{white-space:nowrap}
 .permask-table th{vertical-align:bottom}
@@ -54,9 +57,11 @@ def table(rows, *, caption=""):
 
     def cell(tag, head, value):
         text = "" if value is None else html.escape(str(value))
-        return f"<{tag}{' class=number' if numeric[head] else ''}>{text}</{tag}>"
+        kinds = ["number"] * numeric[head] + ["short"] * (tag == "th" and len(text) <= SHORT)
+        classes = f' class="{" ".join(kinds)}"' if kinds else ""
+        return f"<{tag}{' scope=col' if tag == 'th' else ''}{classes}>{text}</{tag}>"
 
-    top = "".join(cell("th scope=col", head, head).replace("</th scope=col>", "</th>") for head in heads)
+    top = "".join(cell("th", head, head) for head in heads)
     body = "".join("<tr>" + "".join(cell("td", head, row[head]) for head in heads) + "</tr>" for row in rows)
     # A caption of a figure, not of the table, because on a narrow screen only the table should scroll sideways.
     title = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""

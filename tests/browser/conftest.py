@@ -21,11 +21,13 @@ OPTIONS += ["--disable-background-networking", "--disable-component-update"]  # 
 
 
 def pytest_generate_tests(metafunc):
-    """One test per page (any page), chapter (not a listing of source code) or explorable (a page with controls)."""
+    """One test per page (any page), chapter (not a listing of source code), explorable (a page with controls) or sample
+    (every chapter, the index of listings and one of them, since they are alike)."""
     pages = sorted(BOOK.rglob("*.html"))
     chapters = [path for path in pages if "_modules" not in path.parts]
     explorables = [path for path in chapters if 'class="permask-explore"' in path.read_text(encoding="utf8")]
-    kinds = {"page": pages, "chapter": chapters, "explorable": explorables}
+    listings = [path for path in pages if path not in chapters]
+    kinds = {"page": pages, "chapter": chapters, "explorable": explorables, "sample": chapters + listings[:2]}
     for kind in kinds.keys() & set(metafunc.fixturenames):
         # Without a book there is still one test, to say so.
         metafunc.parametrize(kind, [path.relative_to(BOOK).as_posix() for path in kinds[kind]] or ["none"])
@@ -70,3 +72,36 @@ def addresses(book):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield {"http": f"http://127.0.0.1:{server.server_port}", "file": book.as_uri()}
         server.shutdown()
+
+
+@pytest.fixture
+def visit(browser, addresses):
+    """Open a page by its scheme and path, offline; afterwards nothing may have gone wrong on it."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    problems = []
+
+    def open_page(scheme, path, motion="reduce"):
+        base = addresses[scheme]
+
+        def gate(route):
+            if route.request.url.startswith((base, "data:", "blob:")):
+                route.continue_()
+            else:
+                problems.append(f"request outside: {route.request.url}")
+                route.abort()
+
+        context.route("**/*", gate)
+        page = context.new_page()
+        page.emulate_media(reduced_motion=motion)
+        page.on("requestfailed", lambda request: problems.append(f"failed request: {request.url} {request.failure}"))
+        page.on("response", lambda reply: reply.status >= 400 and problems.append(f"{reply.status}: {reply.url}"))
+        page.on("pageerror", lambda error: problems.append(f"page error: {error}"))
+        page.on("console", lambda line: line.type == "error" and problems.append(f"console: {line.text}"))
+        page.goto(f"{base}/{path}", wait_until="load")
+        page.wait_for_load_state("networkidle")
+        page.evaluate("() => window.MathJax?.startup?.promise")
+        return page
+
+    yield open_page
+    context.close()
+    assert not problems, "\n".join(problems)

@@ -6,7 +6,7 @@ from urllib.parse import unquote, urlsplit
 
 from bs4 import BeautifulSoup
 
-LIMIT = 3_000_000  # bytes of a page together with the pictures that it shows
+LIMIT = 2_000_000  # bytes of a page with its pictures, scripts and style sheets
 
 
 @cache
@@ -42,6 +42,7 @@ def test_internal_links_resolve(book, page):
 
 def test_page_is_light(book, page):
     path = book / page
-    pictures = {local(path, image["src"]) for image in parsed(path).find_all("img", src=True)} - {None}
-    size = path.stat().st_size + sum(picture.stat().st_size for picture, _ in pictures)
-    assert size < LIMIT, f"{page} with its pictures is {size:,} bytes, the limit is {LIMIT:,}"
+    loaded = [tag.get("src") or tag.get("href") for tag in parsed(path).select("img, script[src], link[rel=stylesheet]")]
+    files = {local(path, address) for address in loaded} - {None}
+    size = path.stat().st_size + sum(file.stat().st_size for file, _ in files)
+    assert size < LIMIT, f"{page} with what it loads is {size:,} bytes, the limit is {LIMIT:,}"

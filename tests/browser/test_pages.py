@@ -24,38 +24,6 @@ SHOWN = """explore =>
     [...explore.querySelectorAll("img")].filter(image => image.checkVisibility()).map(image => image.src)"""
 
 
-@pytest.fixture
-def visit(browser, addresses):
-    """Open a page by its scheme and path, offline; afterwards nothing may have gone wrong on it."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
-    problems = []
-
-    def open_page(scheme, path):
-        base = addresses[scheme]
-
-        def gate(route):
-            if route.request.url.startswith((base, "data:", "blob:")):
-                route.continue_()
-            else:
-                problems.append(f"request outside: {route.request.url}")
-                route.abort()
-
-        context.route("**/*", gate)
-        page = context.new_page()
-        page.on("requestfailed", lambda request: problems.append(f"failed request: {request.url} {request.failure}"))
-        page.on("response", lambda reply: reply.status >= 400 and problems.append(f"{reply.status}: {reply.url}"))
-        page.on("pageerror", lambda error: problems.append(f"page error: {error}"))
-        page.on("console", lambda line: line.type == "error" and problems.append(f"console: {line.text}"))
-        page.goto(f"{base}/{path}", wait_until="load")
-        page.wait_for_load_state("networkidle")
-        page.evaluate("() => window.MathJax?.startup?.promise")
-        return page
-
-    yield open_page
-    context.close()
-    assert not problems, "\n".join(problems)
-
-
 def check_whole(page):
     """Mathematics is set and pictures are there; what went wrong in loading, `visit` tells."""
     assert page.evaluate(RAW_LATEX) == []
