@@ -33,9 +33,13 @@ KINDS = {"figure": "Figure", "results": "Table"}
 MARKUP = [
     (r'<div id="pst-primary-sidebar"', r'\g<0> role="complementary" aria-label="Book"'),
     (r'(search-button-field[^>]*) aria-label="Search"', r"\1"),
+    (r'(<summary) aria-label="Toggle hidden content"', r"\1"),
     (r'(<i class="theme-switch[^>]*) title="[^"]*"', r"\1"),
     (r'<div role="list" class="citation-list">', '<div class="citation-list">'),
     (r'(<div class="citation"[^>]*) role="doc-biblioentry"', r"\1"),
+    (r'<span class="pre">([^<]*)</span>', r"\1"),  # a tenth of the reference
+    (r"</li>\n<ul><li>", r"\n<ul><li>"),
+    (r"</ul>(?=<li>|</ul>)", "</ul></li>"),
 ]
 SEARCH = re.compile(r'\s*<script src="[^"]*(searchtools|language_data|searchindex)\.js[^"]*"></script>')
 
@@ -88,12 +92,12 @@ def finish_pages(app, error):
     if error is not None or app.builder.format != "html":
         return
     static = Path(app.outdir, "_static")
+    for unused in (*static.rglob("*.map"), *static.glob("*macros.html")):
+        unused.unlink()
     pages = {path: path.read_text(encoding="utf8") for path in Path(app.outdir).rglob("*.html")}
     icons = set(re.findall(r"fa-([a-z0-9-]+)", " ".join(pages.values())))
     script = static / "scripts" / "fontawesome.js"
     script.write_text(ICON.sub(lambda icon: icon[0] if icon["name"] in icons else "", script.read_text("utf8")), "utf8")
-    for unused in (*static.rglob("*.map"), *static.glob("*macros.html")):
-        unused.unlink()
     found = {formula[0] for text in pages.values() for part, _ in MATHEMATICS.findall(text)
              for formula in FORMULA.finditer(part)}
     style, formulas = set_mathematics(sorted(found))

@@ -36,14 +36,16 @@ CUT = """selector => [...document.querySelectorAll(selector)].filter(
     .map(one => [one.outerHTML.slice(0, 100), one.tabIndex, getComputedStyle(one).backgroundAttachment])"""
 
 WRAPPED = """names => [...document.querySelectorAll(".bd-article :is(th, td)")].filter(cell => {
-    if (!names.includes(cell.innerText.trim().replace(/\\s*\\(.*\\)$/, ""))) return false;
-    const range = document.createRange();
+    if (!names.includes(cell.innerText.trim().replace(/ \\((weights|activations)\\)$/, ""))) return false;
+    const range = document.createRange(), height = () => range.getBoundingClientRect().height;
     range.selectNodeContents(cell);
-    return range.getBoundingClientRect().height > 2 * parseFloat(getComputedStyle(cell).fontSize);
+    const before = height();
+    cell.style.whiteSpace = "nowrap";
+    return height() < before;
 }).map(cell => cell.innerText)"""
 
 OUTSIDE = """() => {
-    const edge = document.querySelector(".bd-article").getBoundingClientRect().right + 1;
+    const edge = document.querySelector(".bd-article-container").getBoundingClientRect().right + 1;
     return [...document.querySelectorAll(".bd-article :is(pre, table, img, mjx-container > svg)")].filter(
         one => one.checkVisibility() && (one.getBoundingClientRect().right > edge ||
                                          one.matches("pre") && one.scrollWidth > one.clientWidth + 1))

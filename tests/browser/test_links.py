@@ -42,8 +42,7 @@ def test_internal_links_resolve(book, page):
 
 def test_page_is_light(book, page):
     path = book / page
-    tags = parsed(path).select("img, script[src], link[rel=stylesheet]")
-    loaded = [tag.get("src") or tag.get("href") for tag in tags]
-    files = {local(path, address) for address in loaded} - {None}
+    found = parsed(path).select("img, script[src], link[rel=stylesheet]")
+    files = {local(path, tag.get("src") or tag["href"]) for tag in found} - {None}
     size = path.stat().st_size + sum(file.stat().st_size for file, _ in files)
     assert size < LIMIT, f"{page} with what it loads is {size:,} bytes, the limit is {LIMIT:,}"
