@@ -28,8 +28,8 @@ ICON = re.compile(r'"?(?P<name>[a-z0-9-]+)"?:\[\d+,\d+,\[[^]]*\],"[0-9a-f]+",(?:
 # Captions that permask_core.display writes, of figures and of tables.
 CAPTION = re.compile(r'(<figure class="permask-(figure|results)">.*?<figcaption>)', flags=re.DOTALL)
 KINDS = {"figure": "Figure", "results": "Table"}
-# What the theme writes, and what a screen reader needs: a landmark around the sidebar, a name that contains the visible
-# text, and lists that have only items.
+# What the theme writes, and what a screen reader needs: a landmark around the sidebar, names that contain the visible
+# text, and lists that have only items. Then what only adds weight.
 MARKUP = [
     (r'<div id="pst-primary-sidebar"', r'\g<0> role="complementary" aria-label="Book"'),
     (r'(search-button-field[^>]*) aria-label="Search"', r"\1"),
@@ -38,6 +38,8 @@ MARKUP = [
     (r'<div role="list" class="citation-list">', '<div class="citation-list">'),
     (r'(<div class="citation"[^>]*) role="doc-biblioentry"', r"\1"),
     (r'<span class="pre">([^<]*)</span>', r"\1"),  # a tenth of the reference
+    # Contents for print, without page numbers: another tenth.
+    (r'(?s)<div>\s*<h2> Contents </h2>\s*</div>\s*<nav aria-label="Page">.*?</nav>', ""),
     (r"</li>\n<ul><li>", r"\n<ul><li>"),
     (r"</ul>(?=<li>|</ul>)", "</ul></li>"),
 ]
