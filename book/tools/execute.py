@@ -92,11 +92,8 @@ def with_labels(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         tags, outputs = cell.metadata.get("tags", []), repr(cell.get("outputs"))
         if "mystnb" in cell.metadata or not {"hide-input", "hide-cell"} & {*tags}:
             continue
-        lines = [line for line in cell.source.splitlines() if line and not line.startswith((" ", ")"))]
-        if all(line.startswith(("import ", "from ")) for line in lines):
-            label = "Imports"
-        else:
-            label = "Settings" if "check" in tags else "Code"
+        label = "Imports" if cell.source.startswith(("import ", "from ")) else "Code"
+        label = "Settings" if "check" in tags else label
         label = next((name for mark, name in LABELS.items() if mark in outputs), label)
         cell.metadata["mystnb"] = {"code_prompt_show": label, "code_prompt_hide": label}
     return notebook
