@@ -8,6 +8,7 @@ import pandas as pd
 from IPython.display import HTML
 
 SHORT = 24  # letters of a head that is one line on a narrow screen, where the table scrolls anyway
+LONG = 40  # letters of a cell whose text wraps
 
 _STYLE = """<style>
 .permask-table{border-collapse:collapse;margin:0 auto;font-size:.9em;font-variant-numeric:tabular-nums}
@@ -18,6 +19,7 @@ color:inherit;text-align:left}
 @media(max-width:600px){.permask-table th.short{white-space:nowrap}}
 .permask-table th,.permask-table td{padding:.25rem .55rem;text-align:left;border:0;background:none}
 .permask-table td{white-space:nowrap}
+.permask-table td.long{white-space:normal;min-width:11rem}
 .permask-table th{vertical-align:bottom}
 .permask-table .number{text-align:right}
 .permask-table thead th{border-bottom:1.5px solid currentColor}
@@ -58,6 +60,7 @@ def table(rows, *, caption=""):
     def cell(tag, head, value):
         text = "" if value is None else html.escape(str(value))
         kinds = ["number"] * numeric[head] + ["short"] * (tag == "th" and len(text) <= SHORT)
+        kinds += ["long"] * (tag == "td" and len(text) > LONG)
         classes = f' class="{" ".join(kinds)}"' if kinds else ""
         return f"<{tag}{' scope=col' if tag == 'th' else ''}{classes}>{text}</{tag}>"
 
