@@ -22,7 +22,7 @@ OPTIONS += ["--disable-background-networking", "--disable-component-update"]  # 
 
 def pytest_generate_tests(metafunc):
     """One test per page (any page), chapter (not a listing of source code), explorable (a page with controls) or sample
-    (every chapter, the index of listings and one of them, since they are alike)."""
+    (every chapter, the index of listings and one of them, since they are similar)."""
     pages = sorted(BOOK.rglob("*.html"))
     chapters = [path for path in pages if "_modules" not in path.parts]
     explorables = [path for path in chapters if 'class="permask-explore"' in path.read_text(encoding="utf8")]

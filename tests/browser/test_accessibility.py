@@ -9,7 +9,7 @@ from permask_core.display.control import READABLE
 
 AXE = (importlib.resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf8")
 
-# The entries of the reference are alike: the first stands for all.
+# The entries of the reference are similar: the first stands for all.
 FAULTS = """async options => {
     const exclude = ["dl.py ~ dl.py", "mjx-container"].filter(one => document.querySelector(one)).map(one => [one]);
     const found = await axe.run({exclude}, {resultTypes: ["violations"], preload: false, ...options});
