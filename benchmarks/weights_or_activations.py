@@ -20,6 +20,7 @@ from permask_core.runs.store import Store, commit, versions
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "weights_or_activations.json"
 FIRST, SPARSITY, POINTS = 100, 0.97, 11
 WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+QUICK = {"epochs": 2, "checkpoints": (0, 1, 2), "rewind": 1, "matched_at": 2, "imp_rewind": 1, "imp_epochs": 1}
 
 
 def main(argv=None):
@@ -28,10 +29,11 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", default="build/weights_or_activations", help="folder of finished stages")
     parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--quick", action="store_true", help="two epochs and one width, to try the script")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    base, store = permuted_masks.preset("noisy-digits-mlp"), Store(given.runs)
-    variants = permuted_masks.vary(base, WIDTHS, [base.rewind])
+    base, store = permuted_masks.preset("noisy-digits-mlp", **QUICK if given.quick else {}), Store(given.runs)
+    variants = permuted_masks.vary(base, WIDTHS[:1] if given.quick else WIDTHS, [base.rewind])
     shared = {"seeds": range(FIRST, FIRST + given.seeds), "workers": given.workers}
     lines = [row for by in permuted_masks.MATCHINGS
              for row in basins.run(variants, store, sparsities=[0.0], by=by, points=POINTS, **shared)

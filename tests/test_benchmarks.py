@@ -153,6 +153,15 @@ def test_how_little_rewinding(tmp_path):
     assert len(rows) == 1 + 4 * 3 * 2 and all(row["sparsity"] == 0.99 for row in rows[1:])
 
 
+def test_weights_or_activations(tmp_path):
+    options = "--quick", "--seeds", 2, "--workers", 1, "--runs", tmp_path / "runs"
+    found = record("weights_or_activations", tmp_path, *options)
+    ways = [("naive", ""), ("permuted", "weights"), ("permuted", "activations")]
+    assert sorted((row["method"], row["matching"]) for row in found["lines"]) == sorted(2 * ways)
+    assert all(row["barrier"] >= 0 and "losses" not in row for row in found["lines"])
+    assert {(row["method"], row["matching"]) for row in found["rows"]} == {("dense", ""), ("lth", ""), *ways}
+
+
 def test_distillation(tmp_path):
     written = record("distillation", tmp_path, "--quick", "--seeds", 1, "--workers", 1, "--runs", tmp_path / "runs")
     assert written["command"] == "python benchmarks/distillation.py --seeds 1"
