@@ -334,7 +334,7 @@ def test_what_does_not_fit_on_a_gpu_is_left_out(without_gpu, monkeypatch):
     assert row["median_seconds"].keys() == {"fan-in", "fan-in, tuned", "fan-in bf16", "fan-in bf16, tuned",
                                             "dense bf16"}
     assert left_out.keys() == {"dense fp32", "dense TF32", "plain torch"}
-    assert left_out["dense fp32"] == "it needs 0.00 GiB, of 0.00 that are free"
+    assert left_out["dense fp32"] == "it needs 0.00 GiB, of 0.00 GiB that are free"
 
     monkeypatch.setattr(without_gpu, "free_bytes", lambda: 2 ** 34)
     monkeypatch.setattr(without_gpu, "GATHERED", 64 * 10 * 3 - 1)

@@ -34,6 +34,7 @@ MARKUP = [
     (r'<div id="pst-primary-sidebar"', r'\g<0> role="complementary" aria-label="Book"'),
     (r'(search-button-field[^>]*) aria-label="Search"', r"\1"),
     (r'(<summary) aria-label="Toggle hidden content"', r"\1"),
+    (r'<summary>(?=<span class="toctree-toggle")', '<summary aria-label="Subpages">'),
     (r'(<i class="theme-switch[^>]*) title="[^"]*"', r"\1"),
     (r'<div role="list" class="citation-list">', '<div class="citation-list">'),
     (r'(<div class="citation"[^>]*) role="doc-biblioentry"', r"\1"),
