@@ -9,6 +9,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 
 
 def join(prefix, name):
+    """Return the name of a submodule below a prefix, which may be empty."""
     return f"{prefix}.{name}" if prefix else name
 
 

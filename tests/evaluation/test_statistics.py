@@ -17,6 +17,7 @@ from permask_core.evaluation.statistics import (
     as_labels,
     class_accuracies,
     disagreement_matrix,
+    leave_one_out_counts,
     mean_interval,
     paired_comparison,
     proportion_interval,
@@ -191,6 +192,23 @@ def test_class_accuracies_are_scikit_learns_recalls():
     for row, predicted in zip(found, y_pred):
         np.testing.assert_allclose(row[:6], recall_score(y_true, predicted, labels=range(6), average=None))
         np.testing.assert_array_equal(row, class_accuracies(y_true, predicted, 8))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_one_class_that_moves_makes_the_others_look_affected_and_leaving_it_out_shows_it(paired):
+    generator = np.random.default_rng(11)
+    a, b = generator.binomial(2000, np.linspace(0.6, 0.8, 10), (2, 10, 10)) / 2000
+    b[:, 4] -= 0.3
+    options = {"paired": paired, "correction": "bh"}
+    counts = leave_one_out_counts(a, b, **options)
+    assert affected_classes(a, b, **options).count == 10 and counts[4] == 0 and np.delete(counts, 4).min() >= 8
+    sizes = np.arange(1, 11)
+    for k in (0, 4):
+        kept = np.arange(10) != k
+        expected = affected_classes(a[:, kept], b[:, kept], weights=sizes[kept], **options).count
+        assert leave_one_out_counts(a, b, weights=sizes, **options)[k] == expected
+    with pytest.raises(ValueError, match="a has 1 class: expected at least two"):
+        leave_one_out_counts(a[:, :1], b[:, :1])
 
 
 @pytest.mark.parametrize("normalize", ["ratio", "difference", "none"])
