@@ -210,7 +210,7 @@ def test_a_notebook_refuses_a_folder_with_results_of_other_settings(undisturbed,
 
 @pytest.mark.parametrize("preset", ["cifar10-resnet20", "cifar100-resnet20", "imagenet-resnet50"])
 @pytest.mark.parametrize("changes, error, message", [
-    ({"dataset": "mnist"}, ValueError, "dataset is 'mnist': expected one of digits, trifeature, cifar10, cifar100, im"),
+    ({"dataset": "shoes"}, ValueError, "dataset is 'shoes': expected one of digits, trifeature, mnist, fashion"),
     ({"width": 0}, ValueError, "width is 0: expected a factor above 0"),
     ({"sparsities": [0.5, 1.5]}, ValueError, "sparsity is 1.5: expected a number in (0, 1)"),
     ({"sparsities": "[0.5, 0.8]"}, ValueError, "expected a list (papermill takes lists with -y, as in"),

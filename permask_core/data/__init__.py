@@ -23,9 +23,9 @@ class Dataset(NamedTuple):
 
 # Name -> the module that has a function of that name, which is loaded by name: stored results depend on the content of
 # the data, not on the code that reads them.
-DATASETS = {"digits": "digits", "trifeature": "trifeature", "cifar10": "cifar", "cifar100": "cifar",
-            "imagenet": "imagenet", "svhn": "svhn", "tiny_imagenet": "tiny_imagenet", "celeba": "celeba",
-            "hatexplain": "hatexplain"}
+DATASETS = {"digits": "digits", "trifeature": "trifeature", "mnist": "mnist", "fashion_mnist": "mnist",
+            "kmnist": "mnist", "emnist": "mnist", "cifar10": "cifar", "cifar100": "cifar", "imagenet": "imagenet",
+            "svhn": "svhn", "tiny_imagenet": "tiny_imagenet", "celeba": "celeba", "hatexplain": "hatexplain"}
 
 
 def load_dataset(name, **options):
@@ -33,7 +33,8 @@ def load_dataset(name, **options):
 
     Parameters
     ----------
-    name : {"digits", "trifeature", "cifar10", "cifar100", "imagenet", "svhn", "tiny_imagenet", "celeba", "hatexplain"}
+    name : str
+        One of :data:`DATASETS`: "digits", "trifeature", "fashion_mnist", ...
     **options
         Options of the data set: see the function of that name below.
 

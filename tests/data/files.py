@@ -1,6 +1,7 @@
 """Tiny data sets on disk, in the formats of the published files, of images and texts that can be learned."""
 
 import functools
+import gzip
 import http.server
 import io
 import json
@@ -83,6 +84,45 @@ def write_imagenet(root, classes=3, train=8, val=4, size=64, seed=0):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{wnids[label]}_{i}.JPEG", "JPEG", quality=95)
     torch.save(({wnid: (f"class {wnid}",) for wnid in wnids}, wnids * val), root / "meta.bin")
+
+
+def write_mnist(root, name="fashion_mnist", n_train=100, n_test=50, seed=0, packed=True):
+    """Write the four idx files of MNIST's format below ``root``, as torchvision and the publishers name them.
+
+    Parameters
+    ----------
+    root : pathlib.Path
+    name : {"mnist", "fashion_mnist", "kmnist", "emnist"}
+        For EMNIST the split "balanced", whose images are stored with rows and columns exchanged.
+    n_train, n_test : int
+        Number of images; labels go round the classes.
+    seed : int
+    packed : bool
+        Whether the files are compressed with gzip, as published.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder of the files, for ``load_dataset(name, root=root, verify=False)``.
+    """
+    place, test, prefix, classes = {
+        "mnist": ("MNIST", "t10k", "", 10), "fashion_mnist": ("FashionMNIST", "t10k", "", 10),
+        "kmnist": ("KMNIST", "t10k", "", 10), "emnist": ("EMNIST", "test", "emnist-balanced-", 47)}[name]
+    folder = root / place / "raw"
+    folder.mkdir(parents=True, exist_ok=True)
+    images, labels = pictures(np.arange(n_train + n_test) % classes, classes, 28, 28, seed)
+    images = images[:, 0].swapaxes(1, 2) if name == "emnist" else images[:, 0]
+    for part, chosen in (("train", slice(n_train)), (test, slice(n_train, None))):
+        for kind, array in (("images-idx3", images[chosen]), ("labels-idx1", labels[chosen].astype(np.uint8))):
+            content = idx(array)
+            file = folder / f"{prefix}{part}-{kind}-ubyte{'.gz' * packed}"
+            file.write_bytes(gzip.compress(content, mtime=0) if packed else content)
+    return folder
+
+
+def idx(array):
+    """The bytes of an idx file of a uint8 array."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 
 
 def write_svhn(root, n_train=100, n_test=50, seed=0):

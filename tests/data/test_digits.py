@@ -59,7 +59,7 @@ def test_both_parts_keep_every_class(size):
 
 
 @pytest.mark.parametrize("name, options, message", [
-    ("mnist", {}, "unknown dataset 'mnist': expected one of digits"),
+    ("shoes", {}, "unknown dataset 'shoes': expected one of digits"),
     ("digits", {"fold": 1}, "digits has no option 'fold': expected one of seed, test_size"),
     ("digits", {"test_size": 9}, "test_size is 9"), ("digits", {"test_size": 1788}, "test_size is 1788"),
     ("digits", {"test_size": 0.2}, "test_size is 0.2"),

@@ -136,7 +136,7 @@ def test_bad_presets_are_refused(change, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"dataset": "mnist"}, "dataset is 'mnist': expected one of digits"),
+    ({"dataset": "shoes"}, "dataset is 'shoes': expected one of digits"),
     ({"options": {"fold": 1}}, "digits has no option 'fold'"), ({"teacher": "cnn"}, "teacher is 'cnn'"),
     ({"student": "cnn"}, "student is 'cnn'"),
     ({"teacher_options": {"depths": 2}}, "teacher_options is {'depths': 2}: mlp has no option 'depths'"),

@@ -243,7 +243,7 @@ def test_uniform_masks_have_one_sparsity_in_every_layer():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"dataset": "mnist"}, "dataset is 'mnist': expected one of digits"), ({"model": "cnn"}, "model is 'cnn'"),
+    ({"dataset": "shoes"}, "dataset is 'shoes': expected one of digits"), ({"model": "cnn"}, "model is 'cnn'"),
     ({"options": {"fold": 1}}, "digits has no option 'fold'"), ({"width": 0}, "width is 0"),
     ({"distribution": "erdos"}, "distribution is 'erdos': expected one of erk, uniform"),
     ({"recipe": {"lr": 1}}, "recipe is {'lr': 1}: expected a Recipe"), ({"processes": 0}, "processes is 0"),

@@ -35,6 +35,7 @@ from tests.data.files import (
     write_cifar,
     write_hatexplain,
     write_imagenet,
+    write_mnist,
     write_svhn,
     write_tiny_imagenet,
     write_tokenizer,
@@ -394,6 +395,7 @@ def test_the_cost_is_what_a_run_trains(tmp_path, monkeypatch, methods):
 
 FILES = {
     "cifar10": lambda root, seed: write_cifar(root, "cifar10", n_train=20, n_test=10, seed=seed),
+    "fashion_mnist": lambda root, seed: write_mnist(root, "fashion_mnist", 20, 10, seed=seed),
     "svhn": lambda root, seed: write_svhn(root, 20, 10, seed=seed),
     "imagenet": lambda root, seed: write_imagenet(root, train=4, val=2, seed=seed),
     "tiny_imagenet": lambda root, seed: write_tiny_imagenet(root, train=4, val=2, seed=seed),
@@ -405,7 +407,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_what_the_data_are_decides_and_where_they_lie_never(tmp_path, name):
     """Also of folders whose images stay on disk: their names, sizes and classes."""
-    options = {"verify": False} if name in ("cifar10", "svhn", "celeba") else {}
+    options = {"verify": False} if name in ("cifar10", "fashion_mnist", "svhn", "celeba") else {}
     if name == "hatexplain":
         pytest.importorskip("transformers")
         options["tokenizer"] = str(write_tokenizer(tmp_path / "tokenizer"))
@@ -442,7 +444,7 @@ def test_where_files_lie_is_no_setting_to_show():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"dataset": "mnist"}, "dataset is 'mnist': expected one of digits"),
+    ({"dataset": "shoes"}, "dataset is 'shoes': expected one of digits"),
     ({"model": "cnn"}, "model is 'cnn': expected one of mlp, lenet5, vgg11"),
     ({"options": {"fold": 1}}, "digits has no option 'fold'"), ({"processes": 0}, "processes is 0"),
     ({"matched_images": 0}, "matched_images is 0"), ({"matched_layers": "fc1"}, "matched_layers is 'fc1': expected a"),

@@ -197,7 +197,7 @@ def test_any_valid_change_gives_experiments_that_can_run(name, data):
 @pytest.mark.parametrize("changes, message", [
     ({"nothing": 1}, "unknown setting 'nothing': expected one of dataset, options, root, model"),
     ({"widths": [2]}, "unknown setting 'widths', perhaps 'width': expected one of dataset"),
-    ({"dataset": "mnist"}, "dataset is 'mnist': expected one of"),
+    ({"dataset": "shoes"}, "dataset is 'shoes': expected one of"),
     ({"model": "cnn"}, "model is 'cnn'"), ({"imp": "restart"}, "imp is 'restart'"),
     ({"width": 0}, "width is 0: expected a factor above 0"),
     ({"rewinds": [2, 12]}, "rewind is 12: expected an epoch from 0 to 11, before the end of 12"),
