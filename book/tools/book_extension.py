@@ -44,6 +44,8 @@ MARKUP = [
     (r"</li>\n<ul><li>", r"\n<ul><li>"),
     (r"</ul>(?=<li>|</ul>)", "</ul></li>"),
 ]
+# What is not text in a page: code, drawings, tags.
+NO_TEXT = re.compile(r"((?s:<(?P<element>pre|code|script|style|svg|title)\b.*?</(?P=element)>)|<[^>]*>)")
 SEARCH = re.compile(r'\s*<script src="[^"]*(searchtools|language_data|searchindex)\.js[^"]*"></script>')
 
 
@@ -110,7 +112,17 @@ def finish_pages(app, error):
         text = MATHEMATICS.sub(lambda part: FORMULA.sub(lambda formula: formulas[formula[0]], part[0]), text)
         for pattern, better in MARKUP:
             text = re.sub(pattern, better, text)
+        text = unbroken(text)
         path.write_text(text if path.name == "search.html" else SEARCH.sub("", text), encoding="utf8")
+
+
+def unbroken(page):
+    """Return a page with spaces that do not break in "95 %" and "n = 3", and that space in every percentage."""
+    parts = NO_TEXT.split(page)
+    parts[::3] = [re.sub(r"\bn = (?=\d)", "n\u00a0=\u00a0", re.sub(r"(?<=\d) ?%(?!\w)", "\u00a0%", text))
+                  for text in parts[::3]]
+    del parts[2::3]  # the names of elements
+    return "".join(parts)
 
 
 def set_mathematics(texts):

@@ -36,6 +36,7 @@ linear-gradient(270deg,#0008,#0000) 100%/1rem,#fff;background-repeat:no-repeat;
 background-attachment:local,local,scroll,scroll}
 .permask-frame img{display:block;width:100%;height:auto;background:none!important;filter:none!important;
 mix-blend-mode:multiply;min-width:var(--least)}
+.permask-frame img[hidden]{display:none}
 .permask-figure figcaption{max-width:46rem;margin:.4rem auto 0;font-size:.9em;font-weight:400;
 color:inherit;text-align:left}
 .permask-controls{display:flex;flex-wrap:wrap;gap:.5rem 1.6rem;max-width:46rem;margin:.6rem auto 0;align-items:center}
@@ -196,17 +197,33 @@ def _is_slider(values):
 def svg(figure):
     """Return the text of an SVG of a Matplotlib figure, without a date, so that equal figures give equal texts.
 
-    ``data-letters`` is the size of its smallest letters, in points.
+    ``data-letters`` is the size of its smallest letters and ``data-cuts`` the edges of its panels from left to right,
+    both in points. A narrow screen may cut the figure there and stack the panels.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     letters = [text.get_fontsize() for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
     text = buffer.getvalue()
-    text = text[text.index("<svg"):].replace("<svg", f'<svg data-letters="{min(letters, default=10):g}"', 1)
+    data = f'data-letters="{min(letters, default=10):g}" data-cuts="{_cuts(figure)}"'
+    text = text[text.index("<svg"):].replace("<svg", f"<svg {data}", 1)
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     # Two decimals are a hundredth of a point; further digits would be half of the page.
     text = re.sub(r'(?<= )(?:d|x|y)="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     return re.sub(r"\s*\n\s*", "\n", text)
+
+
+def _cuts(figure):
+    """Return the edges of the panels of a figure; a colour bar belongs to its left, a title of the whole to all."""
+    shared = any(text.get_text() for text in figure.texts) or figure.legends
+    strips = []
+    for axes in sorted([] if shared else figure.axes, key=lambda axes: axes.get_tightbbox().x0):
+        left, right = axes.get_tightbbox().intervalx
+        if strips and (left < strips[-1][1] or axes.get_label() == "<colorbar>"):
+            strips[-1][1] = max(right, strips[-1][1])
+        else:
+            strips.append([left, right])
+    inner = [(before + after) / 2 for (_, before), (after, _) in itertools.pairwise(strips)]
+    return " ".join(f"{72 * x / figure.dpi:.0f}" for x in (0, *inner, figure.bbox.width))
 
 
 def framed(image, svg):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from book.tools import address, execute, install, pack
+from book.tools.book_extension import unbroken
 
 ROOT = Path(__file__).parents[2]
 URL = "https://github.com/owner/name"
@@ -249,3 +250,12 @@ def test_archive_is_the_same_for_the_same_files(tmp_path):
     pack.pack(tmp_path / "book", tmp_path / "x.zip")
     assert (tmp_path / "x.zip").read_bytes() == first
     assert ZipFile(tmp_path / "x.zip").namelist() == ["x/a.html", "x/sub/b.html"]
+
+
+def test_numbers_do_not_leave_their_units():
+    page = '<p alt="95 %">At 95 % and <b>95%</b>, n = 3: <code>7 % 2</code>, a%20b, 5%.</p><pre>\nn = 5 %</pre> n = m'
+    changed = {"At 95 %": "At 95_%", "95%": "95_%", "n = 3": "n_=_3", "5%.": "5_%."}
+    expected = page
+    for old, new in changed.items():
+        expected = expected.replace(old, new.replace("_", "\u00a0"))
+    assert unbroken(page) == expected

@@ -21,13 +21,15 @@ OPTIONS += ["--disable-background-networking", "--disable-component-update"]  # 
 
 
 def pytest_generate_tests(metafunc):
-    """One test per page (any page), chapter (not a listing of source code), explorable (a page with controls) or sample
-    (every chapter, the index of listings and one of them, since they are similar)."""
+    """One test per page (any page), chapter (a page other than the listings of source code, which are similar, so that
+    one and their index are enough), explorable (a page with controls) or draggable (with a point to drag)."""
     pages = sorted(BOOK.rglob("*.html"))
-    chapters = [path for path in pages if "_modules" not in path.parts]
-    explorables = [path for path in chapters if 'class="permask-explore"' in path.read_text(encoding="utf8")]
-    listings = [path for path in pages if path not in chapters]
-    kinds = {"page": pages, "chapter": chapters, "explorable": explorables, "sample": chapters + listings[:2]}
+    listings = [path for path in pages if "_modules" in path.parts]
+    chapters = [path for path in pages if path not in listings[2:]]
+    texts = {path: path.read_text(encoding="utf8") for path in chapters}
+    explorables = [path for path, text in texts.items() if 'class="permask-explore"' in text]
+    draggables = [path for path, text in texts.items() if '"drag": [' in text]
+    kinds = {"page": pages, "chapter": chapters, "explorable": explorables, "draggable": draggables}
     for kind in kinds.keys() & set(metafunc.fixturenames):
         # Without a book there is still one test, to say so.
         metafunc.parametrize(kind, [path.relative_to(BOOK).as_posix() for path in kinds[kind]] or ["none"])

@@ -1,6 +1,9 @@
-"""Every page of the built book, as a reader without a network sees it."""
+"""Every chapter of the built book as a reader sees it: offline, by keyboard, on a narrow screen, on paper."""
 
-import pytest
+import importlib.resources
+
+from permask_core.display import DYNAMIC, METHODS
+from permask_core.display.control import READABLE
 
 # Mathematics that MathJax has not set, outside code, where LaTeX is meant to be read.
 RAW_LATEX = r"""() => {
@@ -20,42 +23,92 @@ BROKEN_IMAGES = """async () => {
     return broken;
 }"""
 
-SHOWN = """explore =>
-    [...explore.querySelectorAll("img")].filter(image => image.checkVisibility()).map(image => image.src)"""
+AXE = (importlib.resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf8")
+
+# The entries of the reference are similar: the first stands for all.
+FAULTS = """async options => {
+    const exclude = ["dl.py ~ dl.py", "mjx-container"].filter(one => document.querySelector(one)).map(one => [one]);
+    const found = await axe.run({exclude}, {resultTypes: ["violations"], preload: false, ...options});
+    return found.violations.filter(one => ["serious", "critical"].includes(one.impact))
+        .flatMap(one => one.nodes.map(node => `${one.id}: ${node.html.slice(0, 150)}`));
+}"""
+# All rules, with one that axe still calls experimental.
+STRUCTURE = {"rules": {"label-content-name-mismatch": {"enabled": True}}}
+
+# The smallest letters of every figure on the page, in pixels.
+LETTERS = """async () => {
+    const sizes = {};
+    for (const image of document.querySelectorAll(".permask-frame img:not([hidden])")) {
+        const text = decodeURIComponent(await (await fetch(image.src)).text());
+        const [letters, width] = ["data-letters", "width"].map(name => +text.match(name + `=["']([0-9.]+)`)[1]);
+        sizes[image.alt.slice(0, 60)] = letters * image.getBoundingClientRect().width / width;
+    }
+    return sizes;
+}"""
+
+# Of every figure whose panels are stacked: where they begin from the top, and whether each is drawn.
+STACKS = """async () => {
+    const frames = [...document.querySelectorAll(".permask-frame:has(> img[hidden])")];
+    const panels = frames.map(frame => [...frame.querySelectorAll(".permask-panel")]);
+    await Promise.all(panels.flat().map(panel => panel.decode()));
+    return panels.map(all => all.map(panel => [panel.offsetTop, panel.naturalWidth > 0]));
+}"""
+
+SCROLLERS = ".bd-article :is(pre, .permask-frame, .permask-scroll, .pst-scrollable-table-container)"
+CUT = """selector => [...document.querySelectorAll(selector)].filter(
+    one => one.checkVisibility() && one.scrollWidth > one.clientWidth + 1)
+    .map(one => [one.outerHTML.slice(0, 100), one.tabIndex, getComputedStyle(one).backgroundAttachment])"""
+
+WRAPPED = """names => [...document.querySelectorAll(".bd-article :is(th, td)")].filter(cell => {
+    if (!names.includes(cell.innerText.trim().replace(/ \\((weights|activations)\\)$/, ""))) return false;
+    const range = document.createRange(), height = () => range.getBoundingClientRect().height;
+    range.selectNodeContents(cell);
+    const before = height();
+    cell.style.whiteSpace = "nowrap";
+    return height() < before;
+}).map(cell => cell.innerText)"""
+
+OUTSIDE = """() => {
+    const edge = document.querySelector(".bd-article-container").getBoundingClientRect().right + 1;
+    return [...document.querySelectorAll(".bd-article :is(pre, table, img, mjx-container > svg)")].filter(
+        one => one.checkVisibility() && (one.getBoundingClientRect().right > edge ||
+                                         one.matches("pre") && one.scrollWidth > one.clientWidth + 1))
+        .map(one => one.outerHTML.slice(0, 100));
+}"""
 
 
 def check_whole(page):
-    """Mathematics is set and pictures are there; what went wrong in loading, `visit` tells."""
+    """Mathematics is set and pictures are there; `visit` reports what failed to load."""
     assert page.evaluate(RAW_LATEX) == []
     assert page.evaluate(BROKEN_IMAGES) == []
     assert page.locator("mjx-merror").count() == 0
 
 
-def test_page_is_whole_over_http(visit, page):
-    check_whole(visit("http", page))
-
-
-def test_chapter_is_whole_from_a_folder_and_fits_a_narrow_screen(visit, chapter):
+def test_chapter_from_a_folder_is_whole_and_axe_finds_nothing_serious_in_light_and_in_dark(visit, chapter):
     page = visit("file", chapter)
     check_whole(page)
-    page.set_viewport_size({"width": 390, "height": 800})
+    page.evaluate(AXE)
+    for mode, options in (("light", STRUCTURE), ("dark", {"runOnly": ["color-contrast"]})):  # the structure is the same
+        page.evaluate("mode => Object.assign(document.documentElement.dataset, {theme: mode, mode})", mode)
+        assert page.evaluate(FAULTS, options) == [], mode
+
+
+def test_chapter_over_http_is_whole_and_what_is_cut_shows_it_and_is_reached_by_keyboard(visit, chapter):
+    page = visit("http", chapter)
+    check_whole(page)
+    names = [look.label for look in (METHODS | DYNAMIC).values()]
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(50)  # for the observer of sizes
+        for element, tab, attachment in page.evaluate(CUT, SCROLLERS):
+            assert tab == 0 and attachment.startswith("local, local, scroll, scroll"), f"{width} px: {element}"
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-
-@pytest.mark.parametrize("scheme", ["http", "file"])
-def test_every_control_changes_the_picture_from_the_keyboard(visit, scheme, explorable):
-    page = visit(scheme, explorable)
-    explores = page.locator(".permask-explore").all()
-    assert explores, "no page of the book has a control"
-    for explore in explores:
-        controls = explore.locator("input[type=range], input[type=radio]:checked").element_handles()
-        assert controls, "a figure with controls that has none"
-        for control in controls:
-            before = explore.evaluate(SHOWN)
-            assert len(before) == 1, f"{len(before)} frames are shown at once"
-            at_end = control.evaluate("input => input.type === 'range' && input.value === input.max")
-            control.focus()
-            page.keyboard.press("ArrowLeft" if at_end else "ArrowRight")
-            after = explore.evaluate(SHOWN)
-            changed = len(after) == 1 and after != before  # pictures are long; keep them out of the message
-            assert changed, f"{control.evaluate('input => input.outerHTML')} leaves the picture as it was"
+    for panels in page.evaluate(STACKS):
+        tops, drawn = zip(*panels)
+        assert len(panels) > 1 and list(tops) == sorted(set(tops)) and all(drawn)
+    assert page.evaluate(WRAPPED, names) == []
+    small = {alt: size for alt, size in page.evaluate(LETTERS).items() if size < READABLE - 0.05}
+    assert small == {}
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 700, "height": 900})  # about A4 within its margins
+    assert page.evaluate(OUTSIDE) == []

@@ -129,6 +129,24 @@ def test_a_frame_is_as_wide_as_its_smallest_letters_need():
     assert soup.select_one(".permask-frame")["style"] == "max-width:46.0rem;--least:567px"
 
 
+def cuts(figure):
+    soup = BeautifulSoup(show(figure, alt="x").data, "html.parser")
+    return [int(x) for x in svg(soup.img["src"]).get("data-cuts").split()]
+
+
+def test_a_figure_is_cut_between_its_panels_and_nowhere_else():
+    figure, axes = new_figure(2, 3, width=7, height=4)
+    axes[0, 2].set_ylabel("belongs to the third column")
+    first, second, third, last = cuts(figure)
+    assert (first, last) == (0, 504) and 140 < second < 180 and 300 < third < 340
+
+    figure, (left, right) = new_figure(1, 2, width=7, height=4)
+    figure.colorbar(right.imshow([[0, 1]]), ax=right)
+    assert len(cuts(figure)) == 3  # a colour bar is no panel
+    figure.supxlabel("below both")
+    assert cuts(figure) == [0, 504]
+
+
 def test_two_numbers_can_be_dragged_in_the_first_axes():
     def plane(x, y):
         figure, axes = new_figure(width=2, height=2)
