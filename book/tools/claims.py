@@ -18,8 +18,9 @@ import yaml
 
 from book.tools.execute import PARTIAL, run, seeded
 from permask_core.data.measured import measured_claims
-from permask_core.display.claims import Claim, notebook_version, rate_text, rates, read_claims
+from permask_core.display.claims import Claim, rate_text, rates
 from permask_core.display.tables import table
+from permask_core.runs.notebooks import notebook_version, read_claims
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "source" / "notebooks"

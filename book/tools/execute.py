@@ -17,7 +17,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from permask_core.display.claims import PAGE, notebook_version, read_claims
+from permask_core.runs.notebooks import PAGE, notebook_version, read_claims
 
 SEED = "first_seed"  # the parameter of notebooks that draw random numbers
 RUNNING, FAILED = Path("build/running"), Path("build/failed")

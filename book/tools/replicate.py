@@ -19,8 +19,8 @@ import papermill
 
 from book.tools.execute import SEED, run, seeded
 from permask_core.data import measured
-from permask_core.display.claims import notebook_version, read_claims
 from permask_core.runs.files import write_whole
+from permask_core.runs.notebooks import notebook_version, read_claims
 from permask_core.runs.store import commit, device_name, versions
 
 ROOT = Path(__file__).resolve().parents[2]

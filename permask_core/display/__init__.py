@@ -6,7 +6,7 @@ for _package in ("matplotlib", "pandas", "ipywidgets"):
     check_extra("permask_core.display", _package, "display")
 
 from permask_core.display.charts import draw_level, draw_lines, draw_means, heatmap, label_ends, line_chart
-from permask_core.display.claims import ahead, claim, evidence, read_claims
+from permask_core.display.claims import ahead, claim, evidence
 from permask_core.display.control import explore, show
 from permask_core.display.figures import (
     accuracy_by,
@@ -26,5 +26,5 @@ from permask_core.display.tables import table
 __all__ = ["DASHED", "DOTTED", "DYNAMIC", "METHODS", "Look", "accuracies", "accuracy_by", "accuracy_by_sparsity",
            "ahead", "claim", "draw_level", "draw_lines", "draw_means", "evidence", "explore", "group_on_network",
            "heatmap", "label_ends", "line_chart", "look", "mask_pictures", "matched_units", "new_figure", "pictures",
-           "plus_minus", "provenance", "publish", "read_claims", "results", "select", "series", "show", "spread",
+           "plus_minus", "provenance", "publish", "results", "select", "series", "show", "spread",
            "table"]

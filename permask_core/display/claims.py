@@ -6,12 +6,8 @@ and is stored as JSON in the metadata of its output in the executed notebook. Ho
 were repeated is stored in ``permask_core/data/measured/claims.json``.
 """
 
-import ast
-import hashlib
 import html
-import json
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +15,7 @@ from IPython.display import display
 
 from permask_core.data.measured import measured_claims
 from permask_core.evaluation.statistics import Interval, paired_comparison
-
-KEY = "permask_claim"  # in the metadata of an output
-PAGE = "PERMASK_PAGE"  # "name@version" of a notebook that runs with its committed parameters
+from permask_core.runs.notebooks import KEY, PAGE
 
 _STYLE = """<style>
 .permask-claim{max-width:46rem;margin:.25rem auto;font-size:.92em;line-height:1.45;display:flex;gap:.55rem}
@@ -148,51 +142,13 @@ def ahead(a, b, unit="points", blocks="pairs"):
     return bool(a.mean() > b.mean()), evidence(paired_comparison(a, b), unit, blocks)
 
 
-def read_claims(notebook):
-    """Read the claims of an executed notebook.
-
-    Parameters
-    ----------
-    notebook : path-like
-        An .ipynb file with its outputs.
-
-    Returns
-    -------
-    list of dict
-        In reading order: ``sentence``, ``holds`` (bool) and ``evidence``.
-
-    Raises
-    ------
-    ValueError
-        If a sentence is claimed twice on the page, because both would have the same rate.
-    """
-    cells = json.loads(Path(notebook).read_text(encoding="utf8"))["cells"]
-    found = [output["metadata"][KEY] for cell in cells for output in cell.get("outputs", [])
-             if KEY in output.get("metadata", {})]
-    sentences = [one["sentence"] for one in found]
-    for sentence in sentences:
-        if sentences.count(sentence) > 1:
-            raise ValueError(f"{notebook} claims {sentence!r} {sentences.count(sentence)} times: expected each "
-                             "sentence once on a page")
-    return found
-
-
-def notebook_version(notebook):
-    """Return a hash of a notebook's code without comments and layout. The rates of its claims belong to this
-    version."""
-    cells = json.loads(Path(notebook).read_text(encoding="utf8"))["cells"]
-    code = ["".join(cell["source"]) for cell in cells
-            if cell["cell_type"] == "code" and "setup" not in cell["metadata"].get("tags", [])]
-    return hashlib.sha256("\n".join(map(_without_layout, code)).encode()).hexdigest()[:16]
-
-
 def rates(page, version):
     """Return how often each claim of a page held when its notebook was repeated.
 
     Parameters
     ----------
     page, version : str
-        The notebook's name, and its :func:`notebook_version`.
+        The notebook's name, and its :func:`permask_core.runs.notebooks.notebook_version`.
 
     Returns
     -------
@@ -210,13 +166,6 @@ def rates(page, version):
 def rate_text(rate):
     """Return a rate as text: ``held in 12 of 13 repetitions``, or ``not yet repeated`` for None."""
     return "not yet repeated" if rate is None else f"held in {rate[0]} of {rate[1]} repetitions"
-
-
-def _without_layout(code):
-    try:
-        return ast.dump(ast.parse(code))
-    except SyntaxError:  # a magic of IPython's, or a cell that fails anyway
-        return code
 
 
 def _rate(sentence):

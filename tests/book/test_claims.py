@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from book.tools import claims, replicate
-from permask_core.display import read_claims
-from permask_core.display.claims import KEY, notebook_version
+from permask_core.runs.notebooks import KEY, notebook_version, read_claims
 
 CLAIMS = """import os
 from permask_core.display import claim
