@@ -158,6 +158,7 @@ def test_groups_and_individuals_on_people_and_texts(pair, attributes, data, tmp_
     ("group_and_individual_fairness", {"pair": "svhn"}, ValueError,
      "attributes is ['colour', 'texture']: svhn has no attribute 'colour'; expected a pair on trifeature, hatexplain"),
     ("group_and_individual_fairness", {"pair": "celeba", "attributes": ["Young"]}, FileNotFoundError, "CelebA"),
+    ("published_fairness", {"draws": 50}, ValueError, "draws is 50: expected at least 100"),
     ("temperature", {"unseen": 10}, ValueError, "unseen is 10: expected a digit from 0 to 9"),
 ])
 def test_notebooks_refuse_what_they_cannot_do(notebook, changes, error, message, tmp_path):

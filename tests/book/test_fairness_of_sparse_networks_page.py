@@ -41,27 +41,13 @@ def test_naive_networks_lose_the_worst_digit_first(page):
     assert everything > 40 and worst < 5
 
 
-def test_few_classes_differ_between_dense_networks(page):
-    assert sum(page["null"].values()) <= 3  # of twenty tests at 0.05; four or more come in one case of sixty
-
-
-def test_sparse_networks_resemble_their_dense_ones_up_to_90_only(page):
-    common = page["common"]
-    assert all(common("shapes", m, s) > 0.3 for m in ("pruned", "lth") for s in (0.8, 0.9))
-    assert all(abs(common(task, m, s)) < 0.2 for task, m, s in page["places"] if s >= 0.98)
-    welch, paired, corrected = page["totals"]
-    assert abs(welch - paired) < 0.1 * welch and corrected > 3 * 0.5 * len(page["places"])
-
-
 def test_the_classes_that_pay_are_those_of_the_task(page):
-    after_bh, fewer, recurring = (page[name] for name in ("after_bh", "fewer", "recurring"))
+    after_bh = page["after_bh"]
     assert max(page["falls"].values()) < 0.06
     assert not any(after_bh(task, "lth", 0.8) for task in page["TASKS"]) and not after_bh("shapes", "lth", 0.9)
     for m in ("pruned", "lth", "permuted"):
         digits, shapes = (after_bh(task, m, 0.99) for task in ("digits", "shapes"))
         assert digits["1"] < 0 < digits["3"] and max(shapes["circle"], shapes["trapezoid"]) < 0 < shapes["star"]
-    assert fewer("naive")[1] < fewer("naive")[0] and fewer("random")[1] <= 2
-    assert recurring("shapes", "naive", 0.99) < recurring("shapes", "naive", 0.95) - 0.2
 
 
 def test_colours_drift_apart_and_textures_hardly(page):
