@@ -44,8 +44,9 @@ MARKUP = [
     (r"</li>\n<ul><li>", r"\n<ul><li>"),
     (r"</ul>(?=<li>|</ul>)", "</ul></li>"),
 ]
-# What is not text in a page: code, drawings, tags.
-NO_TEXT = re.compile(r"((?s:<(?P<element>pre|code|script|style|svg|title)\b.*?</(?P=element)>)|<[^>]*>)")
+# What is not text in a page: code, drawings, what scripts write, and tags, whose attributes may contain a ">".
+NO_TEXT = re.compile(r'''((?s:<(?P<element>pre|code|script|style|svg|title|output)\b.*?</(?P=element)>)'''
+                     r'''|<(?:"[^"]*"|[^">])*>)''')
 SEARCH = re.compile(r'\s*<script src="[^"]*(searchtools|language_data|searchindex)\.js[^"]*"></script>')
 
 

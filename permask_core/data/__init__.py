@@ -34,7 +34,8 @@ def load_dataset(name, **options):
     Parameters
     ----------
     name : str
-        One of :data:`DATASETS`: "digits", "trifeature", "fashion_mnist", ...
+        "digits", "trifeature", "mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "imagenet", "svhn",
+        "tiny_imagenet", "celeba" or "hatexplain".
     **options
         Options of the data set: see the function of that name below.
 

@@ -70,7 +70,7 @@ def mnist(root=None, download=False, verify=True, n_train=None, n_test=None, siz
 
 def fashion_mnist(root=None, download=False, verify=True, n_train=None, n_test=None, size=28, channels=1, pad=0,
                   flip=False):
-    """Fashion-MNIST: ten kinds of garments, in the order of :data:`GARMENTS`, in the folder ``FashionMNIST/raw``.
+    """Fashion-MNIST: ten kinds of garments, in the order of ``GARMENTS``, in the folder ``FashionMNIST/raw``.
 
     Without files there, those of Debian's package ``dataset-fashion-mnist`` are used. Otherwise like :func:`mnist`.
     """

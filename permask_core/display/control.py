@@ -214,11 +214,11 @@ def svg(figure):
 
 def _cuts(figure):
     """Return the edges of the panels of a figure; a colour bar belongs to its left, a title of the whole to all."""
-    shared = any(text.get_text() for text in figure.texts) or figure.legends
+    whole = any(text.get_text() for text in figure.texts) or figure.legends or len(figure.axes) < 2
     strips = []
-    for axes in sorted([] if shared else figure.axes, key=lambda axes: axes.get_tightbbox().x0):
-        left, right = axes.get_tightbbox().intervalx
-        if strips and (left < strips[-1][1] or axes.get_label() == "<colorbar>"):
+    for (left, right), joins in sorted((tuple(axes.get_tightbbox().intervalx), axes.get_label() == "<colorbar>")
+                                       for axes in ([] if whole else figure.axes)):
+        if strips and (joins or left < strips[-1][1]):
             strips[-1][1] = max(right, strips[-1][1])
         else:
             strips.append([left, right])

@@ -41,6 +41,7 @@ DYNAMIC = {
 }
 DASHED = ("fan_in", "srigl")
 DOTTED = (0, (1, 1.5))  # the line of a reference level
+STACKED = 4  # more panels in a row are not stacked on a narrow screen
 
 RC = {
     "font.family": "DejaVu Sans",
@@ -103,4 +104,8 @@ def new_figure(rows=1, columns=1, *, width=7.0, height=4.0, **subplots):
     (matplotlib.figure.Figure, Axes or array of Axes)
     """
     figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(rows, columns, **subplots)
+    axes = figure.subplots(rows, columns, **subplots)
+    if columns <= STACKED:
+        for one in figure.axes:
+            one.tick_params(labelleft=True)  # also where the axis is shared: a panel may stand alone
+    return figure, axes

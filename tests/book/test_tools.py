@@ -253,7 +253,8 @@ def test_archive_is_the_same_for_the_same_files(tmp_path):
 
 
 def test_numbers_do_not_leave_their_units():
-    page = '<p alt="95 %">At 95 % and <b>95%</b>, n = 3: <code>7 % 2</code>, a%20b, 5%.</p><pre>\nn = 5 %</pre> n = m'
+    page = ('<p alt="<b>95 %">At 95 % and <b>95%</b>, n = 3: <code>7 % 2</code>, a%20b, 5%.</p><pre>\nn = 5 %</pre> '
+            '<output>90 %</output> n = m')
     changed = {"At 95 %": "At 95_%", "95%": "95_%", "n = 3": "n_=_3", "5%.": "5_%."}
     expected = page
     for old, new in changed.items():
