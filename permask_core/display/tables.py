@@ -8,7 +8,7 @@ import pandas as pd
 from IPython.display import HTML
 
 SHORT = 24  # letters of a head that is one line on a narrow screen, where the table scrolls anyway
-LONG = 40  # letters of a cell whose text wraps
+LONG = 24  # letters of a cell whose text wraps
 
 _STYLE = """<style>
 .permask-table{border-collapse:collapse;margin:0 auto;font-size:.9em;font-variant-numeric:tabular-nums}
@@ -19,7 +19,7 @@ color:inherit;text-align:left}
 @media(max-width:600px){.permask-table th.short{white-space:nowrap}}
 .permask-table th,.permask-table td{padding:.25rem .55rem;text-align:left;border:0;background:none}
 .permask-table td{white-space:nowrap}
-.permask-table td.long{white-space:normal;min-width:11rem}
+.permask-table td.long{white-space:normal;min-width:9rem}
 .permask-table th{vertical-align:bottom}
 .permask-table .number{text-align:right}
 .permask-table thead th{border-bottom:1.5px solid currentColor}
