@@ -18,7 +18,7 @@ export PERMASK_RUNS ?= $(CURDIR)/build
 # Figures that a run of the book leaves for other pages; set for that run alone, or a notebook that is played with
 # would change the landing page.
 RESULTS := $(CURDIR)/build/source/book/results
-# Two notebooks or two test processes run side by side; more threads each would only make them wait for one another.
+# Notebooks and test processes run side by side; more threads each would only make them wait for one another.
 export OMP_NUM_THREADS ?= 1
 
 # Unless the command line says otherwise (make -j1), two targets at once: that is, two notebooks.
@@ -75,14 +75,15 @@ test: $(READY) ## style, notebooks without outputs, the book and its claims, pyt
 	@printf '\n== Claims\n'
 	@$(BIN)/python -m book.tools.claims check
 	@printf '\n== Tests\n'
-	@# The longest tests lie in files of few, which would come last, one process waiting for the other.
-	@$(EMPTY_STORE); $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	@# Three at once on two cores, because some wait for a browser, for SLURM or for other processes. The longest files come
+	@# first, or one process would wait for the others.
+	@$(EMPTY_STORE); $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests
 	@printf '\n== Notebooks as jobs\n'
 	@# Every notebook at its smallest, with the widgets of a live notebook, which the book never draws.
 	@$(EMPTY_STORE); PERMASK_DISPLAY=live $(MAKE) --no-print-directory batch GRID=tests/batch/every.yaml OUTPUT="$$store/jobs" STORE="$$store/runs" ARGS=--quiet
 
 test-long: $(READY) ## pytest with more, and random, examples of every property, and every notebook live; minutes longer
-	@$(EMPTY_STORE); PERMASK_HYPOTHESIS=long $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	@$(EMPTY_STORE); PERMASK_HYPOTHESIS=long $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests
 	@printf '\n== Notebooks live\n'
 	@# Finished stages are those of the book, where it was built.
 	@test -z '$(NOTEBOOKS)' || PERMASK_DISPLAY=live PERMASK_FIGURES=$(CURDIR)/build/live $(BIN)/pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env $(NOTEBOOKS)

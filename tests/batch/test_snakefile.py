@@ -153,6 +153,7 @@ def test_a_killed_grid_goes_on_and_what_is_cut_off_is_made_again(place):
     assert (root / "store" / "log").read_text().split() == ["1", "2", "1"]
 
 
+@pytest.mark.skipif(not LONG, reason="`make test` runs every notebook as a job: make test-long")
 def test_a_job_of_a_notebook_of_the_book(tmp_path):
     """Of the grid `smoke`; that jobs at once share what they have in common is in tests/runs/test_store.py."""
     name = "cifar_first_seed-0_sparsities-0.5"

@@ -12,6 +12,7 @@ from permask_core.experiments import permuted_masks, trainings
 from permask_core.runs.store import Store
 from permask_core.training.batched import Batch, evaluate_batched
 from tests.experiments.test_permuted_masks import TINY, files, without_seconds
+from tests.hypotheses import LONG
 from tests.notebooks import ROOT
 
 GRID = {"seeds": [0, 1], "sparsities": [0.5, 0.8]}
@@ -145,7 +146,7 @@ print(sum(trained), store.computed, [row["accuracy"] for row in rows])
 """
 
 
-@pytest.mark.parametrize("numbers", [(100, 100), (100, 1)])
+@pytest.mark.parametrize("numbers", [(100, 1), *([(100, 100)] if LONG else [])])
 def test_processes_at_once_never_train_a_network_twice(tmp_path, numbers):
     """Two that train batched, and one that does next to one that trains one network after the other."""
     (tmp_path / "script.py").write_text(AT_ONCE)

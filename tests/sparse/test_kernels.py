@@ -230,8 +230,8 @@ def test_other_types_are_read_right_or_refused(batch, change):
     assert_rounded(results, references, torch.float32)
 
 
-@pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("batch, k", [(1, 5), (2, 30), (3, 9), (9, 60), (65, 5), (65, 60)])
+@pytest.mark.parametrize("poison, batch, k", [(NAN, 1, 5), (INF, 2, 30), (NAN, 3, 9), (INF, 9, 60), (NAN, 65, 5),
+                                              (INF, 65, 60)])
 def test_what_is_not_finite_reaches_only_what_it_is_connected_to(kernel, poison, batch, k):
     x, values, indices, bias, grad = case(batch, 100, 80, k)
     clean = run(kernel, x, values, indices, bias, grad)
