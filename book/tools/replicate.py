@@ -18,14 +18,13 @@ from pathlib import Path
 import papermill
 
 from book.tools.execute import SEED, run, seeded
-from permask_core.data import measured
 from permask_core.runs.files import write_whole
 from permask_core.runs.notebooks import notebook_version, read_claims
 from permask_core.runs.store import commit, device_name, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "replicate"
-RATES = Path(measured.__file__).parent / "claims.json"
+RATES = ROOT / "permask_core" / "data" / "measured" / "claims.json"
 ARITHMETIC = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "default": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
