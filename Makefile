@@ -20,6 +20,8 @@ export PERMASK_RUNS ?= $(CURDIR)/build
 RESULTS := $(CURDIR)/build/source/book/results
 # Notebooks and test processes run side by side; more threads each would only make them wait for one another.
 export OMP_NUM_THREADS ?= 1
+# The same for the processes of one notebook: two notebooks at once are enough.
+build/source/notebooks/%.ipynb: export PERMASK_WORKERS ?= 1
 
 # Unless the command line says otherwise (make -j1), two targets at once: that is, two notebooks.
 ifeq ($(MAKELEVEL),0)

@@ -201,8 +201,8 @@ def train_stage(store, name, train, *, modules=(), **parameters):
 
 def run_jobs(run_job, jobs, store, workers, total):
     """Return the rows of all jobs, ``run_job(store, *job)`` each, computed by this process or by workers; ``total`` is
-    their number."""
-    if workers > 1:
+    their number. The environment variable PERMASK_WORKERS limits the workers, where other notebooks run at once."""
+    if (workers := min(workers, int(os.environ.get("PERMASK_WORKERS", workers)))) > 1:
         return run_in_parallel(run_job, jobs, store, workers)
     # Processes with different settings that share a store start with different jobs, and wait less for common stages.
     first = zlib.crc32(repr(jobs).encode()) % max(1, len(jobs))

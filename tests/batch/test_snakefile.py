@@ -12,6 +12,7 @@ import pytest
 from permask_core.runs.tables import read_table
 from tests.batch.kill import ROOT, compare, cut, kill, started
 from tests.batch.tiny import WORK, write_grid, write_notebook
+from tests.data.files import require_fashion_mnist
 from tests.hypotheses import LONG
 
 STUCK = '''import pathlib, time
@@ -151,6 +152,23 @@ def test_a_killed_grid_goes_on_and_what_is_cut_off_is_made_again(place):
     assert process.wait() == 0, (root / "log.txt").read_text()
     assert second.stat().st_mtime_ns == other and (root / "grid" / "tables" / "tiny.csv").read_bytes() == table
     assert (root / "store" / "log").read_text().split() == ["1", "2", "1"]
+
+
+def test_a_tiny_grid_on_real_images(tmp_path):
+    """Two pairs of small perceptrons on all images of Fashion-MNIST."""
+    require_fashion_mnist()
+    grid = write_grid(tmp_path / "grid.yaml", {"notebook": "cifar", "fixed": {
+        "preset": "fashion_mnist-mlp", "widths": [0.25], "sparsities": [0.9], "matchings": ["weights"], "seeds": 1,
+        "epochs": 2, "imp_epochs": 1, "workers": 1}, "cross": {"first_seed": [5, 6]}})
+    done = snakemake(tmp_path, "--cores", "2", "--config", f"grid={grid}", f"output={tmp_path / 'out'}",
+                     f"store={tmp_path / 'store'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_table(tmp_path / "out" / "tables" / "cifar.csv")
+    assert {(row["method"], row["seed"]) for row in rows} == {
+        (method, seed) for method in ("dense", "lth", "permuted", "naive", "random") for seed in (5, 6)}
+    assert len({row["data"] for row in rows}) == 1
+    accuracy = {(row["method"], row["seed"]): row["accuracy"] for row in rows}
+    assert all(accuracy["dense", seed] > 0.75 and accuracy["lth", seed] > accuracy["random", seed] for seed in (5, 6))
 
 
 @pytest.mark.skipif(not LONG, reason="`make test` runs every notebook as a job: make test-long")

@@ -5,14 +5,18 @@ import gzip
 import http.server
 import io
 import json
+import os
 import pickle
 import threading
 from contextlib import contextmanager
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+
+from permask_core.data.mnist import DEBIAN
 
 CELEBA = """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair
 Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones
@@ -118,6 +122,13 @@ def write_mnist(root, name="fashion_mnist", n_train=100, n_test=50, seed=0, pack
             file = folder / f"{prefix}{part}-{kind}-ubyte{'.gz' * packed}"
             file.write_bytes(gzip.compress(content, mtime=0) if packed else content)
     return folder
+
+
+def require_fashion_mnist():
+    """Skip a test without the published files of Fashion-MNIST, or fail where that is not accepted."""
+    if not (DEBIAN / "fashion-mnist" / "train-images-idx3-ubyte.gz").exists():
+        (pytest.fail if os.environ.get("PERMASK_REQUIRE_FASHION_MNIST") == "1" else pytest.skip)(
+            "no Fashion-MNIST: install Debian's package dataset-fashion-mnist")
 
 
 def idx(array):

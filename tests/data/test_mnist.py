@@ -1,10 +1,8 @@
 """The files of MNIST's format: the images that torchvision reads, wherever they lie, and clear errors otherwise."""
 
 import gzip
-import os
 import re
 from hashlib import md5
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ import torch
 from permask_core.data import load_dataset, mnist
 from permask_core.data.splits import channel_moments
 from permask_core.models.vision import torchvision
-from tests.data.files import idx, serving, write_mnist
+from tests.data.files import DEBIAN, idx, require_fashion_mnist, serving, write_mnist
 
 CLASSES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST", "emnist": "EMNIST"}
 IMAGES, LABELS = np.zeros((4, 28, 28), np.uint8), np.array([0, 1, 9, 5], np.uint8)
@@ -176,10 +174,8 @@ def test_download(tmp_path, publish):
 
 def test_the_real_files():
     """Fashion-MNIST as published, with its md5 sums: balanced classes, and garments that differ in their mean image."""
-    if not Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz").exists():
-        (pytest.fail if os.environ.get("PERMASK_REQUIRE_FASHION_MNIST") == "1" else pytest.skip)(
-            "no Fashion-MNIST: install Debian's package dataset-fashion-mnist")
-    mnist.DEBIAN = Path("/usr/share/datasets")  # taken back by without_debian
+    require_fashion_mnist()
+    mnist.DEBIAN = DEBIAN  # taken back by without_debian
     data = load_dataset("fashion_mnist", root="/nowhere")
     published = {
         "train-images-idx3": "f4a8712d7a061bf5bd6d2ca38dc4d50a",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from permask_core.experiments import permuted_masks, trainings
+from permask_core.experiments import permuted_masks, stages, trainings
 from permask_core.experiments.permuted_masks import (
     Experiment,
     build_network,
@@ -127,6 +127,19 @@ def test_two_workers_give_the_rows_of_one(tmp_path):
     finally:
         torch.set_num_threads(threads)
     assert one == two and files(stores[0]).keys() == files(stores[1]).keys()
+
+
+def test_where_other_notebooks_run_the_environment_limits_the_workers(tmp_path, monkeypatch):
+    def start(*_):
+        raise AssertionError("processes were started")
+
+    monkeypatch.setattr(stages, "run_in_parallel", start)
+    monkeypatch.setenv("PERMASK_WORKERS", "1")
+    rows = run(TINY, Store(tmp_path), seeds=[0], sparsities=[0.5], methods=["dense"], workers=2)
+    assert [row["method"] for row in rows] == ["dense"]
+    monkeypatch.setenv("PERMASK_WORKERS", "2")
+    with pytest.raises(AssertionError, match="processes were started"):
+        run(TINY, Store(tmp_path), seeds=[0], sparsities=[0.5], methods=["dense"], workers=2)
 
 
 def test_epoch_0_is_the_true_initialisation_and_a_and_b_differ(finished):
