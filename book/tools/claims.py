@@ -146,9 +146,10 @@ def _repetitions(pages, repeated):
                  if name in made]
         variables = ", ".join(f"{key}={value}" for key, value in settings["environment"].items())
         machines = settings["machines"]
+        commits = list(dict.fromkeys(one["commit"] for one in machines))
         rows.append({"repetition": name, "claims held": f"{sum(found)} of {len(found)}",
                      "processor": ", ".join(dict.fromkeys(one["processor"] for one in machines)),
-                     "commit": ", ".join(dict.fromkeys(one["commit"] for one in machines)),
+                     "commit": commits[0] + f" and {len(commits) - 1} more" * (len(commits) > 1) if commits else "",
                      "what is different": variables or f"every seed plus {settings['seeds']}"})
     return rows
 
