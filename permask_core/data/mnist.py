@@ -91,15 +91,18 @@ def emnist(root=None, download=False, verify=True, n_train=None, n_test=None, si
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: expected one of {', '.join(SPLITS)}")
-    files = [f"emnist-{split}-{part.replace('t10k', 'test')}" for part in PARTS]
-    return _load("EMNIST", files, SPLITS[split], root, download, verify, n_train, n_test, size, channels, pad, flip)
+    return _load("EMNIST", _emnist(split), SPLITS[split], root, download, verify, n_train, n_test, size, channels, pad,
+                 flip)
 
 
 def check_files(root=None, name="mnist"):
     """See :func:`permask_core.data.check_files`."""
     published = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST", "emnist": "EMNIST"}[name]
-    files = [f"emnist-balanced-{part.replace('t10k', 'test')}" for part in PARTS] if name == "emnist" else PARTS
-    _find(published, files, root, download=False, verify=False)
+    _find(published, _emnist("balanced") if name == "emnist" else PARTS, root, download=False, verify=False)
+
+
+def _emnist(split):
+    return [f"emnist-{split}-{part.replace('t10k', 'test')}" for part in PARTS]
 
 
 def _load(name, files, classes, root, download, verify, n_train, n_test, size, channels, pad, flip):
