@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from permask_core.data.attributes import attribute
 from permask_core.data.measured import measured_dynamic_sparse_training
 from permask_core.data.splits import crop, standardise
 from permask_core.runs.files import save_tensors
+from tests.data.files import require_fashion_mnist
 from tests.notebooks import run as run_notebook
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -151,6 +153,18 @@ def test_how_little_rewinding(tmp_path):
         (method, k, start) for method in ("lth", "permuted", "naive", "random") for k in (0, 1, 2)
         for start in ("dense", "sparse")}
     assert len(rows) == 1 + 4 * 3 * 2 and all(row["sparsity"] == 0.99 for row in rows[1:])
+
+
+def test_fashion_mnist_settings(tmp_path):
+    require_fashion_mnist()
+    found = record("fashion_mnist_settings", tmp_path, "--quick", "--runs", tmp_path / "runs")
+    for name, chosen in found["chosen"].items():
+        frame = pd.DataFrame(row for row in found["rows"] if row["preset"] == name)
+        mean = frame.groupby(["lr", "rewind"])["accuracy"].mean()
+        assert {rewind for _, rewind in mean.index} == {0, 1} and len(mean) == 4
+        assert mean[chosen["lr"], 1] == mean.xs(1, level="rewind").max()
+        best = max(mean[chosen["lr"], k] for k in (0, 1))
+        assert chosen["rewind"] == (0 if mean[chosen["lr"], 0] >= best - 0.005 else 1)
 
 
 def test_weights_or_activations(tmp_path):

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
        "reproduces": "ResNet20/CIFAR-10"}, missing=[f"job {i}" for i in range(9)], failed=["bad"])
     write_grid(folder / "dst_cifar10", "sparse_training_on_images", [
         {"method": method, "sparsity": s, "seed": seed, "accuracy": 0.9} for seed in (0, 1)
-        for method, s in (("dense", 0.0), ("rigl", 0.9))], {"preset": "cifar10-resnet18",
+        for method, s in (("dense", 0.0), ("rigl", 0.9))], {"preset": "cifar10-resnet18", "recipe.epochs": 250,
                                                               "reproduces": "ResNet18/CIFAR-10"})
     write_grid(folder / "extreme", "extreme_labels", [
         {"method": "set", "seed": 0, "output_layer_bytes": 2**20, "precision": {

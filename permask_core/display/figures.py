@@ -45,7 +45,7 @@ def results(rows, published=()):
         One row for each width, rewind epoch and sparsity, for :func:`permask_core.display.table`.
     """
     rows = records(rows)
-    methods = [("dense", ""), *series(rows)]
+    methods = [("dense", "")] * any(row["method"] == "dense" for row in rows) + series(rows)
     varied = [name for name in ("width", "rewind") if len({row[name] for row in rows}) > 1]
     lines = []
     for place in dict.fromkeys((row["width"], row["rewind"], row["sparsity"]) for row in rows if row["sparsity"]):

@@ -44,12 +44,13 @@ _CIFAR = {
     # The authors' code prunes and fine-tunes; the separate cosine schedule of each round is our choice.
     "imp": "finetune", "imp_rewind": 0, "imp_epochs": 50, "imp_lr": 0.01, "imp_rate": 0.2}
 
-# Six epochs, because an epoch of 60,000 images takes seconds to minutes of one core.
+# Six epochs, because an epoch of 60,000 images takes seconds to minutes of one core. Learning rates and rewind points
+# were chosen by benchmarks/fashion_mnist_settings.py, those of ResNet8 without a search.
 _FASHION = {
     "dataset": "fashion_mnist", "epochs": 6, "lr": 0.1, "sparse_lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4,
     "batch_size": 128, "checkpoints": (0, 1, 2, 3), "rewind": 1, "matched_at": 6, "imp": "rewind", "imp_rewind": 1,
     "imp_epochs": 5, "imp_lr": 0.1, "imp_rate": 0.5}
-_FASHION_SPARSITIES = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)
+_FASHION_SPARSITIES = (0.8, 0.9, 0.95, 0.97)
 
 _IMAGENET = {  # bf16 and the learning rate of the sparse runs are our choice
     "dataset": "imagenet", "model": "resnet50", "epochs": 90, "lr": 0.04, "sparse_lr": 0.04, "momentum": 0.9,
@@ -92,10 +93,12 @@ PERMUTED_MASKS = {
          "batch_size": 64, "checkpoints": (0, 2), "rewind": 2, "matched_at": 10, "imp": "rewind", "imp_rewind": 2,
          "imp_epochs": 4, "imp_lr": 0.003, "imp_rate": 0.5}, _grid((1,), (2,), 3, (0.9,))),
     # Real images. LeNet5 was designed for images of 32x32 pixels.
-    "fashion_mnist-mlp": Preset(_FASHION | {"model": "mlp", "width": 2.0}, _grid(
-        (2, 1, 0.5, 0.25), (1,), 10, _FASHION_SPARSITIES, ("weights", "activations"))),
-    "fashion_mnist-lenet5": Preset(_FASHION | {"model": "lenet5", "options": {"size": 32}, "imp_rate": 0.35}, _grid(
-        (1,), (1,), 10, _FASHION_SPARSITIES, ("weights", "activations"))),
+    "fashion_mnist-mlp": Preset(
+        _FASHION | {"model": "mlp", "width": 2.0, "lr": 0.2, "imp_lr": 0.2, "sparse_lr": 0.1},
+        _grid((2, 1, 0.5, 0.25), (1,), 10, (*_FASHION_SPARSITIES, 0.98, 0.99, 0.995), ("weights", "activations"))),
+    "fashion_mnist-lenet5": Preset(
+        _FASHION | {"model": "lenet5", "options": {"size": 32}, "lr": 0.05, "imp_lr": 0.05, "sparse_lr": 0.025,
+                    "imp_rate": 0.35}, _grid((1,), (1,), 10, (*_FASHION_SPARSITIES, 0.99), ("weights", "activations"))),
     "fashion_mnist-resnet8": Preset(_FASHION | {"model": "resnet8", "width": 0.5}, _grid(
         (0.5,), (1,), 5, _FASHION_SPARSITIES, ("weights", "activations"))),
     # The size and shape of CIFAR without its files: ten epochs instead of 200, so that the experiment takes minutes on
@@ -145,7 +148,11 @@ DISTILLED_STUDENTS = {
         {"epochs": 8, "lr": 0.003, "batch_size": 64, "weight_decay": 0.01, "optimizer": "adamw"},
         options={"n_train": 2000, "n_test": 5000, "image_size": 16, "label": "shape", "correlated": "colour",
                  "match": 0.5, "augment": False}, teacher_options={"width": 2.0}, student_options={"width": 0.5}),
-    "fashion_mnist": _pair("fashion_mnist", "resnet8", "lenet5", {"epochs": 6, "lr": 0.05}, options={"size": 32}),
+    # Chosen on seed 0, which is not reported: with SGD, students at high temperatures learn slowly or diverge.
+    "fashion_mnist": _pair(
+        "fashion_mnist", "resnet8", "lenet5", {"epochs": 6, "lr": 0.05}, options={"size": 32},
+        teacher_options={"width": 0.5},
+        student_recipe={"epochs": 6, "lr": 0.003, "optimizer": "adamw", "weight_decay": 0.01}),
     "svhn": _pair("svhn", "resnet56", "resnet20", _SMALL_IMAGES),
     "cifar10": _pair("cifar10", "resnet56", "resnet20", _SMALL_IMAGES),
     "cifar100": _pair("cifar100", "resnet56", "resnet20", _SMALL_IMAGES),
@@ -179,10 +186,10 @@ DYNAMIC_SPARSITY = {
                                 {"seeds": 5, "sparsities": (0.8, 0.9, 0.95, 0.99)}),
     # The networks of the permuted masks on real images, with as many epochs for each method.
     "fashion_mnist-mlp": Preset(
-        {"dataset": "fashion_mnist", "model": "mlp", "width": 2.0, "recipe": {"epochs": 6, "lr": 0.1}},
+        {"dataset": "fashion_mnist", "model": "mlp", "width": 2.0, "recipe": {"epochs": 6, "lr": 0.2}},
         {"seeds": 5, "sparsities": (0.9, 0.95, 0.98, 0.99)}),
     "fashion_mnist-lenet5": Preset(
-        {"dataset": "fashion_mnist", "options": {"size": 32}, "model": "lenet5", "recipe": {"epochs": 6, "lr": 0.1}},
+        {"dataset": "fashion_mnist", "options": {"size": 32}, "model": "lenet5", "recipe": {"epochs": 6, "lr": 0.05}},
         {"seeds": 5, "sparsities": (0.9, 0.95, 0.98, 0.99)}),
     # Four parts of a batch, because theirs is on four GPUs with separate BatchNorms. Their learning rate is divided by
     # ten at epochs 30, 70 and 90; their growth uses the gradients of eight batches, ours those of one.

@@ -10,6 +10,7 @@ from permask_core.data.published import (
     published_dynamic_sparse_training,
     published_fairness,
     published_functional_diversity,
+    published_losses_halfway,
     published_permuted_masks,
     published_tickets,
 )
@@ -97,3 +98,10 @@ def test_tickets():
     assert lth["ensemble"] - lth["accuracy"] < scratch["ensemble"] - scratch["accuracy"]
     assert scratch == {"setting": "ResNet50/ImageNet", "method": "scratch", "accuracy": pytest.approx(0.7116),
                        "ensemble": pytest.approx(0.7405), "disagreement": 0.203}
+
+
+def test_losses_halfway():
+    rows = published_losses_halfway()
+    assert [row["width"] for row in rows] == [1, 4, 8, 16] and {row["setting"] for row in rows} == {"ResNet20/CIFAR-10"}
+    losses = [row["loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True) and 0 < losses[-1] < losses[0] < math.log(10)  # nats; chance: ln 10

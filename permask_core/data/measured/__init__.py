@@ -4,6 +4,8 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+from permask_core.runs.tables import read_table
+
 
 def measured_noisy_digits():
     """The permuted-mask experiment on noisy digits, with more seeds, widths and sparsities than in a notebook.
@@ -201,6 +203,19 @@ def measured_how_little_rewinding():
     return _read("how_little_rewinding")
 
 
+def measured_fashion_mnist_settings():
+    """The search for the learning rate and the rewind point of the presets of Fashion-MNIST.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``; ``searches``, by preset the number of ``seeds``, the learning
+        ``rates``, the ``rewinds`` and ``sparsities``; ``chosen``, by preset the ``lr`` and ``rewind``; and ``rows``, a
+        list of dict: ``preset``, ``lr``, ``rewind``, ``sparsity``, ``seed`` and test ``accuracy`` of LTH in [0, 1].
+    """
+    return _read("fashion_mnist_settings")
+
+
 def measured_grids():
     """Grids of runs that were run in advance.
 
@@ -212,6 +227,23 @@ def measured_grids():
         and ``status.json``.
     """
     return {path.parent.name: path.parent for path in sorted(Path(str(files(__package__))).glob("grids/*/status.json"))}
+
+
+def measured_grid(grid, notebook):
+    """The results of one notebook in a grid that was run in advance.
+
+    Parameters
+    ----------
+    grid, notebook : str
+        Such as "digits" and "cifar".
+
+    Returns
+    -------
+    list of dict
+        A row for each run: settings, results, ``commit``, ``versions`` and ``device``. It is empty if there are none.
+    """
+    path = files(__package__).joinpath(f"grids/{grid}/tables/{notebook}.csv")
+    return read_table(path) if path.is_file() else []
 
 
 def measured_claims():

@@ -106,6 +106,22 @@ def published_functional_diversity():
             for row in _rows("functional_diversity")]
 
 
+def published_losses_halfway():
+    """Test losses halfway between two dense networks whose units were matched, in the permuted-mask paper.
+
+    Returns
+    -------
+    list of dict
+        ``setting`` (network/dataset), ``width`` (a factor) and ``loss`` in nats, read off a figure.
+
+    References
+    ----------
+    As for :func:`published_permuted_masks`.
+    """
+    return [{"setting": row["setting"], "width": int(row["width"]), "loss": float(row["loss"])}
+            for row in _rows("losses_halfway")]
+
+
 def published_tickets():
     """Tickets and networks trained from scratch under the same mask, against the pruned network.
 
