@@ -94,7 +94,7 @@ PERMUTED_MASKS = {
          "imp_epochs": 4, "imp_lr": 0.003, "imp_rate": 0.5}, _grid((1,), (2,), 3, (0.9,))),
     # Real images. LeNet5 was designed for images of 32x32 pixels.
     "fashion_mnist-mlp": Preset(
-        _FASHION | {"model": "mlp", "width": 2.0, "lr": 0.2, "imp_lr": 0.2, "sparse_lr": 0.1},
+        _FASHION | {"model": "mlp", "width": 2.0},
         _grid((2, 1, 0.5, 0.25), (1,), 10, (*_FASHION_SPARSITIES, 0.98, 0.99, 0.995), ("weights", "activations"))),
     "fashion_mnist-lenet5": Preset(
         _FASHION | {"model": "lenet5", "options": {"size": 32}, "lr": 0.05, "imp_lr": 0.05, "sparse_lr": 0.025,
@@ -186,7 +186,7 @@ DYNAMIC_SPARSITY = {
                                 {"seeds": 5, "sparsities": (0.8, 0.9, 0.95, 0.99)}),
     # The networks of the permuted masks on real images, with as many epochs for each method.
     "fashion_mnist-mlp": Preset(
-        {"dataset": "fashion_mnist", "model": "mlp", "width": 2.0, "recipe": {"epochs": 6, "lr": 0.2}},
+        {"dataset": "fashion_mnist", "model": "mlp", "width": 2.0, "recipe": {"epochs": 6, "lr": 0.1}},
         {"seeds": 5, "sparsities": (0.9, 0.95, 0.98, 0.99)}),
     "fashion_mnist-lenet5": Preset(
         {"dataset": "fashion_mnist", "options": {"size": 32}, "model": "lenet5", "recipe": {"epochs": 6, "lr": 0.05}},
