@@ -26,10 +26,10 @@ RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "fashion_mni
 # A perceptron is the fastest, so it has the most seeds, epochs and sparsities.
 SEARCHES = {
     "fashion_mnist-mlp": {
-        "widths": (2, 0.25), "seeds": 5, "rates": (0.2, 0.1, 0.05), "rewinds": (0, 1, 2, 3),
+        "widths": (2.0, 0.25), "seeds": 5, "rates": (0.2, 0.1, 0.05), "rewinds": (0, 1, 2, 3),
         "sparsities": (0.97, 0.98, 0.99, 0.995)},
     "fashion_mnist-lenet5": {
-        "widths": (1,), "seeds": 2, "rates": (0.1, 0.05, 0.02), "rewinds": (0, 1, 2),
+        "widths": (1.0,), "seeds": 2, "rates": (0.1, 0.05, 0.02), "rewinds": (0, 1, 2),
         "sparsities": (0.9, 0.97, 0.99)},
 }
 TOLERANCE = 0.005  # half a point

@@ -57,3 +57,4 @@ def test_a_job_leaves_the_accuracy_on_each_garment(name, given, no_files, tmp_pa
         assert row["right"]["shirt"] == row["shirt named"]["shirt"]
         assert sum(row["shirt named"].values()) == pytest.approx(1)
         assert row.get("agreement", 1) == 1 or row["role"] != "teacher"
+        assert ("temperature" in row and row["temperature"] is None) == (row.get("role", "distilled") != "distilled")

@@ -94,8 +94,8 @@ PERMUTED_MASKS = {
          "imp_epochs": 4, "imp_lr": 0.003, "imp_rate": 0.5}, _grid((1,), (2,), 3, (0.9,))),
     # Real images. LeNet5 was designed for images of 32x32 pixels.
     "fashion_mnist-mlp": Preset(
-        _FASHION | {"model": "mlp", "width": 2.0},
-        _grid((2, 1, 0.5, 0.25), (1,), 10, (*_FASHION_SPARSITIES, 0.98, 0.99, 0.995), ("weights", "activations"))),
+        _FASHION | {"model": "mlp", "width": 2.0, "rewind": 0, "imp_rewind": 0, "imp_epochs": 6},
+        _grid((2, 1, 0.5, 0.25), (0,), 10, (*_FASHION_SPARSITIES, 0.98, 0.99, 0.995), ("weights", "activations"))),
     "fashion_mnist-lenet5": Preset(
         _FASHION | {"model": "lenet5", "options": {"size": 32}, "lr": 0.05, "imp_lr": 0.05, "sparse_lr": 0.025,
                     "imp_rate": 0.35}, _grid((1,), (1,), 10, (*_FASHION_SPARSITIES, 0.99), ("weights", "activations"))),
