@@ -30,7 +30,7 @@ def test_files_that_were_asked_for_must_be_there(name, parameter, preset, no_fil
 
 def test_with_the_files_a_part_of_them_is_used(no_files, tmp_path):
     write_mnist(tmp_path / "data")
-    for name, images in (("fashion_mnist", 10_000), ("garments", 4000)):
+    for name, images in (("fashion_mnist", 10_000), ("garments", 2000)):
         base = run(name, no_files, tmp_path, until="check").space["base"]
         assert base.dataset == "fashion_mnist" and base.options["n_train"] == images
 
