@@ -15,7 +15,8 @@ from permask_core.matching.tracer.values import Bundle, NoRule, value_of
 KERNEL = "they are positions in a kernel"
 
 
-def _same(net, shape, **given):
+def same(net, shape, **given):
+    """An operation that computes nothing; further tensors only give a type or a shape."""
     return net.value(given.get("self_", given.get("input")))
 
 
@@ -27,7 +28,7 @@ def pointwise(net, shape, **given):
 
 
 def _view(net, shape, **given):
-    return net.view(_same(net, shape, **given), shape)
+    return net.view(same(net, shape, **given), shape)
 
 
 def _permute(net, shape, self_, dims):
@@ -142,7 +143,9 @@ def _index(net, shape, self_, indices):
     value, extra = net.ordered(value, [axis]), len(index.shape) - 1
     places = [a if a < axis else a + extra for a in range(len(value.shape))]
     bundles = [bundle.placed(places) for bundle in value.bundles]
-    return value_of(shape, bundles, {places[a] for a in value.uniform if a != axis}, value.why)
+    return value_of(shape, bundles, {places[a] for a in value.uniform if a != axis},
+                    dict.fromkeys(range(axis, axis + extra + 1), value.why[axis])
+                    | {places[a]: value.why[a] for a in value.inert - {axis}})
 
 
 def _index_select(net, shape, self_, dim, index):
@@ -357,9 +360,10 @@ def _channel_shuffle(net, shape, self_, groups):
 
 RULES = {
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "_to_copy", "to",
-                     "native_dropout", "feature_dropout", "alpha_dropout"), _same),
+                     "type_as", "lift_fresh", "lift", "positive",
+                     "native_dropout", "feature_dropout", "alpha_dropout"), same),
     # Elementwise, but not marked so by PyTorch.
-    **dict.fromkeys(("hardswish", "log_sigmoid", "where", "masked_fill", "rsub", "type_as"), pointwise),
+    **dict.fromkeys(("hardswish", "log_sigmoid", "where", "masked_fill", "rsub"), pointwise),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _view),
     **dict.fromkeys(("transpose", "t", "swapaxes"), _transpose), "permute": _permute,
     "expand": _expand, "expand_as": _expand, "broadcast_to": _expand, "repeat": _repeat,
