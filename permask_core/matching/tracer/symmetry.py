@@ -48,7 +48,8 @@ def mix(x):
 
 
 class Structure:
-    """The coloured graph under construction. Arrays of vertices may also have ``UNIFORM`` and ``INERT``."""
+    """The coloured graph under construction. Arrays of vertices may also have ``UNIFORM`` and ``INERT``. ``reasons``
+    has reasons for vertices that are fixed, and ``hints`` for those that may turn out to be."""
 
     def __init__(self):
         self.sites, self.reasons, self.hints, self._blocks = [], {}, {}, {}
@@ -159,7 +160,7 @@ def orbits(structure):
         The orbits, the unit of every vertex, and for each parameter vertex in no orbit the reason why it is fixed.
     """
     (site, position, colour), same, parts = structure.arrays()
-    unit, tree, crossing = _tree(structure.count, same, parts)
+    unit, tree, crossing = _tree(structure.count, same, _movable(_refine(colour, same, parts), parts))
     why = {unit[vertex]: reason for vertex, reason in reversed(structure.reasons.items())}
     why |= dict.fromkeys(crossing - why.keys(), "blocks of units cross each other")
     colour = _settle(colour, unit, site, same, parts, why)
@@ -177,6 +178,14 @@ def orbits(structure):
     fixed = {int(v): why.get(unit[v], "no other unit has the same surroundings")
              for v in np.flatnonzero((site >= 0) & ~moving)}
     return result, unit, fixed
+
+
+def _movable(colour, parts):
+    """Return the parts of blocks without those of a block that no other resembles: such a block does not move, and the
+    colours of its parts show where they belong."""
+    counts = dict(zip(*np.unique(colour, return_counts=True)))
+    kept = np.array([counts[c] > 1 for c in colour[parts[1]]], bool)
+    return [array[kept] for array in parts]
 
 
 def _settle(colour, unit, site, same, parts, why):

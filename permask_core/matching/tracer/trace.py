@@ -199,9 +199,9 @@ class _Tracer(Algebra):
 
     def _known(self, node):
         """Return the result of an operation on constants, or None if it is not one."""
-        tags = getattr(node.target, "tags", ())
-        if not self.known.keys() >= set(node.all_input_nodes) or torch.Tag.nondeterministic_seeded in tags or (
-                "empty" in str(node.target)):
+        own = node.target is operator.getitem or str(node.target).startswith("aten.")
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or "empty" in str(node.target)
+        if not own or random or not self.known.keys() >= set(node.all_input_nodes):
             return None
         try:
             with torch.no_grad():

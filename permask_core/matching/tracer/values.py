@@ -178,14 +178,15 @@ class Algebra:
                 continue
             if met := why.keys() & set(bundle.axes):  # units in a fixed order of blocks: each block is another one
                 n = _along(bundle, met)
-                self.mark(bundle, "block", np.arange(math.prod(n)).reshape(n), why[min(met)])
+                bundle = self.distinguished(bundle, "block", np.arange(math.prod(n)).reshape(n), why[min(met)])
             for i, other in enumerate(joined):
                 small, large = sorted((bundle, other), key=lambda b: len(b.axes))
                 common, inside = set(bundle.axes) & set(other.axes), set(small.axes) < set(large.axes)
-                if inside and (large.vertices == UNIFORM).any():
-                    raise NoRule  # where the larger is constant, the smaller would be lost
                 if inside and small.known:
-                    self.mark(large, "constant", small.numbers().reshape(_along(large, small.axes)))
+                    large = self.distinguished(large, "constant", small.numbers().reshape(_along(large, small.axes)))
+                    bundle, joined[i] = (large, other) if small is other else (bundle, large)
+                elif inside and (large.vertices == UNIFORM).any():
+                    raise NoRule  # where the larger is constant, the smaller would be lost
                 elif common:
                     one, two = self.project(other, common, False), self.project(bundle, common, False)
                     both = self.structure.same(one.vertices, two.vertices, one.tags, two.tags, self.name, self.at)
@@ -268,11 +269,18 @@ class Algebra:
         shape = [len(indices) if a == axis else n for a, n in enumerate(value.shape)]
         return value_of(shape, bundles, value.uniform, value.why)
 
-    def mark(self, bundle, part, numbers=0, why=None):
-        """Distinguish the vertices of a bundle from others, and those with different ``numbers`` from each other."""
+    def mark(self, bundle, part):
         with np.errstate(over="ignore"):
-            colours = bundle.tags.astype(np.uint64) + mix(np.asarray(numbers)) + colour_of("part", self.name, part)
+            self.structure.mark(bundle.vertices, (bundle.tags.astype(np.uint64)
+                                                  + colour_of("part", self.name, part)).ravel())
+
+    def distinguished(self, bundle, name, numbers, why=None):
+        """Return the bundle after an operation with constants, which are equal where their ``numbers`` are."""
+        with np.errstate(over="ignore"):
+            colours = mix(bundle.tags.astype(np.uint64)) + mix(numbers) + colour_of(name, self.name)
         self.structure.mark(bundle.vertices, colours.ravel(), why)
+        tags = bundle.tags * (numbers.max() + 1) + numbers
+        return bundle._replace(tags=np.where(bundle.vertices == UNIFORM, tags, bundle.tags))
 
     def select(self, value, axis, index):
         axis %= len(value.shape)
