@@ -140,7 +140,8 @@ def _outputs(model, state, example_input):
         twin = copied(model, share=True)
         try:
             with float64() if precise else contextlib.nullcontext():
-                result = torch.func.functional_call(twin, state, *arguments(example_input))
+                given = pytree.tree_map(_widened, example_input) if precise else example_input
+                result = torch.func.functional_call(twin, state, *arguments(given))
         except Exception as error:  # the network is the user's code, which may raise anything
             raise ValueError(f"{type(model).__name__} cannot be tested: {type(error).__name__}: {shortened(error)}: "
                              f"expected a network that runs {'in float64' if precise else 'on this input'}") from error
@@ -152,6 +153,13 @@ WIDE = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float
         torch.complex64: torch.complex128}
 
 
+def _widened(value):
+    """Return a tensor or a type in the precision of float64."""
+    if isinstance(value, torch.Tensor):
+        return value.to(WIDE.get(value.dtype, value.dtype))
+    return WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+
+
 class _Float64(TorchDispatchMode):
     """Replaces types and tensors of lower precision in the arguments of every operation that returns a new tensor."""
 
@@ -160,14 +168,9 @@ class _Float64(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if isinstance(function, torch._ops.HigherOrderOperator):
             return function(*args, **(kwargs or {}))
-        shared = any(argument.alias_info for argument in function._schema.arguments)  # views and changes in place
-
-        def widened(value):
-            if isinstance(value, torch.Tensor) and not shared:
-                return value.to(WIDE.get(value.dtype, value.dtype))
-            return WIDE.get(value, value) if isinstance(value, torch.dtype) else value
-
-        args, kwargs = pytree.tree_map(widened, (args, kwargs or {}))
+        new = not any(argument.alias_info for argument in function._schema.arguments)  # no view or change in place
+        args, kwargs = pytree.tree_map(
+            lambda value: _widened(value) if new or isinstance(value, torch.dtype) else value, (args, kwargs or {}))
         return function(*args, **kwargs)
 
 

@@ -256,5 +256,5 @@ def listed(names, most=8):
 
 def shortened(text, length=300):
     """Return the first line of a text, without its middle if it is long."""
-    line = next(iter(str(text).strip().splitlines()), "")
+    line = str(text).strip().partition("\n")[0].rstrip()
     return line if len(line) <= length else f"{line[:length * 2 // 3]} ... {line[-length // 3:]}"
