@@ -40,26 +40,27 @@ def of_timm(name, side, evaluated=False, **sizes):
     return model, x
 
 
-# Each of the two layers of the language models has a multilayer perceptron (20), heads (4, or 2 with 2 queries each)
-# with the dimensions of the values (4 each) and, without rotary embeddings, those of queries and keys (4 each). The
-# residual stream has 16 units.
+# A layer has a multilayer perceptron, heads, and in each head the dimensions of queries and keys, and those of values.
+# Rotary embeddings fix the order of the former; queries that share keys and values are not exchanged.
+ROTARY, PLAIN = 20 + 2 + 2 * 4, 20 + 4 + 4 * (4 + 4)
 NETWORKS = {
-    "llama": (76, lambda: of_transformers("LlamaForCausalLM", **GROUPED)),
-    "mistral": (76, lambda: of_transformers("MistralForCausalLM", **GROUPED, sliding_window=4)),
-    "qwen3": (76, lambda: of_transformers("Qwen3ForCausalLM", **GROUPED, head_dim=4)),
-    "gemma2": (76, lambda: of_transformers("Gemma2ForCausalLM", **GROUPED, head_dim=4)),
-    "gpt2": (128, lambda: of_transformers("GPT2LMHeadModel", vocab_size=31, n_embd=16, n_layer=2, n_head=4, n_inner=20,
-                                          n_positions=32, bos_token_id=1, eos_token_id=2)),
-    "opt": (128, lambda: of_transformers("OPTForCausalLM", **SIZES, ffn_dim=20, word_embed_proj_dim=16,
+    "llama": (16 + 2 * ROTARY, lambda: of_transformers("LlamaForCausalLM", **GROUPED)),
+    "mistral": (16 + 2 * ROTARY, lambda: of_transformers("MistralForCausalLM", **GROUPED, sliding_window=4)),
+    "qwen3": (16 + 2 * ROTARY, lambda: of_transformers("Qwen3ForCausalLM", **GROUPED, head_dim=4)),
+    "gemma2": (16 + 2 * ROTARY, lambda: of_transformers("Gemma2ForCausalLM", **GROUPED, head_dim=4)),
+    "gpt2": (16 + 2 * PLAIN, lambda: of_transformers(
+        "GPT2LMHeadModel", vocab_size=31, n_embd=16, n_layer=2, n_head=4, n_inner=20, n_positions=32, bos_token_id=1,
+        eos_token_id=2)),
+    "opt": (16 + 2 * PLAIN, lambda: of_transformers("OPTForCausalLM", **SIZES, ffn_dim=20, word_embed_proj_dim=16,
                                          max_position_embeddings=32)),
     "mamba": (16 + 2 * (20 + 4 + 3), lambda: of_transformers("MambaForCausalLM", **SIZES, state_size=4,
                                                                time_step_rank=3)),
-    "whisper": (196, lambda: of_transformers(
+    "whisper": (3 * 16 + PLAIN + PLAIN + 4 + 4 * (4 + 4), lambda: of_transformers(
         "WhisperForConditionalGeneration", {"input_features": torch.randn(1, 8, 20), "decoder_input_ids": TOKENS},
         vocab_size=31, num_mel_bins=8, encoder_layers=1, encoder_attention_heads=4, decoder_layers=1,
         decoder_attention_heads=4, encoder_ffn_dim=20, decoder_ffn_dim=20, d_model=16, max_source_positions=10,
         max_target_positions=12, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)),
-    "beit": (24 + 2 * (96 + 4 + 4 * 6 + 4 * 6), lambda: of_timm(
+    "beit": (24 + 2 * (96 + 4 + 4 * (6 + 6)), lambda: of_timm(
         "beit_base_patch16_224", 32, img_size=32, embed_dim=24, depth=2, num_heads=4)),
     "eva02": (2 * (85 + 4 + 4 * 8), lambda: of_timm(
         "eva02_tiny_patch14_224", 28, img_size=28, embed_dim=32, depth=2, num_heads=4)),
