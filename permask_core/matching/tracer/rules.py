@@ -453,6 +453,14 @@ def _pixel_shuffle(net, shape, self_, upscale_factor):
     return net.ordered(kept.placed(range(channel + 1), shape), [-1, -2])
 
 
+def _as_complex(net, shape, self_):
+    return net.reduce(net.ordered(net.value(self_), [-1]), [-1])
+
+
+def _as_real(net, shape, self_):
+    return net.value(self_).placed(range(len(shape) - 1), shape).fixed([len(shape) - 1], net.why_ordered())
+
+
 def _channel_shuffle(net, shape, self_, groups):
     x = net.value(self_)
     split = net.view(x, [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]])
@@ -499,5 +507,6 @@ RULES = {
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _one_step),
     "gather": _gather, "take_along_dim": _take_along, "index_put": _index_put,
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill"), _scatter),
+    "view_as_complex": _as_complex, "view_as_real": _as_real,
     "pixel_shuffle": _pixel_shuffle, "channel_shuffle": _channel_shuffle,
 }

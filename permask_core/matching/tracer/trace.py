@@ -133,7 +133,7 @@ class _Tracer(Algebra):
     def __init__(self, model, program):
         self.graph, self.signature = program.graph, program.graph_signature
         for node in reversed(self.graph.nodes):
-            if node.op == "call_function" and not _computes(node):
+            if node.op == "call_function" and not _computes(node) and not node.users:
                 self.graph.erase_node(node)
         self.graph.eliminate_dead_code()
         super().__init__()
@@ -154,12 +154,12 @@ class _Tracer(Algebra):
         """Return the names of buffers that an elementwise operation combines with weights of their shape."""
         names, weights, masks, found = self.signature.inputs_to_buffers, set(), {}, set()
         for node in self.graph.nodes:
-            inputs, known = node.all_input_nodes, masks.keys() | weights
+            inputs, result = node.all_input_nodes, node.meta.get("val")
             if node.name in self.signature.inputs_to_parameters:
                 weights.add(node)
             elif node.name in names:
                 masks[node] = {names[node.name]}
-            elif inputs and known.issuperset(inputs) and isinstance(result := node.meta.get("val"), torch.Tensor):
+            elif inputs and isinstance(result, torch.Tensor) and all(n in masks or n in weights for n in inputs):
                 met = set().union(*(masks.get(n, ()) for n in inputs if n.meta["val"].shape == result.shape))
                 if not weights.intersection(inputs):
                     masks[node] = met

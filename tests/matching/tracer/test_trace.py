@@ -494,6 +494,8 @@ FOLLOWED |= {
         a=Linear(8, 6), b=Linear(3, 3)), vectors())),
     "blocks in a running sum": ("a:3", lambda: (Net(lambda s, x: s.b((s.a(x).view(-1, 2, 3) * x[:, :2, None]).cumsum(
         1).flatten(1)), a=Linear(8, 6), b=Linear(6, 3)), vectors())),
+    "pairs as complex numbers": ("a:3", lambda: between(lambda s, h: torch.view_as_real(
+        torch.view_as_complex(h.view(-1, 3, 2)) ** 2).flatten(1))),
     # Indices along another axis than that of the units
     "gather tokens": ("a:6", lambda: over_tokens(lambda h: h.gather(1, ORDER[:, :, None].expand(-1, -1, 6)))),
     "take along tokens": ("a:6", lambda: over_tokens(lambda h: torch.take_along_dim(h, ORDER[:, :, None], 1))),
