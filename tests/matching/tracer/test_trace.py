@@ -1036,7 +1036,7 @@ class Parts(nn.Module):
 
     def __init__(self, draw):
         super().__init__()
-        self.how = draw(st.sampled_from(["shuffled", "softmax", "scaled", "flipped", "crossed", "outer"]))
+        self.how = draw(st.sampled_from(["shuffled", "softmax", "scaled", "flipped", "crossed", "outer", "numbered"]))
 
     def forward(self, x):
         parts = x.view(len(x), 2, -1)
@@ -1044,6 +1044,7 @@ class Parts(nn.Module):
                 "scaled": lambda: (parts * parts.mean(2, keepdim=True)).flatten(1),
                 "flipped": lambda: parts.flip(1).flatten(1),
                 "crossed": lambda: (parts.softmax(2) + parts.cumsum(1)).flatten(1),
+                "numbered": lambda: (parts * torch.arange(2.)[:, None].to(x)).flatten(1),
                 "outer": lambda: (parts @ (parts.mT @ parts)).flatten(1)}[self.how]()
 
 
