@@ -30,13 +30,17 @@ def copied(model, *, share=False):
 
     A module may also keep tensors that it computed from them, such as a cache that it fills in evaluation mode or the
     product of a weight and its mask. They are detached, and the module is put into training mode and then into
-    evaluation mode, in which it computes them again.
+    evaluation mode, in which it computes them again. Raises ValueError if something in the model cannot be copied.
     """
     parameters = {id(parameter): parameter for parameter in model.parameters()}
     state = parameters.keys() | {id(buffer) for buffer in model.buffers()}
     kept = {id(t): t for module in model.modules() for t in _tensors_in(module) if id(t) not in state}
     memo = (parameters if share else {}) | {key: t.detach().clone() for key, t in kept.items() if not t.is_leaf}
-    twin = copy.deepcopy(model, memo)
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:  # what a model keeps is the user's
+        raise ValueError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {shortened(error)}: "
+                         "expected a model that copy.deepcopy accepts") from error
     for original, module in zip(model.modules(), twin.modules()):
         if any(id(t) in kept for t in _tensors_in(original)):
             module.train().eval()

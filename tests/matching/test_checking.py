@@ -1,6 +1,7 @@
 """The self-check: it passes what is right, names what is wrong, and is not fooled by networks that say nothing."""
 
 import re
+import threading
 
 import pytest
 import torch
@@ -291,6 +292,15 @@ def test_a_network_that_does_not_run_in_float64_is_named():
     assert len(str(error.value)) < 500
     with pytest.raises(ValueError, match="expected a network that runs on this input"):
         function_change(GROUP, derangements(GROUP), Casting(CASTS["float32"]), torch.zeros(4, 7))
+
+
+def test_a_network_that_cannot_be_copied_is_named_and_can_be_traced():
+    model = net()
+    model.lock = threading.Lock()
+    groups = permutation_groups(model, X)
+    assert {name: group.size for name, group in groups.items()} == {"0": 6, "3": 5}
+    with pytest.raises(ValueError, match="Sequential cannot be copied: TypeError: .*lock.*: expected a model"):
+        check_function(groups, model, X)
 
 
 @pytest.mark.parametrize("extra", [{"version": 2}, torch.zeros(6), None], ids=["dict", "tensor", "nothing"])

@@ -16,7 +16,7 @@ KERNEL = "they are positions in a kernel"
 
 
 def same(net, shape, **given):
-    """An operation that computes nothing; further tensors only give a type or a shape."""
+    """An operation that computes nothing."""
     return net.value(given.get("self_", given.get("input")))
 
 
@@ -466,6 +466,15 @@ def _channel_shuffle(net, shape, self_, groups):
     split = net.view(x, [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]])
     order = [0, 2, 1, *range(3, len(split.shape))]
     return net.view(split.placed(order, [split.shape[a] for a in order]), shape)
+
+
+def without_unread(node, rule):
+    """Remove the arguments of a node that only give a type or a shape to its result."""
+    first, *others = node.args
+    if rule in (same, _expand):
+        node.args = (first, *torch.fx.map_arg(others, lambda unread: None))
+    elif rule in (_uniform, _copy):
+        node.args = (torch.fx.map_arg(first, lambda unread: None), *others)
 
 
 RULES = {

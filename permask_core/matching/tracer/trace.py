@@ -5,7 +5,9 @@ vertex (see the module symmetry). An activation has, for some of its axes, the v
 output of a linear layer has those of the rows of its weight. Each operation determines which indices are the same unit
 (a sum of two activations, a product with a weight), which are parts of a whole (an attention head, a group of
 channels), and which are fixed because their order matters (the pixels of a convolution). An operation without a rule
-fixes everything that it touches. A network may thus have fewer permutations than possible, but never a wrong one.
+fixes everything that it touches, and one without a result, such as an assertion, nothing. Operations on constants are
+computed: equal numbers are interchangeable. A network may thus have fewer permutations than possible, but never a wrong
+one.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ from torch.utils import _pytree as pytree
 from permask_core.data.batches import arguments
 from permask_core.matching.checking import check_function, copied, named_tensors
 from permask_core.matching.groups import Entry, Fixed, Group, Groups, Tap, shortened
-from permask_core.matching.tracer.rules import KERNEL, RULES, pointwise, same
+from permask_core.matching.tracer.rules import KERNEL, RULES, pointwise, same, without_unread
 from permask_core.matching.tracer.symmetry import Site, orbits
 from permask_core.matching.tracer.values import Algebra, Bundle, NoRule, Value, constant_of, value_of
 from permask_core.models import evaluation_mode
@@ -74,7 +76,10 @@ def permutation_groups(model, example_input, *, check=False):
         2.weight[0] (2), 2.bias[0] (2)
     """
     with evaluation_mode(model):
-        tracer = _Tracer(model, _exported(copied(model, share=True), *arguments(example_input)))
+        twin = model
+        with contextlib.suppress(ValueError):  # the export may leave tensors without values in the caches of a network
+            twin = copied(model, share=True)
+        tracer = _Tracer(model, _exported(twin, *arguments(example_input)))
     tracer.run()
     groups = tracer.groups()
     if check:
@@ -135,6 +140,8 @@ class _Tracer(Algebra):
         for node in reversed(self.graph.nodes):
             if node.op == "call_function" and not _computes(node) and not node.users:
                 self.graph.erase_node(node)
+            elif node.op == "call_function" and node.args:
+                without_unread(node, _rule(node.target))
         self.graph.eliminate_dead_code()
         super().__init__()
         self.values, self.parameters, self.known, self.taps = {}, {}, {}, []

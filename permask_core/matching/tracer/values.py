@@ -163,10 +163,18 @@ class Algebra:
     def symmetric(self, value, axes):
         """Record an operation that treats all indices along some axes equally, such as a softmax."""
         axes = {a % len(value.shape) for a in axes}
-        for bundle in value.bundles:
-            if axes & set(bundle.axes) and set(bundle.axes) - axes:
-                self.project(bundle, set(bundle.axes) - axes, False)
-        return value
+        return value._replace(bundles=tuple(self._in_blocks(b, axes & set(b.axes)) for b in value.bundles))
+
+    def _in_blocks(self, bundle, axes):
+        """Return a bundle after an operation on blocks, in which the results for constants depend on the block."""
+        rest = set(bundle.axes) - axes
+        if not axes or not rest:
+            return bundle
+        whole, n, constant = self.project(bundle, rest, False), _along(bundle, axes), bundle.vertices == UNIFORM
+        vertices, tags = (array.reshape(_along(bundle, rest)) for array in (whole.vertices, whole.tags))
+        copies = bundle.tags * math.prod(n) + np.arange(math.prod(n)).reshape(n)
+        return bundle._replace(vertices=np.where(constant, vertices, bundle.vertices),
+                               tags=np.where(constant, tags * (copies.max() + 1) + copies, bundle.tags))
 
     def join(self, shape, values):
         """Combine values of the same rank elementwise, like a sum or a product."""

@@ -408,6 +408,8 @@ FOLLOWED |= {name: ("a:6", make) for name, make in {
     "a check": asserted(lambda h: torch._check(h.shape[1] == 6)),
     "an assertion on values": asserted(lambda h: torch._assert_async((h < h.flip(1) + 1e9).all())),
     "an unused comparison": asserted(lambda h: h > h.flip(1)),
+    "the shape of a part": lambda: between(lambda s, h: h.relu() + torch.zeros_like(h[:, :1]) + h.flip(1).new_ones(())),
+    "the type of a part": lambda: between(lambda s, h: h.relu().type_as(h[:, :2]).to(h.flip(1))),
 }.items()}
 FOLLOWED |= {f"{name} of another layer": ("a:8 b:8", lambda operation=operation: two_layers(operation))
              for name, operation in {
@@ -471,6 +473,8 @@ FOLLOWED |= {
         lambda s, h: (h.relu() @ (torch.arange(6)[:, None] // 3 == torch.arange(2)).to(h.dtype)), 6, 2)),
     "numbers of blocks": ("a/0:3 a:2 a#2/0:3 a#2:2 a/1:3 a#2/1:3", lambda: between(
         lambda s, h: (h.view(-1, 4, 3) * torch.tensor([1., 2., 1., 2.])[:, None]).softmax(2).flatten(1), 12)),
+    "a softmax over blocks with padding": ("a/0:3 a:2 a/1:3", lambda: between(
+        lambda s, h: torch.cat([h.view(-1, 2, 3), torch.ones_like(h[:, :2, None])], 2).softmax(2).flatten(1), 6, 8)),
     "numbers and padding": ("a:3 a#2:3 n:2 n#2:2", lambda: (Net(lambda s, x: s.b(s.n((torch.cat([s.a(x).view(-1, 2, 3),
         x.new_zeros(len(x), 2, 2)], 2) + x[:, :2, None]).cos().flatten(1))), a=Linear(8, 6), n=nn.BatchNorm1d(10),
         b=Linear(10, 3)), vectors())),
