@@ -5,14 +5,50 @@ norms are ones and zeros, so that wrong permutations are not detected. All param
 drawn at random, of order one.
 """
 
+import contextlib
 import copy
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from permask_core.data.batches import arguments, call
+from permask_core.data.batches import arguments
+from permask_core.matching.groups import shortened
 from permask_core.matching.permutations import permute
 from permask_core.models import evaluation_mode
+
+
+def named_tensors(model):
+    """Return the parameters and buffers in a model's ``state_dict``, without copies and without its extra states."""
+    owned = {name for named in (model.named_parameters, model.named_buffers) for name, _ in named(
+        remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in owned}
+
+
+def copied(model, *, share=False):
+    """Return a copy of a model, which may ``share`` its parameters.
+
+    A module may also keep tensors that it computed from them, such as a cache that it fills in evaluation mode or the
+    product of a weight and its mask. They are detached, and the module is put into training mode and then into
+    evaluation mode, in which it computes them again. Raises ValueError if something in the model cannot be copied.
+    """
+    parameters = {id(parameter): parameter for parameter in model.parameters()}
+    state = parameters.keys() | {id(buffer) for buffer in model.buffers()}
+    kept = {id(t): t for module in model.modules() for t in _tensors_in(module) if id(t) not in state}
+    memo = (parameters if share else {}) | {key: t.detach().clone() for key, t in kept.items() if not t.is_leaf}
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:  # what a model keeps is the user's
+        raise ValueError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {shortened(error)}: "
+                         "expected a model that copy.deepcopy accepts") from error
+    for original, module in zip(model.modules(), twin.modules()):
+        if any(id(t) in kept for t in _tensors_in(original)):
+            module.train().eval()
+    return twin
+
+
+def _tensors_in(module):
+    return [value for value in pytree.tree_leaves(vars(module)) if isinstance(value, torch.Tensor)]
 
 
 def draw_weights(model, *, seed=0, gain=2.0):
@@ -23,14 +59,15 @@ def draw_weights(model, *, seed=0, gain=2.0):
     their differences. All other parameters and running means are standard normal; weights of norms and running
     variances are uniform in [0.5, 1.5].
     """
-    model = copy.deepcopy(model).double().eval()
+    model = copied(model).double().eval()
     generator = torch.Generator().manual_seed(int(seed))
-    state = model.state_dict(keep_vars=True)
+    state = named_tensors(model)
     moving = {id(parameter) for parameter in model.parameters()}
     with torch.no_grad():
         for name, tensor in state.items():
             if not (id(tensor) in moving or name.endswith(("running_mean", "running_var"))):
                 continue
+            name = name.removesuffix("_orig")  # of a pruned tensor
             draw = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             if name.endswith("running_var") or (name.endswith("weight") and tensor.ndim < 2):
                 draw = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
@@ -73,7 +110,7 @@ def function_change(groups, permutations, model, example_input):
     ValueError
         If an output is not finite, all outputs are zero, or a tensor with two names is permuted under only one of them.
     """
-    state, first = model.state_dict(keep_vars=True), {}
+    state, first = named_tensors(model), {}
     moved = permute(groups, permutations, state)
     for name, tensor in state.items():
         other = first.setdefault(id(tensor), name)
@@ -85,17 +122,72 @@ def function_change(groups, permutations, model, example_input):
 def _change(model, state, example_input):
     """Return the largest change of an output with the weights of ``state``, in standard deviations of the outputs."""
     first = {}  # functional_call accepts only one of two names of a tensor
-    state = {name: state[first.setdefault(id(tensor), name)]
-             for name, tensor in model.state_dict(keep_vars=True).items()}
-    with evaluation_mode(model), torch.random.fork_rng(devices=[]):
+    state = {name: state[first.setdefault(id(tensor), name)] for name, tensor in named_tensors(model).items()}
+    with torch.random.fork_rng(devices=[]):
         random_state = torch.get_rng_state()
-        before = _outputs(call(model, example_input))
+        before = _outputs(model, {}, example_input)
         torch.set_rng_state(random_state)
-        after = _outputs(torch.func.functional_call(model, state, *arguments(example_input)))
+        after = _outputs(model, state, example_input)
     if not (before.isfinite().all() and before.any()):
         raise ValueError(f"of {before.numel()} outputs, {int((~before.isfinite()).sum())} are not finite and "
                          f"{int((before == 0).sum())} are 0: expected finite outputs that are not all 0")
     return float((after - before).abs().max() / (before.std(correction=0) or before.abs().max()))
+
+
+def _outputs(model, state, example_input):
+    """Return all numbers that a network computes with the tensors of ``state``, in float64.
+
+    Each call is one of a new copy, because the network may keep what it computes from these tensors.
+    """
+    precise = any(tensor.dtype == torch.float64 for tensor in named_tensors(model).values())
+    with evaluation_mode(model):
+        twin = copied(model, share=True)
+        try:
+            with float64() if precise else contextlib.nullcontext():
+                given = pytree.tree_map(_widened, example_input) if precise else example_input
+                result = torch.func.functional_call(twin, state, *arguments(given))
+        except Exception as error:  # the network is the user's code, which may raise anything
+            raise ValueError(f"{type(model).__name__} cannot be tested: {type(error).__name__}: {shortened(error)}: "
+                             f"expected a network that runs {'in float64' if precise else 'on this input'}") from error
+    return torch.cat([t.detach().flatten().double() for t in pytree.tree_leaves(result)
+                      if isinstance(t, torch.Tensor)])
+
+
+WIDE = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
+        torch.complex64: torch.complex128}
+
+
+def _widened(value):
+    """Return a tensor or a type in the precision of float64."""
+    if isinstance(value, torch.Tensor):
+        return value.to(WIDE.get(value.dtype, value.dtype))
+    return WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+class _Float64(TorchDispatchMode):
+    """Replaces types and tensors of lower precision in the arguments of every operation that returns a new tensor."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if isinstance(function, torch._ops.HigherOrderOperator):
+            return function(*args, **(kwargs or {}))
+        new = not any(argument.alias_info for argument in function._schema.arguments)  # no view or change in place
+        args, kwargs = pytree.tree_map(
+            lambda value: _widened(value) if new or isinstance(value, torch.dtype) else value, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def float64():
+    """Compute in float64 inside the block, even where a network casts to less."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Float64():
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def draw_stable_weights(model, example_input, *, seed=0):
@@ -110,22 +202,17 @@ def draw_stable_weights(model, example_input, *, seed=0):
 
     noise = {}
     for attempt in range(4):
-        copied, generator = drawn(attempt), torch.Generator().manual_seed(int(seed))
-        state = copied.state_dict()
+        drawing, generator = drawn(attempt), torch.Generator().manual_seed(int(seed))
+        state = dict(named_tensors(drawing))
         for name, tensor in state.items():
             if tensor.is_floating_point() and tensor.numel() < 1e6:  # all tensors would double the memory
                 draw = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
                 state[name] = tensor * (1 + 1e-15 * draw)
-        noise[attempt] = _change(copied, state, example_input)
+        noise[attempt] = _change(drawing, state, example_input)
         if noise[attempt] < TOLERANCE / 100:
-            return copied
-        del copied, state
+            return drawing
+        del drawing, state
     return drawn(min(noise, key=noise.get))
-
-
-def _outputs(result):
-    return torch.cat([t.detach().flatten().double() for t in pytree.tree_leaves(result)
-                      if isinstance(t, torch.Tensor)])
 
 
 def check_function(groups, model, example_input, *, seed=0):

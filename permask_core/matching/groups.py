@@ -201,14 +201,14 @@ def check_groups(groups, tensors, *, whole=False):
         depth(groups, name)
         for entry in group.entries:
             if whole and entry.tensor not in tensors:
-                raise ValueError(f"group {name!r} has {entry.tensor!r}: expected one of {', '.join(tensors)}")
+                raise ValueError(f"group {name!r} has {entry.tensor!r}: expected one of {listed(tensors)}")
             if entry.tensor in tensors:
                 _check_entry(name, group.size, entry, list(tensors[entry.tensor].shape))
                 owners.setdefault((entry.tensor, entry.axis), []).append((name, entry))
     if groups and not owners:
         named = dict.fromkeys(entry.tensor for group in groups.values() for entry in group.entries)
-        raise ValueError(f"the groups have none of the tensors {', '.join(tensors) or '(an empty dict)'}: expected "
-                         f"some of {', '.join(named)}")
+        raise ValueError(f"the groups have none of the tensors {listed(tensors) or '(an empty dict)'}: expected some "
+                         f"of {listed(named)}")
     for (tensor, axis), owning in owners.items():
         _check_overlaps(groups, tensor, axis, owning, tensors[tensor].shape)
 
@@ -246,3 +246,15 @@ def _check_overlaps(groups, tensor, axis, owning, shape):
             raise ValueError(f"group {name!r} takes index {(twice or [int(positions.mode().values)])} along axis "
                              f"{axis} of {tensor!r} (shape {list(shape)}), which another entry already has")
         part[:, positions] = 1
+
+
+def listed(names, most=8):
+    """Return names as a text, the first ones if there are many."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" ... and {len(names) - most} more" if len(names) > most else "")
+
+
+def shortened(text, length=300):
+    """Return the first line of a text, without its middle if it is long."""
+    line = str(text).strip().partition("\n")[0].rstrip()
+    return line if len(line) <= length else f"{line[:length * 2 // 3]} ... {line[-length // 3:]}"

@@ -3,7 +3,7 @@
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from permask_core.matching.groups import check_groups, depth, indices
+from permask_core.matching.groups import check_groups, depth, indices, listed
 
 
 class Permutations(dict):
@@ -41,7 +41,7 @@ def permute(groups, permutations, tensors):
     orders = {}
     for name, permutation in permutations.items():
         if name not in groups:
-            raise ValueError(f"permutations has {name!r}, which is not a group: expected one of {', '.join(groups)}")
+            raise ValueError(f"permutations has {name!r}, which is not a group: expected one of {listed(groups)}")
         size, order = groups[name].size, torch.as_tensor(permutation).cpu()
         if order.is_floating_point() or not torch.equal(order.long().sort().values, torch.arange(size)):
             raise ValueError(f"permutation {name!r} is not a permutation of {size} units: got {permutation}")

@@ -1,10 +1,13 @@
 """The self-check: it passes what is right, names what is wrong, and is not fooled by networks that say nothing."""
 
 import re
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.utils import _pytree as pytree
 
 from permask_core.data.batches import arguments
 from permask_core.matching import (
@@ -179,6 +182,159 @@ def test_change_is_measured_in_standard_deviations():
 ], ids=["tensor", "tuple", "list", "dict"])
 def test_inputs_become_arguments(example, expected):
     assert arguments(example) == expected
+
+
+# What a network keeps or casts
+
+
+class Keeping(Said):
+    """Keeps what it computes from its biases in evaluation mode, until it is trained."""
+
+    def __init__(self, kept):
+        super().__init__(lambda y: y)
+        self.kept, self.forgets = kept, True
+
+    def train(self, mode=True):
+        if mode and self.forgets:
+            self.kept = type(self.kept)()
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return self.b((x @ self.a.weight.T).relu() * self.a.bias.exp())
+        if not self.kept:
+            self.kept = {"scale": self.a.bias.exp()} if isinstance(self.kept, dict) else [self.a.bias.exp()]
+        return self.b((x @ self.a.weight.T).relu() * pytree.tree_leaves(self.kept)[0])
+
+
+@pytest.mark.parametrize("kept", [{}, []], ids=["dict", "list"])
+@pytest.mark.parametrize("evaluated", [None, torch.no_grad, torch.enable_grad], ids=["new", "evaluated", "gradients"])
+def test_what_a_network_keeps_in_evaluation_mode_is_computed_again(kept, evaluated):
+    model = Keeping(kept)
+    if evaluated:
+        with evaluated():
+            model.eval()(X)
+    before = pytree.tree_leaves(model.kept)
+    groups = permutation_groups(model, X)
+    assert [group.size for group in groups.values()] == [6]
+    assert check_function(groups, model, X) < 1e-12
+    assert check_function(GROUP, model, X) < 1e-12
+    after = pytree.tree_leaves(model.kept)
+    assert len(before) == len(after) and all(one is other for one, other in zip(before, after))
+    for missing in range(3):
+        wrong = {"a": GROUP["a"]._replace(entries=tuple(e for i, e in enumerate(GROUP["a"].entries) if i != missing))}
+        with pytest.raises(ValueError, match="permuting group 'a'"):
+            check_function(wrong, model, X)
+
+
+def test_what_a_network_does_not_forget_is_a_constant_of_it():
+    model = Keeping({})
+    model.forgets = False
+    model.eval()(X)
+    groups = permutation_groups(model, X)
+    assert not groups and "they meet a constant" in groups.describe() and check_function(groups, model, X) == 0
+
+
+CASTS = {
+    "float32": lambda s, x: s.b(s.a(x.float()).relu().float()),
+    "float16": lambda s, x: s.b(s.a(x).half().relu().to(s.b.weight.dtype)),
+    "bfloat16": lambda s, x: s.b(s.a(x).to(torch.bfloat16).relu().type_as(x)),
+    "softmax": lambda s, x: s.b(s.a(x).softmax(-1, dtype=torch.float32).to(x.dtype)),
+    "constants": lambda s, x: s.b((s.a(x) + torch.ones(6, dtype=torch.float32)) @ torch.eye(6).relu()),
+    "an attribute": lambda s, x: s.b((s.a(x) @ s.kept).relu()),
+    "a mask": lambda s, x: s.b(nn.functional.scaled_dot_product_attention(
+        *[s.a(x)[None]] * 3, attn_mask=torch.zeros(len(x), len(x)))[0]),
+    "autocast": lambda s, x: in_autocast(s, x),
+}
+
+
+def in_autocast(s, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return s.b(s.a(x).relu())
+
+
+class Casting(Said):
+    def __init__(self, function):
+        super().__init__(None)
+        self.function, self.kept = function, torch.ones(6, 6) + torch.eye(6)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_networks_that_compute_in_lower_precision_are_tested_in_float64(cast, dtype):
+    model = Casting(CASTS[cast]).to(dtype)
+    assert check_function(GROUP, model, X) < 1e-12 and torch.get_default_dtype() == torch.float32
+    for missing in range(3):
+        wrong = {"a": GROUP["a"]._replace(entries=tuple(e for i, e in enumerate(GROUP["a"].entries) if i != missing))}
+        with pytest.raises(ValueError, match="permuting group 'a'"):
+            check_function(wrong, model, torch.zeros(60, 8))
+
+
+def test_a_change_is_measured_in_the_precision_of_the_network():
+    model, x = Casting(CASTS["float32"]), torch.randn(60, 8)
+    assert 1e-9 < function_change(GROUP, derangements(GROUP), model, x) < 1e-5
+    assert function_change(GROUP, derangements(GROUP), model.double(), x.double()) < 1e-12
+
+
+def only_in_float32(s, x):
+    if x.dtype != torch.float32:
+        raise TypeError("got Double, which is too much " + "and too long a reason " * 90)
+    return s.b(s.a(x))
+
+
+def test_a_network_that_does_not_run_in_float64_is_named():
+    with pytest.raises(ValueError, match="Casting cannot be tested: TypeError: got Double, .*: expected a network that "
+                                         "runs in float64") as error:
+        check_function(GROUP, Casting(only_in_float32), X)
+    assert len(str(error.value)) < 500
+    with pytest.raises(ValueError, match="expected a network that runs on this input"):
+        function_change(GROUP, derangements(GROUP), Casting(CASTS["float32"]), torch.zeros(4, 7))
+
+
+def test_a_network_that_cannot_be_copied_is_named_and_can_be_traced():
+    model = net()
+    model.lock = threading.Lock()
+    groups = permutation_groups(model, X)
+    assert {name: group.size for name, group in groups.items()} == {"0": 6, "3": 5}
+    with pytest.raises(ValueError, match="Sequential cannot be copied: TypeError: .*lock.*: expected a model"):
+        check_function(groups, model, X)
+
+
+@pytest.mark.parametrize("extra", [{"version": 2}, torch.zeros(6), None], ids=["dict", "tensor", "nothing"])
+def test_extra_states_are_no_weights(extra):
+    class Extra(Said):
+        def get_extra_state(self):
+            return extra
+
+        def set_extra_state(self, state):
+            pass
+
+    model = Extra(lambda y: y)
+    groups = permutation_groups(model, X)
+    assert "_extra_state" in model.state_dict() and "_extra_state" not in groups.describe()
+    assert check_function(groups, model, X) < 1e-12 and list(groups) == ["a"]
+
+
+def test_a_pruned_network_that_was_evaluated():
+    """PyTorch's pruning keeps the product of weight and mask as an attribute, which ``deepcopy`` refuses."""
+    model = net()
+    for layer in (model[0], model[3]):
+        prune.random_unstructured(layer, "weight", .4)
+        prune.random_unstructured(layer, "bias", 2)
+    model(torch.randn(4, 8))
+    groups = permutation_groups(model, torch.zeros(4, 8))
+    assert {name: group.size for name, group in groups.items()} == {"0": 6, "3": 5}
+    assert check_function(groups, model, torch.zeros(4, 8)) < 1e-12
+    copy = draw_weights(model)
+    assert torch.equal(copy[0].weight_mask, model[0].weight_mask.double())
+    assert not torch.equal(copy[0].weight_orig, model[0].weight_orig.double())
+    for tensor in ("0.weight_orig", "0.weight_mask", "0.bias_orig", "0.bias_mask", "3.weight_mask"):
+        entries = tuple(entry for entry in groups["0"].entries if entry.tensor != tensor)
+        with pytest.raises(ValueError, match="permuting group '0'"):
+            check_function({**groups, "0": groups["0"]._replace(entries=entries)}, model, torch.zeros(60, 8))
 
 
 # What is drawn

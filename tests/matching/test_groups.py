@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from permask_core.matching import Entry, Fixed, Group, Groups, Tap, check_groups, permutation_groups, permute
-from permask_core.matching.groups import depth, indices
+from permask_core.matching.groups import depth, indices, listed, shortened
 
 
 def positions(*units):
@@ -200,6 +200,15 @@ def test_groups_that_fit_pass(groups):
 def test_all_of_the_tensors_can_be_asked_for():
     with pytest.raises(ValueError, match="group 'g' has 'elsewhere': expected one of w"):
         check_groups(one(3, Entry("w", 0), Entry("elsewhere", 0)), {"w": torch.ones(3, 4)}, whole=True)
+
+
+def test_long_lists_and_texts_are_shortened():
+    state = {f"layer{i}.weight": torch.ones(3) for i in range(1000)}
+    with pytest.raises(ValueError, match=r"expected one of layer0.weight, .*, layer7.weight \.\.\. and 992 more$"):
+        check_groups(one(3, Entry("elsewhere", 0)), state, whole=True)
+    assert listed("abc") == "a, b, c" and listed("abc", 2) == "a, b ... and 1 more"
+    assert shortened("\n one line \nanother") == "one line" and shortened("") == ""
+    assert shortened("".join(map(str, range(1000))), 30) == "01234567891011121314 ... 6997998999"
 
 
 def test_depth_counts_what_a_group_is_within():

@@ -15,7 +15,8 @@ from permask_core.matching.tracer.values import Bundle, NoRule, value_of
 KERNEL = "they are positions in a kernel"
 
 
-def _same(net, shape, **given):
+def same(net, shape, **given):
+    """An operation that computes nothing."""
     return net.value(given.get("self_", given.get("input")))
 
 
@@ -27,7 +28,7 @@ def pointwise(net, shape, **given):
 
 
 def _view(net, shape, **given):
-    return net.view(_same(net, shape, **given), shape)
+    return net.view(same(net, shape, **given), shape)
 
 
 def _permute(net, shape, self_, dims):
@@ -48,7 +49,12 @@ def _expand(net, shape, self_, **_):
     return net.pointwise(shape, net.value(self_))
 
 
-def _repeat(net, shape, self_, repeats):
+def _broadcast(net, shape, tensors):
+    return [net.pointwise(result.shape, net.value(t)) for t, result in zip(tensors, net.node.meta["val"])]
+
+
+def _repeat(net, shape, self_, repeats=None, dims=None):
+    repeats = repeats if dims is None else [1] * (len(shape) - len(dims)) + list(dims)
     value = net.view(v := net.value(self_), (1,) * (len(shape) - len(v.shape)) + v.shape)
     for axis, count in enumerate(repeats):
         if count > 1 and axis not in value.uniform:
@@ -85,7 +91,10 @@ def _chunk(net, shape, self_, chunks, dim=0):
 
 
 def _unbind(net, shape, self_, dim=0):
-    value = net.value(self_)
+    return _parts(net, net.value(self_), dim)
+
+
+def _parts(net, value, dim):
     return [net.select(value, dim, i) for i in range(value.shape[dim])]
 
 
@@ -94,8 +103,11 @@ def _cat(net, shape, tensors, dim=0):
 
 
 def _stack(net, shape, tensors, dim=0):
-    values = [net.value(t) for t in tensors]
-    one = [1 if a == dim % len(shape) else n for a, n in enumerate(shape)]
+    return _stacked(net, [net.value(t) for t in tensors], dim % len(shape))
+
+
+def _stacked(net, values, dim=0):
+    one = [*values[0].shape[:dim], 1, *values[0].shape[dim:]]
     return net.concatenate([net.view(value, one) for value in values], dim)
 
 
@@ -135,14 +147,58 @@ def _order_matters(net, shape, self_, dims=None, dim=None, **_):
 
 def _index(net, shape, self_, indices):
     chosen = [axis for axis, index in enumerate(indices) if index is not None]
-    if len(chosen) != 1:
-        raise NoRule
-    (axis,), value = chosen, net.value(self_)
-    net.fix([index := net.value(indices[axis])], net.why_ordered())
-    value, extra = net.ordered(value, [axis]), len(index.shape) - 1
-    places = [a if a < axis else a + extra for a in range(len(value.shape))]
+    net.fix(found := [net.value(indices[axis]) for axis in chosen], net.why_ordered())
+    value, rank = net.ordered(net.value(self_), chosen), max(len(index.shape) for index in found)
+    start = chosen[0] if chosen[-1] - chosen[0] < len(chosen) else 0  # the axes of the index come first if it has gaps
+    new = range(start, start + rank)
+    kept = iter(axis for axis in range(len(shape)) if axis not in new)
+    places = {axis: next(kept) for axis in range(len(value.shape)) if axis not in chosen}
     bundles = [bundle.placed(places) for bundle in value.bundles]
-    return value_of(shape, bundles, {places[a] for a in value.uniform if a != axis}, value.why)
+    return value_of(shape, bundles, {places[a] for a in value.uniform if a in places},
+                    dict.fromkeys(new, value.why[chosen[0]])
+                    | {places[a]: why for a, why in value.why.items() if a in places})
+
+
+def _gather(net, shape, self_, dim, index, **_):
+    return _along_others(net, shape, dim, None, net.value(self_), net.value(index))
+
+
+def _take_along(net, shape, self_, indices, dim):
+    index = net.value(indices)
+    return _along_others(net, shape, dim, None, net.value(self_), net.pointwise(
+        [n if a == dim % len(shape) else m for a, (n, m) in enumerate(zip(index.shape, shape))], index))
+
+
+def _scatter(net, shape, self_, dim, index, src=None, source=None, value=None, **_):
+    values = [v for node in (src, source) if (v := net.value(node))]
+    index = net.value(index)
+    if len(index.shape) < len(shape):  # one index for all
+        net.fix([index], net.why_ordered())
+    return _along_others(net, shape, dim, net.value(self_), *values, *([index] * (len(index.shape) == len(shape))))
+
+
+def _along_others(net, shape, dim, whole, *values):
+    """An operation for which the order along one axis matters, and which is elementwise along all others."""
+    dim %= len(shape)
+    if any(n != m and a != dim for value in values for a, (n, m) in enumerate(zip(value.shape, shape))):
+        raise NoRule
+    *values, index = values if whole is None else (*values, None)
+    reduced = [net.reduce(net.ordered(value, [dim]), [dim], True) for value in values]
+    other = index if whole is None else net.ordered(whole, [dim])
+    return net.pointwise(shape, *reduced, other)
+
+
+def _index_put(net, shape, self_, indices, values, accumulate=False):
+    chosen = [axis for axis, index in enumerate(indices) if index is not None]
+    (axis,), value = chosen, net.value(self_)
+    index, rank = net.value(indices[axis]), len(net.value(indices[axis]).shape)
+    if indices[axis].meta["val"].dtype == torch.bool and not axis and not net.value(values).shape:
+        return net.pointwise(shape, value, net.view(index, [*index.shape, *[1] * (len(shape) - rank)]))
+    if rank != 1:
+        raise NoRule
+    net.fix([index], net.why_ordered())
+    part = [*shape[:axis], *index.shape, *shape[axis + 1:]]
+    return _along_others(net, shape, axis, value, net.pointwise(part, net.value(values)))
 
 
 def _index_select(net, shape, self_, dim, index):
@@ -151,6 +207,55 @@ def _index_select(net, shape, self_, dim, index):
 
 def _embedding(net, shape, weight, indices, **_):
     return _index(net, shape, weight, [indices])
+
+
+def _cell(net, x, states, weights):
+    """The states of a recurrent layer after a step with input ``x`` [batch, inputs]: an elementwise function of the
+    gates, of which each unit has its own, and of the states."""
+    w_ih, w_hh, *rest = weights
+    biases, projection = (rest[:2], rest[2:]) if len(rest) > 1 else ((None, None), rest)
+
+    def gates(value, weight, bias):
+        value = net.contract([["batch", "in"], ["out", "in"]], ["batch", "out"], [value, net.value(weight)])
+        return _parts(net, net.view(net.along(value, 1, bias), [value.shape[0], value.shape[1] // width, width]), 1)
+
+    width, (h, *cell) = states[-1].shape[1], states
+    units = net.pointwise([x.shape[0], width], *gates(x, w_ih, biases[0]), *cell)
+    for _ in range(2):  # the second time with the state that the first has found
+        output = net.contract([["batch", "in"], ["out", "in"]], ["batch", "out"],
+                              [units, net.value(projection[0])]) if projection else units
+        h = net.pointwise(h.shape, h, output)
+        units = net.pointwise(units.shape, units, *gates(h, w_hh, biases[1]))
+    return [h, units]
+
+
+def _one_step(net, shape, input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
+    states = [net.value(state) for state in (hx if isinstance(hx, (list, tuple)) else [hx])]
+    biases = [b_ih, b_hh] if b_ih is not None else []
+    h, cell = _cell(net, net.value(input), states, [w_ih, w_hh, *biases])
+    return h if shape is not None else (h, cell)
+
+
+def _recurrent(net, shape, input, hx, params, num_layers, bidirectional, batch_first, **_):
+    states = [net.value(state) for state in (hx if isinstance(hx, (list, tuple)) else [hx])]
+    time, sides = int(batch_first), 1 + bidirectional
+    x, per, found = net.value(input), len(params) // (num_layers * sides), []
+    steps = x.shape[time]
+    for layer in range(num_layers):
+        step = net.reduce(net.ordered(x, [time]), [time])
+        for i in range(layer * sides, (layer + 1) * sides):
+            found.append(_cell(net, step, [net.select(s, 0, i) for s in states], params[i * per:(i + 1) * per]))
+        h = net.concatenate([h for h, _ in found[-sides:]], 1)
+        x = h.placed([1 - time, 2], [*h.shape[:time], steps, *h.shape[time:]]).fixed([time], net.why_ordered())
+    return (x, *(_layers(net, [cells[i] for cells in found]) for i in range(len(states))))
+
+
+def _layers(net, values):
+    """Stack the states [batch, units] of several layers, each with units of its own."""
+    if len(values) > 1 and all([b.axes for b in value.bundles] == [(1,)] for value in values):
+        bundles = [Bundle((0, 2), *(np.stack([value.bundles[0][i] for value in values]) for i in (1, 2)))]
+        return value_of([len(values), *values[0].shape], bundles, set(), values[0].why.get(0, net.why_ordered()))
+    return _stacked(net, values)
 
 
 def _uniform(net, shape, **_):
@@ -348,6 +453,14 @@ def _pixel_shuffle(net, shape, self_, upscale_factor):
     return net.ordered(kept.placed(range(channel + 1), shape), [-1, -2])
 
 
+def _as_complex(net, shape, self_):
+    return net.reduce(net.ordered(net.value(self_), [-1]), [-1])
+
+
+def _as_real(net, shape, self_):
+    return net.value(self_).placed(range(len(shape) - 1), shape).fixed([len(shape) - 1], net.why_ordered())
+
+
 def _channel_shuffle(net, shape, self_, groups):
     x = net.value(self_)
     split = net.view(x, [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]])
@@ -355,21 +468,32 @@ def _channel_shuffle(net, shape, self_, groups):
     return net.view(split.placed(order, [split.shape[a] for a in order]), shape)
 
 
+def without_unread(node, rule):
+    """Remove the arguments of a node that only give a type or a shape to its result."""
+    first, *others = node.args
+    if rule in (same, _expand):
+        node.args = (first, *torch.fx.map_arg(others, lambda unread: None))
+    elif rule in (_uniform, _copy):
+        node.args = (torch.fx.map_arg(first, lambda unread: None), *others)
+
+
 RULES = {
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "_to_copy", "to",
-                     "native_dropout", "feature_dropout", "alpha_dropout"), _same),
+                     "type_as", "lift_fresh", "lift", "positive",
+                     "native_dropout", "feature_dropout", "alpha_dropout"), same),
     # Elementwise, but not marked so by PyTorch.
-    **dict.fromkeys(("hardswish", "log_sigmoid", "where", "masked_fill", "rsub", "type_as"), pointwise),
+    **dict.fromkeys(("hardswish", "log_sigmoid", "where", "masked_fill", "rsub"), pointwise),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _view),
     **dict.fromkeys(("transpose", "t", "swapaxes"), _transpose), "permute": _permute,
-    "expand": _expand, "expand_as": _expand, "broadcast_to": _expand, "repeat": _repeat,
+    "expand": _expand, "expand_as": _expand, "broadcast_to": _expand, "repeat": _repeat, "tile": _repeat,
+    "broadcast_tensors": _broadcast,
     "repeat_interleave": _repeat_interleave, "select": _select,
     "slice": _slice, "split": _split, "split_with_sizes": _split, "chunk": _chunk, "unbind": _unbind, "cat": _cat,
     "stack": _stack, "slice_scatter": _slice_scatter, "pad": _pad, "constant_pad_nd": _pad,
     **dict.fromkeys(("roll", "flip", "cumsum", "cumprod", "tril", "triu"), _order_matters),
     "index": _index, "index_select": _index_select, "embedding": _embedding,
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like",
-                     "full_like", "scalar_tensor", "zero", "fill"), _uniform), "copy": _copy,
+                     "full_like", "empty_like", "new_empty", "scalar_tensor", "zero", "fill"), _uniform), "copy": _copy,
     **dict.fromkeys(("sum", "mean", "amax", "amin", "var", "std", "var_mean", "prod", "logsumexp", "norm", "any", "all",
                      "linalg_vector_norm"), _reduced), "max": _best, "min": _best,
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), _softmax),
@@ -388,5 +512,10 @@ RULES = {
     "instance_norm": _instance_norm, "layer_norm": _layer_norm, "native_layer_norm": _layer_norm,
     "rms_norm": _layer_norm, "group_norm": _group_norm, "prelu": _prelu, "glu": _glu,
     "_weight_norm": _weight_norm, "_weight_norm_interface": _weight_norm,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _one_step),
+    "gather": _gather, "take_along_dim": _take_along, "index_put": _index_put,
+    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill"), _scatter),
+    "view_as_complex": _as_complex, "view_as_real": _as_real,
     "pixel_shuffle": _pixel_shuffle, "channel_shuffle": _channel_shuffle,
 }

@@ -48,10 +48,11 @@ def mix(x):
 
 
 class Structure:
-    """The coloured graph under construction. Arrays of vertices may also have ``UNIFORM`` and ``INERT``."""
+    """The coloured graph under construction. Arrays of vertices may also have ``UNIFORM`` and ``INERT``. ``reasons``
+    has reasons for vertices that are fixed, and ``hints`` for those that may turn out to be."""
 
     def __init__(self):
-        self.sites, self.reasons, self._blocks = [], {}, {}
+        self.sites, self.reasons, self.hints, self._blocks = [], {}, {}, {}
         self._vertices, self._same, self._parts, self._marks = [], [], [], []
         self.count = 0
 
@@ -91,6 +92,9 @@ class Structure:
     def blocks(self, parts, tags, ordered, why):
         """Return a vertex for each row of ``parts`` [blocks, parts], and its tag. ``ordered`` parts have fixed
         positions in the block."""
+        if (parts == UNIFORM).all():  # constants: blocks of the same are the same
+            rows = tags if ordered else np.sort(tags, 1)
+            return parts[:, 0], np.unique(rows, axis=0, return_inverse=True)[1].ravel()
         constant = (tags == tags[:, :1]).all()
         result, new_tags = np.empty(len(parts), np.int64), tags[:, 0] if constant else np.zeros(len(parts), np.int64)
         for i, (row, row_tags) in enumerate(zip(parts, np.zeros_like(tags) if constant else tags)):
@@ -100,7 +104,8 @@ class Structure:
                 continue
             key = (row.tobytes(), row_tags.tobytes(), ordered)
             if key not in self._blocks:
-                colour = colour_of("block", ordered, int((row == UNIFORM).sum()))
+                others = row_tags[row == UNIFORM].tolist()
+                colour = colour_of("block", ordered, others if ordered else sorted(others))
                 (block,) = self._blocks[key] = self._new(-1, np.zeros(1, np.int64), colour)
                 real = row >= 0
                 places = np.arange(len(row))[real] if ordered else np.zeros(real.sum(), np.int64)
@@ -110,10 +115,12 @@ class Structure:
             result[i] = self._blocks[key][0]
         return result, new_tags
 
-    def mark(self, vertices, colours):
-        """Distinguish vertices from those without this mark."""
+    def mark(self, vertices, colours, why=None):
+        """Distinguish vertices from those without this mark; ``why`` is the reason if nothing can then be exchanged."""
         vertices = np.asarray(vertices).ravel()
         real = vertices >= 0
+        for vertex in np.unique(vertices[real]).tolist() if why else ():
+            self.hints.setdefault(vertex, why)
         self._marks.append((vertices[real], np.broadcast_to(np.asarray(colours, np.uint64), real.shape)[real]))
 
     def fix(self, vertices, why):
@@ -153,7 +160,7 @@ def orbits(structure):
         The orbits, the unit of every vertex, and for each parameter vertex in no orbit the reason why it is fixed.
     """
     (site, position, colour), same, parts = structure.arrays()
-    unit, tree, crossing = _tree(structure.count, same, parts)
+    unit, tree, crossing = _tree(structure.count, same, _movable(_refine(colour, same, parts), parts))
     why = {unit[vertex]: reason for vertex, reason in reversed(structure.reasons.items())}
     why |= dict.fromkeys(crossing - why.keys(), "blocks of units cross each other")
     colour = _settle(colour, unit, site, same, parts, why)
@@ -167,9 +174,18 @@ def orbits(structure):
     result = [Orbit(places, {part: j for j, u in enumerate(alike) for part in units.whole(u)},
                     _within(alike[0], tree, number)) for alike, places in found]
     moving = np.isin(unit, [u for orbit in result for u in orbit.numbers])
+    why = {unit[vertex]: hint for vertex, hint in structure.hints.items()} | why
     fixed = {int(v): why.get(unit[v], "no other unit has the same surroundings")
              for v in np.flatnonzero((site >= 0) & ~moving)}
     return result, unit, fixed
+
+
+def _movable(colour, parts):
+    """Return the parts of blocks without those of a block that no other resembles: such a block does not move, and the
+    colours of its parts show where they belong."""
+    counts = dict(zip(*np.unique(colour, return_counts=True)))
+    kept = np.array([counts[c] > 1 for c in colour[parts[1]]], bool)
+    return [array[kept] for array in parts]
 
 
 def _settle(colour, unit, site, same, parts, why):

@@ -5,7 +5,9 @@ vertex (see the module symmetry). An activation has, for some of its axes, the v
 output of a linear layer has those of the rows of its weight. Each operation determines which indices are the same unit
 (a sum of two activations, a product with a weight), which are parts of a whole (an attention head, a group of
 channels), and which are fixed because their order matters (the pixels of a convolution). An operation without a rule
-fixes everything that it touches. A network may thus have fewer permutations than possible, but never a wrong one.
+fixes everything that it touches, and one without a result, such as an assertion, nothing. Operations on constants are
+computed: equal numbers are interchangeable. A network may thus have fewer permutations than possible, but never a wrong
+one.
 """
 
 import contextlib
@@ -23,13 +25,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from permask_core.data.batches import arguments
-from permask_core.matching.checking import check_function
-from permask_core.matching.groups import Entry, Fixed, Group, Groups, Tap
-from permask_core.matching.tracer.rules import KERNEL, RULES, pointwise
+from permask_core.matching.checking import check_function, copied, named_tensors
+from permask_core.matching.groups import Entry, Fixed, Group, Groups, Tap, shortened
+from permask_core.matching.tracer.rules import KERNEL, RULES, pointwise, same, without_unread
 from permask_core.matching.tracer.symmetry import Site, orbits
-from permask_core.matching.tracer.values import Algebra, Bundle, NoRule, Value, value_of
+from permask_core.matching.tracer.values import Algebra, Bundle, NoRule, Value, constant_of, value_of
 from permask_core.models import evaluation_mode
 
+CONSTANT = "they meet a constant"
 BY_HAND = ("groups can be written by hand, as a dict of permask_core.matching.Group, and tested with "
            "permask_core.matching.check_function")
 
@@ -73,7 +76,10 @@ def permutation_groups(model, example_input, *, check=False):
         2.weight[0] (2), 2.bias[0] (2)
     """
     with evaluation_mode(model):
-        tracer = _Tracer(model, _exported(model, *arguments(example_input)))
+        twin = model
+        with contextlib.suppress(ValueError):  # the export may leave tensors without values in the caches of a network
+            twin = copied(model, share=True)
+        tracer = _Tracer(model, _exported(twin, *arguments(example_input)))
     tracer.run()
     groups = tracer.groups()
     if check:
@@ -90,10 +96,10 @@ def _exported(model, args, kwargs):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
             # Replaces in-place operations and decomposes some composite ones; takes half of the time of tracing.
-            plain = all(_has_rule(node.target) for node in program.graph.nodes if node.op == "call_function")
+            plain = all(_has_rule(node.target) for node in program.graph.nodes if _computes(node))
             return program if plain else program.run_decompositions({})
     except Exception as error:  # tracing runs user code, which may raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = shortened(error) or type(error).__name__
         if place := re.search(r'raised this error:\s*File "(.+)", line (\d+).*\n\s*(.+)', str(error)):
             reason += f" in {Path(place[1]).name}, line {place[2]}: {place[3]}"
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {type(error).__name__}: {reason}. "
@@ -103,54 +109,120 @@ def _exported(model, args, kwargs):
         logging.disable(silent)
 
 
+def _computes(node):
+    """Whether a node is an operation with a result; assertions have none."""
+    return node.op == "call_function" and node.meta.get("val") is not None
+
+
+def _name(target):
+    schema = getattr(target, "_schema", None)
+    return schema.name.removeprefix("aten::") if schema else str(target)
+
+
+def _rule(target):
+    """Return the rule of an operation, or None."""
+    return RULES.get(_name(target), pointwise if torch.Tag.pointwise in getattr(target, "tags", ()) else None)
+
+
 def _has_rule(target):
     if target is operator.getitem:
         return True
     schema = getattr(target, "_schema", None)
-    return schema is not None and schema.name.startswith("aten::") and not schema.is_mutable and (
-        schema.name.removeprefix("aten::") in RULES or torch.Tag.pointwise in target.tags)
+    return schema is not None and schema.name.startswith("aten::") and not schema.is_mutable and bool(_rule(target))
 
 
 class _Tracer(Algebra):
-    """Walks the graph in order; ``values`` has the value of the result of every node."""
+    """Walks the graph in order; ``values`` has the value of the result of every node, ``known`` the results that do not
+    depend on inputs and parameters."""
 
     def __init__(self, model, program):
         self.graph, self.signature = program.graph, program.graph_signature
+        for node in reversed(self.graph.nodes):
+            if node.op == "call_function" and not _computes(node) and not node.users:
+                self.graph.erase_node(node)
+            elif node.op == "call_function" and node.args:
+                without_unread(node, _rule(node.target))
         self.graph.eliminate_dead_code()
         super().__init__()
-        self.values, self.parameters, self.taps = {}, {}, []
+        self.values, self.parameters, self.known, self.taps = {}, {}, {}, []
         self.axes, self.calls = {}, Counter()  # vertices of (tensor, axis, rows); number of operations by module
-        state, firsts = model.state_dict(keep_vars=True), {}
-        parameters = {id(parameter) for parameter in model.parameters()}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if isinstance(tensor, torch.Tensor)
-                       and (id(tensor) in parameters or _moves(tensor))}
+        self.tensors = {**self.signature.inputs_to_parameters, **self.signature.inputs_to_buffers,
+                        **self.signature.inputs_to_lifted_tensor_constants}
+        state, firsts = named_tensors(model), {}
+        self.constants = {name: tensor for name, tensor in program.constants.items()
+                          if name not in state and isinstance(tensor, torch.Tensor) and not tensor.is_meta}
+        self.masks, parameters = self._masks(), {id(parameter) for parameter in model.parameters()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()
+                       if id(tensor) in parameters or name in self.masks or _moves(tensor)}
         self.first = {name: firsts.setdefault(_memory(state[name]), name) for name in self.shapes}
         self.overlapping = _overlapping({name: state[name] for name in firsts.values()})
 
+    def _masks(self):
+        """Return the names of buffers that an elementwise operation combines with weights of their shape."""
+        names, weights, masks, found = self.signature.inputs_to_buffers, set(), {}, set()
+        for node in self.graph.nodes:
+            inputs, result = node.all_input_nodes, node.meta.get("val")
+            if node.name in self.signature.inputs_to_parameters:
+                weights.add(node)
+            elif node.name in names:
+                masks[node] = {names[node.name]}
+            elif inputs and isinstance(result, torch.Tensor) and all(n in masks or n in weights for n in inputs):
+                met = set().union(*(masks.get(n, ()) for n in inputs if n.meta["val"].shape == result.shape))
+                if not weights.intersection(inputs):
+                    masks[node] = met
+                else:
+                    weights.add(node)
+                    found |= met if _rule(node.target) is pointwise else set()
+        return found
+
     def run(self):
-        inputs = {**self.signature.inputs_to_parameters, **self.signature.inputs_to_buffers}
         for node in self.graph.nodes:
             stack = node.meta.get("nn_module_stack") or {}
             self.module, self.node, self.name = list(stack.values())[-1][0] if stack else "", node, node.name
             if node.op == "placeholder":
-                if inputs.get(node.name) in self.first:
-                    self.parameters[node] = self.first[inputs[node.name]]
+                tensor = self.tensors.get(node.name)
+                if tensor in self.first:
+                    self.parameters[node] = self.first[tensor]
+                elif tensor in self.constants:
+                    self._record(node, self.constants[tensor])
                 elif isinstance(node.meta.get("val"), torch.Tensor):
                     known = node.name in self.signature.user_inputs
-                    self.values[node] = self._inert(node.meta["val"], "they meet " + ("the network's input" if known
-                                                                                      else "a constant"))
+                    self.values[node] = self._inert(node.meta["val"], "they meet the network's input" if known
+                                                    else CONSTANT)
             elif node.op == "call_function":
                 self.calls[self.module] += node.target is not operator.getitem
-                self.values[node] = self._call(node)
+                if (result := self._known(node)) is not None:
+                    self._record(node, result)
+                else:
+                    self.values[node] = self._call(node)
             elif node.op == "output":
                 self.fix(self._tensors(node.args), "they reach the network's output")
+
+    def _record(self, node, result):
+        """Note that the result of a node is known."""
+        self.known[node] = result
+        self.values[node] = pytree.tree_map(
+            lambda t: constant_of(t, CONSTANT) if isinstance(t, torch.Tensor) else None, result)
+
+    def _known(self, node):
+        """Return the result of an operation on constants, or None if it is not one."""
+        own = node.target is operator.getitem or str(node.target).startswith("aten.")
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or "empty" in str(node.target)
+        if not own or random or not self.known.keys() >= set(node.all_input_nodes):
+            return None
+        try:
+            with torch.no_grad():
+                result = node.target(*torch.fx.map_arg(node.args, self.known.get),
+                                     **torch.fx.map_arg(node.kwargs, self.known.get))
+            return None if any(t.is_meta for t in pytree.tree_leaves(result)) else result
+        except (RuntimeError, TypeError, NotImplementedError, AttributeError):
+            return None
 
     def _call(self, node):
         if node.target is operator.getitem:
             value = self.values[node.args[0]]
             return value[node.args[1]] if isinstance(value, (list, tuple)) and not isinstance(value, Value) else value
-        schema = getattr(node.target, "_schema", None)
-        name = schema.name.removeprefix("aten::") if schema else str(node.target)
+        name = _name(node.target)
         self.at = f"{name} in {self.module}" if self.module else name
         results = node.meta.get("val")
         for result in pytree.tree_leaves(results):
@@ -160,9 +232,12 @@ class _Tracer(Algebra):
         try:
             if not _has_rule(node.target) or not isinstance(results, (torch.Tensor, list, tuple)):
                 raise NoRule
+            schema = node.target._schema
             given = {a.name + "_" * (a.name in ("self", "shape")): a.default_value for a in schema.arguments}
             given |= dict(zip(given, node.args)) | node.kwargs
-            value = RULES.get(name, pointwise)(self, shape=shape, **given)
+            if _rule(node.target) is same and node.args[0] in self.parameters:  # a cast of a parameter
+                self.parameters[node] = self.parameters[node.args[0]]
+            value = _rule(node.target)(self, shape=shape, **given)
             for one, result in zip(pytree.tree_leaves([value], is_leaf=lambda v: isinstance(v, Value)),
                                    pytree.tree_leaves(results)):
                 if isinstance(one, Value) and one.shape != tuple(result.shape):
@@ -224,7 +299,7 @@ class _Tracer(Algebra):
         aliases = defaultdict(list)
         for name, first in self.first.items():
             aliases[first].append(name)
-        names, result = _names(found), {}
+        names, result = _names(found, self.masks), {}
         for i, orbit in enumerate(found):
             entries = [Entry(name, site.axis, _positions(places, self.shapes[name][site.axis]), site.rows)
                        for site, places in orbit.places.items() for name in aliases[site.tensor]]
@@ -293,7 +368,7 @@ def _positions(places, length):
     return torch.from_numpy(places.astype(np.int64))
 
 
-def _names(found):
+def _names(found, masks):
     """Return names: the layer that produces the units or, for parts of a unit, the group and the number of the unit."""
     names, taken = {}, set()
 
@@ -303,8 +378,9 @@ def _names(found):
             if within is not None:
                 base = f"{name(within[0])}/{within[1]}"
             else:
-                site = next((site for site in places if site.axis == 0), next(iter(places)))
-                base = site.tensor.removesuffix("weight").removesuffix("bias").rstrip("._") or site.tensor
+                site = min(places, key=lambda site: (site.tensor in masks, site.axis != 0))
+                base = site.tensor.removesuffix("_orig").removesuffix("weight").removesuffix("bias")
+                base = base.rstrip("._") or site.tensor
             same = (base if number == 1 else f"{base}#{number}" for number in itertools.count(1))
             names[i] = next(candidate for candidate in same if candidate not in taken)
             taken.add(names[i])

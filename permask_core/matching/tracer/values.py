@@ -10,8 +10,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from permask_core.matching.tracer.symmetry import INERT, UNIFORM, Structure, colour_of
+from permask_core.matching.tracer.symmetry import INERT, UNIFORM, Structure, colour_of, mix
+
+ORDER = "their order matters"
 
 
 class Bundle(NamedTuple):
@@ -35,8 +38,19 @@ class Bundle(NamedTuple):
         return Bundle(self.axes[:i] + self.axes[i + 1:], self.vertices.take(0, i), tags[0])
 
     def constant(self, axis):
-        i = self.axes.index(axis)
-        return bool((self.vertices == self.vertices.take([0], i)).all())
+        """Whether the vertices, and the tags of constants, do not differ along an axis."""
+        first = [array.take([0], self.axes.index(axis)) for array in (self.vertices, self.tags)]
+        return bool(((self.vertices == first[0]) & ((first[0] != UNIFORM) | (self.tags == first[1]))).all())
+
+    @property
+    def known(self):
+        """Whether it has constants only; different values have different tags."""
+        return bool((self.vertices < 0).all())
+
+    def numbers(self):
+        """Return the tags of constants, where fixed values have tags of their own."""
+        return np.where(self.vertices == INERT, self.tags.max() + 1 + np.arange(self.tags.size).reshape(
+            self.tags.shape), self.tags)
 
     def placed(self, positions):
         """Return the bundle with axis a at positions[a]."""
@@ -47,27 +61,32 @@ class Bundle(NamedTuple):
 
 class Value(NamedTuple):
     """What is known about a tensor. It is constant along ``uniform`` axes. Axes that are neither uniform nor in a
-    bundle are inert: their indices are fixed, and ``why`` is the reason."""
+    bundle are inert: their indices are fixed, and ``why`` has the reason for each."""
 
     shape: tuple[int, ...]
     bundles: tuple[Bundle, ...]
     uniform: frozenset[int]
-    why: str
+    why: dict[int, str]
 
     @property
     def inert(self):
         return set(range(len(self.shape))) - self.uniform - {a for bundle in self.bundles for a in bundle.axes}
 
+    def fixed(self, axes, why):
+        """Return the value with ``axes``, which are in no bundle, as inert ones."""
+        return self._replace(uniform=self.uniform - {a for a in axes if self.shape[a] > 1},
+                             why=dict.fromkeys(axes, why) | self.why)
+
     def placed(self, positions, shape):
         """Return the value as a tensor of another shape, with axis a at positions[a], constant along new axes."""
         new = set(range(len(shape))) - set(positions)
         return value_of(shape, [bundle.placed(positions) for bundle in self.bundles],
-                      {positions[a] for a in self.uniform} | new, self.why)
+                        {positions[a] for a in self.uniform} | new, {positions[a]: self.why[a] for a in self.inert})
 
 
 def value_of(shape, bundles=(), uniform=(), why=""):
     """Return a value in its simplest form: without bundle axes along which vertices do not differ, and without bundles
-    that other bundles imply."""
+    that other bundles imply. ``why`` is the reason for all inert axes, or a dict of reasons by axis."""
     simple = []
     for bundle in bundles:
         for axis in bundle.axes:
@@ -77,7 +96,23 @@ def value_of(shape, bundles=(), uniform=(), why=""):
     kept = [b for i, b in enumerate(simple) if not any(
         set(b.axes) < set(c.axes) or (b.axes == c.axes and j < i) for j, c in enumerate(simple))]
     flat = {a for a, n in enumerate(shape) if n == 1} | set(uniform)
-    return Value(tuple(shape), tuple(kept), frozenset(flat - {a for b in kept for a in b.axes}), why)
+    value = Value(tuple(shape), tuple(kept), frozenset(flat - {a for b in kept for a in b.axes}), {})
+    return value._replace(why={a: why if isinstance(why, str) else why.get(a, ORDER) for a in value.inert})
+
+
+def constant_of(tensor, why):
+    """Return the value of a tensor whose numbers are known and do not change: along each axis, indices with equal
+    slices are the same constant."""
+    bundles, uniform = [], set()
+    for axis, n in enumerate(tensor.shape):
+        slices, numbers = tensor.detach().cpu().movedim(axis, 0).reshape(n, -1), {}
+        rows = torch.empty_like(slices, memory_format=torch.contiguous_format).copy_(slices).view(torch.uint8).numpy()
+        tags = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in rows], np.int64)
+        if len(numbers) == 1:
+            uniform.add(axis)
+        elif len(numbers) < n:
+            bundles.append(Bundle((axis,), np.where(np.bincount(tags)[tags] > 1, UNIFORM, INERT), tags))
+    return value_of(tensor.shape, bundles, uniform, why)
 
 
 class NoRule(Exception):
@@ -113,45 +148,54 @@ class Algebra:
         return Bundle(tuple(bundle.axes[i] for i in kept), vertices.reshape(shape), tags.reshape(shape))
 
     def why_ordered(self):
-        return f"their order matters to {self.at.split()[0]}"
+        return f"{ORDER} to {self.at.split()[0]}"
 
     def ordered(self, value, axes, why=None):
         """Return the value with inert ``axes``, because their order matters."""
-        axes = {a % len(value.shape) for a in axes}
-        return value._replace(bundles=tuple(self._ordered(value.bundles, axes, why or self.why_ordered())),
-                              uniform=value.uniform - {a for a in axes if value.shape[a] > 1},
-                              why=value.why or why or self.why_ordered())
-
-    def _ordered(self, bundles, axes, why):
-        for bundle in bundles:
-            rest = set(bundle.axes) - axes
-            if rest == set(bundle.axes):
-                yield bundle
-            elif rest:
-                yield self.project(bundle, rest, True)
+        axes, why, bundles = {a % len(value.shape) for a in axes}, why or self.why_ordered(), []
+        for bundle in value.bundles:
+            if rest := set(bundle.axes) - axes:
+                bundles.append(self.project(bundle, rest, True))
             else:
                 self.structure.fix(bundle.vertices.ravel(), why)
+        return value._replace(bundles=tuple(bundles)).fixed(axes, why)
 
     def symmetric(self, value, axes):
         """Record an operation that treats all indices along some axes equally, such as a softmax."""
         axes = {a % len(value.shape) for a in axes}
-        for bundle in value.bundles:
-            if axes & set(bundle.axes) and set(bundle.axes) - axes:
-                self.project(bundle, set(bundle.axes) - axes, False)
-        return value
+        return value._replace(bundles=tuple(self._in_blocks(b, axes & set(b.axes)) for b in value.bundles))
+
+    def _in_blocks(self, bundle, axes):
+        """Return a bundle after an operation on blocks, in which the results for constants depend on the block."""
+        rest = set(bundle.axes) - axes
+        if not axes or not rest:
+            return bundle
+        whole, n, constant = self.project(bundle, rest, False), _along(bundle, axes), bundle.vertices == UNIFORM
+        vertices, tags = (array.reshape(_along(bundle, rest)) for array in (whole.vertices, whole.tags))
+        copies = bundle.tags * math.prod(n) + np.arange(math.prod(n)).reshape(n)
+        return bundle._replace(vertices=np.where(constant, vertices, bundle.vertices),
+                               tags=np.where(constant, tags * (copies.max() + 1) + copies, bundle.tags))
 
     def join(self, shape, values):
         """Combine values of the same rank elementwise, like a sum or a product."""
-        inert = {a for value in values for a in value.inert}
-        why = next((value.why for value in values if value.inert), "")
+        why = {axis: value.why[axis] for value in reversed(values) for axis in value.inert}
         joined = []
-        for bundle in self._ordered([b for value in values for b in value.bundles], inert, why):
+        for bundle in (bundle for value in values for bundle in value.bundles):
+            if why.keys() >= set(bundle.axes):
+                self.structure.fix(bundle.vertices.ravel(), why[bundle.axes[0]])
+                continue
+            if met := why.keys() & set(bundle.axes):  # units in a fixed order of blocks: each block is another one
+                n = _along(bundle, met)
+                bundle = self.distinguished(bundle, "block", np.arange(math.prod(n)).reshape(n), why[min(met)])
             for i, other in enumerate(joined):
-                common = set(bundle.axes) & set(other.axes)
-                for small, large in ((bundle, other), (other, bundle)):
-                    if set(small.axes) < set(large.axes) and (large.vertices == UNIFORM).any():
-                        raise NoRule  # where the larger is constant, the smaller would be lost
-                if common:
+                small, large = sorted((bundle, other), key=lambda b: len(b.axes))
+                common, inside = set(bundle.axes) & set(other.axes), set(small.axes) < set(large.axes)
+                if inside and small.known:
+                    large = self.distinguished(large, "constant", small.numbers().reshape(_along(large, small.axes)))
+                    bundle, joined[i] = (large, other) if small is other else (bundle, large)
+                elif inside and (large.vertices == UNIFORM).any():
+                    raise NoRule  # where the larger is constant, the smaller would be lost
+                elif common:
                     one, two = self.project(other, common, False), self.project(bundle, common, False)
                     both = self.structure.same(one.vertices, two.vertices, one.tags, two.tags, self.name, self.at)
                     if bundle.axes == other.axes:
@@ -177,7 +221,7 @@ class Algebra:
             return kept
         places = {a: i for i, a in enumerate(rest)}
         return value_of([value.shape[a] for a in rest], [b.placed(places) for b in kept.bundles],
-                      {places[a] for a in value.uniform - axes}, value.why)
+                        {places[a] for a in value.uniform - axes}, {places[a]: kept.why[a] for a in kept.inert})
 
     def contract(self, terms, out, values):
         """Einstein summation, with a letter for every axis of every value and of the result."""
@@ -208,13 +252,15 @@ class Algebra:
             old, new = (tuple(sorted(a for segment in touched for a in segment[i])) for i in (0, 1))
             clash = next((other for touching, other in done if set(old) & set(touching)), None)
             if clash is not None:  # of two independent bundles, keep the larger
-                return self.view(self.ordered(value, min(bundle, clash, key=lambda b: b.vertices.size).axes), shape)
+                least = min(bundle, clash, key=lambda b: (not b.known, b.vertices.size))
+                return self.view(self.ordered(value, least.axes), shape)
             done.append((old, bundle))
             full = [value.shape[a] for a in old]
             bundle = _filled(bundle, old, value.shape)._replace(tags=_copies(bundle, old, value.shape))
             bundles.append(Bundle(new, *(array.reshape(full).reshape([shape[a] for a in new])
                                           for array in (bundle.vertices, bundle.tags))))
-        return value_of(shape, bundles, uniform, value.why)
+        why = {a: value.why[b] for old, new in segments for b in reversed(old) if b in value.inert for a in new}
+        return value_of(shape, bundles, uniform, why)
 
     def take(self, value, axis, indices, part=0):
         """Select some of the indices along an axis."""
@@ -236,6 +282,14 @@ class Algebra:
             self.structure.mark(bundle.vertices, (bundle.tags.astype(np.uint64)
                                                   + colour_of("part", self.name, part)).ravel())
 
+    def distinguished(self, bundle, name, numbers, why=None):
+        """Return the bundle after an operation with constants, which are equal where their ``numbers`` are."""
+        with np.errstate(over="ignore"):
+            colours = mix(bundle.tags.astype(np.uint64)) + mix(numbers) + colour_of(name, self.name)
+        self.structure.mark(bundle.vertices, colours.ravel(), why)
+        tags = bundle.tags * (numbers.max() + 1) + numbers
+        return bundle._replace(tags=np.where(bundle.vertices == UNIFORM, tags, bundle.tags))
+
     def select(self, value, axis, index):
         axis %= len(value.shape)
         value = self.take(value, axis, [index % value.shape[axis]], index)
@@ -254,8 +308,8 @@ class Algebra:
             bundles=tuple(b for b in value.bundles if axis not in b.axes), shape=tuple(shape),
             uniform=value.uniform | {axis, *(axes or ())}) for value in values])
         if not axes:
-            why = joined.why or next((value.why for value in values if value.why), self.why_ordered())
-            return joined._replace(uniform=joined.uniform - {axis}, why=why)
+            return joined.fixed({axis}, next((value.why[axis] for value in values if axis in value.inert),
+                                             self.why_ordered()))
         whole = self._end_to_end([_bundle_along(value, axes) for value in values], names, axis)
         return value_of(shape, [*joined.bundles, whole], joined.uniform - set(axes), joined.why)
 
@@ -278,9 +332,8 @@ class Algebra:
 
     def spatial(self, value, dims, shape):
         """Return the value after an operation that slides over its last ``dims`` axes."""
-        value, places = self.ordered(value, range(-dims, 0)), range(len(shape) - dims, len(shape))
-        uniform = value.uniform - {a for a in places if shape[a] > 1}  # padding may break uniformity
-        return value._replace(shape=tuple(shape), uniform=uniform, why=value.why or self.why_ordered())
+        value = self.ordered(value, range(-dims, 0))._replace(shape=tuple(shape))
+        return value.fixed(range(len(shape) - dims, len(shape)), self.why_ordered())  # padding breaks uniformity
 
 
 def _axes_along(values, axis):
@@ -303,6 +356,11 @@ def _bundle_along(value, axes):
     shape = [value.shape[a] for a in axes]
     blank = Bundle(axes, np.full(shape, INERT if value.inert & set(axes) else UNIFORM), np.zeros(shape, np.int64))
     return next((bundle for bundle in value.bundles if bundle.axes == axes), blank)
+
+
+def _along(bundle, axes):
+    """Return a shape that broadcasts an array along some of the bundle's axes."""
+    return [n if axis in axes else 1 for axis, n in zip(bundle.axes, bundle.vertices.shape)]
 
 
 def _filled(bundle, axes, shape):

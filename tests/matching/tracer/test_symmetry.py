@@ -133,6 +133,44 @@ def test_of_blocks_that_cross_one_kind_is_kept():
     assert found(structure) == [({"t0": [[0, 1], [2, 3], [4, 5]], "t1": [[0, 1], [2, 3], [4, 5]]}, None)]
 
 
+def test_blocks_that_cannot_move_cross_no_others():
+    """Rows and columns of a grid whose columns are numbered: rows are exchanged."""
+    structure, a, c, b = planted(6, 6, 2)
+    same(structure, a, c)
+    blocks(structure, a.reshape(3, 2))
+    columns = blocks(structure, a.reshape(3, 2).T)
+    same(structure, columns, b)
+    structure.mark(b, [colour_of(0), colour_of(1)])
+    rows = [[0, 1], [2, 3], [4, 5]]
+    assert found(structure) == [({"t0": rows, "t1": rows}, None)]
+    assert set(orbits(structure)[2].values()) == {"no other unit has the same surroundings"}
+
+
+def test_blocks_of_constants_are_constants():
+    structure, parts = Structure(), np.full((3, 2), UNIFORM)
+    tags = np.array([[0, 1], [1, 0], [1, 1]])
+    for ordered, expected in ((False, [0, 0, 1]), (True, [0, 1, 2])):
+        vertices, found = structure.blocks(parts, tags, ordered, "why")
+        assert vertices.tolist() == [UNIFORM] * 3 and found.tolist() == expected and structure.count == 0
+
+
+def test_blocks_with_other_constants_are_not_exchanged():
+    structure, a, b = planted(4, 4)
+    same(structure, a, b)
+    parts, tags = np.stack([a, np.full(4, UNIFORM)], 1), np.array([[0, 0], [0, 1], [0, 1], [0, 2]])
+    structure.blocks(parts, tags, False, "why")
+    assert found(structure) == [({"t0": [[1], [2]], "t1": [[1], [2]]}, None)]
+
+
+def test_the_reason_of_a_mark_is_given_if_nothing_can_be_exchanged():
+    structure, a, b = planted(3, 3)
+    same(structure, a, b)
+    structure.mark(a, [1, 2, 2], "they are numbered")
+    structure.mark(a, [1, 2, 2], "a later reason")
+    assert found(structure) == [({"t0": [[1], [2]], "t1": [[1], [2]]}, None)]
+    assert orbits(structure)[2] == {0: "they are numbered", 3: "they are numbered"}
+
+
 def test_a_block_that_is_its_own_part_is_fixed():
     structure, a, b = planted(4, 4)
     same(structure, a, b)
