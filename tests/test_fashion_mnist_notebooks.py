@@ -47,7 +47,8 @@ def test_a_method_that_does_not_exist(no_files, tmp_path):
 ])
 def test_a_job_leaves_the_accuracy_on_each_garment(name, given, no_files, tmp_path):
     write_mnist(tmp_path / "data", n_train=200)
-    more = {"options": {"verify": False}, "workers": 1, "output": "out", "runs": "runs", "first_seed": 5}
+    more = {"options": {"verify": False}, "workers": 1, "first_seed": 5, "output": str(tmp_path / "out"),
+            "runs": str(tmp_path / "runs")}
     run(name, no_files | given | more, tmp_path, until="output")
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert len(rows) == (4 if name == "fashion_mnist" else 2 * 3) and {row["seed"] for row in rows} <= {5, 6}
