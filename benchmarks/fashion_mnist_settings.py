@@ -4,7 +4,7 @@ The rule was fixed first. The learning rate is the one at which tickets are best
 widths, seeds and sparsities, with rewinding to epoch 1. The rewind point is the earliest epoch at which this mean, at
 the first width, is at most half a point below that of the best epoch. Pruning and sparse training return to the same
 epoch, and sparse training has half of the learning rate. The rule was amended once: it used only the widest perceptron,
-and chose a learning rate of 0.2, at which narrow perceptrons learn badly. Results are written to
+and chose a learning rate of 0.2, at which the tickets of narrow perceptrons are worse. Results are written to
 permask_core/data/measured/fashion_mnist_settings.json. An interrupted run continues from its stored stages. Run it with
 `python benchmarks/fashion_mnist_settings.py`; it takes about two hours on one core.
 """
@@ -23,7 +23,7 @@ from permask_core.experiments import permuted_masks
 from permask_core.runs.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "fashion_mnist_settings.json"
-# A perceptron is the fastest, so it has the most seeds, epochs and sparsities.
+# A perceptron is the fastest, so it has the most seeds, rewind points and sparsities.
 SEARCHES = {
     "fashion_mnist-mlp": {
         "widths": (2.0, 0.25), "seeds": 5, "rates": (0.2, 0.1, 0.05), "rewinds": (0, 1, 2, 3),

@@ -4,8 +4,6 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from permask_core.runs.tables import read_table
-
 
 def measured_noisy_digits():
     """The permuted-mask experiment on noisy digits, with more seeds, widths and sparsities than in a notebook.
@@ -227,23 +225,6 @@ def measured_grids():
         and ``status.json``.
     """
     return {path.parent.name: path.parent for path in sorted(Path(str(files(__package__))).glob("grids/*/status.json"))}
-
-
-def measured_grid(grid, notebook):
-    """The results of one notebook in a grid that was run in advance.
-
-    Parameters
-    ----------
-    grid, notebook : str
-        Such as "digits" and "cifar".
-
-    Returns
-    -------
-    list of dict
-        A row for each run: settings, results, ``commit``, ``versions`` and ``device``. It is empty if there are none.
-    """
-    path = files(__package__).joinpath(f"grids/{grid}/tables/{notebook}.csv")
-    return read_table(path) if path.is_file() else []
 
 
 def measured_claims():
