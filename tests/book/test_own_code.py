@@ -123,11 +123,15 @@ def test_connections_move_in_a_loop_of_ones_own(tmp_path, script):
     printed = run(script, tmp_path, """
 fan_in = topology.fan_in["0.weight"]
 print(topology.done, [len(one) for one in topology.fan_in.values()])
-print(int(fan_in[0].sum()), int(fan_in[-1].sum()))
+for one in (fan_in[0], fan_in[-1]):
+    print(int(one.max()), int((one > 0).sum()), int(one.sum()))
 """)
-    steps, budget = printed.splitlines()
+    steps, before, after = printed.splitlines()
     assert steps == "100 [8, 8]"  # the start and seven rewirings, until three quarters of the steps
-    assert budget == "1536 1536"  # 256 neurons of 6 connections, before and after
+    assert before == "6 256 1536"
+    fan_in, neurons, connections = map(int, after.split())
+    assert connections == fan_in * neurons  # every neuron that was not ablated has the same number
+    assert neurons <= 256 and 6 <= fan_in <= 1536 // neurons  # and gets those of the others, rounded down
 
 
 def test_a_table_of_predictions_is_all_that_fairness_needs(tmp_path):
