@@ -126,6 +126,22 @@ def test_both_kernels_are_the_dense_products(dtype, n, inputs, data, block, seed
             assert_rounded(run(kernel, *given), references, dtype)
 
 
+@given(sizes, sizes, st.integers(1, 3), st.booleans(), st.data(), st.integers(0, 2 ** 31))
+def test_every_gather_instruction_gives_the_same_bits(n, inputs, batch, biased, data, seed):
+    simd = pytest.importorskip("permask_core.sparse.kernels.simd")
+    torch.manual_seed(seed)
+    x, values, indices, bias, grad = given = case(batch, n, inputs, data.draw(st.integers(1, inputs) | st.just(inputs)))
+    found = []
+    for lanes in simd.lanes()[0]:
+        y = torch.full((batch, n), NAN)
+        arrays = cpu._addresses(x, values, indices) + [bias.data_ptr() if biased else 0, y.data_ptr()]
+        simd.gather(4, lanes)(*arrays, batch, inputs, n, indices.shape[1])
+        found.append(y)
+    references = exact(*given[:3], bias if biased else torch.zeros(n), grad)
+    assert_rounded(found[:1], references[:1], torch.float32)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 @settings(examples(1 / 2), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.sampled_from([0, 1, 2, 3, 9, 33]),
        st.integers(1, 25), st.integers(1, 25), st.data(), st.integers(0, 2 ** 31))
@@ -458,7 +474,7 @@ def bits_and_error(batch):
     return bits, max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, plain))
 
 def names(batch):
-    parts = [cpu._simd().kernels(batch)[0].py_func.__globals__[name] for name in ("pack", "rows", "unpack")]
+    parts = [cpu._simd().kernels(batch, 4)[0].py_func.__globals__[name] for name in ("pack", "rows", "unpack")]
     return [code.fndesc.mangled_name for part in parts for code in part.overloads.values()]
 
 if sys.argv[1] == "two":  # each compiles what the other does not

@@ -7,17 +7,19 @@ import os
 import sys
 import threading
 import warnings
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 
 from permask_core.models.extras import check_extra
+from permask_core.sparse.kernels.choice import choose
 
 # Examples in a tile. The forward pass is fastest with tiles that fit into a second-level cache for a few thousand
 # inputs. The backward pass sums over the examples of a tile for every connection, whose cost decreases with their
 # number.
 WIDTHS = {"forward": (8, 16, 32), "backward": (8, 16, 32, 64)}
+FEW = 2  # examples for which the backward pass needs no tiles
 ALONE = 30_000  # one thread computes these products in the time in which others start
 _LOCK = threading.Lock()  # some threading layers of numba do not allow two threads to enter
 
@@ -42,6 +44,19 @@ def _started():
     return os.getpid()
 
 
+@cache
+def _gather(itemsize):
+    """The loop for a few examples that is fastest on this processor."""
+    widths, rule, name = _simd().lanes()
+    loops = {lanes: _simd().gather(itemsize, lanes) for lanes in (widths if itemsize == 4 else (0,))}
+    x, values, y = (torch.ones(*shape, device="cpu") for shape in ((2048,), (64, 256), (64,)))
+    indices = (torch.arange(64 * 256, device="cpu") * 977 % 2048).view(64, 256).sort(1).values.int()
+    given = *_addresses(x, values, indices), 0, y.data_ptr(), 1, 2048, 64, 256
+    calls = {lanes: partial(_call, 0, loop, *given) for lanes, loop in loops.items()}
+    key = f"fan-in layers, a few examples; {name}; numba {sys.modules['numba'].__version__}"
+    return loops[choose(key, calls, rule if itemsize == 4 else 0)]
+
+
 def is_usable():
     """Whether the compiled loops can run: numba is installed, and this process is not a fork of the one that started
     numba's threads, because a fork has none."""
@@ -52,6 +67,10 @@ def _arrays(*tensors):
     # Unsigned, because numba checks whether a signed index is negative.
     arrays = [tensor.detach().numpy() for tensor in tensors]
     return [array.view(np.uint32) if array.dtype == np.int32 else array for array in arrays]
+
+
+def _addresses(*tensors):
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _call(products, loop, *arguments):
@@ -81,24 +100,31 @@ def forward(x, values, indices, bias=None):
     # Approximate cost in processor cycles: 1 for a product of a gather, 2.5 for a tile of eight, 0.5 for storing a
     # number in a tile, and some thousand for starting the threads twice more.
     if batch * n * k < 2.5 * n * k + 4 * (inputs + n) + 20_000:
-        _call(batch * n * k, _simd().gather(x.itemsize), x.data_ptr(), values.data_ptr(), indices.data_ptr(),
+        _call(batch * n * k, _gather(x.itemsize), x.data_ptr(), values.data_ptr(), indices.data_ptr(),
               0 if bias is None else bias.data_ptr(), y.data_ptr(), batch, inputs, n, k)
         return y
     width, bias = _width(batch, "forward"), x.new_zeros(n) if bias is None else bias
     tiles, out = _tiles(x, width), _tiles(y, width)
-    _call(batch * n * k, _simd().kernels(width)[0], *_arrays(x, values, indices, bias, tiles, out, y))
+    _call(batch * n * k, _simd().kernels(width, x.itemsize)[0], *_addresses(x, values, indices, bias, tiles, out, y),
+          batch, inputs, n, k)
     return y
 
 
 def backward(grad, x, values, indices, transposed, need_x, need_values):
     """:func:`permask_core.sparse.kernels.backward` for float32 and float64 on the CPU, in compiled loops."""
-    width = _width(len(x), "backward")
+    (batch, inputs), (n, k) = x.shape, values.shape
     dx, dvalues = x.new_empty(x.shape if need_x else (0, 0)), values.new_empty(values.shape if need_values else (0, 0))
+    grad, x, values = grad.contiguous(), x.contiguous(), values.contiguous()
+    if 0 < batch <= FEW:
+        sums, indices = x.new_empty(_simd().PARTS if need_x else 0, batch, inputs), indices.contiguous()
+        arrays = _addresses(grad, x, values, indices, sums, dx, dvalues)
+        _call(batch * n * k, _simd().scatter(x.itemsize), *arrays, batch, inputs, n, k, need_x, need_values)
+        return dx if need_x else None, dvalues if need_values else None
+    width = _width(batch, "backward")
     tiles, given, sums = _tiles(grad, width), _tiles(x, width), _tiles(x, width)
-    if not len(values):
+    if not n:
         sums.zero_()
     listed, products = values.new_empty(values.numel()), values.new_zeros(values.numel())  # 0 without tiles
-    grad, x, values = grad.contiguous(), x.contiguous(), values.contiguous()
-    _call(len(x) * values.numel(), _simd().kernels(width)[1], *_arrays(
+    _call(batch * n * k, _simd().kernels(width, x.itemsize)[1], *_arrays(
         grad, x, values, *transposed, tiles, given, listed, sums, products, dx, dvalues))
     return dx if need_x else None, dvalues if need_values else None

@@ -15,7 +15,7 @@ from functools import cache
 from types import FunctionType
 
 import numba
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.core.bytecode import FunctionIdentity
@@ -82,6 +82,17 @@ class _Vectors:
     def fma(self, a, b, c):
         return self.builder.fadd(self.builder.fmul(a, b, flags=FAST), c, flags=FAST)
 
+    def after(self, i, n):
+        return self.builder.add(i, ir.Constant(INT64, n))
+
+    def each(self, one, step=1):
+        """A body for :meth:`loop` from ``one(i, sum)``."""
+        return lambda i, sums: [one(self.after(i, n * step), sum) for n, sum in enumerate(sums)]
+
+    def part(self, vector, start):
+        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), ir.Constant(
+            ir.VectorType(INT32, self.width), list(range(start, start + self.width))))
+
     def sum(self, vector):
         name = f"llvm.vector.reduce.fadd.v{self.width}f{8 * self.itemsize}"
         reduce = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(self.item, [self.item, self.type]),
@@ -89,8 +100,8 @@ class _Vectors:
         return self.builder.call(reduce, [ir.Constant(self.item, 0.0), vector], fastmath=("reassoc",))
 
     def loop(self, begin, end, body, first, step=1, turns=None):
-        """Sum vectors over begin..end; ``body(i, sum)`` adds ``step`` of them to one of several alternating sums.
-        Returns the sum and the index where it stopped, fewer than ``step`` before the end."""
+        """Sum vectors over begin..end; ``body(i, sums)`` adds ``step`` of them to each of several sums, and returns the
+        new sums. Returns the total and the index where it stopped, fewer than ``step`` before the end."""
         b, turns = self.builder, turns or max(1, LINES * 64 // (self.width * self.itemsize))
         sums = [cgutils.alloca_once(b, self.type) for _ in range(turns)]
         for n, place in enumerate(sums):
@@ -99,22 +110,58 @@ class _Vectors:
         for start, stop, places in ((begin, rest, sums), (rest, last, sums[:1])):
             size = ir.Constant(INT64, step * len(places))
             with cgutils.for_range_slice(b, start, stop, size, intp=INT64) as (i, _):
-                for n, place in enumerate(places):
-                    b.store(body(b.add(i, ir.Constant(INT64, n * step)), b.load(place)), place)
+                for new, place in zip(body(i, [b.load(place) for place in places]), places):
+                    b.store(new, place)
         total = b.load(sums[0])
         for place in sums[1:]:
             total = b.fadd(total, b.load(place), flags=FAST)
         return total, last
 
 
+def _by_words(v, numbers, indices, s, count):
+    """``count`` numbers at indices[s:], as vectors. Two indices are read at once, and each number by a load of its own,
+    because the gather instructions of many processors are slower."""
+    b, found = v.builder, []
+    for i in range(0, count, 2):
+        if i % v.width == 0:
+            found.append(ir.Constant(v.type, ir.Undefined))
+        two = b.load(b.bitcast(b.gep(indices, [v.after(s, i)]), INT64.as_pointer()))
+        two.align = 4
+        for n, index in enumerate((b.and_(two, ir.Constant(INT64, 2 ** 32 - 1)), b.lshr(two, ir.Constant(INT64, 32)))):
+            found[-1] = b.insert_element(found[-1], v.number(numbers, index), ir.Constant(INT32, i % v.width + n))
+    return found
+
+
+def _by_gathers(v, numbers, indices, s, count, lanes):
+    """``count`` numbers at indices[s:], as vectors, by the instructions of x86 that gather ``lanes`` float32."""
+    b, byte, found = v.builder, ir.IntType(8), []
+    lanes = min(lanes, count)
+    many, which = ir.VectorType(v.item, lanes), ir.VectorType(INT32, lanes)
+    if lanes == 16:
+        name, mask, scale = "llvm.x86.avx512.mask.gather.dps.512", ir.VectorType(ir.IntType(1), 16), INT32
+    else:
+        name, mask, scale = "llvm.x86.avx2.gather.d.ps.256", many, byte
+    kind = ir.FunctionType(many, [many, byte.as_pointer(), which, mask, scale])
+    gather = cgutils.get_or_insert_function(b.module, kind, name)
+    every = ir.Constant(mask, [1] * 16) if lanes == 16 else b.bitcast(ir.Constant(which, [-1] * 8), many)
+    for i in range(0, count, lanes):
+        index = b.load(b.bitcast(b.gep(indices, [v.after(s, i)]), which.as_pointer()))
+        index.align = 4
+        given = ir.Constant(many, None), b.bitcast(numbers, byte.as_pointer()), index, every, ir.Constant(scale, 4)
+        taken = b.call(gather, given)
+        found += [v.part(taken, n) for n in range(0, lanes, v.width)] if lanes > v.width else [taken]
+    return found
+
+
 @intrinsic
-def row_dot(typing, values, indices, begin, end, x, bias, row, y, place, itemsize):
+def row_dot(typing, values, indices, begin, end, x, bias, row, y, place, itemsize, lanes):
     """``y[place] = bias[row] + sum values[s] * x[indices[s]]``, with arrays given by their addresses; a ``bias`` at
-    address 0 means no bias."""
-    sized = _literal(itemsize)
+    address 0 means no bias. The result is the same for any ``lanes``: those of a gather instruction, 8 or 16, or 0 for
+    none."""
+    sized, wide = _literal(itemsize), _literal(lanes)
 
     def codegen(context, builder, signature, args):
-        values, indices, begin, end, x, bias, row, y, place, _ = args
+        values, indices, begin, end, x, bias, row, y, place, *_ = args
         v = _Vectors(context, builder, types.Array(types.float32 if sized == 4 else types.float64, 1, "C"), 8)
         values, x, bias, y = (builder.inttoptr(address, v.item.as_pointer()) for address in (values, x, bias, y))
         indices = builder.inttoptr(indices, INT32.as_pointer())
@@ -123,13 +170,11 @@ def row_dot(typing, values, indices, begin, end, x, bias, row, y, place, itemsiz
         with builder.if_then(builder.icmp_unsigned("!=", builder.ptrtoint(bias, INT64), ir.Constant(INT64, 0))):
             builder.store(v.number(bias, row), given)
 
-        def body(s, sum):
-            # One load for each, because the gather instructions of processors are slower.
-            inputs = ir.Constant(v.type, ir.Undefined)
-            for i in range(8):
-                number = v.number(x, v.index(indices, builder.add(s, ir.Constant(INT64, i))))
-                inputs = builder.insert_element(inputs, number, ir.Constant(INT32, i))
-            return v.fma(v.load(builder.gep(values, [s])), inputs, sum)
+        def body(s, sums):
+            given = v, x, indices, s, 8 * len(sums)
+            inputs = _by_gathers(*given, wide) if wide else _by_words(*given)
+            return [v.fma(v.load(builder.gep(values, [v.after(s, 8 * n)])), one, sum)
+                    for n, (one, sum) in enumerate(zip(inputs, sums))]
 
         total, done = v.loop(begin, end, body, v.zero, step=8, turns=2)
         total = cgutils.alloca_once_value(builder, builder.fadd(builder.load(given), v.sum(total), flags=FAST))
@@ -139,7 +184,7 @@ def row_dot(typing, values, indices, begin, end, x, bias, row, y, place, itemsiz
         builder.store(builder.load(total), builder.gep(y, [place]))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9, itemsize), codegen
+    return types.void(*[types.int64] * 9, itemsize, lanes), codegen
 
 
 @intrinsic
@@ -157,7 +202,7 @@ def row_sum(typing, values, indices, begin, end, tile, tile_at, first, out, out_
         def body(s, sum):
             return v.fma(v.row(tile, v.index(indices, s)), v.splat(v.number(values, s)), sum)
 
-        v.store(v.loop(begin, end, body, v.splat(first))[0], out)
+        v.store(v.loop(begin, end, v.each(body), v.splat(first))[0], out)
         return context.get_dummy_value()
 
     return types.void(values, indices, types.int64, types.int64, tile, types.int64, tile.dtype, out, types.int64,
@@ -186,7 +231,7 @@ def column_sum(typing, values, outputs, begin, end, tile, tile_at, x, x_at, out,
             builder.store(builder.fadd(before, v.sum(builder.fmul(g, x, flags=FAST)), flags=FAST), place)
             return v.fma(g, v.splat(v.number(values, p)), sum)
 
-        v.store(v.loop(begin, end, body, v.load(out))[0], out)
+        v.store(v.loop(begin, end, v.each(body), v.load(out))[0], out)
         return context.get_dummy_value()
 
     return types.void(values, outputs, types.int64, types.int64, tile, types.int64, x, types.int64, out, types.int64,
@@ -282,32 +327,97 @@ def _compile(function, parallel=True):
     return compiled
 
 
-def _join(function, width, **parts):
+def _join(function, name, **parts):
     """Return one compiled function that calls several compiled ``parts``, which are its globals.
 
     In a closure they would look new to numba in every process, and code would be cached for each of them. Numba does
-    not compare globals, so the name contains the width.
+    not compare globals, so another ``name`` is needed for other ones.
     """
-    name = f"{function.__name__}_{width}"
     joined = FunctionType(function.__code__, {**globals(), **parts}, name)
     joined.__qualname__ = name
     return _compile(joined, parallel=False)
 
 
+@intrinsic
+def pointer(typing, address, kind):
+    """A pointer to numbers of a type at an address."""
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(kind.dtype)(types.int64, kind), codegen
+
+
+@njit(inline="always")
+def array_at(address, shape, kind):
+    """The array at an address. Addresses are passed from Python, because unpacking arrays would take as long as the
+    sums of a small layer."""
+    return numba.carray(pointer(address, kind), shape)
+
+
 @cache
-def gather(itemsize):
-    """The forward pass example by example, for float32 (``itemsize`` 4) or float64 (8)."""
+def gather(itemsize, lanes):
+    """The forward pass example by example, for float32 (``itemsize`` 4) or float64 (8), with the gather instructions of
+    x86 for 8 or 16 float32 (``lanes``) or without (0)."""
     @_compile
     def rows(x, values, indices, bias, y, batch, inputs, n, k):
-        # Addresses, because unpacking arrays would take as long as the sums of a small layer.
         for i in prange(n):
             for b in range(batch):
-                row_dot(values, indices, i * k, i * k + k, x + b * inputs * itemsize, bias, i, y, b * n + i, itemsize)
+                row_dot(values, indices, i * k, i * k + k, x + b * inputs * itemsize, bias, i, y, b * n + i, itemsize,
+                        lanes)
 
     return rows
 
 
-pack = rows = columns = unpack = None  # for a width: see kernels
+def lanes():
+    """The numbers of float32 that a gather instruction of this processor loads, 0 for none, and which of them is
+    usually fastest, by processor: those of AMD and the narrow ones are slower than single loads."""
+    name, has = binding.get_host_cpu_name(), binding.get_host_cpu_features()
+    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # compiled for another processor than this one
+        name, has = "generic", {}
+    found = 0, *(wide for wide, feature in ((8, "avx2"), (16, "avx512f")) if has.get(feature))
+    return found, 16 if 16 in found and not name.startswith("znver") else 0, name
+
+
+PARTS = 4  # of the rows, each with its own sums; not more threads can share the work
+
+
+@cache
+def scatter(itemsize):
+    """The backward pass for a few examples, one by one, for float32 (``itemsize`` 4) or float64 (8)."""
+    real = types.float32 if itemsize == 4 else types.float64
+
+    @_compile
+    def rows(grad, x, values, indices, sums, dx, dvalues, batch, inputs, n, k, need_x, need_values):
+        """``sums`` [parts, batch, in] are the gradients of the input by part of the rows."""
+        g, given = array_at(grad, (batch, n), real), array_at(x, (batch, inputs), real)
+        v, which = array_at(values, (n, k), real), array_at(indices, (n, k), types.uint32)
+        parts, total = array_at(sums, (PARTS, batch, inputs), real), array_at(dx, (batch, inputs), real)
+        products = array_at(dvalues, (n, k), real)
+        for part in prange(PARTS):
+            if need_x:
+                parts[part] = 0
+            for i in range(part * n // PARTS, (part + 1) * n // PARTS):
+                for b in range(batch):
+                    own, numbers, target = g[b, i], given[b], parts[part, b]
+                    if need_x:
+                        for s in range(k):
+                            target[which[i, s]] += own * v[i, s]
+                    if need_values:
+                        for s in range(k):
+                            product = own * numbers[which[i, s]]
+                            products[i, s] = product if b == 0 else products[i, s] + product
+        if need_x:
+            for b in range(batch):
+                for j in range(inputs):
+                    sum = parts[0, b, j]
+                    for part in range(1, PARTS):
+                        sum += parts[part, b, j]
+                    total[b, j] = sum
+
+    return rows
+
+
+pack = rows = columns = unpack = width = real = None  # for a width and a type: see kernels
 
 
 @_compile
@@ -324,12 +434,15 @@ def put(values, slots, out):
         out[slots[p]] = values[p]
 
 
-# Each is one call, because passing arrays from Python takes as long as the arithmetic of a small layer.
+# Each is one call, because calls from Python take as long as the arithmetic of a small layer.
 
-def _forward(x, values, indices, bias, tiles, out, y):
-    pack(x, tiles)
-    rows(tiles, values, indices, bias, out)
-    unpack(out, y)
+def _forward(x, values, indices, bias, tiles, out, y, batch, inputs, n, k):
+    many = (batch + width - 1) // width
+    tiles, out = array_at(tiles, (many, inputs, width), real), array_at(out, (many, n, width), real)
+    pack(array_at(x, (batch, inputs), real), tiles)
+    v, which = array_at(values, (n, k), real), array_at(indices, (n, k), types.uint32)
+    rows(tiles, v, which, array_at(bias, (n,), real), out)
+    unpack(out, array_at(y, (batch, n), real))
 
 
 def _backward(grad, x, values, pointers, outputs, slots, tiles, given, listed, sums, products, dx, dvalues):
@@ -344,8 +457,9 @@ def _backward(grad, x, values, pointers, outputs, slots, tiles, given, listed, s
 
 
 @cache
-def kernels(width):
-    """Return ``forward`` and ``backward`` for tiles of ``width`` examples."""
+def kernels(width, itemsize):
+    """Return ``forward`` and ``backward`` for tiles of ``width`` examples, for float32 (``itemsize`` 4) or float64
+    (8)."""
     block = min(width, 16)
     parts = 256  # features that a task packs
 
@@ -420,5 +534,7 @@ def kernels(width):
                     column_sum(values, outputs, pointers[block, j], pointers[block, j + 1], source,
                                tile * tiles.shape[1] * width, given, at, target, at, products, tile > 0, width)
 
-    return (_join(_forward, width, pack=pack, rows=rows, unpack=unpack),
-            _join(_backward, width, pack=pack, pick=pick, columns=columns, unpack=unpack, put=put))
+    real = types.float32 if itemsize == 4 else types.float64
+    loops = {"pack": pack, "rows": rows, "unpack": unpack, "width": width, "real": real}
+    return (_join(_forward, f"_forward_{width}_{itemsize}", **loops),
+            _join(_backward, f"_backward_{width}", pack=pack, pick=pick, columns=columns, unpack=unpack, put=put))
