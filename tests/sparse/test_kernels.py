@@ -126,6 +126,26 @@ def test_both_kernels_are_the_dense_products(dtype, n, inputs, data, block, seed
             assert_rounded(run(kernel, *given), references, dtype)
 
 
+@given(st.sampled_from([2, 3, 4, 6, 8, 16]), st.integers(1, 9), sizes, st.sampled_from([0, 1, 2, 3, 9, 33]), st.data(),
+       st.integers(0, 2 ** 31))
+def test_rows_with_the_same_connections_are_the_dense_products(shared, groups, inputs, batch, data, seed):
+    torch.manual_seed(seed)
+    x, values, indices, bias, grad = case(batch, shared * groups, inputs, data.draw(st.integers(1, inputs)))
+    indices = indices[::shared].repeat_interleave(shared, 0)
+    given = x, values, indices, bias, grad
+    assert cpu._shared(indices) >= {2: 2, 3: 1, 4: 4, 6: 2, 8: 8, 16: 8}[shared]  # or more by chance
+    assert_rounded(run(cpu, *given), exact(*given), torch.float32)
+
+
+def test_how_many_rows_share_connections_is_counted_again_after_a_change():
+    indices = connected(4, 50, 7).repeat_interleave(8, 0)
+    assert cpu._shared(indices) == 8
+    indices[20:24] = connected(1, 50, 7)
+    assert cpu._shared(indices) == 4
+    indices[31] = (indices[30] + 1) % 50
+    assert cpu._shared(indices) == 1
+
+
 @given(sizes, sizes, st.integers(1, 3), st.booleans(), st.data(), st.integers(0, 2 ** 31))
 def test_every_gather_instruction_gives_the_same_bits(n, inputs, batch, biased, data, seed):
     simd = pytest.importorskip("permask_core.sparse.kernels.simd")
@@ -474,7 +494,7 @@ def bits_and_error(batch):
     return bits, max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, plain))
 
 def names(batch):
-    parts = [cpu._simd().kernels(batch, 4)[0].py_func.__globals__[name] for name in ("pack", "rows", "unpack")]
+    parts = [cpu._simd().kernels(batch, 4, 1)[0].py_func.__globals__[name] for name in ("pack", "rows", "unpack")]
     return [code.fndesc.mangled_name for part in parts for code in part.overloads.values()]
 
 if sys.argv[1] == "two":  # each compiles what the other does not

@@ -14,6 +14,7 @@ import torch
 
 from permask_core.models.extras import check_extra
 from permask_core.sparse.kernels.choice import choose
+from permask_core.sparse.kernels.transposing import remember
 
 # Examples in a tile. The forward pass is fastest with tiles that fit into a second-level cache for a few thousand
 # inputs. The backward pass sums over the examples of a tile for every connection, whose cost decreases with their
@@ -44,9 +45,19 @@ def _started():
     return os.getpid()
 
 
+def _shared(indices):
+    """How many neighbouring rows have the same connections everywhere: 8, 4, 2 or 1."""
+    def count():
+        n, k = indices.shape
+        return next((g for g in (8, 4, 2) if n and n % g == 0 and indices[0].equal(indices[g - 1])
+                     and bool((indices.view(-1, g, k)[:, 1:] == indices.view(-1, g, k)[:, :1]).all())), 1)
+
+    return remember(indices, "shared", count)
+
+
 @cache
-def _gather(itemsize):
-    """The loop for a few examples that is fastest on this processor."""
+def _lanes(itemsize):
+    """Those of the gather instruction with which a few examples are fastest on this processor, or 0."""
     widths, rule, name = _simd().lanes()
     loops = {lanes: _simd().gather(itemsize, lanes) for lanes in (widths if itemsize == 4 else (0,))}
     x, values, y = (torch.ones(*shape, device="cpu") for shape in ((2048,), (64, 256), (64,)))
@@ -54,7 +65,7 @@ def _gather(itemsize):
     given = *_addresses(x, values, indices), 0, y.data_ptr(), 1, 2048, 64, 256
     calls = {lanes: partial(_call, 0, loop, *given) for lanes, loop in loops.items()}
     key = f"fan-in layers, a few examples; {name}; numba {sys.modules['numba'].__version__}"
-    return loops[choose(key, calls, rule if itemsize == 4 else 0)]
+    return choose(key, calls, rule if itemsize == 4 else 0)
 
 
 def is_usable():
@@ -96,17 +107,18 @@ def forward(x, values, indices, bias=None):
     """:func:`permask_core.sparse.kernels.forward` for float32 and float64 on the CPU, in compiled loops."""
     (batch, inputs), (n, k) = x.shape, values.shape
     x, values, indices, y = x.contiguous(), values.contiguous(), indices.contiguous(), x.new_empty(batch, n)
-    bias = bias if bias is None else bias.contiguous()
+    bias, shared = bias if bias is None else bias.contiguous(), _shared(indices)
     # Approximate cost in processor cycles: 1 for a product of a gather, 2.5 for a tile of eight, 0.5 for storing a
     # number in a tile, and some thousand for starting the threads twice more.
     if batch * n * k < 2.5 * n * k + 4 * (inputs + n) + 20_000:
-        _call(batch * n * k, _gather(x.itemsize), x.data_ptr(), values.data_ptr(), indices.data_ptr(),
+        loop = _simd().gather(x.itemsize, _lanes(x.itemsize), shared)
+        _call(batch * n * k, loop, x.data_ptr(), values.data_ptr(), indices.data_ptr(),
               0 if bias is None else bias.data_ptr(), y.data_ptr(), batch, inputs, n, k)
         return y
     width, bias = _width(batch, "forward"), x.new_zeros(n) if bias is None else bias
     tiles, out = _tiles(x, width), _tiles(y, width)
-    _call(batch * n * k, _simd().kernels(width, x.itemsize)[0], *_addresses(x, values, indices, bias, tiles, out, y),
-          batch, inputs, n, k)
+    loop, arrays = _simd().kernels(width, x.itemsize, shared)[0], (x, values, indices, bias, tiles, out, y)
+    _call(batch * n * k, loop, *_addresses(*arrays), batch, inputs, n, k)
     return y
 
 
@@ -118,7 +130,8 @@ def backward(grad, x, values, indices, transposed, need_x, need_values):
     if 0 < batch <= FEW:
         sums, indices = x.new_empty(_simd().PARTS if need_x else 0, batch, inputs), indices.contiguous()
         arrays = _addresses(grad, x, values, indices, sums, dx, dvalues)
-        _call(batch * n * k, _simd().scatter(x.itemsize), *arrays, batch, inputs, n, k, need_x, need_values)
+        loop = _simd().scatter(x.itemsize, _shared(indices))
+        _call(batch * n * k, loop, *arrays, batch, inputs, n, k, need_x, need_values)
         return dx if need_x else None, dvalues if need_values else None
     width = _width(batch, "backward")
     tiles, given, sums = _tiles(grad, width), _tiles(x, width), _tiles(x, width)

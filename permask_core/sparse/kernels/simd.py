@@ -15,6 +15,7 @@ from functools import cache
 from types import FunctionType
 
 import numba
+import numpy as np
 from llvmlite import binding, ir
 from numba import njit, prange, types
 from numba.core import cgutils
@@ -73,6 +74,9 @@ class _Vectors:
     def row(self, pointer, i):
         return self.load(self.builder.gep(pointer, [self.builder.mul(i, ir.Constant(INT64, self.width))]))
 
+    def row_at(self, pointer, i):
+        return self.builder.gep(pointer, [ir.Constant(INT64, i * self.width)])
+
     def splat(self, number):
         undefined = ir.Constant(self.type, ir.Undefined)
         first = self.builder.insert_element(undefined, number, ir.Constant(INT32, 0))
@@ -85,9 +89,9 @@ class _Vectors:
     def after(self, i, n):
         return self.builder.add(i, ir.Constant(INT64, n))
 
-    def each(self, one, step=1):
-        """A body for :meth:`loop` from ``one(i, sum)``."""
-        return lambda i, sums: [one(self.after(i, n * step), sum) for n, sum in enumerate(sums)]
+    def each(self, one):
+        """A body for :meth:`loop` from ``one(i, sums)``, which adds a single term to each row."""
+        return lambda i, lists: [one(self.after(i, n), sums) for n, sums in enumerate(lists)]
 
     def part(self, vector, start):
         return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), ir.Constant(
@@ -99,23 +103,28 @@ class _Vectors:
                                                 name)
         return self.builder.call(reduce, [ir.Constant(self.item, 0.0), vector], fastmath=("reassoc",))
 
-    def loop(self, begin, end, body, first, step=1, turns=None):
-        """Sum vectors over begin..end; ``body(i, sums)`` adds ``step`` of them to each of several sums, and returns the
-        new sums. Returns the total and the index where it stopped, fewer than ``step`` before the end."""
-        b, turns = self.builder, turns or max(1, LINES * 64 // (self.width * self.itemsize))
-        sums = [cgutils.alloca_once(b, self.type) for _ in range(turns)]
-        for n, place in enumerate(sums):
-            b.store(first if n == 0 else self.zero, place)
+    def loop(self, begin, end, body, firsts, step=1, turns=None):
+        """Sum vectors over begin..end for one or several rows, each with a ``first`` vector.
+
+        ``body(i, lists)`` has several lists of sums, one sum for each row. It adds the next ``step`` terms to each list
+        and returns the new lists. Returns the totals and the index where it stopped, fewer than ``step`` before the
+        end."""
+        b, turns = self.builder, turns or max(1, LINES * 64 // (self.width * self.itemsize * len(firsts)))
+        sums = [[cgutils.alloca_once(b, self.type) for _ in firsts] for _ in range(turns)]
+        for n, places in enumerate(sums):
+            for first, place in zip(firsts, places):
+                b.store(self.zero if n else first, place)
         rest, last = (b.sub(end, b.srem(b.sub(end, begin), ir.Constant(INT64, size))) for size in (turns * step, step))
-        for start, stop, places in ((begin, rest, sums), (rest, last, sums[:1])):
-            size = ir.Constant(INT64, step * len(places))
+        for start, stop, lists in ((begin, rest, sums), (rest, last, sums[:1])):
+            size = ir.Constant(INT64, step * len(lists))
             with cgutils.for_range_slice(b, start, stop, size, intp=INT64) as (i, _):
-                for new, place in zip(body(i, [b.load(place) for place in places]), places):
-                    b.store(new, place)
-        total = b.load(sums[0])
-        for place in sums[1:]:
-            total = b.fadd(total, b.load(place), flags=FAST)
-        return total, last
+                for new, places in zip(body(i, [[b.load(place) for place in places] for places in lists]), lists):
+                    for one, place in zip(new, places):
+                        b.store(one, place)
+        totals = [b.load(place) for place in sums[0]]
+        for places in sums[1:]:
+            totals = [b.fadd(total, b.load(place), flags=FAST) for total, place in zip(totals, places)]
+        return totals, last
 
 
 def _by_words(v, numbers, indices, s, count):
@@ -154,59 +163,67 @@ def _by_gathers(v, numbers, indices, s, count, lanes):
 
 
 @intrinsic
-def row_dot(typing, values, indices, begin, end, x, bias, row, y, place, itemsize, lanes):
-    """``y[place] = bias[row] + sum values[s] * x[indices[s]]``, with arrays given by their addresses; a ``bias`` at
-    address 0 means no bias. The result is the same for any ``lanes``: those of a gather instruction, 8 or 16, or 0 for
-    none."""
-    sized, wide = _literal(itemsize), _literal(lanes)
+def row_dot(typing, values, indices, begin, end, x, bias, row, y, place, itemsize, lanes, shared):
+    """``y[place + r] = bias[row + r] + sum values[r * k + s] * x[indices[s]]`` for ``shared`` rows r with the same k
+    connections, s from ``begin`` to ``end``.
+
+    Arrays are given by their addresses; a ``bias`` at address 0 means no bias. The result is the same for any
+    ``lanes``: those of a gather instruction, 8 or 16, or 0 for none."""
+    sized, wide, several = _literal(itemsize), _literal(lanes), _literal(shared)
 
     def codegen(context, builder, signature, args):
         values, indices, begin, end, x, bias, row, y, place, *_ = args
         v = _Vectors(context, builder, types.Array(types.float32 if sized == 4 else types.float64, 1, "C"), 8)
         values, x, bias, y = (builder.inttoptr(address, v.item.as_pointer()) for address in (values, x, bias, y))
         indices = builder.inttoptr(indices, INT32.as_pointer())
-        zero = ir.Constant(v.item, 0.0)
-        given = cgutils.alloca_once_value(builder, zero)
-        with builder.if_then(builder.icmp_unsigned("!=", builder.ptrtoint(bias, INT64), ir.Constant(INT64, 0))):
-            builder.store(v.number(bias, row), given)
+        rows = [v.at(values, builder.sub(end, begin), r) for r in range(several)]
 
-        def body(s, sums):
-            given = v, x, indices, s, 8 * len(sums)
+        def body(s, lists):
+            given = v, x, indices, s, 8 * len(lists)
             inputs = _by_gathers(*given, wide) if wide else _by_words(*given)
-            return [v.fma(v.load(builder.gep(values, [v.after(s, 8 * n)])), one, sum)
-                    for n, (one, sum) in enumerate(zip(inputs, sums))]
+            return [[v.fma(v.load(builder.gep(own, [v.after(s, 8 * n)])), one, sum) for own, sum in zip(rows, sums)]
+                    for n, (one, sums) in enumerate(zip(inputs, lists))]
 
-        total, done = v.loop(begin, end, body, v.zero, step=8, turns=2)
-        total = cgutils.alloca_once_value(builder, builder.fadd(builder.load(given), v.sum(total), flags=FAST))
-        with cgutils.for_range_slice(builder, done, end, ir.Constant(INT64, 1), intp=INT64) as (s, _):
-            product = builder.fmul(v.number(values, s), v.number(x, v.index(indices, s)), flags=FAST)
-            builder.store(builder.fadd(builder.load(total), product, flags=FAST), total)
-        builder.store(builder.load(total), builder.gep(y, [place]))
+        totals, done = v.loop(begin, end, body, [v.zero] * several, step=8, turns=max(1, 2 // several))
+        for r, (own, total) in enumerate(zip(rows, totals)):
+            total = cgutils.alloca_once_value(builder, v.sum(total))
+            with builder.if_then(builder.icmp_unsigned("!=", builder.ptrtoint(bias, INT64), ir.Constant(INT64, 0))):
+                given = v.number(bias, v.after(row, r))
+                builder.store(builder.fadd(given, builder.load(total), flags=FAST), total)
+            with cgutils.for_range_slice(builder, done, end, ir.Constant(INT64, 1), intp=INT64) as (s, _):
+                product = builder.fmul(v.number(own, s), v.number(x, v.index(indices, s)), flags=FAST)
+                builder.store(builder.fadd(builder.load(total), product, flags=FAST), total)
+            builder.store(builder.load(total), builder.gep(y, [v.after(place, r)]))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9, itemsize, lanes), codegen
+    return types.void(*[types.int64] * 9, itemsize, lanes, shared), codegen
 
 
 @intrinsic
-def row_sum(typing, values, indices, begin, end, tile, tile_at, first, out, out_at, width):
-    """``out[out_at:][:width] = first + sum values[s] * tile[tile_at:][indices[s] * width:][:width]``."""
-    sized = _literal(width)
+def row_sum(typing, values, indices, begin, end, tile, tile_at, bias, row, out, out_at, width, shared):
+    """``out[out_at + r * width:][:width] = bias[row + r] + sum values[r * k + s] * tile[tile_at:][indices[s] *
+    width:][:width]`` for ``shared`` rows r with the same k connections, s from ``begin`` to ``end``."""
+    sized, several = _literal(width), _literal(shared)
 
     def codegen(context, builder, signature, args):
-        values, indices, begin, end, tile, tile_at, first, out, out_at, _ = args
+        values, indices, begin, end, tile, tile_at, bias, row, out, out_at, *_ = args
         kinds = signature.args
         v = _Vectors(context, builder, kinds[4], sized)
-        values, indices = v.data(kinds[0], values), v.data(kinds[1], indices)
-        tile, out = v.data(kinds[4], tile, tile_at), v.data(kinds[7], out, out_at)
+        values, indices, bias = v.data(kinds[0], values), v.data(kinds[1], indices), v.data(kinds[6], bias)
+        tile, out = v.data(kinds[4], tile, tile_at), v.data(kinds[8], out, out_at)
+        rows = [v.at(values, builder.sub(end, begin), r) for r in range(several)]
 
-        def body(s, sum):
-            return v.fma(v.row(tile, v.index(indices, s)), v.splat(v.number(values, s)), sum)
+        def one(s, sums):
+            x = v.row(tile, v.index(indices, s))
+            return [v.fma(x, v.splat(v.number(own, s)), sum) for own, sum in zip(rows, sums)]
 
-        v.store(v.loop(begin, end, v.each(body), v.splat(first))[0], out)
+        firsts = [v.splat(v.number(bias, v.after(row, r))) for r in range(several)]
+        for r, total in enumerate(v.loop(begin, end, v.each(one), firsts)[0]):
+            v.store(total, v.row_at(out, r))
         return context.get_dummy_value()
 
-    return types.void(values, indices, types.int64, types.int64, tile, types.int64, tile.dtype, out, types.int64,
-                      width), codegen
+    return types.void(values, indices, types.int64, types.int64, tile, types.int64, bias, types.int64, out, types.int64,
+                      width, shared), codegen
 
 
 @intrinsic
@@ -225,13 +242,13 @@ def column_sum(typing, values, outputs, begin, end, tile, tile_at, x, x_at, out,
         tile, out = v.data(kinds[4], tile, tile_at), v.data(kinds[8], out, out_at)
         x = v.load(v.data(kinds[6], x, x_at))
 
-        def body(p, sum):
+        def one(p, sums):
             g, place = v.row(tile, v.index(outputs, p)), builder.gep(products, [p])
             before = builder.select(add, builder.load(place), ir.Constant(v.item, 0.0))
             builder.store(builder.fadd(before, v.sum(builder.fmul(g, x, flags=FAST)), flags=FAST), place)
-            return v.fma(g, v.splat(v.number(values, p)), sum)
+            return [v.fma(g, v.splat(v.number(values, p)), sum) for sum in sums]
 
-        v.store(v.loop(begin, end, v.each(body), v.load(out))[0], out)
+        v.store(v.loop(begin, end, v.each(one), [v.load(out)])[0][0], out)
         return context.get_dummy_value()
 
     return types.void(values, outputs, types.int64, types.int64, tile, types.int64, x, types.int64, out, types.int64,
@@ -355,15 +372,16 @@ def array_at(address, shape, kind):
 
 
 @cache
-def gather(itemsize, lanes):
+def gather(itemsize, lanes, shared=1):
     """The forward pass example by example, for float32 (``itemsize`` 4) or float64 (8), with the gather instructions of
-    x86 for 8 or 16 float32 (``lanes``) or without (0)."""
+    x86 for 8 or 16 float32 (``lanes``) or without (0); ``shared`` neighbouring rows have the same connections."""
     @_compile
     def rows(x, values, indices, bias, y, batch, inputs, n, k):
-        for i in prange(n):
+        for group in prange(n // shared):
+            i = group * shared
             for b in range(batch):
                 row_dot(values, indices, i * k, i * k + k, x + b * inputs * itemsize, bias, i, y, b * n + i, itemsize,
-                        lanes)
+                        lanes, shared)
 
     return rows
 
@@ -382,8 +400,9 @@ PARTS = 4  # of the rows, each with its own sums; not more threads can share the
 
 
 @cache
-def scatter(itemsize):
-    """The backward pass for a few examples, one by one, for float32 (``itemsize`` 4) or float64 (8)."""
+def scatter(itemsize, shared=1):
+    """The backward pass for a few examples, one by one, for float32 (``itemsize`` 4) or float64 (8); ``shared``
+    neighbouring rows have the same connections, so that inputs are gathered, and gradients scattered, once for all."""
     real = types.float32 if itemsize == 4 else types.float64
 
     @_compile
@@ -392,20 +411,27 @@ def scatter(itemsize):
         g, given = array_at(grad, (batch, n), real), array_at(x, (batch, inputs), real)
         v, which = array_at(values, (n, k), real), array_at(indices, (n, k), types.uint32)
         parts, total = array_at(sums, (PARTS, batch, inputs), real), array_at(dx, (batch, inputs), real)
-        products = array_at(dvalues, (n, k), real)
+        products, groups = array_at(dvalues, (n, k), real), n // shared
         for part in prange(PARTS):
+            numbers = np.empty(k, real)
             if need_x:
                 parts[part] = 0
-            for i in range(part * n // PARTS, (part + 1) * n // PARTS):
+            for i in range(part * groups // PARTS * shared, (part + 1) * groups // PARTS * shared, shared):
                 for b in range(batch):
-                    own, numbers, target = g[b, i], given[b], parts[part, b]
+                    target = parts[part, b]
                     if need_x:
+                        for r in range(i, i + shared if shared > 1 else i):
+                            for s in range(k):
+                                numbers[s] = g[b, r] * v[r, s] + (numbers[s] if r > i else 0)
                         for s in range(k):
-                            target[which[i, s]] += own * v[i, s]
+                            target[which[i, s]] += numbers[s] if shared > 1 else g[b, i] * v[i, s]
                     if need_values:
-                        for s in range(k):
-                            product = own * numbers[which[i, s]]
-                            products[i, s] = product if b == 0 else products[i, s] + product
+                        for s in range(k if shared > 1 else 0):
+                            numbers[s] = given[b, which[i, s]]
+                        for r in range(i, i + shared):
+                            for s in range(k):
+                                product = g[b, r] * (numbers[s] if shared > 1 else given[b, which[i, s]])
+                                products[r, s] = product if b == 0 else products[r, s] + product
         if need_x:
             for b in range(batch):
                 for j in range(inputs):
@@ -457,9 +483,9 @@ def _backward(grad, x, values, pointers, outputs, slots, tiles, given, listed, s
 
 
 @cache
-def kernels(width, itemsize):
+def kernels(width, itemsize, shared=1):
     """Return ``forward`` and ``backward`` for tiles of ``width`` examples, for float32 (``itemsize`` 4) or float64
-    (8)."""
+    (8); ``shared`` neighbouring rows have the same connections."""
     block = min(width, 16)
     parts = 256  # features that a task packs
 
@@ -510,10 +536,11 @@ def kernels(width, itemsize):
         """The forward pass: ``tiles`` [tiles, in, width] to ``out`` [tiles, n, width]."""
         n, k = values.shape
         v, which, source, target = values.reshape(-1), indices.reshape(-1), tiles.reshape(-1), out.reshape(-1)
-        for task in prange(tiles.shape[0] * n):
-            tile, i = task // n, task % n
-            row_sum(v, which, i * k, i * k + k, source, tile * tiles.shape[1] * width, bias[i], target, task * width,
-                    width)
+        groups = n // shared
+        for task in prange(tiles.shape[0] * groups):
+            tile, i = task // groups, task % groups * shared
+            row_sum(v, which, i * k, i * k + k, source, tile * tiles.shape[1] * width, bias, i, target,
+                    task * shared * width, width, shared)
 
     @_compile
     def columns(tiles, x, values, pointers, outputs, sums, products):
@@ -536,5 +563,5 @@ def kernels(width, itemsize):
 
     real = types.float32 if itemsize == 4 else types.float64
     loops = {"pack": pack, "rows": rows, "unpack": unpack, "width": width, "real": real}
-    return (_join(_forward, f"_forward_{width}_{itemsize}", **loops),
+    return (_join(_forward, f"_forward_{width}_{itemsize}_{shared}", **loops),
             _join(_backward, f"_backward_{width}", pack=pack, pick=pick, columns=columns, unpack=unpack, put=put))

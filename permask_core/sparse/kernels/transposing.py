@@ -4,10 +4,10 @@ The list is split into blocks of outputs, so that the part of the gradient for o
 Data derived from the indices are cached while the indices exist and do not change.
 """
 
+import weakref
 from typing import NamedTuple
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 WIDE = 2 ** 31
 BLOCK = 2048  # outputs; a tile of 64 columns of their gradient takes half a megabyte in float32
@@ -45,7 +45,7 @@ def transpose(indices, in_features):
     return Transpose(pointers, outputs, slots)
 
 
-_remembered = WeakTensorKeyDictionary()  # indices -> their version, and the cached data by name
+_remembered = {}  # id of the indices -> a weak reference to them, their version, and the cached data by name
 
 
 def version(indices):
@@ -58,10 +58,12 @@ def remember(indices, name, make):
 
     Results during the capture of a CUDA graph have no values yet and are not cached: call the layer once before.
     """
-    entry = _remembered.get(indices)
-    if entry is None or entry[0] != version(indices):
-        entry = _remembered[indices] = version(indices), {}
-    made = entry[1]
+    key = id(indices)  # a torch.utils.weak.WeakTensorKeyDictionary takes microseconds for every look
+    entry = _remembered.get(key)
+    if entry is None or entry[1] != version(indices):
+        gone = weakref.ref(indices, lambda reference: _remembered.pop(key, None))
+        entry = _remembered[key] = gone, version(indices), {}
+    made = entry[2]
     if name not in made:
         if indices.is_cuda and torch.cuda.is_current_stream_capturing():
             return make()
@@ -74,4 +76,4 @@ def remember(indices, name, make):
 
 def forget(indices):
     """Free the cached data before the indices are deleted."""
-    _remembered.pop(indices, None)
+    _remembered.pop(id(indices), None)
