@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -255,6 +256,32 @@ def test_fan_in_speeds(fan_in_cpu, tmp_path, monkeypatch):
         assert row["kept_bytes"]["dense"] == 16 * (row["inputs"] + 1) * row["outputs"]
         assert row["kept_bytes"]["fan-in"] < row["kept_bytes"]["dense"] / 2
         assert row["peak_bytes"].keys() == {"fan-in", "dense"}
+
+
+def test_whole_networks(tmp_path, monkeypatch):
+    script = importlib.import_module("whole_networks")
+    small = {"gpt2": partial(script.Decoder, 50, 16, 64, 4, 2), "bert": partial(script.Encoder, 50, 16, 64, 4, 2)}
+    inputs = {"gpt2": None, "bert": lambda batch: torch.randint(50, (batch, 16))}
+    for name, build in small.items():
+        monkeypatch.setitem(script.NETWORKS, name, (build, inputs[name], script.NETWORKS[name][2]))
+        found = record(script, tmp_path, "--only", name, "--seconds", 0, "--tokens", 5)
+        layers = {"MLPs": 4, "blocks": 8, "blocks and output": 9}
+        assert [(row["replaced"], row["batch"]) for row in found["rows"]] == [
+            (part, batch) for part in script.NETWORKS[name][2] for batch in (1, 8)]
+        for row in found["rows"]:
+            assert row["layers"] == layers[row["replaced"]] and row["bound"] == 1 / (1 - row["share_of_dense"]) > 1
+            assert row["ratios"].keys() == {"fan-in", "shared by 8", "torch CSR"}
+
+
+def test_keys_and_values_that_are_kept_are_those_of_the_whole_sequence():
+    """A decoder that generates token by token computes what attention to a whole sequence does."""
+    script = importlib.import_module("whole_networks")
+    torch.manual_seed(0)
+    layer, x = script.Attention(12, 3), torch.randn(7, 12)
+    one_by_one = torch.cat([layer(row[None]) for row in x])
+    q, k, v = layer.qkv(x).view(7, 3, 3, 4).permute(1, 2, 0, 3)
+    scores = (q @ k.transpose(1, 2) / 2).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(one_by_one, layer.out((scores.softmax(-1) @ v).transpose(0, 1).reshape(7, 12)))
 
 
 def test_a_fan_in_layer_that_is_wrong_is_not_timed(fan_in_cpu, monkeypatch):
