@@ -19,6 +19,7 @@ import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,9 @@ class Rewiring:
     unablated: tuple[str, ...] | None = None  # SRigL: layers without ablation; by default the last layer
     # SRigL: of each layer; by default those at the start, which constant fan-in has rounded down in each neuron
     densities: dict[str, float] | float | None = None
+    # SET and SRigL: neighbouring neurons that have the same connections; where a layer has no multiple of it, the
+    # largest common divisor of both
+    shared: int = 1
 
     def __post_init__(self):
         for name, kind, expected, fits in (
@@ -55,6 +59,7 @@ class Rewiring:
             ("fraction", Real, "a number in (0, 1]", lambda v: 0 < v <= 1),
             ("min_salient", (Real, type(None)), "a number in (0, 1] or None", lambda v: v is None or 0 < v <= 1),
             ("unablated", (tuple, list, type(None)), "names of layers", lambda v: True),
+            ("shared", Integral, "an integer of at least 1", lambda v: v >= 1),
         ):
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
@@ -64,6 +69,8 @@ class Rewiring:
         for name in ("unablated", "densities"):
             if self.method != "srigl" and getattr(self, name) is not None:
                 raise ValueError(f"{name} is {getattr(self, name)!r} with method {self.method!r}: only 'srigl' uses it")
+        if self.method == "rigl" and self.shared > 1:
+            raise ValueError(f"shared is {self.shared} with method 'rigl': only 'set' and 'srigl' use it")
 
     def due(self, step, steps):
         """Whether step ``step`` of ``steps``, counted from 1, moves connections instead of changing weights."""
@@ -365,6 +372,54 @@ class _MaskedLayer:
         self.mask.copy_(mask.view_as(self.mask))
 
 
+class _SharedLayer:
+    """A layer in which ``size`` neighbouring neurons have the same connections, and move them as one neuron does, by
+    the sums of their magnitudes and of their gradients' magnitudes."""
+
+    def __init__(self, name, layer, size):
+        self.name, self.layer, self.size = name, layer, size
+        self.active()  # rejects other connections
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
+
+    @property
+    def shape(self):
+        return self.layer.shape[0] // self.size, self.layer.shape[1]
+
+    def active(self):
+        rows, columns, magnitudes, _ = self.layer.active()
+        groups, first = rows // self.size, rows % self.size == 0
+        places = groups * self.shape[1] + columns
+        at = torch.searchsorted(places[first], places).clamp(max=max(0, int(first.sum()) - 1))
+        if len(rows) != self.size * int(first.sum()) or (places[first][at] != places).any():
+            raise ValueError(f"{self.name!r} has neighbouring neurons with different connections: expected the same in "
+                             f"every {self.size}, as constant_fan_in_masks(..., shared={self.size}) draws them")
+        self.at = at  # the connection of its group, for each connection
+        sums = magnitudes.new_zeros(int(first.sum())).index_add_(0, at, magnitudes)
+        return Connections(groups[first], columns[first], sums, self.shape)
+
+    def set_step(self, active, fraction, generator):
+        if isinstance(self.layer, _MaskedLayer):
+            return set_step(active, fraction, generator)
+        one = self.layer.module
+        indices = one.indices[::self.size]
+        return set_rows_step(SimpleNamespace(values=active.magnitudes.view(indices.shape), indices=indices,
+                                             rows=one.rows[::self.size] // self.size, in_features=one.in_features),
+                             fraction, generator)
+
+    def fan_in(self):
+        return self.layer.fan_in()[::self.size]
+
+    def scores(self, start, stop):
+        return self.layer.scores(start * self.size, stop * self.size).unflatten(0, (-1, self.size)).sum(1)
+
+    def rewire(self, active, keep, grow, optimizer):
+        rows = grow[:, :1] * self.size + torch.arange(self.size, device=grow.device)
+        grow = torch.stack([rows.flatten(), grow[:, 1].repeat_interleave(self.size)], 1)
+        self.layer.rewire(self.layer.active(), keep.flatten()[self.at], grow, optimizer)
+
+
 class _FanInLayer:
     """A FanInLinear; its dense gradient is computed from inputs and output gradients."""
 
@@ -485,6 +540,8 @@ class Topology:
         self.layers = {name: _MaskedLayer(weights[name], mask) for name, mask in self.masks.items()}
         condensed = {name: module for name, module in modules.items() if isinstance(module, FanInLinear)}
         self.layers |= {name: _FanInLayer(module) for name, module in condensed.items()}
+        sizes = {name: math.gcd(rewiring.shared, layer.shape[0]) for name, layer in self.layers.items()}
+        self.layers |= {name: _SharedLayer(name, self.layers[name], size) for name, size in sizes.items() if size > 1}
         self.rewiring, self.steps, self.seed = rewiring, int(steps), seed
         if not self.layers:
             raise ValueError("there is no layer to rewire: expected masks, or a model with FanInLinear layers")
@@ -590,7 +647,7 @@ class Topology:
         _remove(self._hooks)
         if self.due(step) and self.rewiring.method == "srigl":
             layers = [self.layers[name] for name in self.moving]
-            self._hooks += [layer.watch() for layer in layers if isinstance(layer, _FanInLayer)]
+            self._hooks += [layer.watch() for layer in layers if hasattr(layer, "watch")]
 
     def _remember(self):
         self._keep = [mask.to(self.layers[name].weight.dtype) for name, mask in self.masks.items()]
@@ -639,7 +696,7 @@ class Topology:
         """Record the connections after they moved, for :meth:`_apply_masks`, and their numbers in :attr:`fan_in`."""
         self._remember()
         for name, layer in self.layers.items():
-            now = layer.fan_in().to("cpu", torch.int32)[None]
+            now = layer.fan_in().repeat_interleave(getattr(layer, "size", 1)).to("cpu", torch.int32)[None]
             self.fan_in[name] = torch.cat([self.fan_in[name], now]) if name in self.fan_in else now
 
 
@@ -659,7 +716,7 @@ def _unscale(optimizer, scaler):
     return all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
 
-def constant_fan_in_masks(shapes, densities, *, seed):
+def constant_fan_in_masks(shapes, densities, *, seed, shared=1):
     """Draw random masks with the same number of kept weights in every row.
 
     Parameters
@@ -670,6 +727,8 @@ def constant_fan_in_masks(shapes, densities, *, seed):
         Fraction kept, in (0, 1], for all tensors or by name. A row keeps floor(numel density) / out weights, rounded
         down, but at least one.
     seed : int
+    shared : int
+        Number of neighbouring rows with the same mask, as in :class:`Rewiring`.
 
     Returns
     -------
@@ -678,7 +737,8 @@ def constant_fan_in_masks(shapes, densities, *, seed):
     Raises
     ------
     ValueError
-        If a density is missing or out of range, or the seed is not an integer of at least 0.
+        If a density is missing or out of range, the seed is not an integer of at least 0, or ``shared`` not one of at
+        least 1.
 
     Examples
     --------
@@ -686,10 +746,13 @@ def constant_fan_in_masks(shapes, densities, *, seed):
     tensor([3, 3, 3, 3])
     """
     check_integer("seed", seed, 0)
+    check_integer("shared", shared, 1)
     generator, masks = torch.Generator().manual_seed(int(seed)), {}
     for name, budget in _budgets({name: tensor.numel() for name, tensor in shapes.items()}, densities).items():
         n_out, n_in = len(shapes[name]), shapes[name][0].numel()
-        columns = sample_columns(n_out, n_in, max(1, budget // n_out), generator=generator).long()
+        size = math.gcd(shared, n_out)
+        columns = sample_columns(n_out // size, n_in, max(1, budget // n_out), generator=generator).long()
+        columns = columns.repeat_interleave(size, 0)
         mask = torch.zeros(n_out, n_in, dtype=torch.bool).scatter_(1, columns, True)
         masks[name] = mask.view(shapes[name].shape)
     return masks

@@ -358,12 +358,12 @@ def test_the_drop_fraction_is_a_half_cosine_that_ends_with_rewiring():
     assert found == pytest.approx([0.4, 0.3, 0.2, 0.1, 0])
 
 
-def twins(method="srigl", density=0.1, sizes=(20, 30, 12), seed=0):
+def twins(density=0.1, sizes=(20, 30, 12), seed=0, shared=1):
     """A masked and a FanInLinear network that compute the same, in float64."""
     torch.manual_seed(seed)
     masked = nn.Sequential(nn.Linear(sizes[0], sizes[1]), nn.ReLU(), nn.Linear(sizes[1], sizes[2])).double()
     weights = {name: p for name, p in masked.named_parameters() if p.ndim > 1}
-    masks = constant_fan_in_masks(weights, density, seed=seed)
+    masks = constant_fan_in_masks(weights, density, seed=seed, shared=shared)
     apply_masks(masked, masks)
     condensed = nn.Sequential(FanInLinear.from_dense(masked[0], masks["0.weight"]), nn.ReLU(),
                               FanInLinear.from_dense(masked[2], masks["2.weight"]))
@@ -371,11 +371,11 @@ def twins(method="srigl", density=0.1, sizes=(20, 30, 12), seed=0):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("min_salient", [None, 0.4, 1.0])
-def test_a_fan_in_layer_and_a_masked_one_are_rewired_alike(optimizer, min_salient, monkeypatch):
-    masked, masks, condensed = twins()
+@pytest.mark.parametrize("min_salient, shared", [(None, 1), (0.4, 1), (1.0, 1), (None, 3), (1.0, 4)])
+def test_a_fan_in_layer_and_a_masked_one_are_rewired_alike(optimizer, min_salient, shared, monkeypatch):
+    masked, masks, condensed = twins(shared=shared)
     monkeypatch.setattr(dynamic, "CHUNK", 70)
-    rewiring = Rewiring("srigl", every=2, until=1.0, min_salient=min_salient, densities=0.1)
+    rewiring = Rewiring("srigl", every=2, until=1.0, min_salient=min_salient, densities=0.1, shared=shared)
     x, y, ends = torch.randn(50, 20).double(), torch.arange(50) % 12, []
     for model, kept in ((masked, masks), (condensed, None)):
         optimize = OPTIMIZERS[optimizer](model.parameters())
@@ -397,9 +397,63 @@ def test_a_fan_in_layer_and_a_masked_one_are_rewired_alike(optimizer, min_salien
         assert torch.equal(condensed[i].mask(), ends[0].masks[name])
         assert not torch.equal(condensed[i].mask(), masks[name])
         torch.testing.assert_close(condensed[i].to_dense().weight, masked[i].weight, atol=1e-9, rtol=1e-9)
+        for rows in condensed[i].mask().split(math.gcd(shared, condensed[i].out_features)):
+            assert (rows == rows[0]).all()
     ablated = (ends[0].fan_in["0.weight"] == 0).any()
     assert bool(ablated) == (min_salient is not None) and (ends[0].fan_in["2.weight"] > 0).all()
     assert not condensed[0]._forward_hooks
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(2, 9), st.integers(0, 2 ** 31), st.floats(0.1, 1), st.data())
+def test_neurons_that_share_connections_move_as_one_neuron_with_their_sums(size, groups, inputs, seed, fraction, data):
+    """Its magnitudes and gradients are the sums over the neurons, and srigl_step is the reference."""
+    torch.manual_seed(seed)
+    fan_in = data.draw(st.integers(1, inputs))
+    weight = nn.Parameter(torch.randn(size * groups, inputs, dtype=torch.float64))
+    mask = torch.rand(groups, inputs).argsort(1).argsort(1).lt(fan_in).repeat_interleave(size, 0)
+    model = nn.Module()
+    model.weight = weight
+    rewiring = Rewiring("srigl", every=1, until=1.0, fraction=fraction, min_salient=None, shared=size)
+    topology = Topology(model, {"weight": mask}, rewiring, steps=3)
+    before, weight.grad = weight.detach().clone(), torch.randn_like(weight)
+    sums, scores = (one.abs().view(groups, size, inputs).sum(1) for one in (before, weight.grad))
+    rows, columns = mask[::size].nonzero(as_tuple=True)
+    active = Connections(rows, columns, sums[rows, columns], (groups, inputs))
+    dropped = rewiring.drop_fraction(1, 3)
+    keep, grow = srigl_step(active, lambda start, stop: scores[start:stop], dropped, groups * fan_in)
+    topology.rewire(1)
+    expected = torch.zeros(groups, inputs, dtype=torch.bool)
+    expected[rows[keep], columns[keep]] = True
+    expected[grow[:, 0], grow[:, 1]] = True
+    if fan_in < inputs:
+        assert torch.equal(topology.masks["weight"], expected.repeat_interleave(size, 0))
+        assert (topology.fan_in["weight"] == fan_in).all() and topology.fan_in["weight"].shape == (2, size * groups)
+    kept = topology.masks["weight"] & (weight != 0)
+    assert torch.equal(weight[kept], before[kept])
+
+
+@pytest.mark.parametrize("condense", [False, True])
+def test_set_moves_the_connections_of_neurons_that_share_them(condense):
+    masked, masks, condensed = twins(density=0.4, shared=4)
+    topology = Topology(condensed if condense else masked, None if condense else masks,
+                        Rewiring("set", fraction=0.8, shared=4, **ALWAYS), steps=20, seed=1)
+    for step in range(1, 11):
+        topology.rewire(step)
+        for i, name in ((0, "0.weight"), (2, "2.weight")):
+            now = condensed[i].mask() if condense else topology.masks[name]
+            for rows in now.split(2 if i == 0 else 4):  # 30 neurons and 12
+                assert (rows == rows[0]).all()
+            assert now.sum() == masks[name].sum()
+    assert not torch.equal(now, masks[name])
+
+
+def test_neurons_that_do_not_share_connections_are_refused():
+    masked, masks, condensed = twins()
+    for model, at_start in ((masked, masks), (condensed, None)):
+        with pytest.raises(ValueError, match="'0.weight' has neighbouring neurons with different connections"):
+            Topology(model, at_start, Rewiring("srigl", shared=2), steps=300)
+    with pytest.raises(ValueError, match="shared is 0: expected an integer of at least 1"):
+        constant_fan_in_masks({"a": torch.empty(4, 6)}, 0.5, seed=0, shared=0)
 
 
 def test_set_on_a_fan_in_layer_keeps_its_rows_and_zeroes_what_is_new():
@@ -686,6 +740,8 @@ def test_integers_and_numbers_of_numpy_are_taken_as_plain_ones():
     ({"unablated": "head.weight"}, "unablated is 'head.weight': expected names of layers"),
     ({"method": "rigl", "unablated": ()}, "unablated is () with method 'rigl': only 'srigl' uses it"),
     ({"method": "set", "densities": 0.1}, "densities is 0.1 with method 'set'"),
+    ({"shared": 0}, "shared is 0: expected an integer of at least 1"),
+    ({"method": "rigl", "shared": 2}, "shared is 2 with method 'rigl': only 'set' and 'srigl' use it"),
 ])
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
