@@ -168,6 +168,15 @@ def test_fashion_mnist_settings(tmp_path):
         assert [*mean.index] == [0, 1] and chosen["rewind"] == (0 if mean[0] >= mean.max() - 0.005 else 1)
 
 
+def test_shared_inputs(tmp_path):
+    require_fashion_mnist()
+    found = record("shared_inputs", tmp_path, "--quick", "--seeds", 1, "--runs", tmp_path / "runs")
+    frame = pd.DataFrame(found["rows"])
+    assert len(frame) == 4 * 3 * 3 and frame["seed"].unique() == [5]
+    at_start = frame[frame["method"] == "fan_in"].groupby("sparsity")["connections"]
+    assert (at_start.nunique() == 1).all()  # whatever is shared
+
+
 def test_weights_or_activations(tmp_path):
     options = "--quick", "--seeds", 2, "--workers", 1, "--runs", tmp_path / "runs"
     found = record("weights_or_activations", tmp_path, *options)

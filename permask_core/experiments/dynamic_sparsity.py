@@ -58,6 +58,7 @@ class Experiment(Settings):
     until: float = 0.75  # fraction of all steps after which connections do not move
     fraction: float = 0.3  # of a layer's connections, dropped at the start (alpha)
     min_salient: float = 0.3  # with ablation: minimal fraction of salient weights of a neuron (gamma_sal)
+    shared: int = 1  # fan_in and SRigL: neighbouring neurons with the same connections
     processes: int = 1  # number that share each batch: see permask_core.training.fit
 
     def __post_init__(self):
@@ -70,7 +71,7 @@ class Experiment(Settings):
         scaled(self.width)
         if self.min_salient is None:
             raise ValueError("min_salient is None: expected a number in (0, 1]; the method 'srigl' ablates no neuron")
-        rewiring(self, "srigl+ablation")
+        rewiring(self, "srigl+ablation")  # checks its settings
 
 
 # ---- Presets ---------------------------------------------------------------------------------------------------------
@@ -122,7 +123,8 @@ def rewiring(experiment, method, densities=None):
         return None
     kind, _, ablation = method.partition("+")
     return Rewiring(kind, experiment.every, experiment.until, experiment.fraction,
-                    experiment.min_salient if ablation else None, densities=densities if kind == "srigl" else None)
+                    experiment.min_salient if ablation else None, densities=densities if kind == "srigl" else None,
+                    shared=experiment.shared if kind == "srigl" else 1)
 
 
 def build_network(experiment, seed=0):
@@ -166,7 +168,7 @@ def layer_densities(experiment, weights, sparsity):
     return found
 
 
-def starting_masks(weights, densities, *, unequal, seed):
+def starting_masks(weights, densities, *, unequal, seed, shared=1):
     """Draw masks with constant fan-in, or ``unequal`` masks: random, with equally many connections in each layer.
 
     Parameters
@@ -177,12 +179,14 @@ def starting_masks(weights, densities, *, unequal, seed):
         In (0, 1]. The fan-in of each neuron is rounded down, but not to 0.
     unequal : bool
     seed : int
+    shared : int
+        Number of neighbouring neurons with the same connections, if the masks have constant fan-in.
 
     Returns
     -------
     Masks
     """
-    masks = constant_fan_in_masks(weights, densities, seed=seed)
+    masks = constant_fan_in_masks(weights, densities, seed=seed, shared=1 if unequal else shared)
     if not unequal:
         return masks
     return random_masks(weights, {name: 1 - value for name, value in layer_sparsity(masks).items()}, seed=seed)
@@ -199,9 +203,9 @@ def _decides(method):
     """Return the names of the settings that affect the results of a method."""
     if method == "dense":
         return _DENSE
-    if method in STATIC:
-        return _STATIC
-    return (*_MOVING, "min_salient") if method == "srigl+ablation" else _MOVING
+    names = _STATIC if method in STATIC else _MOVING
+    names += ("min_salient",) if method == "srigl+ablation" else ()
+    return names if method in UNEQUAL else (*names, "shared")
 
 
 def train_network(experiment, store, seed, sparsity, method):
@@ -243,7 +247,8 @@ def train_network(experiment, store, seed, sparsity, method):
         weights = sparse_weights(experiment, model)
         if method != "dense":
             densities = layer_densities(experiment, weights, sparsity)
-            masks, how = (starting_masks(weights, densities, unequal=method in UNEQUAL, seed=seed),
+            masks, how = (starting_masks(weights, densities, unequal=method in UNEQUAL, seed=seed,
+                                         shared=experiment.shared),
                           rewiring(experiment, method, densities))
             sparse_init(model, masks, seed=seed)
         run = fit(model, task.train, experiment.recipe, seed=seed, masks=masks, rewiring=how,
