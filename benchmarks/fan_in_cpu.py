@@ -2,12 +2,14 @@
 
 Peers: a dense torch.nn.Linear; the same with its weight multiplied by a mask at every call; CSR matrices of torch and
 of SciPy (forward only); torch's embedding_bag over the transposed input; the one-line gather, compiled by
-torch.compile if there is a C++ compiler. Each peer starts from x [batch, in]; transposing it counts for the time.
-Outputs and gradients of the fan-in layer are compared with a dense layer in float64 before anything is timed.
+torch.compile if there is a C++ compiler; and a fan-in layer of which eight neighbouring neurons have the same
+connections, which computes another function. Each peer starts from x [batch, in]; transposing it counts for the time.
+Outputs and gradients of the fan-in layers are compared with a dense layer in float64 before anything is timed.
 
 All peers take turns. A call shorter than two milliseconds is repeated for that long, after a warm-up call, so that its
 weights are in the cache as far as they fit. Medians over turns and ratios of medians are printed. Run it with
-`python benchmarks/fan_in_cpu.py`; it takes about ten minutes, with results in results/fan_in_cpu.json. At the end it
+`python benchmarks/fan_in_cpu.py`; it takes about ten minutes, with results in
+permask_core/data/measured/fan_in_cpu/PROCESSOR.json, where PROCESSOR is the compiler's name for it. At the end it
 prints the computed bytes of a training step with Adam, the peak of resident memory in new processes (Linux), and the
 ratios next to the expected ones. It asserts nothing about time.
 """
@@ -24,15 +26,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from _machine import at_least, command, resident, written
+from llvmlite import binding
 from scipy.sparse import csr_array
 from torch.nn import functional as F
 
+import permask_core
 from permask_core.runs.store import commit, device_name, versions
 from permask_core.sparse import FanInLinear
+from permask_core.sparse.fan_in import sample_columns
+
+MEASURED = Path(permask_core.__file__).parent / "data" / "measured" / "fan_in_cpu"
 
 SIZES = [(3072, 768), (4096, 4096)]
 SPARSITIES = [0.9, 0.95, 0.99]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+SHARED = 8
 GATHERED = 2 ** 26  # numbers; above, the gather is omitted
 # (inputs, outputs), sparsity, batch, way, peer, least ratio
 HOPED = [(size, 0.9, *rest) for size in SIZES for rest in (
@@ -42,10 +50,13 @@ HOPED = [(size, 0.9, *rest) for size in SIZES for rest in (
     (size, 0.9, batch, "forward", "dense", 1.0) for size in SIZES for batch in BATCHES]
 
 
-def layers(inputs, outputs, sparsity):
-    """Return a fan-in layer and an equivalent dense layer."""
+def layers(inputs, outputs, sparsity, shared=1):
+    """Return a fan-in layer, in which ``shared`` neighbouring neurons have the same connections, and an equal dense
+    layer."""
     torch.manual_seed(0)
-    layer = FanInLinear(inputs, outputs, round(inputs * (1 - sparsity)))
+    fan_in = round(inputs * (1 - sparsity))
+    indices = sample_columns(outputs // shared, inputs, fan_in).repeat_interleave(shared, 0)
+    layer = FanInLinear(inputs, outputs, fan_in, indices=indices)
     torch.nn.init.normal_(layer.bias)
     return layer, layer.to_dense()
 
@@ -72,7 +83,7 @@ def gathered(x, values, indices, bias):
     return (values * x[:, indices]).sum(-1) + bias
 
 
-def peers(layer, dense, compiled):
+def peers(layer, dense, shared, compiled):
     """Return by name: a function from x to y, and the weights whose gradients a training step needs, or None."""
     mask, indices = layer.mask(), layer.indices.long()
     values, bias, weight = layer.values, layer.bias, dense.weight
@@ -80,6 +91,7 @@ def peers(layer, dense, compiled):
     offset = bias.detach().numpy()
     ways = {
         "fan-in": (layer, [values, bias]),
+        f"shared by {SHARED}": (shared, [shared.values, shared.bias]),
         "dense": (dense, [weight, dense.bias]),
         "masked": (lambda x: F.linear(x, weight * mask, dense.bias), [weight, dense.bias]),
         "torch CSR": (lambda x: (csr @ x.t()).t() + bias, None),
@@ -118,11 +130,11 @@ def step(way, weights, x):
     return torch.autograd.grad(y, [x, *weights], torch.ones_like(y))
 
 
-def compare(layer, dense, compiled, batch, seconds):
+def compare(layer, dense, shared, compiled, batch, seconds):
     """Return two rows: forward, and both."""
     x = torch.randn(batch, layer.in_features)
-    error = check(layer, dense, x)
-    ways = peers(layer, dense, compiled if batch * layer.values.numel() <= GATHERED else None)
+    error = max(check(one, one.to_dense(), x) for one in (layer, shared))
+    ways = peers(layer, dense, shared, compiled if batch * layer.values.numel() <= GATHERED else None)
     trained = x.clone().requires_grad_()
     calls = {"forward": {name: lambda way=way: way(x) for name, (way, _) in ways.items()},
              "both": {name: lambda way=way, weights=weights: step(way, weights, trained)
@@ -202,16 +214,16 @@ def main(argv=None):
         return peak(kind, *map(int, numbers[:2]), float(numbers[2]))
     sizes, batches = ([(96, 64)], [1, 40]) if given.quick else (SIZES, BATCHES)
     compiled = torch.compile(gathered, dynamic=True) if shutil.which("g++") and not given.quick else None
-    record = {"command": command("fan_in_cpu", argv), "commit": commit(),
+    record = {"command": command("fan_in_cpu", argv), "commit": commit(), "processor": binding.get_host_cpu_name(),
               "device": device_name("cpu"), "threads": given.threads, "precision": "float32", "versions": versions(),
               "rows": [], "memory": []}
     print(", ".join(f"{name} {record[name]}" for name in ("command", "commit", "device", "threads", "precision")))
     for inputs, outputs in sizes:
         for sparsity in SPARSITIES:
-            layer, dense = layers(inputs, outputs, sparsity)
+            (layer, dense), shared = layers(inputs, outputs, sparsity), layers(inputs, outputs, sparsity, SHARED)[0]
             print(f"\n{inputs} -> {outputs}, {sparsity:.0%}: how many times longer than the fan-in layer")
             for batch in batches:
-                for row in compare(layer, dense, compiled, batch, 0 if given.quick else given.seconds):
+                for row in compare(layer, dense, shared, compiled, batch, 0 if given.quick else given.seconds):
                     record["rows"].append({"sparsity": sparsity} | row)
                     ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
                     ours = 1e6 * row["median_seconds"]["fan-in"]
@@ -223,7 +235,7 @@ def main(argv=None):
         print(f"{'met ' if row['ratio'] >= row['least'] else 'MISSED'}  {row['inputs']} -> {row['outputs']}, "
               f"{row['sparsity']:.0%}, batch {row['batch']}, {row['way']}: {row['ratio']:.2f} times faster than "
               f"{row['peer']}, hoped {row['least']}")
-    written(given.result or Path(__file__).parent / "results" / "fan_in_cpu.json", record)
+    written(given.result or MEASURED / f"{record['processor']}.json", record)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from permask_core.data.measured import measured_fan_in_speed
+
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "book" / "readme"
-TIMES = ROOT / "benchmarks" / "results" / "fan_in_cpu.json"
-SPARSITY, BATCHES = 0.9, (1, 64, 256, 2048)
+SPARSITY, BATCHES = 0.9, (1, 8, 64, 256, 2048)
+PEERS = (("forward", "dense"), ("forward", "torch CSR"), ("forward", "shared by 8"), ("both", "dense"))
 
 
 def with_table(readme: str, mark: str, table: str) -> str:
@@ -32,20 +34,23 @@ def with_table(readme: str, mark: str, table: str) -> str:
     return section.sub(lambda match: f"{match[1]}\n{table}\n{match[2]}", readme)
 
 
-def speed_table(record: dict) -> str:
-    """Return a table of the times of other layers divided by that of the fan-in layer, from
+def speed_table(records: dict) -> str:
+    """Return a table of the times of other layers divided by that of the fan-in layer, by processor, from
     benchmarks/fan_in_cpu.py."""
-    heads = ["in x out", "pass", "peer", *(f"batch {batch}" for batch in BATCHES)]
-    lines = [heads, ["---:"] * len(heads)]
-    rows = {(row["inputs"], row["outputs"], row["way"], row["batch"]): row["ratios"]
-            for row in record["rows"] if row["sparsity"] == SPARSITY}
-    for inputs, outputs in dict.fromkeys(place[:2] for place in rows):
-        for way, peer in (("forward", "dense"), ("forward", "torch CSR"), ("both", "dense")):
-            found = [rows[inputs, outputs, way, batch][peer] for batch in BATCHES]
-            lines.append([f"{inputs} x {outputs}", way, peer, *(f"{ratio:.1f}" for ratio in found)])
+    heads = ["processor", "in x out", "pass", "peer", *(f"batch {batch}" for batch in BATCHES)]
+    lines, captions = [heads, ["---:"] * len(heads)], []
+    for processor, record in records.items():
+        rows = {(row["inputs"], row["outputs"], row["way"], row["batch"]): row["ratios"]
+                for row in record["rows"] if row["sparsity"] == SPARSITY}
+        for inputs, outputs in dict.fromkeys(place[:2] for place in rows):
+            for way, peer in PEERS:
+                found = [rows[inputs, outputs, way, batch][peer] for batch in BATCHES]
+                lines.append([processor, f"{inputs} x {outputs}", way, peer, *(f"{ratio:.1f}" for ratio in found)])
+        captions.append(f"{processor}: {record['threads']} threads, {record['device']}, `{record['command']}`, commit "
+                        f"{record['commit']}, torch {record['versions']['torch']}.")
     caption = (f"Time of the other layer divided by that of `FanInLinear` at {100 * SPARSITY:.0f} % sparsity, medians, "
-               f"{record['precision']}, {record['threads']} threads, {record['device']}; `{record['command']}`, "
-               f"commit {record['commit']}, torch {record['versions']['torch']}. *Both*: forward and backward.")
+               "float32. *Both*: forward and backward. *Shared by 8*: a fan-in layer in which eight neighbouring "
+               f"neurons have the same connections. {' '.join(captions)}")
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{caption}\n"
 
 
@@ -66,7 +71,7 @@ def main() -> None:
     text = readme.read_text(encoding="utf8")
     for mark, name in (("results", "permuted_masks"), ("findings", "findings")):
         text = with_table(text, mark, (KEPT / f"{name}.md").read_text("utf8"))
-    readme.write_text(with_table(text, "speed", speed_table(json.loads(TIMES.read_text("utf8")))), encoding="utf8")
+    readme.write_text(with_table(text, "speed", speed_table(measured_fan_in_speed())), encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -214,6 +214,22 @@ def measured_fashion_mnist_settings():
     return _read("fashion_mnist_settings")
 
 
+def measured_fan_in_speed():
+    """Times of fan-in layers and other linear layers on the processors on which they were measured.
+
+    Returns
+    -------
+    dict of str to dict
+        By the compiler's name of the processor: ``command``, ``commit``, ``versions``, ``device``, ``threads``,
+        ``precision``; and ``rows``, a list of dict: ``inputs``, ``outputs``, ``sparsity``, ``fan_in``, ``batch``,
+        ``way`` ("forward", or "both" with backward), and by name of the layer ``median_seconds``,
+        ``quartiles_seconds`` and ``ratios`` (of medians, to the fan-in layer); "shared by 8" is a fan-in layer in
+        which eight neighbouring neurons have the same connections.
+    """
+    folder = Path(str(files(__package__))) / "fan_in_cpu"
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
 def measured_grids():
     """Grids of runs that were run in advance.
 
