@@ -218,6 +218,7 @@ def main(argv=None):
               "device": device_name("cpu"), "threads": given.threads, "precision": "float32", "versions": versions(),
               "rows": [], "memory": []}
     print(", ".join(f"{name} {record[name]}" for name in ("command", "commit", "device", "threads", "precision")))
+    result = given.result or MEASURED / f"{record['processor']}.json"
     for inputs, outputs in sizes:
         for sparsity in SPARSITIES:
             (layer, dense), shared = layers(inputs, outputs, sparsity), layers(inputs, outputs, sparsity, SHARED)[0]
@@ -229,13 +230,14 @@ def main(argv=None):
                     ours = 1e6 * row["median_seconds"]["fan-in"]
                     print(f"{batch:>5} {row['way']:8}{ours:>10.0f} us  {ratios}", flush=True)
             record["memory"].append(memory(inputs, outputs, sparsity))
+            written(result, record)
             print(json.dumps(record["memory"][-1]))
     record["hoped"] = hoped(record["rows"])
     for row in record["hoped"]:
         print(f"{'met ' if row['ratio'] >= row['least'] else 'MISSED'}  {row['inputs']} -> {row['outputs']}, "
               f"{row['sparsity']:.0%}, batch {row['batch']}, {row['way']}: {row['ratio']:.2f} times faster than "
               f"{row['peer']}, hoped {row['least']}")
-    written(given.result or MEASURED / f"{record['processor']}.json", record)
+    written(result, record)
 
 
 if __name__ == "__main__":
