@@ -20,6 +20,8 @@ export PERMASK_RUNS ?= $(CURDIR)/build
 RESULTS := $(CURDIR)/build/source/book/results
 # Notebooks and test processes run side by side; more threads each would only make them wait for one another.
 export OMP_NUM_THREADS ?= 1
+# Each module is compiled once, when it is first imported; some containers set this, and compile it in every process.
+unexport PYTHONDONTWRITEBYTECODE
 # The same for the processes of one notebook: two notebooks at once are enough.
 build/source/notebooks/%.ipynb: export PERMASK_WORKERS ?= 1
 
