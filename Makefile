@@ -6,7 +6,7 @@ READY := .venv/.ready
 BOOK := build/_build/html
 
 # The longest first, so that two at once end together.
-LONGEST := permuted_masks cifar class_bias basins_and_connectivity extreme_labels
+LONGEST := permuted_masks fashion_mnist cifar garments class_bias how_tickets_win basins_and_connectivity extreme_labels
 NOTEBOOKS := $(wildcard $(LONGEST:%=notebooks/%.ipynb)) $(filter-out $(LONGEST:%=notebooks/%.ipynb),$(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:%=build/source/%)
 FIGURES := build/source/book/figures/.drawn
@@ -20,6 +20,8 @@ export PERMASK_RUNS ?= $(CURDIR)/build
 RESULTS := $(CURDIR)/build/source/book/results
 # Notebooks and test processes run side by side; more threads each would only make them wait for one another.
 export OMP_NUM_THREADS ?= 1
+# Each module is compiled once, when it is first imported; some containers set this, and compile it in every process.
+unexport PYTHONDONTWRITEBYTECODE
 # The same for the processes of one notebook: two notebooks at once are enough.
 build/source/notebooks/%.ipynb: export PERMASK_WORKERS ?= 1
 
@@ -84,7 +86,7 @@ test: $(READY) ## style, notebooks without outputs, the book and its claims, pyt
 	@# Every notebook at its smallest, with the widgets of a live notebook, which the book never draws.
 	@$(EMPTY_STORE); PERMASK_DISPLAY=live $(MAKE) --no-print-directory batch GRID=tests/batch/every.yaml OUTPUT="$$store/jobs" STORE="$$store/runs" ARGS=--quiet
 
-test-long: $(READY) ## pytest with more, and random, examples of every property, and every notebook live; minutes longer
+test-long: $(READY) ## pytest with slow tests and with more, and random, examples of every property; every notebook live
 	@$(EMPTY_STORE); PERMASK_HYPOTHESIS=long $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests
 	@printf '\n== Notebooks live\n'
 	@# Finished stages are those of the book, where it was built.
@@ -123,4 +125,4 @@ clean: ## remove what was built, keep .venv
 	rm -rf build
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile

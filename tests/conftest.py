@@ -26,10 +26,9 @@ settings.load_profile(os.environ.get("PERMASK_HYPOTHESIS") or ("ci" if os.enviro
 
 # The files that take longest, the longest first: begun last, one would keep a process waiting for the other.
 LONGEST = ["slurm/test_slurm.py", "browser/test_pages.py", "browser/test_controls.py",
-           "batch/test_snakefile.py", "sparse/test_kernels.py",
-           "sparse/test_triton.py", "test_benchmarks.py", "runs/test_processes.py", "test_image_notebooks.py",
-           "test_fairness_notebooks.py", "training/test_loop.py", "sparse/test_fan_in.py",
-           "matching/tracer/test_trace.py"]
+           "sparse/test_kernels.py", "test_benchmarks.py", "sparse/test_triton.py", "runs/test_processes.py",
+           "test_image_notebooks.py", "test_fairness_notebooks.py", "training/test_loop.py",
+           "batch/test_snakefile.py", "sparse/test_fan_in.py", "matching/tracer/test_trace.py"]
 
 
 def pytest_collection_modifyitems(items):

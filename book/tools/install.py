@@ -53,7 +53,9 @@ def main() -> None:
     """Install everything, and stop at the first command that fails."""
     if not (VENV / "bin" / "python").exists():
         venv.create(VENV, with_pip=True)
-    pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off"]
+    # --no-compile: Python compiles a module when it is first imported, and most of them never are.
+    pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off",
+           "--no-compile"]
     commands = [
         [*pip, "-r", "requirements.txt", "-c", "constraints.txt"],
         [*pip, "--no-deps", "--no-build-isolation", "--editable", "."],

@@ -20,8 +20,9 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map_only
 
-from permask_core.data.batches import batches_of, call, count, logits_of, parts_of
+from permask_core.data.batches import batches_of, call, count, logits_of
 from permask_core.evaluation.statistics import as_labels
 from permask_core.matching import interpolate, repair, reset_batchnorm
 from permask_core.matching.batchnorm import resettable
@@ -136,11 +137,16 @@ def _check_labels(data, model):
     if not count(inputs):
         raise ValueError("the data are empty: expected at least one input")
     with evaluation_mode(model):
-        logits = logits_of(call(model, parts_of(inputs, count(inputs))[0]))
+        logits = logits_of(call(model, _first(inputs)))
     if logits.ndim != 2:
         raise ValueError(f"the logits of one input have the shape {list(logits.shape)}: expected [1, classes]")
     as_labels("y", data.y if hasattr(data, "y") else data[1] if isinstance(data, tuple) else y, logits.shape[1])
     return data
+
+
+def _first(inputs):
+    """Return a batch with the first example of a batch."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor[:1], inputs)
 
 
 def _check_finite(state, names):
@@ -226,7 +232,7 @@ def _logits(model, parameters, inputs):
 
 def _runs_in_vmap(model, stacked, inputs):
     try:
-        _by_vmap(model, stacked, parts_of(inputs, count(inputs))[0])(np.eye(len(next(iter(stacked.values())))))
+        _by_vmap(model, stacked, _first(inputs))(np.eye(len(next(iter(stacked.values())))))
     except RuntimeError:  # for example, because of control flow that depends on values
         return False
     return True
@@ -267,7 +273,7 @@ def _how_many(model, stacked, inputs):
 
     handles = [module.register_forward_hook(read) for module in model.modules() if not any(module.children())]
     try:
-        call(model, parts_of(inputs, count(inputs))[0])
+        call(model, _first(inputs))
     finally:
         for handle in handles:
             handle.remove()

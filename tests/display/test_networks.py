@@ -1,6 +1,7 @@
 """Groups drawn on a network: what is coloured and what is heavy is what the group holds, and no label is cut."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ from permask_core.models import build_model
 from permask_core.models.residual import SHORTCUTS
 
 NETWORKS = {shortcut: build_model("resnet8", (1, 8, 8), 10, shortcut=shortcut) for shortcut in SHORTCUTS}
-GROUPS = {shortcut: permutation_groups(model, torch.zeros(2, 1, 8, 8)) for shortcut, model in NETWORKS.items()}
-EVERY = [(shortcut, name) for shortcut, groups in GROUPS.items() for name in groups]
+
+
+@cache  # traced in a test: every process of pytest imports this file
+def groups_of(shortcut):
+    return permutation_groups(NETWORKS[shortcut], torch.zeros(2, 1, 8, 8))
 
 
 def drawn(shortcut, name):
     """The axes of the drawing of a group."""
-    (axes,) = group_on_network(NETWORKS[shortcut], GROUPS[shortcut], name).axes
+    (axes,) = group_on_network(NETWORKS[shortcut], groups_of(shortcut), name).axes
     return axes
 
 
@@ -28,18 +32,19 @@ def heavy(axes):
     return sum(line.get_linewidth() > 3 for line in axes.lines)
 
 
-@pytest.mark.parametrize("shortcut, name", EVERY)
-def test_the_coloured_parts_are_those_of_the_group(shortcut, name):
-    state, group = NETWORKS[shortcut].state_dict(), GROUPS[shortcut][name]
-    expected = {ROWS: 0, COLUMNS: 0}
-    for tensor, axis, *_ in group.entries:
-        if tensor.endswith("weight"):
-            width = WIDTH if state[tensor].ndim > 1 else BAR
-            expected[COLUMNS if axis else ROWS] += width * HEIGHT * group.size / state[tensor].shape[axis]
-    patches = [patch for patch in drawn(shortcut, name).patches if patch.get_fill() and patch.get_width() != 0.16]
-    for color, area in expected.items():
-        found = (p.get_width() * p.get_height() for p in patches if to_hex(p.get_facecolor()).upper() == color)
-        assert sum(found) == pytest.approx(area)
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_the_coloured_parts_are_those_of_the_group(shortcut):
+    state = NETWORKS[shortcut].state_dict()
+    for name, group in groups_of(shortcut).items():
+        expected = {ROWS: 0, COLUMNS: 0}
+        for tensor, axis, *_ in group.entries:
+            if tensor.endswith("weight"):
+                width = WIDTH if state[tensor].ndim > 1 else BAR
+                expected[COLUMNS if axis else ROWS] += width * HEIGHT * group.size / state[tensor].shape[axis]
+        patches = [patch for patch in drawn(shortcut, name).patches if patch.get_fill() and patch.get_width() != 0.16]
+        for color, area in expected.items():
+            found = (p.get_width() * p.get_height() for p in patches if to_hex(p.get_facecolor()).upper() == color)
+            assert sum(found) == pytest.approx(area), name
 
 
 @pytest.mark.parametrize("name, stripes", [
@@ -65,7 +70,7 @@ def test_heavy_lines_are_the_paths_of_the_units(shortcut, name, count):
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_every_layer_is_named_and_no_name_is_cut(shortcut):
-    figure = group_on_network(NETWORKS[shortcut], GROUPS[shortcut], "conv1")
+    figure = group_on_network(NETWORKS[shortcut], groups_of(shortcut), "conv1")
     figure.draw_without_rendering()
     texts = [text for text in figure.axes[0].texts if text.get_text()]
     layers = [name.removesuffix(".weight") for name, tensor in NETWORKS[shortcut].state_dict().items()
@@ -80,7 +85,7 @@ def test_every_layer_is_named_and_no_name_is_cut(shortcut):
 
 
 def test_bad_input_is_named():
-    model, groups = NETWORKS["padded"], GROUPS["padded"]
+    model, groups = NETWORKS["padded"], groups_of("padded")
     with pytest.raises(ValueError, match=re.escape("unknown group 'conv9': expected one of conv1, stage1.block1")):
         group_on_network(model, groups, "conv9")
     with pytest.raises(ValueError, match="Sequential has no BasicBlock: expected a ResNet8, 20 or 56"):

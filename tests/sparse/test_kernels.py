@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from permask_core.sparse import kernels
 from permask_core.sparse.kernels import cpu, eager, transposing
-from tests.hypotheses import examples
+from tests.hypotheses import LONG, examples
 
 ROOT = Path(__file__).parents[2]
 BATCHES = [0, 1, 2, 3, 8, 9, 33, 64, 65, 130]
@@ -422,9 +422,22 @@ def test_threads_follow_torch_whose_number_changes_no_bit_and_a_forked_child_com
     """ + FORKED)
 
 
-def test_a_child_that_is_forked_before_use_computes_the_same():
+def test_children_that_are_forked_before_use_compute_the_same_and_number_what_they_compile_differently():
+    """The names by which compiled code is called have these numbers."""
     script("""
+        from numba.core.bytecode import FunctionIdentity
         from permask_core.sparse import kernels
+        from permask_core.sparse.kernels import simd
+
+        def number():
+            read, write = os.pipe()
+            if not os.fork():
+                os.write(write, str(FunctionIdentity.from_function(digest).unique_id).encode())
+                os._exit(0)
+            os.wait()
+            return os.read(read, 99)
+
+        assert len({number() for _ in range(3)}) == 3
         torch.randn(600, 600) @ torch.randn(600, 600)
     """ + FORKED)
 
@@ -512,6 +525,7 @@ else:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+@pytest.mark.skipif(not LONG, reason="compiles all loops twice: make test-long")
 def test_code_that_two_processes_compiled_and_kept_is_told_apart_by_a_third(tmp_path):
     def said(what):
         done = subprocess.run([sys.executable, "-c", CACHED, what], capture_output=True, text=True, cwd=ROOT, env={
