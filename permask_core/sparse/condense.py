@@ -12,26 +12,10 @@ from torch import nn
 from permask_core.data.batches import call
 from permask_core.masks import apply_masks, check_fit
 from permask_core.models import evaluation_mode
+from permask_core.sparse.convolution import FanInConv2d
 from permask_core.sparse.fan_in import FanInLinear
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class FanInPointwise(nn.Module):
-    """A 1x1 convolution as a :class:`FanInLinear` over channels; maps [batch, in, height, width] to [batch, out, height
-    / stride, width / stride]."""
-
-    def __init__(self, linear, stride=(1, 1)):
-        super().__init__()
-        self.linear, self.stride = linear, tuple(stride)
-
-    def extra_repr(self):
-        return f"stride={self.stride}"
-
-    def forward(self, x):
-        if x.ndim not in (3, 4):
-            raise ValueError(f"the input has shape {list(x.shape)}: expected [batch, channels, height, width]")
-        return self.linear(x[..., ::self.stride[0], ::self.stride[1]].movedim(-3, -1)).movedim(-1, -3).contiguous()
 
 
 class Condensed(NamedTuple):
@@ -56,7 +40,8 @@ def condense(model, masks, example_input=None):
     model : torch.nn.Module
         Not changed.
     masks : Masks
-        With the keys of the ``state_dict``; [out, in] for linear layers, [out, in, 1, 1] for 1x1 convolutions.
+        With the keys of the ``state_dict``. Constant fan-in means the same number of True in each ``mask[i]`` that has
+        any: in each row of a linear layer, and for each output channel of a 2-d convolution.
     example_input : torch.Tensor, tuple or dict, optional
         A batch (a tuple of arguments, or a dict of keyword arguments) with which the model is run once in evaluation
         mode.
@@ -109,39 +94,24 @@ def condense(model, masks, example_input=None):
             model.set_submodule(owner, layer)
         else:
             model = layer
+    return Condensed(model, {name: masks[name] for name in left}, left)
 
-    def name_in_model(name):
-        owner, _, kind = name.rpartition(".")
-        return f"{owner}.linear.{kind}".lstrip(".") if isinstance(layers.get(owner), FanInPointwise) else name
 
-    return Condensed(model, {name_in_model(name): masks[name] for name in left}, left)
+LAYERS = {layer.DENSE: layer for layer in (FanInLinear, FanInConv2d)}
 
 
 def _fan_in_layer(module, kind, mask, uses):
     """Return the fan-in layer equivalent to a module; raise ValueError, with the reason, if there is none."""
-    if kind != "weight" or type(module) not in (nn.Linear, nn.Conv2d):
-        raise ValueError(f"it is the {kind} of a {type(module).__name__}: expected that of a Linear or a 1x1 Conv2d")
+    if kind != "weight" or type(module) not in LAYERS:
+        raise ValueError(f"it is the {kind} of a {type(module).__name__}: expected the weight of a Linear or a Conv2d")
     if uses[id(module.weight)] > 1:
         raise ValueError("its weight is shared with another layer")
     if mask.all():
         raise ValueError("its mask keeps every weight")
     if any(getattr(module, hooks) for hooks in HOOKS):
         raise ValueError("it has hooks, which would be lost")
-    if type(module) is nn.Linear:
-        return _condense_linear(module, mask)
-    if module.kernel_size != (1, 1) or module.groups > 1 or any(module.padding):
-        raise ValueError(f"a convolution with kernel {module.kernel_size}, groups {module.groups} and padding "
-                         f"{module.padding}: expected (1, 1), 1 and none")
-    mask = mask[:, :, 0, 0]
-    linear = nn.utils.skip_init(nn.Linear, *mask.shape[::-1], bias=False, device=module.weight.device)
-    linear.weight = nn.Parameter(module.weight[:, :, 0, 0], module.weight.requires_grad)
-    linear.bias = module.bias
-    return FanInPointwise(_condense_linear(linear.train(module.training), mask), module.stride).train(module.training)
-
-
-def _condense_linear(linear, mask):
-    layer = FanInLinear.from_dense(linear, mask.to(linear.weight.device))
-    layer.bias = linear.bias  # the same parameter, which may also be that of another layer
+    layer = LAYERS[type(module)].from_dense(module, mask.to(module.weight.device))
+    layer.bias = module.bias  # the same parameter, which may also be that of another layer
     return layer
 
 

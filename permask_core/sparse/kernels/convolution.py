@@ -48,8 +48,8 @@ class _Layout(NamedTuple):
 
 @lru_cache(128)
 def _layout(shape, window, width):
-    (batch, channels, *size), (kernel, stride, dilation) = shape, window
-    grid = tuple(-(-length // step) for length, step in zip(size, stride))
+    batch, channels, *size = shape
+    grid = tuple(-(-length // step) for length, step in zip(size, window.stride))
     taps = [[divmod(tap * spread, step) for tap in range(count)] for count, step, spread in zip(*window)]
     taps = [(down * grid[1] + right, (y, x)) for down, y in taps[0] for right, x in taps[1]]
     phases = sorted({phase for _, phase in taps})
@@ -120,9 +120,10 @@ def backward(grad, x, values, transposed, window, need_x, need_values):
     tiles = tiles.unflatten(1, (-1, shifts.WIDTH)).transpose(0, 1).contiguous()
     pointers, outputs, slots = transposed
     sums, products = torch.zeros_like(rows), values.new_zeros(values.numel())
+    chunk = max(1, CACHED // (len(values) * shifts.WIDTH))
     cpu._call(tiles.shape[0] * shifts.WIDTH * values.numel(), shifts.backward, *cpu._arrays(
-        tiles, rows.flatten(), values.flatten()[slots], pointers, outputs, layout.offsets),
-        math.prod(window.kernel_size), max(1, CACHED // (len(values) * shifts.WIDTH)), *cpu._arrays(sums.flatten(), products))
+        tiles, rows.flatten(), values.flatten()[slots], pointers, outputs, layout.offsets, sums.flatten(), products),
+        math.prod(window.kernel_size), chunk)
     dx = dvalues = None
     if need_x:
         dx = torch.zeros_like(x)

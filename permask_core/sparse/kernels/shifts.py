@@ -4,7 +4,6 @@ They are those of :mod:`~permask_core.sparse.kernels.simd`, but a connection rea
 other, because a position of the kernel is a shift of the input.
 """
 
-from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
@@ -47,7 +46,7 @@ def forward(source, values, offsets, bias, y):
 
 
 @simd._compile
-def backward(tiles, source, values, pointers, outputs, offsets, taps, chunk, sums, products):
+def backward(tiles, source, values, pointers, outputs, offsets, sums, products, taps, chunk):
     """Compute both gradients in one pass over the connections listed by input, as ``simd.kernels`` does.
 
     ``tiles`` [tiles, n, WIDTH] is the gradient of the output; ``offsets`` [channels taps] is the place of each input in
