@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear  # the class of out_proj in torch's attention
 
 from permask_core.data.batches import call
 from permask_core.masks import apply_masks, check_fit
 from permask_core.models import evaluation_mode
+from permask_core.sparse.attention import FanInAttention
 from permask_core.sparse.convolution import FanInConv2d
 from permask_core.sparse.fan_in import FanInLinear
 
@@ -41,7 +43,8 @@ def condense(model, masks, example_input=None):
         Not changed.
     masks : Masks
         With the keys of the ``state_dict``. Constant fan-in means the same number of True in each ``mask[i]`` that has
-        any: in each row of a linear layer, and for each output channel of a 2-d convolution.
+        any: in each row of a linear layer, and for each output channel of a 2-d convolution. In the ``in_proj_weight``
+        of torch.nn.MultiheadAttention, query, key and value may differ in this number.
     example_input : torch.Tensor, tuple or dict, optional
         A batch (a tuple of arguments, or a dict of keyword arguments) with which the model is run once in evaluation
         mode.
@@ -77,15 +80,26 @@ def condense(model, masks, example_input=None):
     for name, mask in masks.items():
         owner, _, kind = name.rpartition(".")
         try:
+            if kind == "in_proj_weight" and f"{owner}.in_proj_bias".lstrip(".") in masks:
+                raise ValueError("in_proj_bias has a mask, and is three biases in a fan-in layer")
             layers[owner] = _fan_in_layer(model.get_submodule(owner), kind, mask, uses)
         except ValueError as error:
             reasons[name] = str(error)
     for owner, attributes in _find_reads(model, layers, example_input).items():
         lacking = sorted(attribute for attribute in attributes if not hasattr(layers[owner], attribute))
         if lacking:
+            name = next(name for name in masks if name.rpartition(".")[0] == owner and name not in reasons)
+            reasons[name] = (f"the model does not only call it but reads its {', '.join(lacking)}, which a fan-in "
+                             "layer does not have")
             del layers[owner]
-            reasons[f"{owner}.weight"] = (f"the model does not only call it but reads its {', '.join(lacking)}, which "
-                                          "a fan-in layer does not have")
+    for owner, layer in layers.items():
+        name = f"{owner}.out_proj.weight".lstrip(".")
+        if isinstance(layer, FanInAttention) and name in masks:
+            try:
+                layer.out_proj = _fan_in_layer(layer.out_proj, "weight", masks[name], uses)
+                del reasons[name]
+            except ValueError as error:
+                reasons[name] = str(error)
     left = {name: reasons[name] for name in masks if name in reasons}
     if not layers:
         raise ValueError("no layer can be replaced: " + "; ".join(f"{name}: {why}" for name, why in left.items()))
@@ -97,20 +111,26 @@ def condense(model, masks, example_input=None):
     return Condensed(model, {name: masks[name] for name in left}, left)
 
 
-LAYERS = {layer.DENSE: layer for layer in (FanInLinear, FanInConv2d)}
+WEIGHTS = {nn.Linear: "weight", nn.Conv2d: "weight", NonDynamicallyQuantizableLinear: "weight",
+           nn.MultiheadAttention: "in_proj_weight"}
 
 
 def _fan_in_layer(module, kind, mask, uses):
     """Return the fan-in layer equivalent to a module; raise ValueError, with the reason, if there is none."""
-    if kind != "weight" or type(module) not in LAYERS:
-        raise ValueError(f"it is the {kind} of a {type(module).__name__}: expected the weight of a Linear or a Conv2d")
-    if uses[id(module.weight)] > 1:
+    if WEIGHTS.get(type(module)) != kind:
+        raise ValueError(f"it is the {kind} of a {type(module).__name__}: expected the weight of a Linear or a Conv2d, "
+                         "or the in_proj_weight of a MultiheadAttention")
+    attention = isinstance(module, nn.MultiheadAttention)
+    if uses[id(getattr(module, kind))] > 1 or attention and uses[id(module.in_proj_bias)] > 1:
         raise ValueError("its weight is shared with another layer")
     if mask.all():
         raise ValueError("its mask keeps every weight")
     if any(getattr(module, hooks) for hooks in HOOKS):
         raise ValueError("it has hooks, which would be lost")
-    layer = LAYERS[type(module)].from_dense(module, mask.to(module.weight.device))
+    mask = mask.to(getattr(module, kind).device)
+    if attention:
+        return FanInAttention.from_dense(module, mask)
+    layer = (FanInConv2d if isinstance(module, nn.Conv2d) else FanInLinear).from_dense(module, mask)
     layer.bias = module.bias  # the same parameter, which may also be that of another layer
     return layer
 
@@ -157,5 +177,5 @@ class _Probe(nn.Module):
         self.reads.add(name)
         return value
 
-    def forward(self, *inputs):
-        return self.layer(*inputs)
+    def forward(self, *inputs, **named):
+        return self.layer(*inputs, **named)
