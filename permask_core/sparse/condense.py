@@ -8,30 +8,16 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear  # the class of out_proj in torch's attention
 
 from permask_core.data.batches import call
 from permask_core.masks import apply_masks, check_fit
 from permask_core.models import evaluation_mode
+from permask_core.sparse.attention import FanInAttention
+from permask_core.sparse.convolution import FanInConv2d
 from permask_core.sparse.fan_in import FanInLinear
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class FanInPointwise(nn.Module):
-    """A 1x1 convolution as a :class:`FanInLinear` over channels; maps [batch, in, height, width] to [batch, out, height
-    / stride, width / stride]."""
-
-    def __init__(self, linear, stride=(1, 1)):
-        super().__init__()
-        self.linear, self.stride = linear, tuple(stride)
-
-    def extra_repr(self):
-        return f"stride={self.stride}"
-
-    def forward(self, x):
-        if x.ndim not in (3, 4):
-            raise ValueError(f"the input has shape {list(x.shape)}: expected [batch, channels, height, width]")
-        return self.linear(x[..., ::self.stride[0], ::self.stride[1]].movedim(-3, -1)).movedim(-1, -3).contiguous()
 
 
 class Condensed(NamedTuple):
@@ -56,7 +42,9 @@ def condense(model, masks, example_input=None):
     model : torch.nn.Module
         Not changed.
     masks : Masks
-        With the keys of the ``state_dict``; [out, in] for linear layers, [out, in, 1, 1] for 1x1 convolutions.
+        With the keys of the ``state_dict``. Constant fan-in means the same number of True in each ``mask[i]`` that has
+        any: in each row of a linear layer, and for each output channel of a 2-d convolution. In the ``in_proj_weight``
+        of torch.nn.MultiheadAttention, query, key and value may differ in this number.
     example_input : torch.Tensor, tuple or dict, optional
         A batch (a tuple of arguments, or a dict of keyword arguments) with which the model is run once in evaluation
         mode.
@@ -92,15 +80,26 @@ def condense(model, masks, example_input=None):
     for name, mask in masks.items():
         owner, _, kind = name.rpartition(".")
         try:
+            if kind == "in_proj_weight" and f"{owner}.in_proj_bias".lstrip(".") in masks:
+                raise ValueError("in_proj_bias has a mask, and is three biases in a fan-in layer")
             layers[owner] = _fan_in_layer(model.get_submodule(owner), kind, mask, uses)
         except ValueError as error:
             reasons[name] = str(error)
     for owner, attributes in _find_reads(model, layers, example_input).items():
         lacking = sorted(attribute for attribute in attributes if not hasattr(layers[owner], attribute))
         if lacking:
+            name = next(name for name in masks if name.rpartition(".")[0] == owner and name not in reasons)
+            reasons[name] = (f"the model does not only call it but reads its {', '.join(lacking)}, which a fan-in "
+                             "layer does not have")
             del layers[owner]
-            reasons[f"{owner}.weight"] = (f"the model does not only call it but reads its {', '.join(lacking)}, which "
-                                          "a fan-in layer does not have")
+    for owner, layer in layers.items():
+        name = f"{owner}.out_proj.weight".lstrip(".")
+        if isinstance(layer, FanInAttention) and name in masks:
+            try:
+                layer.out_proj = _fan_in_layer(layer.out_proj, "weight", masks[name], uses)
+                del reasons[name]
+            except ValueError as error:
+                reasons[name] = str(error)
     left = {name: reasons[name] for name in masks if name in reasons}
     if not layers:
         raise ValueError("no layer can be replaced: " + "; ".join(f"{name}: {why}" for name, why in left.items()))
@@ -109,39 +108,30 @@ def condense(model, masks, example_input=None):
             model.set_submodule(owner, layer)
         else:
             model = layer
+    return Condensed(model, {name: masks[name] for name in left}, left)
 
-    def name_in_model(name):
-        owner, _, kind = name.rpartition(".")
-        return f"{owner}.linear.{kind}".lstrip(".") if isinstance(layers.get(owner), FanInPointwise) else name
 
-    return Condensed(model, {name_in_model(name): masks[name] for name in left}, left)
+WEIGHTS = {nn.Linear: "weight", nn.Conv2d: "weight", NonDynamicallyQuantizableLinear: "weight",
+           nn.MultiheadAttention: "in_proj_weight"}
 
 
 def _fan_in_layer(module, kind, mask, uses):
     """Return the fan-in layer equivalent to a module; raise ValueError, with the reason, if there is none."""
-    if kind != "weight" or type(module) not in (nn.Linear, nn.Conv2d):
-        raise ValueError(f"it is the {kind} of a {type(module).__name__}: expected that of a Linear or a 1x1 Conv2d")
-    if uses[id(module.weight)] > 1:
+    if WEIGHTS.get(type(module)) != kind:
+        raise ValueError(f"it is the {kind} of a {type(module).__name__}: expected the weight of a Linear or a Conv2d, "
+                         "or the in_proj_weight of a MultiheadAttention")
+    attention = isinstance(module, nn.MultiheadAttention)
+    if uses[id(getattr(module, kind))] > 1 or attention and uses[id(module.in_proj_bias)] > 1:
         raise ValueError("its weight is shared with another layer")
     if mask.all():
         raise ValueError("its mask keeps every weight")
     if any(getattr(module, hooks) for hooks in HOOKS):
         raise ValueError("it has hooks, which would be lost")
-    if type(module) is nn.Linear:
-        return _condense_linear(module, mask)
-    if module.kernel_size != (1, 1) or module.groups > 1 or any(module.padding):
-        raise ValueError(f"a convolution with kernel {module.kernel_size}, groups {module.groups} and padding "
-                         f"{module.padding}: expected (1, 1), 1 and none")
-    mask = mask[:, :, 0, 0]
-    linear = nn.utils.skip_init(nn.Linear, *mask.shape[::-1], bias=False, device=module.weight.device)
-    linear.weight = nn.Parameter(module.weight[:, :, 0, 0], module.weight.requires_grad)
-    linear.bias = module.bias
-    return FanInPointwise(_condense_linear(linear.train(module.training), mask), module.stride).train(module.training)
-
-
-def _condense_linear(linear, mask):
-    layer = FanInLinear.from_dense(linear, mask.to(linear.weight.device))
-    layer.bias = linear.bias  # the same parameter, which may also be that of another layer
+    mask = mask.to(getattr(module, kind).device)
+    if attention:
+        return FanInAttention.from_dense(module, mask)
+    layer = (FanInConv2d if isinstance(module, nn.Conv2d) else FanInLinear).from_dense(module, mask)
+    layer.bias = module.bias  # the same parameter, which may also be that of another layer
     return layer
 
 
@@ -187,5 +177,5 @@ class _Probe(nn.Module):
         self.reads.add(name)
         return value
 
-    def forward(self, *inputs):
-        return self.layer(*inputs)
+    def forward(self, *inputs, **named):
+        return self.layer(*inputs, **named)

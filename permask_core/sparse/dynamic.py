@@ -3,7 +3,7 @@
 At regular intervals each layer drops connections of small magnitude and grows equally many new ones, with the value 0:
 at random (SET), where the gradient is largest (RigL), or where it is largest under the constraint that every neuron has
 the same number of connections or none (SRigL). The three steps are pure functions over lists of connections, so they
-are the same for a weight under a mask and for a :class:`~permask_core.sparse.FanInLinear`, which has no dense weight. A
+are the same for a weight under a mask and for a :class:`~permask_core.sparse.FanInLayer`, which has no dense weight. A
 :class:`Topology` applies them to a model in any training loop, with one call instead of ``optimizer.step()``;
 :func:`permask_core.training.fit` does so with ``rewiring``. Equal values are ranked by position, earlier first, on
 every device.
@@ -29,7 +29,7 @@ from permask_core.data.splits import mix_seed
 from permask_core.masks import check_fit
 from permask_core.runs.checks import check_integer
 from permask_core.runs.processes import of_first
-from permask_core.sparse.fan_in import FanInLinear, sample_columns
+from permask_core.sparse.fan_in import FanInLayer, sample_columns
 
 METHODS = ("set", "rigl", "srigl")
 CHUNK = 2 ** 20  # growth scores computed at a time
@@ -139,19 +139,19 @@ def set_step(active, fraction, generator=None):
 
 
 def set_rows_step(layer, fraction, generator=None):
-    """SET step within each row of a :class:`~permask_core.sparse.FanInLinear`, which preserves its fan-in k: like
+    """SET step within each row of a :class:`~permask_core.sparse.FanInLayer`, which preserves its fan-in k: like
     :func:`set_step`, but with floor(fraction k) connections of every active neuron.
 
     Parameters
     ----------
-    layer : FanInLinear
+    layer : FanInLayer
     fraction : float
     generator : torch.Generator, optional
 
     Returns
     -------
     (torch.Tensor, torch.Tensor)
-        Arguments of :meth:`~permask_core.sparse.FanInLinear.rewire`: ``keep``, bool [n_active, k], and ``grow``,
+        Arguments of :meth:`~permask_core.sparse.FanInLayer.rewire`: ``keep``, bool [n_active, k], and ``grow``,
         int64 [m, 2].
 
     References
@@ -160,6 +160,7 @@ def set_rows_step(layer, fraction, generator=None):
 
     Examples
     --------
+    >>> from permask_core.sparse import FanInLinear
     >>> keep, grow = set_rows_step(FanInLinear(9, 4, fan_in=4), 0.5)
     >>> keep.sum(1).tolist(), grow[:, 0].tolist()
     ([2, 2, 2, 2], [0, 0, 1, 1, 2, 2, 3, 3])
@@ -421,7 +422,7 @@ class _SharedLayer:
 
 
 class _FanInLayer:
-    """A FanInLinear; its dense gradient is computed from inputs and output gradients."""
+    """A FanInLayer; its dense gradient is computed from inputs and output gradients."""
 
     def __init__(self, module):
         self.module, self.caught = module, []
@@ -442,7 +443,7 @@ class _FanInLayer:
         return self.module.rows.new_zeros(self.shape[0]).index_fill_(0, self.module.rows, self.module.fan_in)
 
     def watch(self):
-        """Record inputs [batch, in] and gradients of outputs [batch, out] while gradients of the values accumulate.
+        """Record inputs and gradients of outputs while gradients of the values accumulate.
 
         Returns the handle of the hook.
         """
@@ -464,21 +465,20 @@ class _FanInLayer:
         return bool(self.caught)
 
     def scores(self, start, stop):
-        n_out, n_in = self.shape
         kind = self.module.values.dtype
-        return sum(gradient.reshape(-1, n_out)[:, start:stop].to(kind).T @ x.reshape(-1, n_in).to(kind)
+        return sum(self.module.dense_gradient(gradient.to(kind), x.to(kind), start, stop)
                    for x, gradient in self.caught).abs()
 
     def rewire(self, active, keep, grow, optimizer):
         self.module.rewire(keep.view(self.module.indices.shape), grow, optimizer)
-        self.caught.clear()  # [batch, out] can be large
+        self.caught.clear()  # gradients of outputs can be large
 
 
 class Topology:
-    """The connections of a model in training: those of weights under masks and of FanInLinear layers.
+    """The connections of a model in training: those of weights under masks and of layers like FanInLinear.
 
     In a training loop, :meth:`step` replaces the optimizer's step and applies the masks. For SRigL, hooks record inputs
-    and output gradients of FanInLinear layers, only in the steps that rewire. A model compiled by ``torch.compile``
+    and output gradients of fan-in layers, only in the steps that rewire. A model compiled by ``torch.compile``
     therefore needs ``torch._dynamo.config.skip_nnmodule_hook_guards = False``.
 
     Parameters
@@ -486,7 +486,7 @@ class Topology:
     model : torch.nn.Module
         The model, on the device of the training. The masks are applied immediately.
     masks : Masks or None
-        Initial masks; they are copied to the device of the weights. None if all sparse layers are FanInLinear.
+        Initial masks; they are copied to the device of the weights. None if all sparse layers are fan-in layers.
     rewiring : Rewiring
         The name of a layer is that of its dense weight, such as ``fc1.weight``, in both forms of storage. Layers whose
         mask keeps every weight are not rewired.
@@ -509,7 +509,7 @@ class Topology:
     ------
     ValueError
         If a mask does not fit, there is no layer to rewire, a layer is unknown, its density is missing or out of range,
-        or the method is RigL, which gives rows different fan-ins, and a layer is a FanInLinear.
+        or the method is RigL, which gives rows different fan-ins, and a layer is a fan-in layer.
 
     Warns
     -----
@@ -518,6 +518,7 @@ class Topology:
 
     Examples
     --------
+    >>> from permask_core.sparse import FanInLinear
     >>> model = torch.nn.Sequential(FanInLinear(8, 32, fan_in=2), torch.nn.ReLU(), FanInLinear(32, 4, fan_in=8))
     >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     >>> topology = Topology(model, None, Rewiring("srigl", every=10), steps=100)
@@ -538,16 +539,17 @@ class Topology:
         self.masks = {name: mask.to(weights[name].device, copy=True) for name, mask in (masks or {}).items()}
         modules = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
         self.layers = {name: _MaskedLayer(weights[name], mask) for name, mask in self.masks.items()}
-        condensed = {name: module for name, module in modules.items() if isinstance(module, FanInLinear)}
+        condensed = {name: module for name, module in modules.items() if isinstance(module, FanInLayer)}
         self.layers |= {name: _FanInLayer(module) for name, module in condensed.items()}
         sizes = {name: math.gcd(rewiring.shared, layer.shape[0]) for name, layer in self.layers.items()}
         self.layers |= {name: _SharedLayer(name, self.layers[name], size) for name, size in sizes.items() if size > 1}
         self.rewiring, self.steps, self.seed = rewiring, int(steps), seed
         if not self.layers:
-            raise ValueError("there is no layer to rewire: expected masks, or a model with FanInLinear layers")
+            raise ValueError("there is no layer to rewire: expected masks, or a model with fan-in layers")
         if rewiring.method == "rigl" and condensed:
-            raise ValueError(f"{next(iter(condensed))!r} is a FanInLinear: RigL gives neurons different numbers of "
-                             "connections; expected method 'set' or 'srigl', or a linear layer under a mask")
+            name, module = next(iter(condensed.items()))
+            raise ValueError(f"{name!r} is a {type(module).__name__}: RigL gives neurons different numbers of "
+                             "connections; expected method 'set' or 'srigl', or a dense layer under a mask")
         matrices = [name for name in modules if name in condensed or (name in weights and weights[name].ndim > 1)]
         self.unablated = matrices[-1:] if rewiring.unablated is None else rewiring.unablated
         unknown = set(rewiring.unablated or ()) - set(self.layers)
@@ -577,7 +579,7 @@ class Topology:
     def restore(self, masks, fan_in, done=0):
         """Continue from ``masks``, the history ``fan_in`` and the number ``done`` of finished steps.
 
-        Load the state of the model, which includes FanInLinear layers, after creating the topology and before this
+        Load the state of the model, which includes fan-in layers, after creating the topology and before this
         call.
         """
         for name, mask in masks.items():
@@ -636,7 +638,7 @@ class Topology:
     @contextmanager
     def watching(self, step):
         """Return a context for the forward and backward passes of a step, if :meth:`rewire` is called instead of
-        :meth:`step`. In a step that rewires, it records what FanInLinear layers need for their growth scores."""
+        :meth:`step`. In a step that rewires, it records what fan-in layers need for their growth scores."""
         self._watch(step)
         try:
             yield

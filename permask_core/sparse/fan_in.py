@@ -1,14 +1,17 @@
-"""A linear layer with constant fan-in: each neuron has ``k`` weights, and only these are stored.
+"""Layers with constant fan-in: each neuron has ``k`` weights, and only these are stored.
 
 Lasby et al., "Dynamic Sparse Training with Structured Sparsity", ICLR 2024, call this form condensed. A mask that
 multiplies weights by zero saves nothing; here weights, gradients and optimizer state are all [neurons, k].
 """
 
 from numbers import Integral
+from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from permask_core.runs.checks import check_integer
 from permask_core.sparse import kernels
@@ -23,7 +26,7 @@ class _FanIn(torch.autograd.Function):
         ctx.save_for_backward(x, values)
         ctx.layer, ctx.indices, ctx.version = layer, layer.indices, kernels.version(layer.indices)
         ctx.bias_type = None if bias is None else bias.dtype
-        return kernels.forward(x, values, layer.indices, bias)
+        return layer._forward(x, values, bias)
 
     @staticmethod
     @once_differentiable
@@ -35,33 +38,27 @@ class _FanIn(torch.autograd.Function):
         need_x, need_values, need_bias, _ = ctx.needs_input_grad
         dx = dvalues = None
         if need_x or need_values:
-            dx, dvalues = kernels.backward(grad.contiguous(), x, values, indices, ctx.layer.transpose(),
-                                           need_x=need_x, need_values=need_values)
-        return dx, dvalues, grad.sum(0, dtype=ctx.bias_type) if need_bias else None, None
+            dx, dvalues = ctx.layer._backward(grad.contiguous(), x, values, need_x, need_values)
+        others = [axis for axis in range(grad.ndim) if axis != 1]
+        return dx, dvalues, grad.sum(others, dtype=ctx.bias_type) if need_bias else None, None
 
 
-class FanInLinear(nn.Module):
-    """``y = x W^T + bias``, where each active row of W has the same number of weights, ``fan_in``.
+class FanInLayer(nn.Module):
+    """The common part of :class:`FanInLinear` and :class:`~permask_core.sparse.FanInConv2d`.
 
-    It is called like torch.nn.Linear but has no ``weight``: modules that read the weight of a layer instead of calling
-    it, such as torch.nn.TransformerEncoderLayer in evaluation mode, cannot use it. Only first-order gradients are
-    supported; torch.func, torch.export and the meta device are not.
+    Each active row of the dense weight, seen as a matrix, has the same number of entries, ``fan_in``, and only these
+    are stored.
+
+    The layer is called like the dense one but has no ``weight``: modules that read the weight of a layer instead of
+    calling it, such as torch.nn.TransformerEncoderLayer in evaluation mode, cannot use it.
 
     A state with a different number of active neurons or a different fan-in can be loaded. The layer then changes its
-    shape, and the optimizer must be created again. ``in_features`` is not part of the state.
+    shape, and the optimizer must be created again. The other sizes are not part of the state.
 
-    Parameters
-    ----------
-    in_features, out_features : int
-    fan_in : int
-        Number of weights of each neuron, from 1 to ``in_features``.
-    bias : bool
-    indices : torch.Tensor, optional
-        Connections, integers [out_features, fan_in]. By default they are drawn at random.
-    generator : torch.Generator, optional
-        Generator for the values and the connections, which are uniform without replacement in each row.
-    device, dtype
-        Device and type of the values and the bias.
+    Under ``torch.func`` (``vmap``, ``grad``, ...) and in programs from ``torch.export`` and ``torch.jit.trace``, the
+    layer makes the dense weight in each call, which takes the memory and the time of a dense layer. Elsewhere only
+    first-order gradients are supported. Not supported are gradients of ``torch.func`` within ``torch.compile``. On the
+    meta device nothing is drawn, and a layer needs a state after ``to_empty``.
 
     Attributes
     ----------
@@ -74,45 +71,42 @@ class FanInLinear(nn.Module):
         or 0 without a bias.
     bias : torch.nn.Parameter or None
         [out_features], initially 0.
-
-    Raises
-    ------
-    ValueError
-        If ``fan_in``, a size or an index is out of range, or an index is repeated in its row; when called, if the last
-        axis of the input is not ``in_features``, or its device or type is not that of the values.
-
-    References
-    ----------
-    Lasby et al., ICLR 2024.
-
-    Examples
-    --------
-    >>> layer = FanInLinear(100, 20, fan_in=5)
-    >>> layer(torch.randn(8, 100)).shape, sum(parameter.numel() for parameter in layer.parameters())
-    (torch.Size([8, 20]), 120)
-    >>> int(layer.mask().sum()), int(layer.to_dense().weight.count_nonzero())
-    (100, 100)
+    out_features, in_features : int
+        Rows and columns of the dense weight: neurons, and inputs of each.
+    weight_shape : torch.Size
+        [out_features, ...], the shape of the dense weight.
     """
 
-    def __init__(self, in_features, out_features, fan_in, bias=True, *, indices=None, generator=None, device=None,
-                 dtype=None):
-        super().__init__()
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            check_integer(name, size, 1)
-        if not isinstance(fan_in, Integral) or isinstance(fan_in, bool) or not 1 <= fan_in <= in_features:
-            raise ValueError(f"fan_in is {fan_in!r}: expected an integer from 1 to in_features, {in_features}")
-        in_features, out_features, fan_in = int(in_features), int(out_features), int(fan_in)
-        self.in_features, self.out_features = in_features, out_features
-        if indices is None:
-            indices = sample_columns(out_features, in_features, fan_in, generator=generator, device=device)
+    DENSE: type  # the class of dense layers that compute the same
+    SIZES: tuple[str, ...]  # arguments of that class, which are attributes of both
+    groups = 1  # of neurons, each group with its own inputs
+
+    def __init__(self, sizes, shape, fan_in, bias, *, indices=None, generator=None, device=None, dtype=None):
+        self._describe(sizes, shape)
+        if not isinstance(fan_in, Integral) or isinstance(fan_in, bool) or not 1 <= fan_in <= self.in_features:
+            raise ValueError(f"fan_in is {fan_in!r}: expected an integer from 1 to in_features, {self.in_features}")
+        empty, shape = torch.empty(0, device=device), (self.out_features, int(fan_in))
+        device = empty.device
+        if indices is not None:
+            check_indices(indices, shape, self.in_features)
+        elif empty.is_meta or type(empty) is FakeTensor:
+            indices = torch.empty(shape, dtype=torch.int32, device=device)
         else:
-            check_indices(indices, (out_features, fan_in), in_features)
+            indices = sample_columns(shape[0], self.in_features, shape[1], generator=generator, device=device)
         drawn_on = device if generator is None else generator.device
-        self.values = nn.Parameter(torch.empty(out_features, fan_in, device=drawn_on, dtype=dtype)
+        self.values = nn.Parameter(torch.empty(shape, device=drawn_on, dtype=dtype)
                                    .normal_(0, (2 / fan_in) ** 0.5, generator=generator).to(device))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(shape[0], device=device, dtype=dtype)) if bias else None
         self.register_buffer("indices", indices.to(device, torch.int32).contiguous().sort(1).values)
-        self.register_buffer("rows", torch.arange(out_features, device=device))
+        self.register_buffer("rows", torch.arange(shape[0], device=device))
+
+    def _describe(self, sizes, shape):
+        """Take the attributes ``SIZES`` of an object, such as a dense layer, and the shape of the dense weight."""
+        super().__init__()
+        for name in self.SIZES:
+            setattr(self, name, getattr(sizes, name))
+        self.weight_shape = torch.Size(shape)
+        self.out_features, self.in_features = self.weight_shape[0], self.weight_shape[1:].numel()
 
     @property
     def fan_in(self):
@@ -124,55 +118,55 @@ class FanInLinear(nn.Module):
 
     def extra_repr(self):
         ablated = self.out_features - self.n_active
-        return (f"in_features={self.in_features}, out_features={self.out_features}, fan_in={self.fan_in}, "
-                f"bias={self.bias is not None}" + f", ablated={ablated}" * bool(ablated))
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.SIZES) + (
+            f", fan_in={self.fan_in}, bias={self.bias is not None}" + f", ablated={ablated}" * bool(ablated))
 
-    def forward(self, x):
-        """Map [..., in_features] to [..., out_features]."""
-        values, bias = self.values, self.bias  # once: each read takes time in nn.Module
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"the input has shape {list(x.shape)}: expected a last axis of {self.in_features}")
+    def _admitted(self, x, values):
+        """Return an input in the type to compute with."""
         if x.device != values.device:
             if not isinstance(x, torch.Tensor):
                 raise ValueError(f"the input is a {type(x).__name__}: expected a torch.Tensor")
             raise ValueError(f"the input is on {x.device}, the layer on {values.device}: expected one device")
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != values.dtype:
+        if torch._C._is_any_autocast_enabled() and not x.is_meta:  # it takes less time than to ask for a type of device
+            kind = x.device.type
+            if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+                return x.to(torch.get_autocast_dtype(kind))
+        if x.dtype != values.dtype:
             raise ValueError(f"the input is {x.dtype}, the layer {values.dtype}: expected one type")
-        flat = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        return x
+
+    def _outputs(self, sums, x, values, bias):
+        """Return the outputs for a batch, given the function for active neurons."""
         if values.shape[0] == self.out_features:
-            y = self._sums(flat, values, bias)
-        else:
-            bias = values.new_zeros(self.out_features) if bias is None else bias
-            y = self._sums(flat, values, bias[self.rows])
-            y = bias.to(y.dtype).expand(len(y), -1).index_copy(1, self.rows, y)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
+            return sums(x, values, bias)
+        bias = values.new_zeros(self.out_features) if bias is None else bias
+        y = sums(x, values, bias[self.rows])
+        sizes = y.shape[2:]
+        return bias.to(y.dtype).view(-1, *[1] * len(sizes)).expand(len(y), -1, *sizes).index_copy(1, self.rows, y)
 
     def _sums(self, x, values, bias):
-        if torch.compiler.is_compiling():
-            return operator.fan_in(x, values, self.indices, bias)
         trained = torch.is_grad_enabled() and (
             x.requires_grad or values.requires_grad or bias is not None and bias.requires_grad)
-        return _FanIn.apply(x, values, bias, self) if trained else kernels.forward(x, values, self.indices, bias)
+        return _FanIn.apply(x, values, bias, self) if trained else self._forward(x, values, bias)
 
     @classmethod
     @torch.no_grad()
-    def from_dense(cls, linear, mask):
-        """Return the layer that computes the same function as ``linear`` under ``mask``.
+    def from_dense(cls, dense, mask):
+        """Return the layer that computes the same function as a dense layer under a mask.
 
         Parameters
         ----------
-        linear : torch.nn.Linear
+        dense : torch.nn.Linear or torch.nn.Conv2d
             Not changed; the new layer has the same device and type.
         mask : torch.Tensor
-            bool [out, in], with the same number of True in each row that has any. Rows without True are ablated.
+            bool, in the shape of the weight, with the same number of True in each row (output channel) that has any.
+            Rows without True are ablated.
 
         Raises
         ------
         ValueError
-            If ``linear`` is not a torch.nn.Linear, or the mask does not fit or has no constant fan-in; the message has
-            the first row that differs.
+            If ``dense`` has another type, or the mask does not fit or has no constant fan-in; the message has the first
+            row that differs.
 
         Examples
         --------
@@ -181,45 +175,56 @@ class FanInLinear(nn.Module):
         >>> torch.allclose(layer(x)[0, 0], linear.weight[0, :2].sum()), layer(x)[0, 1].item()  # the second is ablated
         (True, 0.0)
         """
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"got a {type(linear).__name__}: expected a torch.nn.Linear")
-        rows, indices = find_connections(mask, linear.weight.shape)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.out_features, layer.in_features = linear.weight.shape
-        indices = indices.to(linear.weight.device)
-        values = linear.weight.detach()[rows.to(linear.weight.device)].gather(1, indices)
-        layer.values = nn.Parameter(values, linear.weight.requires_grad)
-        layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(),
-                                                                   linear.bias.requires_grad)
+        if not isinstance(dense, cls.DENSE):
+            raise ValueError(f"got a {type(dense).__name__}: expected a torch.nn.{cls.DENSE.__name__}")
+        rows, indices = find_connections(mask, dense.weight.shape)
+        layer, weight = cls.__new__(cls), dense.weight.detach().flatten(1)
+        layer._describe(dense, dense.weight.shape)
+        rows, indices = rows.to(weight.device), indices.to(weight.device)
+        layer.values = nn.Parameter(weight[rows].gather(1, indices), dense.weight.requires_grad)
+        layer.bias = None if dense.bias is None else nn.Parameter(dense.bias.detach().clone(), dense.bias.requires_grad)
         layer.register_buffer("indices", indices.int())
-        layer.register_buffer("rows", rows.to(linear.weight.device))
-        return layer.train(linear.training)
+        layer.register_buffer("rows", rows)
+        return layer.train(dense.training)
 
     @torch.no_grad()
     def to_dense(self):
-        """Return a torch.nn.Linear that computes the same function, with zeros where there is no connection."""
-        linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None,
-                                    device=self.values.device, dtype=self.values.dtype)
-        linear.weight.copy_(self._spread(self.values))
+        """Return the dense layer that computes the same function, with zeros where there is no connection."""
+        sizes = {name: getattr(self, name) for name in self.SIZES}
+        dense = nn.utils.skip_init(self.DENSE, **sizes, bias=self.bias is not None, device=self.values.device,
+                                   dtype=self.values.dtype)
+        dense.weight.copy_(self._spread(self.values))
         if self.bias is not None:
-            linear.bias.copy_(self.bias)
-        return linear.train(self.training)
+            dense.bias.copy_(self.bias)
+        return dense.train(self.training)
 
     def mask(self):
-        """Return the positions of the connections, bool [out_features, in_features], whatever their values."""
+        """Return the positions of the connections, bool in the shape of the dense weight, whatever their values."""
         return self._spread(torch.ones_like(self.indices, dtype=torch.bool))
 
     def _spread(self, values):
         whole = values.new_zeros(self.out_features, self.in_features)
-        whole[self.rows[:, None], self.indices.long()] = values
-        return whole
+        return whole.index_put((self.rows[:, None], self.indices.long()), values).view(self.weight_shape)
+
+    def columns(self):
+        """Return :attr:`indices` counted over the inputs of all groups, int32 [n_active, fan_in]."""
+        if self.groups == 1:
+            return self.indices
+        first = self.rows // (self.out_features // self.groups) * self.in_features
+        return kernels.remember(self.indices, "columns", lambda: self.indices + first[:, None].int())
 
     def transpose(self, start=0, stop=None):
         """Return the :class:`~permask_core.sparse.kernels.Transpose` of the active rows from ``start`` to ``stop``,
         cached until the indices change."""
         return kernels.remember(self.indices, (start, stop), lambda: kernels.transpose(
-            self.indices[start:stop], self.in_features))
+            self.columns()[start:stop], self.in_features * self.groups))
+
+    def _apply(self, fn, recurse=True):
+        empty = self.indices.is_meta
+        super()._apply(fn, recurse)
+        if empty and not self.indices.is_meta:  # after to_empty they would be any numbers, but are used as addresses
+            self.indices.zero_(), self.rows.zero_()
+        return self
 
     @torch.no_grad()
     def rewire(self, keep, grow, optimizer=None):
@@ -359,6 +364,93 @@ class FanInLinear(nn.Module):
         self.indices, self.rows = self.indices.int().contiguous(), self.rows.long().contiguous()
 
 
+class FanInLinear(FanInLayer):
+    """``y = x W^T + bias``, where each active row of W has the same number of weights, ``fan_in``.
+
+    It is called like torch.nn.Linear; :class:`FanInLayer` has its attributes, methods and limits.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+    fan_in : int
+        Number of weights of each neuron, from 1 to ``in_features``.
+    bias : bool
+    indices : torch.Tensor, optional
+        Connections, integers [out_features, fan_in]. By default they are drawn at random.
+    generator : torch.Generator, optional
+        Generator for the values and the connections, which are uniform without replacement in each row.
+    device, dtype
+        Device and type of the values and the bias.
+
+    Raises
+    ------
+    ValueError
+        If ``fan_in``, a size or an index is out of range, or an index is repeated in its row; when called, if the last
+        axis of the input is not ``in_features``, or its device or type is not that of the values.
+
+    References
+    ----------
+    Lasby et al., ICLR 2024.
+
+    Examples
+    --------
+    >>> layer = FanInLinear(100, 20, fan_in=5)
+    >>> layer(torch.randn(8, 100)).shape, sum(parameter.numel() for parameter in layer.parameters())
+    (torch.Size([8, 20]), 120)
+    >>> int(layer.mask().sum()), int(layer.to_dense().weight.count_nonzero())
+    (100, 100)
+    """
+
+    DENSE, SIZES = nn.Linear, ("in_features", "out_features")
+
+    def __init__(self, in_features, out_features, fan_in, bias=True, **given):
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            check_integer(name, size, 1)
+        sizes = SimpleNamespace(in_features=int(in_features), out_features=int(out_features))
+        super().__init__(sizes, (sizes.out_features, sizes.in_features), fan_in, bias, **given)
+
+    def forward(self, x):
+        """Map [..., in_features] to [..., out_features]."""
+        values, bias, sums = self.values, self.bias, self._sums  # once: each read takes time in nn.Module
+        if not x.ndim or x.shape[-1] != self.in_features:
+            raise ValueError(f"the input has shape {list(x.shape)}: expected a last axis of {self.in_features}")
+        x = self._admitted(x, values)
+        if is_traced(x):
+            if is_transformed():
+                return F.linear(x, self._spread(values), bias)
+            sums = self._operator
+        flat = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        y = self._outputs(sums, flat, values, bias)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _operator(self, x, values, bias):
+        return operator.fan_in(x, values, self.indices, bias)
+
+    def _forward(self, x, values, bias):
+        return kernels.forward(x, values, self.indices, bias)
+
+    def _backward(self, grad, x, values, need_x, need_values):
+        return kernels.backward(grad, x, values, self.indices, self.transpose(), need_x=need_x, need_values=need_values)
+
+    def dense_gradient(self, grad, x, start, stop):
+        """Return the gradient of rows ``start`` to ``stop`` of the dense weight, [stop - start, in_features], for an
+        input and the gradient of its output."""
+        return grad.reshape(-1, self.out_features)[:, start:stop].T @ x.reshape(-1, self.in_features)
+
+
+def is_transformed():
+    """Whether the code runs under ``torch.func`` or is exported, so that it needs plain torch operations."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+
+
+def is_traced(x):
+    """Whether a call with ``x`` is compiled, transformed or exported, or ``x`` has a shape but no numbers."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.is_meta or \
+        type(x) is FakeTensor or torch._C._get_tracing_state() is not None
+
+
 def check_indices(indices, shape, in_features):
     """Raise ValueError unless ``indices`` are integers of this shape [n, k], at least one, in range, and without
     duplicates in a row."""
@@ -376,7 +468,7 @@ def check_indices(indices, shape, in_features):
 
 
 def find_connections(mask, shape):
-    """Return the rows of a mask that have connections, int64 [n], and their columns, int64 [n, k].
+    """Return the rows of a mask [out, ...] that have connections, int64 [n], and their columns, int64 [n, k].
 
     Raises
     ------
@@ -386,6 +478,7 @@ def find_connections(mask, shape):
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != shape:
         got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"the mask is {got}: expected bool {list(shape)}")
+    mask = mask.flatten(1)
     counts = mask.sum(1)
     rows = counts.nonzero()[:, 0]
     if not len(rows):

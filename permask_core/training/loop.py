@@ -25,7 +25,7 @@ from permask_core.runs.checks import check_integer
 from permask_core.runs.processes import Alone, default_device, launch, of_first
 from permask_core.runs.progress import progress
 from permask_core.sparse.dynamic import Rewiring, Topology
-from permask_core.sparse.fan_in import FanInLinear
+from permask_core.sparse.fan_in import FanInLayer
 from permask_core.sparse.optim import scale_gradients
 from permask_core.training.recipe import OPTIMIZERS, autocast, checkpoint_step, learning_rate
 from permask_core.training.resume import (
@@ -80,7 +80,7 @@ def fit(model, train, recipe, *, seed, loss=None, forward=None, masks=None, rewi
     masks : Masks, optional
         Applied before the first step and after every step, because momentum and weight decay change pruned weights.
     rewiring : Rewiring, optional
-        How to move the connections under the masks and those of :class:`~permask_core.sparse.FanInLinear` layers. A
+        How to move the connections under the masks and those of :class:`~permask_core.sparse.FanInLayer` layers. A
         step that moves connections changes no other weight.
     checkpoints : sequence of str
         States to return: ``"init"`` (before the first step, masked if there are masks), ``"epoch K"`` or ``"step K"``
@@ -252,8 +252,8 @@ def _check(model, plan, processes):
         raise ValueError(f"rewiring is {plan.rewiring!r}: expected a Rewiring such as Rewiring('set')")
     if plan.rewiring:
         Topology(copy.deepcopy(model), plan.masks, plan.rewiring, steps=total, seed=stream.seed)  # applies masks
-        if processes > 1 and any(isinstance(module, FanInLinear) for module in model.modules()):
-            raise ValueError(f"processes is {processes} with rewiring and FanInLinear layers: expected 1, or masks "
+        if processes > 1 and any(isinstance(module, FanInLayer) for module in model.modules()):
+            raise ValueError(f"processes is {processes} with rewiring and fan-in layers: expected 1, or masks "
                              "instead, because DistributedDataParallel requires fixed shapes of gradients")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from permask_core.masks import apply_masks, check_fit
 from permask_core.models import build_model, evaluation_mode
 from permask_core.models.vision import torchvision
-from permask_core.sparse import FanInLinear, FanInPointwise, condense
+from permask_core.sparse import FanInAttention, FanInConv2d, FanInLayer, FanInLinear, condense
 from permask_core.sparse.dynamic import constant_fan_in_masks
 from permask_core.training import Recipe, fit
 
@@ -22,10 +23,10 @@ SWIN = {"swin_t": lambda **sizes: torchvision.models.SwinTransformer(**sizes),
 
 
 def masks_of(model, *names, density=0.4, seed=0):
-    """For the weights of linear layers and 1x1 convolutions, or those named."""
+    """For the weights of linear layers and convolutions, or those named."""
     state = model.state_dict()
-    names = names or [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
-                      or isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)]
+    names = names or [f"{name}.weight" for name, module in model.named_modules()
+                      if isinstance(module, nn.Linear | nn.Conv2d)]
     return constant_fan_in_masks({name: state[name] for name in names}, density, seed=seed)
 
 
@@ -48,7 +49,7 @@ def assert_condensed(model, masks, x, left=()):
     assert not own & {tensor.untyped_storage().data_ptr() for tensor in condensed.state_dict().values()}
     for name in masks:
         module = condensed.get_submodule(name.rpartition(".")[0])
-        assert isinstance(module, FanInLinear | FanInPointwise) == (name not in left)
+        assert isinstance(module, FanInLayer | FanInAttention) == (name not in left)
     return condensed
 
 
@@ -58,16 +59,19 @@ def assert_trains_and_loads(model, masks, condensed, x):
     for network in (model.train(), condensed.train()):
         nn.functional.cross_entropy(network(x), torch.arange(len(x)) % 3).backward()
     found, wanted = dict(condensed.named_parameters()), dict(model.named_parameters())
-    layers = {name: module for name, module in condensed.named_modules() if isinstance(module, FanInLinear)}
+    layers = {name: module for name, module in condensed.named_modules() if isinstance(module, FanInLayer)}
+    for name, attention in model.named_modules():  # its packed parameters as those of three layers
+        if isinstance(attention, nn.MultiheadAttention) and isinstance(condensed.get_submodule(name), FanInAttention):
+            for kind in ("weight", "bias"):
+                packed = wanted.pop(f"{name}.in_proj_{kind}").grad.chunk(3)
+                wanted |= {f"{name}.{one}_proj.{kind}": SimpleNamespace(grad=part) for one, part in zip("qkv", packed)}
     for name, layer in layers.items():
-        grad = wanted.pop(f"{name.removesuffix('.linear')}.weight").grad.flatten(1)
+        grad = wanted.pop(f"{name}.weight").grad.flatten(1)
         torch.testing.assert_close(layer.values.grad, grad[layer.rows].gather(1, layer.indices.long()))
         assert layer.values.grad.any() or not grad.any()
         del found[f"{name}.values"]
     for name, parameter in wanted.items():
-        owner, _, kind = name.rpartition(".")
-        twin = found.get(name, found.get(f"{owner}.linear.{kind}"))
-        torch.testing.assert_close(twin.grad, parameter.grad)
+        torch.testing.assert_close(found[name].grad, parameter.grad)
     before = [layer.values.detach().clone() for layer in layers.values()]
     torch.optim.SGD(condensed.parameters(), 0.01, momentum=0.9).step()
     for old, layer in zip(before, layers.values()):
@@ -94,74 +98,55 @@ def test_mlp():
     assert not [t for t in condensed.state_dict().values() if t.ndim == 2 and t.shape in sizes.values()]
 
 
-def test_vit_keeps_its_attention():
+def test_vit_with_its_attention():
     model = build_model("vit_b_16", (3, 32, 32), 4, width=1 / 12)
     nn.init.normal_(model.heads.head.weight)  # torchvision's is 0, behind which nothing could go wrong
     weights = [name for name, tensor in model.named_parameters() if tensor.ndim == 2]
     masks, x = masks_of(model, *weights), torch.randn(2, 3, 32, 32)
-    left = [name for name in weights if "in_proj" in name or "out_proj" in name]
-    assert left and len(left) < len(weights)
-    condensed = assert_condensed(model, masks, x, left)
+    condensed = assert_condensed(model, masks, x)
+    attention = condensed.encoder.layers[0].self_attention
+    assert isinstance(attention, FanInAttention) and isinstance(attention.out_proj, FanInLinear)
     assert_trains_and_loads(model, masks, condensed, x)
-    reasons = condense(model, masks).left
-    assert all("MultiheadAttention" in reasons[name] for name in left if "in_proj" in name)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_resnet50_with_its_strided_1x1_convolutions(seed):
-    model = build_model("resnet50", (3, 32, 32), 4, width=0.125)
-    torch.manual_seed(seed)
-    x = torch.randn(3, 3, 32, 32)
-    model(x)  # moves the statistics of batch normalisation
-    masks = masks_of(model, seed=seed)
-    strides = {model.get_submodule(name.removesuffix(".weight")).stride for name in masks if "fc" not in name
-               and isinstance(model.get_submodule(name.removesuffix(".weight")), nn.Conv2d)}
-    assert strides == {(1, 1), (2, 2)}
-    conv = next(name + ".weight" for name, module in model.named_modules()
-                if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3))
-    masks |= constant_fan_in_masks({conv: model.state_dict()[conv]}, 0.4, seed=0)
-    condensed = assert_condensed(model, masks, x, [conv])
-    assert "kernel (3, 3)" in condense(model, masks).left[conv]
-    if seed == 0:
-        assert_trains_and_loads(model, masks, condensed, x)
+NETWORKS = {"resnet18": lambda: torchvision.models.resnet18(num_classes=3),
+            "resnet50": lambda: build_model("resnet50", (3, 32, 32), 3, width=0.125),
+            "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=3, width_mult=0.35, dropout=0.0)}
 
 
-@pytest.mark.parametrize("stride", [1, 2, (2, 1), (1, 3)])
-@pytest.mark.parametrize("shape", [(2, 4, 7, 6), (4, 7, 6), (0, 4, 3, 3), (1, 4, 1, 1)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_pointwise_is_its_convolution_with_gradients(stride, shape, bias):
-    conv = nn.Conv2d(4, 6, 1, stride=stride, bias=bias)
-    mask = masks_of(nn.Sequential(conv))["0.weight"]
-    mask[3] = False
-    layer = condense(nn.Sequential(conv), {"0.weight": mask}).model
-    apply_masks(nn.Sequential(conv), {"0.weight": mask})
-    x, grad = torch.randn(shape), None
-    given, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, right = layer(given), conv(other)
-    grad = torch.randn_like(right)
-    torch.testing.assert_close(y, right)
-    y.backward(grad)
-    right.backward(grad)
-    torch.testing.assert_close(given.grad, other.grad)
-    linear = layer[0].linear
-    torch.testing.assert_close(linear.values.grad, conv.weight.grad[:, :, 0, 0][linear.rows].gather(
-        1, linear.indices.long()))
-    if bias:
-        torch.testing.assert_close(linear.bias.grad, conv.bias.grad)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_convolution_of_a_network_is_replaced(name):
+    """Those of 7x7, 3x3 and 1x1, with strides, and by channel. Statistics of BatchNorm have been moved."""
+    torch.manual_seed(0)
+    model, x = NETWORKS[name](), torch.randn(4, 3, 32, 32)
+    model(x)
+    masks = masks_of(model)
+    kinds = {(conv.kernel_size, conv.stride, conv.groups > 1) for conv in model.modules()
+             if isinstance(conv, nn.Conv2d)}
+    assert len(masks) > 20 and len(kinds) >= 4 and any(grouped for *_, grouped in kinds) == (name == "mobilenet_v2")
+    condensed = assert_condensed(model, masks, x)
+    assert sum(isinstance(layer, FanInConv2d) for layer in condensed.modules()) == len(masks) - 1  # one is linear
+    assert_trains_and_loads(model, masks, condensed, x)
+    exact, masked = copy.deepcopy(condensed).double().eval(), apply_masks(copy.deepcopy(model), masks).double().eval()
+    with torch.no_grad():
+        masked.load_state_dict({**masked.state_dict(), **{
+            key: exact.get_submodule(key.removesuffix(".weight")).to_dense().weight if key in masks
+            else exact.state_dict()[key] for key in masked.state_dict()}})  # after the step that training took
+        torch.testing.assert_close(exact(x.double()), masked(x.double()), rtol=1e-10, atol=1e-10)
 
 
 def test_a_model_that_is_one_layer():
     for layer, x in ((nn.Linear(5, 4), torch.randn(X)), (nn.Conv2d(4, 3, 1), torch.randn(WIDE))):
         masks = constant_fan_in_masks({"weight": layer.weight}, 0.4, seed=0)
         condensed, rest, left = condense(layer, masks, x)
-        assert not left and not rest and isinstance(condensed, FanInLinear | FanInPointwise)
+        assert not left and not rest and isinstance(condensed, FanInLayer)
         torch.testing.assert_close(condensed(x), apply_masks(layer, masks)(x))
 
 
 def test_every_reason_to_leave_a_layer():
     model = nn.ModuleDict({
         "good": nn.Linear(5, 4), "full": nn.Linear(5, 4), "jagged": nn.Linear(5, 4), "none": nn.Linear(5, 4),
-        "wide": nn.Conv2d(4, 4, 3), "groups": nn.Conv2d(4, 4, 1, groups=2), "padded": nn.Conv2d(4, 4, 1, padding=1),
+        "line": nn.Conv1d(4, 4, 3), "volume": nn.Conv3d(4, 4, 3), "transposed": nn.ConvTranspose2d(4, 4, 1),
         "norm": nn.LayerNorm(5), "embedding": nn.Embedding(5, 4), "subclass": type("Mine", (nn.Linear,), {})(5, 4)})
     masks = {f"{name}.weight": torch.zeros_like(module.weight, dtype=torch.bool) for name, module in model.items()}
     for mask in masks.values():
@@ -174,9 +159,9 @@ def test_every_reason_to_leave_a_layer():
     condensed, rest, left = condense(model, masks)
     assert rest.keys() == left.keys() and set(masks) - set(left) == {"good.weight"}
     for name, reason in {"full.weight": "keeps every weight", "jagged.weight": "row 1 of the mask has 3",
-                         "none.weight": "keeps nothing", "wide.weight": "kernel (3, 3)", "groups.weight": "groups 2",
-                         "padded.weight": "padding (1, 1)", "norm.weight": "LayerNorm", "embedding.weight": "Embedding",
-                         "subclass.weight": "Mine", "good.bias": "bias"}.items():
+                         "none.weight": "keeps nothing", "line.weight": "Conv1d", "volume.weight": "Conv3d",
+                         "transposed.weight": "ConvTranspose2d", "norm.weight": "LayerNorm",
+                         "embedding.weight": "Embedding", "subclass.weight": "Mine", "good.bias": "bias"}.items():
         assert reason in left[name], name
     for name, mask in masks.items():  # the rest is masked
         if name in left and name != "good.bias":
@@ -191,8 +176,8 @@ def test_every_reason_to_leave_a_layer():
 def test_nothing_to_replace_is_an_error_with_the_reasons():
     model = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(4, 4, 3))
     masks = {name: torch.ones_like(model.state_dict()[name], dtype=torch.bool) for name in ("0.weight", "1.weight")}
-    masks["1.weight"][:, 0] = False
-    with pytest.raises(ValueError, match="no layer can be replaced: 0.weight: .*every weight; 1.weight: .*kernel"):
+    masks["1.weight"][1, 0] = False
+    with pytest.raises(ValueError, match="no layer can be replaced: 0.weight: .*every weight; 1.weight: row 1"):
         condense(model, masks)
     with pytest.raises(ValueError, match="masks are empty"):
         condense(model, {})
@@ -292,7 +277,7 @@ def test_swin_keeps_its_attention(version):
 
 
 class Reading(nn.Module):
-    """It reads the first layer's weight from afar and the second one's number of channels, and calls the third."""
+    """It reads the first layer's weight from afar and the second one's number of channels, which any layer has."""
 
     def __init__(self):
         super().__init__()
@@ -309,9 +294,8 @@ def test_an_example_shows_what_is_read_elsewhere():
     model, inputs = Reading(), {"x": torch.randn(2, 4), "scale": torch.tensor(2.0)}
     masks, before = masks_of(model), copy.deepcopy(model.state_dict())
     condensed, rest, left = condense(model, masks, inputs)
-    assert list(left) == list(rest) == ["layers.0.weight", "layers.1.weight"]
-    assert "reads its weight, which" in left["layers.0.weight"] and "its out_channels" in left["layers.1.weight"]
-    assert [type(layer) for layer in condensed.layers] == [nn.Linear, nn.Conv2d, FanInLinear]
+    assert list(left) == list(rest) == ["layers.0.weight"] and "reads its weight, which" in left["layers.0.weight"]
+    assert [type(layer) for layer in condensed.layers] == [nn.Linear, FanInConv2d, FanInLinear]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
         torch.testing.assert_close(condensed(**inputs), apply_masks(copy.deepcopy(model), masks)(**inputs))
@@ -320,7 +304,7 @@ def test_an_example_shows_what_is_read_elsewhere():
 
 
 def test_the_masks_that_remain_train_what_remains():
-    """Also those of biases, whose layers have other names in the condensed model."""
+    """Also those of biases."""
     model = mixed()
     masks = masks_of(model, "0.weight", "4.weight") | {"0.bias": torch.tensor([True, False, True, True]),
                                                        "2.weight": torch.rand(4, 4, 1, 1) < 0.5}
@@ -328,7 +312,7 @@ def test_the_masks_that_remain_train_what_remains():
     masks["2.weight"][2, 1:] = False
     masks["2.weight"][2, 0] = True
     condensed, rest, left = condense(model, masks)
-    assert set(left) == {"0.bias", "2.weight"} and set(rest) == {"0.linear.bias", "2.weight"}
+    assert set(left) == {"0.bias", "2.weight"} and set(rest) == {"0.bias", "2.weight"}
     check_fit(rest, condensed.state_dict())
     x, y = torch.randn(20, 4, 3, 2), torch.arange(20) % 3
     fit(condensed, (x, y), Recipe(2, batch_size=10), seed=0, masks=rest, description=None)
@@ -357,12 +341,3 @@ def test_parametrised_layers_are_left():
     with torch.no_grad():
         x = torch.randn(X)
         torch.testing.assert_close(condensed(x), apply_masks(copy.deepcopy(model), masks)(x))
-
-
-@pytest.mark.parametrize("shape", [(4,), (2, 4), (1, 2, 4, 3, 3)])
-def test_pointwise_refuses_what_is_no_image(shape):
-    layer = condense(nn.Conv2d(4, 3, 1), {"weight": torch.eye(4)[:3, :, None, None].bool()}).model
-    with pytest.raises(ValueError, match="expected .*channels, height, width"):
-        layer(torch.ones(shape))
-    with pytest.raises(ValueError, match="expected"):
-        layer(torch.ones(2, 3, 5, 5))  # three channels instead of four

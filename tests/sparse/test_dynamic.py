@@ -762,7 +762,7 @@ def test_layers_that_are_not_there_are_refused(options, message):
 def test_what_cannot_be_rewired_is_refused():
     model, masks = model_and_masks("linear", "rigl")
     *_, condensed = twins()
-    with pytest.raises(ValueError, match="no layer to rewire: expected masks, or a model with FanInLinear"):
+    with pytest.raises(ValueError, match="no layer to rewire: expected masks, or a model with fan-in layers"):
         Topology(model, None, Rewiring("rigl"), steps=10, seed=0)
     with pytest.raises(ValueError, match="'0.weight' is a FanInLinear: RigL gives neurons different numbers"):
         Topology(condensed, None, Rewiring("rigl"), steps=10, seed=0)

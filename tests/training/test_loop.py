@@ -590,7 +590,7 @@ def test_what_cannot_be_rewired_is_refused_before_training(digits, net, masks):
     model, _ = sparse_start("fan-in")
     with pytest.raises(ValueError, match="'1.weight' is a FanInLinear: RigL"):
         fit(model, digits.train, RECIPE, seed=0, rewiring=Rewiring("rigl"))
-    with pytest.raises(ValueError, match="processes is 2 with rewiring and FanInLinear layers: expected 1, or masks"):
+    with pytest.raises(ValueError, match="processes is 2 with rewiring and fan-in layers: expected 1, or masks"):
         fit(model, digits.train, RECIPE, seed=0, rewiring=Rewiring("set", 1), processes=2)
 
 
