@@ -421,7 +421,7 @@ class _SharedLayer:
         self.layer.rewire(self.layer.active(), keep.flatten()[self.at], grow, optimizer)
 
 
-class _FanInLayer:
+class _CondensedLayer:
     """A FanInLayer; its dense gradient is computed from inputs and output gradients."""
 
     def __init__(self, module):
@@ -540,7 +540,7 @@ class Topology:
         modules = {f"{name}.weight".lstrip("."): module for name, module in model.named_modules()}
         self.layers = {name: _MaskedLayer(weights[name], mask) for name, mask in self.masks.items()}
         condensed = {name: module for name, module in modules.items() if isinstance(module, FanInLayer)}
-        self.layers |= {name: _FanInLayer(module) for name, module in condensed.items()}
+        self.layers |= {name: _CondensedLayer(module) for name, module in condensed.items()}
         sizes = {name: math.gcd(rewiring.shared, layer.shape[0]) for name, layer in self.layers.items()}
         self.layers |= {name: _SharedLayer(name, self.layers[name], size) for name, size in sizes.items() if size > 1}
         self.rewiring, self.steps, self.seed = rewiring, int(steps), seed

@@ -24,11 +24,11 @@ def shifted_sum(typing, values, offsets, begin, end, source, source_at, first, o
         values, offsets = v.data(kinds[0], values), v.data(kinds[1], offsets)
         source, out = v.data(kinds[4], source, source_at), v.data(kinds[7], out, out_at)
 
-        def body(s, sum):
-            shifted = builder.gep(source, [v.number(offsets, s)])
-            return v.fma(v.load(shifted), v.splat(v.number(values, s)), sum)
+        def one(s, sums):
+            shifted = v.load(builder.gep(source, [v.number(offsets, s)]))
+            return [v.fma(shifted, v.splat(v.number(values, s)), sum) for sum in sums]
 
-        v.store(v.loop(begin, end, body, v.splat(first))[0], out)
+        v.store(v.loop(begin, end, v.each(one), [v.splat(first)])[0][0], out)
         return context.get_dummy_value()
 
     return types.void(values, offsets, types.int64, types.int64, source, types.int64, source.dtype, out,
