@@ -121,19 +121,22 @@ MLPS, BLOCKS = {"mlp"}, {"mlp", "qkv", "out"}
 NETWORKS = {  # a network, its inputs for a batch, and which parts of names its replaced layers have
     "gpt2": (Decoder, None, {"MLPs": MLPS, "blocks": BLOCKS, "blocks and output": BLOCKS | {"head"}}),
     "bert": (Encoder, lambda batch: torch.randint(30522, (batch, 128)), {"MLPs": MLPS, "blocks": BLOCKS}),
-    "vit_b_16": (lambda: torchvision.models.vit_b_16(), lambda batch: torch.randn(batch, 3, 224, 224), {"MLPs": MLPS}),
+    "vit_b_16": (lambda: torchvision.models.vit_b_16(), lambda batch: torch.randn(batch, 3, 224, 224),
+                 {"MLPs": MLPS, "blocks": MLPS | {"self_attention"}}),
 }
 
 
 def masks(model, parts, shared):
-    """Return masks of constant fan-in for the linear layers with one of these parts in their names."""
+    """Return masks of constant fan-in for the weights of linear layers and of attention with one of these parts in
+    their names."""
     generator, found = torch.Generator().manual_seed(0), {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and parts & {*name.split(".")}:
-            n, inputs = module.weight.shape
+    for name, weight in model.named_parameters():
+        *owner, kind = name.split(".")
+        if weight.ndim == 2 and kind in ("weight", "in_proj_weight") and parts & {*owner}:
+            n, inputs = weight.shape
             columns = sample_columns(n // shared, inputs, round(inputs * (1 - SPARSITY)), generator=generator)
             mask = torch.zeros(n, inputs, dtype=torch.bool)
-            found[f"{name}.weight"] = mask.scatter_(1, columns.long().repeat_interleave(shared, 0), True)
+            found[name] = mask.scatter_(1, columns.long().repeat_interleave(shared, 0), True)
     return found
 
 
@@ -182,9 +185,12 @@ def compare(name, batch, replaced, seconds, length):
             raise SystemExit(f"{name}: not replaced: {condensed.left}")
         dense = copy.deepcopy(model)
         dense.load_state_dict(model.state_dict() | {key: model.state_dict()[key] * mask for key, mask in found.items()})
-        names = [key.removesuffix(".weight") for key in found]
-        ways |= {way: condensed.model} | ({"dense": dense, "torch CSR": with_csr(dense, names)} if shared == 1 else {})
-        for network in (condensed.model, *([ways["torch CSR"]] if shared == 1 else [])):
+        names = sorted({key.rpartition(".")[0].removesuffix(".out_proj") for key in found})
+        others = {"dense": dense} if shared == 1 else {}
+        if others and all(isinstance(model.get_submodule(one), nn.Linear) for one in names):
+            others["torch CSR"] = with_csr(dense, names)
+        ways |= {way: condensed.model} | others
+        for network in (condensed.model, *others.values()):
             ours, theirs = call(network), call(dense)
             ours, theirs = (one[1] if isinstance(one, tuple) else one for one in (ours, theirs))
             error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
