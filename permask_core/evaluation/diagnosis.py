@@ -1,0 +1,480 @@
+"""The merge doctor: why the network halfway between two networks is worse than they are.
+
+Each cause has a remedy, and its share of the damage is what the remedy removes: other groups, a better search, an order
+of units for each layer alone, new statistics. The rest is split into what a worse end explains and what no remedy here
+removes. The control of the search, a permutation that is planted in a copy of A, is as in Ainsworth et al., "Git
+Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023; the correction of statistics is that of Jordan et
+al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair", ICLR 2023.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from permask_core.data.batches import batches_of, count, parts_of, to_device
+from permask_core.evaluation.connectivity import angle, check_labels, check_states, interpolate_network
+from permask_core.matching import (
+    Entry,
+    Group,
+    activation_correlations,
+    check_groups,
+    derangements,
+    draw_stable_weights,
+    function_change,
+    match_activations,
+    match_weights,
+    permutation_groups,
+    permute,
+    random_permutations,
+)
+from permask_core.matching.batchnorm import resettable
+from permask_core.matching.groups import listed
+from permask_core.matching.nested import parts_of as inner_parts
+from permask_core.matching.permutations import assign, move_
+from permask_core.matching.similarity import units_at
+from permask_core.matching.weights import STATISTICS, check_pair
+from permask_core.models import device_of
+from permask_core.runs.checks import check_integer
+from permask_core.training.loop import evaluate, predict
+
+MERGED = 0.1  # nats; a smaller rise of the loss is no damage
+LISTED = 0.05  # a cause with a smaller share of the damage is no finding
+PARTNER = 0.5  # a unit has a partner if the correlation with it is at least this
+PARTED = 0.1  # networks differ in their units if more of them have no partner
+CHANGED = 1e-3  # standard deviations of the outputs; a smaller change of a function is rounding
+TRIED = 1000  # inputs on which other inputs and outputs are tried
+OUTSIDE = ("they meet the network's input", "they reach the network's output")  # units that are no hidden units
+
+
+class Finding(NamedTuple):
+    """A ``cause``, its ``share`` of the damage in [0, 1] and the measurement as a ``text``. It is ``certain`` if an
+    exact test failed, whatever its share."""
+
+    cause: str
+    share: float
+    text: str
+    certain: bool = False
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The result of :func:`diagnose`, all of which ``print`` shows.
+
+    Attributes
+    ----------
+    findings : tuple of Finding
+        Certain ones first, then by their share of the damage; an unexplained rest is last.
+    rise : float
+        The damage in nats: the loss halfway between A, matched once and without correction, and B, above that of the
+        better of the two ends. NaN if their tensors differ.
+    halfway : dict of str to dict of str to float
+        Loss halfway in nats, by the order of A and by correction ("none", "reset" or "repair").
+    ends : dict of str to dict of str to float
+        ``loss`` in nats and ``accuracy`` in [0, 1] of A and B, and ``reset``, the loss after a reset of BatchNorm.
+    units : dict of str to dict of str to float
+        By group, under the best permutation: ``units``, the mean ``correlation`` of matched units, and the share
+        ``alone``, whose correlation is below 0.5. Units that are constant in B do not count.
+    streams : dict of str to (float, float)
+        By layer of a residual stream: the cosine of its weights in A and B in the common order of units, and in the
+        order that is best for this layer.
+    control : float
+        The share of weights that one search puts in place if B is a shuffled copy of A: 1 if it finds the permutation.
+    """
+
+    findings: tuple
+    rise: float
+    halfway: dict
+    ends: dict
+    units: dict
+    streams: dict
+    control: float
+
+    def __str__(self):
+        verdict = ("A and B cannot be averaged." if math.isnan(self.rise) else
+                   f"{'A and B merge' if self.rise < MERGED else 'A and B do not merge'}: the loss halfway is "
+                   f"{self.rise:.2f} nats above that of the better network.")
+        found = [f"{100 * one.share:4.0f} %  {one.cause}: {one.text}" for one in self.findings] or ["No fault found."]
+        losses = [f"  {name:18}" + ",".join(f" {kind} {loss:.3f}" for kind, loss in row.items())
+                  for name, row in self.halfway.items()]
+        ends = [f"  {name:18}" + ",".join(f" {key} {value:.3f}" for key, value in end.items())
+                for name, end in self.ends.items()]
+        units = [f"  {name:18} {one['units']} units, correlation {one['correlation']:.2f}, {one['alone']:.0%} without "
+                 "a partner" for name, one in self.units.items()]
+        streams = [f"  {name:18} cosine {tied:.2f}, alone {alone:.2f}" for name, (tied, alone) in self.streams.items()]
+        parts = {"": found, "Loss halfway (nats)": losses, "A and B": ends, "Matched units": units,
+                 "Layers of residual streams": streams,
+                 "Control": [f"  One search finds {self.control:.0%} of a planted permutation."]}
+        return "\n".join([verdict, *(line for head, lines in parts.items() if lines
+                                     for line in ([head] if head else []) + lines)])
+
+
+def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
+    """Explain why two networks do not merge, or why a mask of A does not fit B.
+
+    Parameters
+    ----------
+    model_a, model_b : torch.nn.Module
+        Two networks with the same inputs and classes, on one device. Neither is changed. The network halfway between
+        them has the modules of A.
+    batches : Split, (torch.Tensor, torch.Tensor) or iterable of batches
+        Inputs with their classes, int64 [inputs], for :func:`~permask_core.data.batches.batches_of`, held in memory.
+        Losses and statistics are computed on them; a few hundred inputs are enough.
+    groups : dict of str to Group, optional
+        The groups with which the merge failed. They are tested, and compared with the default, those that
+        :func:`~permask_core.matching.permutation_groups` finds.
+    seed : int
+        Seed of the searches and of the control.
+    restarts : int
+        Number of searches for a better permutation.
+
+    Returns
+    -------
+    Diagnosis
+        If names or shapes of tensors differ, this is the only finding.
+
+    Raises
+    ------
+    ValueError
+        If the data have no classes of A, a weight is not finite, the groups do not fit, A cannot be traced and there
+        are no groups, or it has no units that can be permuted.
+
+    Examples
+    --------
+    >>> from permask_core.models import build_model
+    >>> a, b = (build_model("mlp", (1, 8, 8), 10) for _ in range(2))
+    >>> found = diagnose(a, b, (torch.randn(50, 1, 8, 8), torch.arange(50) % 10))
+    >>> found.rise, found.control
+    (0.0, 1.0)
+    """
+    check_integer("restarts", restarts, 1)
+    data = [*batches_of(check_labels(batches, model_a))]
+    a, b = model_a.state_dict(), model_b.state_dict()
+    try:
+        check_pair(a, b)
+    except ValueError as error:
+        ends = {name: evaluate(own, data)._asdict() for name, own in (("A", model_a), ("B", model_b))}
+        return Diagnosis((Finding("architecture", 1.0, f"{error}.", True),), math.nan, {}, ends, {}, {}, math.nan)
+    check_states([a, b])
+    example = parts_of(data[0][0], max(1, count(data[0][0]) // 8))[0]
+    traced = _trace(model_a, example, groups)
+    check_groups(groups or traced, a, whole=True)
+    pair = _Pair(model_a, a, b, data, ("none", "reset", "repair") if resettable(model_a) else ("none", "repair"))
+    fixed, tied = _fixed_layers(traced, a), _stream_layers(traced, a)
+
+    def match(groups, restarts=1):
+        return permute(groups, match_weights(groups, a, b, seed=seed, restarts=restarts), a)
+
+    remedies = [("", "matched", lambda _: match(groups or traced))]
+    if groups is not None:
+        remedies.append(("groups", "traced groups", lambda _: match(traced)))
+    remedies.append(("search", f"{restarts} searches", lambda _: match(traced, restarts)))
+    if all(group.taps or name in inner_parts(traced) for name, group in traced.items()):
+        remedies.append(("search", "matched activations", lambda _: permute(
+            traced, match_activations(traced, pair.alone(a), pair.alone(b), data), a)))
+    if fixed:
+        remedies.append(("fixed units", "moved fixed units", lambda best: _match_alone(fixed, best, b)[0]))
+    if tied:
+        remedies.append(("residual stream", "each layer alone", lambda best: _match_alone(tied, best, b)[0]))
+
+    halfway, applied = {"as they are": pair.halfway(a)}, []
+    for cause, name, remedy in remedies:
+        state = remedy(applied[-1].state if applied else a)
+        if cause == "search" and angle(state, b) > angle(applied[-1].state, b):
+            cause = "objective"
+        step = _Step(cause, name, state, pair.halfway(state))
+        halfway[name] = step.losses
+        if not applied or step.least() < applied[-1].least():  # a remedy that does not help is not applied
+            applied.append(step)
+
+    ends = {name: pair.end(state) for name, state in (("A", a), ("B", b))}
+    whole = [step for step in applied if step.cause not in ("fixed units", "residual stream")][-1]  # the function of A
+    units = _agreement(traced, pair.alone(whole.state), pair.alone(b), data)
+    streams = _match_alone(tied, whole.state, b)[1] if tied else {}
+    control = _control(traced, a, seed)
+    rise = applied[0].losses["none"] - min(map(_own, ends.values()))
+    found = [_modules(model_a, model_b, a, example, (ends["B"]["loss"] - evaluate(model_b, data).loss) / 2),
+             groups and _groups(groups, traced, model_a, example, applied), _search(applied, b, control),
+             _objective(applied, b),
+             _untied(applied, "fixed units", fixed and _match_alone(fixed, whole.state, b)[1]),
+             _untied(applied, "residual stream", streams), _statistics(applied, ends),
+             _bad_end("A", model_a, a, ends, data), _bad_end("B", model_b, b, ends, data),
+             _rest(applied, ends, units, control)]
+    found = [Finding(cause, min(1.0, max(0.0, nats) / rise) if rise > 0 else 0.0, text, certain)
+             for cause, nats, text, certain in filter(None, found)]
+    found = [one for one in found if one.certain or rise >= MERGED and one.share >= LISTED]
+    found.sort(key=lambda one: (not one.certain, one.cause == "unexplained", -one.share))
+    return Diagnosis(tuple(found), rise, halfway, ends, units, streams, control)
+
+
+class _Pair(NamedTuple):
+    """Two networks ``a`` and ``b`` in the modules of A, the data, and the corrections that are possible."""
+
+    model: nn.Module
+    a: dict
+    b: dict
+    data: list
+    corrections: tuple
+
+    def between(self, one, other, kind):
+        """Return the network halfway between two states."""
+        return interpolate_network(self.model, one, other, correction=kind, batches=self.data)
+
+    def alone(self, state):
+        """Return the network with a state and, if it has BatchNorm, with statistics of these data."""
+        return self.between(state, state, self.corrections[-2])
+
+    def end(self, state):
+        """Return loss and accuracy of a state, and the loss after a reset."""
+        end = evaluate(self.model, self.data, state=state)._asdict()
+        return end | ({"reset": evaluate(self.alone(state), self.data).loss} if "reset" in self.corrections else {})
+
+    def halfway(self, state):
+        """Return the loss halfway between a state and B, by correction."""
+        return {kind: evaluate(self.between(state, self.b, kind), self.data).loss for kind in self.corrections}
+
+
+class _Step(NamedTuple):
+    """A remedy of a cause: the state of A that it gives, and the losses halfway by correction."""
+
+    cause: str
+    name: str
+    state: dict
+    losses: dict
+
+    def best(self):
+        return min(self.losses, key=self.losses.get)
+
+    def least(self):
+        return min(self.losses.values())
+
+
+def _own(end):
+    """Return the loss of a network itself, with the better of the two statistics."""
+    return min(end["loss"], end.get("reset", math.inf))
+
+
+# ---- Findings --------------------------------------------------------------------------------------------------------
+# Each returns (cause, nats of the damage, text, certain), or None. Nats of causes and of the rest add up to the damage.
+
+def _saved(applied, cause):
+    """Return what the remedies of a cause remove, in nats: the mean of before and after the statistics are corrected.
+    Also return the step before them and the last of them, or None if none was applied."""
+    steps = [(before, after) for before, after in pairwise(applied) if after.cause == cause]
+    kinds = "none", applied[-1].best()
+    nats = sum(before.losses[kind] - after.losses[kind] for before, after in steps for kind in kinds) / 2
+    return nats, (steps[0][0], steps[-1][1]) if steps else None
+
+
+def _falls(before, after):
+    return f"With {after.name}, the loss halfway is {after.least():.2f} instead of {before.least():.2f} nats."
+
+
+def _search(applied, b, control):
+    nats, steps = _saved(applied, "search")
+    if steps is None:
+        return None
+    before, after = (angle(step.state, b) for step in steps)
+    return "search", nats, (f"One search ended in a local optimum, {before:.1f} degrees from B; {steps[1].name} lead to "
+                            f"{after:.1f}. It finds {control:.0%} of a planted permutation. {_falls(*steps)}"), False
+
+
+def _objective(applied, b):
+    nats, steps = _saved(applied, "objective")
+    if steps is None:
+        return None
+    before, after = (angle(step.state, b) for step in steps)
+    return "objective", nats, (f"Units that respond similarly have different weights: they are {after:.1f} degrees from "
+                               f"B, and the closest weights {before:.1f}. {_falls(*steps)}"), False
+
+
+def _untied(applied, cause, agreement):
+    nats, steps = _saved(applied, cause)
+    if steps is None:
+        return None
+    tied, alone = (sum(one[i] for one in agreement.values()) / len(agreement) for i in (0, 1))
+    order = "in their fixed order" if cause == "fixed units" else "in one common order"
+    return cause, nats, (f"{listed(agreement, 3)}: their cosine with B is {tied:.2f} {order}, and {alone:.2f} if each "
+                         f"is matched alone. {_falls(*steps)}"), False
+
+
+def _statistics(applied, ends):
+    first, last = applied[0], applied[-1]
+    kind = last.best()
+    name = "a reset" if kind == "reset" else "REPAIR"
+    text = f"With {name}, the loss halfway is {last.losses[kind]:.2f} instead of {last.losses['none']:.2f} nats."
+    for end, one in ends.items():
+        if one["loss"] - _own(one) > MERGED:
+            text += (f" The statistics of {end} do not fit these inputs: after a reset, its own loss is {_own(one):.2f} "
+                     f"instead of {one['loss']:.2f} nats.")
+    return "statistics", sum(step.losses["none"] - step.losses[kind] for step in (first, last)) / 2, text, False
+
+
+def _rest(applied, ends, units, control):
+    rest = applied[-1].least() - sum(map(_own, ends.values())) / 2
+    n = sum(one["units"] for one in units.values())
+    text = f"With all remedies, the loss halfway is {rest:.2f} nats above the mean of A and B."
+    correlation, alone = (sum(one[key] * one["units"] for one in units.values()) / max(n, 1)
+                          for key in ("correlation", "alone"))
+    if n:
+        text += f" Matched units have a mean correlation of {correlation:.2f}; {alone:.0%} have no partner."
+    if alone < PARTED:
+        return "unexplained", rest, text + " No measurement here explains it.", False
+    if control < 1:
+        text += f" One search finds only {control:.0%} of a planted permutation, so a better one may exist."
+    return "different units", rest, text + " Wider networks, or longer training, have more common units.", False
+
+
+def _modules(model_a, model_b, state, example, nats):
+    """The modules of A and B compute different functions of the same weights."""
+    twin = copy.deepcopy(model_b)
+    twin.load_state_dict(state)
+    one, other = (predict(net, [example]).double() for net in (model_a, twin))
+    change = float((one - other).abs().max() / one.std())
+    if change < CHANGED:
+        return None
+    modules = dict(model_b.named_modules())
+    differ = [f"{name!r} is {net} in A and {modules.get(name)} in B" for name, net in model_a.named_modules()
+              if not any(net.children()) and repr(net) != repr(modules.get(name))]
+    return "architecture", nats, (f"With the weights of A, the modules of B change the outputs by {change:.2g} "
+                                  f"standard deviations{': ' * bool(differ)}{listed(differ, 3)}."), True
+
+
+def _groups(groups, traced, model, example, applied):
+    """The given groups change the function, or leave out units that tracing finds."""
+    nats, steps = _saved(applied, "groups")
+    drawn, orders = draw_stable_weights(model, example), derangements(groups)
+    changes = {name: function_change(groups, {name: orders[name]}, drawn, example) for name in groups}
+    worst = max(changes, key=changes.get)
+    wrong = changes[worst] > CHANGED
+    if not (wrong or steps):
+        return None
+    sizes = [sum(group.size for group in one.values()) for one in (groups, traced)]
+    have = {entry[:2] for group in groups.values() for entry in group.entries}
+    lost = [f"{entry.tensor}[{entry.axis}]" for group in traced.values() for entry in group.entries
+            if entry[:2] not in have]
+    text = (f"Permuting {worst!r} changes the function by {changes[worst]:.2g} standard deviations of the outputs."
+            if wrong else f"They preserve the function, but move {sizes[0]} of {sizes[1]} units.")
+    return "groups", nats, " ".join([text, *[f"They lack {listed(lost, 4)}."] * bool(lost),
+                                     *[_falls(*steps)] * bool(steps)]), wrong
+
+
+def _bad_end(name, model, state, ends, data):
+    """A network is bad on these data: it expects other outputs or inputs, does not know some classes, or is worse."""
+    few = data[:max(1, TRIED // count(data[0][0]))]
+    own, y = evaluate(model, few, state=state), torch.cat([y for _, y in few]).cpu()
+    worse = min(own.loss, ends[name].get("reset", math.inf)) - min(map(_own, ends.values()))
+    chance = float(y.bincount().max()) / len(y)
+    at_chance = own.accuracy < chance + 0.1 * (1 - chance)
+    if worse < MERGED and not at_chance:
+        return None
+    logits = predict(model, few, state=state)
+    losses = {("outputs", "its outputs in another order"): _loss_reordered(logits, y)}
+    if all(isinstance(x, torch.Tensor) and x.is_floating_point() for x, _ in few):
+        losses |= {("inputs", what): evaluate(model, [(change(x), y) for x, y in few], state=state).loss
+                   for what, change in CHANGES.items()}
+    (cause, what), loss = min(losses.items(), key=lambda one: one[1])
+    if loss < own.loss / 2:
+        return cause, (own.loss - loss) / 2, (f"With {what}, the loss of {name} itself is {loss:.2f} instead of "
+                                              f"{own.loss:.2f} nats."), True
+    unknown = [c for c, n in enumerate(y.bincount().tolist()) if n >= 5 and not (logits.argmax(1) == y)[y == c].any()]
+    text = (f"{name} has a loss of {own.loss:.2f} nats and an accuracy of {own.accuracy:.0%}, where the most frequent "
+            f"class has a share of {chance:.0%}.")
+    if unknown:
+        text += f" It is never right about the classes {listed(map(str, unknown))}."
+    return "data", worse / 2, text, at_chance or bool(unknown)
+
+
+CHANGES = {f"inputs times {2.0**k:g}": partial(torch.mul, other=2.0**k) for k in range(-8, 9) if k} | {
+    "negated inputs": torch.neg, "standardised inputs": lambda x: (x - x.mean()) / x.std(),
+    "inputs whose light and dark are exchanged": lambda x: x.amax() + x.amin() - x,
+    "channels in reverse order": lambda x: x.flip(1), "rows and columns exchanged": lambda x: x.transpose(-1, -2)}
+
+
+def _loss_reordered(logits, y):
+    """Return the loss with the best order of the outputs, which is found on one half of the inputs and used on the
+    other."""
+    logs = F.log_softmax(logits.double(), 1)
+    fit = torch.zeros(logs.shape[1], logs.shape[1], dtype=logs.dtype).index_add_(0, y[::2], logs[::2])
+    return float(F.nll_loss(logs[1::2][:, assign(fit)], y[1::2]))
+
+
+# ---- Units -----------------------------------------------------------------------------------------------------------
+
+def _trace(model, example, groups):
+    """Return the groups that tracing finds, or the given ones if it finds none."""
+    try:
+        traced = permutation_groups(model, to_device(example, device_of(model)))
+    except ValueError:
+        if groups is None:
+            raise
+        return groups
+    if not (traced or groups):
+        why = "; ".join(dict.fromkeys(one.why for one in traced.fixed))
+        raise ValueError(f"{type(model).__name__} has no units that can be permuted" + (why and f": {why}"))
+    return traced or groups
+
+
+def _control(groups, state, seed):
+    """Return the share of weights that one search puts in place if the target is a shuffled copy."""
+    shuffled = permute(groups, random_permutations(groups, seed=seed), state)
+    found = permute(groups, match_weights(groups, state, shuffled, seed=seed), state)
+    names = {entry.tensor for group in groups.values() for entry in group.entries}
+    return float(torch.cat([(found[name] == shuffled[name]).flatten().cpu() for name in names]).double().mean())
+
+
+def _agreement(groups, source_model, target_model, data):
+    """Return number, mean correlation and share without a partner of the matched units of each group that has taps."""
+    found, read = {}, {name: group for name, group in groups.items() if group.taps and group.within is None}
+    for name, every in (activation_correlations(read, source_model, target_model, data) if read else {}).items():
+        matched = every.diagonal()[every.any(1)] / len(read[name].taps)
+        found[name] = {"units": len(matched), "correlation": float(matched.sum()) / max(1, len(matched)),
+                       "alone": float((matched < PARTNER).sum()) / max(1, len(matched))}
+    return found
+
+
+def _fixed_layers(groups, state):
+    """Return the hidden units that are in no group, as a group for each layer and axis."""
+    layers = {}
+    for tensor, axis, size, why in getattr(groups, "fixed", ()):
+        if why not in OUTSIDE and state[tensor].ndim and size == state[tensor].shape[axis]:
+            layers.setdefault((tensor.rpartition(".")[0], axis, size), []).append(Entry(tensor, axis))
+    return {f"{entries[0].tensor}[{axis}]": Group(size, tuple(entries)) for (_, axis, size), entries in layers.items()}
+
+
+def _stream_layers(groups, state):
+    """Return the layers that share the units of one group, which several of them write, as groups of their own.
+
+    A vector, such as a bias or the weight of a norm, belongs to the layer before it.
+    """
+    layers = {}
+    for group in groups.values():
+        if group.within is None and sum(state[entry.tensor].ndim > 1 and not entry.axis for entry in group.entries) > 1:
+            own = []
+            for entry in group.entries:
+                if state[entry.tensor].ndim > 1 or not own:
+                    own.append([])
+                own[-1].append(entry)
+            layers |= {f"{entries[0].tensor}[{entries[0].axis}]": Group(group.size, tuple(entries)) for entries in own}
+    return layers
+
+
+def _match_alone(layers, source, target):
+    """Match each layer alone, which changes the function. Return the new source, and for each layer the cosine of its
+    weights and those of the target before and after."""
+    moved, cosines = {name: tensor.detach().clone() for name, tensor in source.items()}, {}
+    for name, group in layers.items():
+        entries = [entry for entry in group.entries if entry.tensor.rpartition(".")[2] not in STATISTICS]
+        one, other = (torch.cat([units_at(state[entry.tensor].double(), entry) for entry in entries], 1)
+                      for state in (target, source))
+        similarity = one @ other.T / (one.norm() * other.norm())
+        order = assign(similarity)
+        move_(group, order, moved)
+        cosines[name] = float(similarity.trace()), float(similarity[torch.arange(len(order)), order].sum())
+    return moved, cosines
