@@ -47,8 +47,10 @@ from permask_core.training.loop import evaluate, predict
 MERGED = 0.1  # nats; a smaller rise of the loss is no damage
 LISTED = 0.05  # a cause with a smaller share of the damage is no finding
 PARTNER = 0.5  # a unit has a partner if the correlation with it is at least this
+TORN = 0.2  # the layers of a stream need different orders if their cosines rise by more in their own
 PARTED = 0.1  # networks differ in their units if more of them have no partner
 CHANGED = 1e-3  # standard deviations of the outputs; a smaller change of a function is rounding
+TINY = 1e-12  # a smaller product of norms is that of weights that are all 0
 TRIED = 1000  # inputs on which other inputs and outputs are tried
 OUTSIDE = ("they meet the network's input", "they reach the network's output")  # units that are no hidden units
 
@@ -81,9 +83,9 @@ class Diagnosis:
     units : dict of str to dict of str to float
         By group, under the best permutation: ``units``, the mean ``correlation`` of matched units, and the share
         ``alone``, whose correlation is below 0.5. Units that are constant in B do not count.
-    streams : dict of str to (float, float)
-        By layer of a residual stream: the cosine of its weights in A and B in the common order of units, and in the
-        order that is best for this layer.
+    streams : dict of str to dict of str to (float, float, float)
+        By group that several layers write, and by layer: the cosine of the weights of A and B in the common order of
+        units, in the order that is best for this layer, and by chance, in the best order for mixed weights.
     control : float
         The share of weights that one search puts in place if B is a shuffled copy of A: 1 if it finds the permutation.
     """
@@ -107,9 +109,10 @@ class Diagnosis:
                 for name, end in self.ends.items()]
         units = [f"  {name:18} {one['units']} units, correlation {one['correlation']:.2f}, {one['alone']:.0%} without "
                  "a partner" for name, one in self.units.items()]
-        streams = [f"  {name:18} cosine {tied:.2f}, alone {alone:.2f}" for name, (tied, alone) in self.streams.items()]
+        streams = [f"  {name:18} {tied:.2f} in common order, {alone:.2f} alone, {chance:.2f} by chance"
+                   for layers in self.streams.values() for name, (tied, alone, chance) in layers.items()]
         parts = {"": found, "Loss halfway (nats)": losses, "A and B": ends, "Matched units": units,
-                 "Layers of residual streams": streams,
+                 "Cosine of A and B in layers that share their units": streams,
                  "Control": [f"  One search finds {self.control:.0%} of a planted permutation."]}
         return "\n".join([verdict, *(line for head, lines in parts.items() if lines
                                      for line in ([head] if head else []) + lines)])
@@ -166,7 +169,7 @@ def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
     traced = _trace(model_a, example, groups)
     check_groups(groups or traced, a, whole=True)
     pair = _Pair(model_a, a, b, data, ("none", "reset", "repair") if resettable(model_a) else ("none", "repair"))
-    fixed, tied = _fixed_layers(traced, a), _stream_layers(traced, a)
+    fixed = _fixed_layers(traced, a)
 
     def match(groups, restarts=1):
         return permute(groups, match_weights(groups, a, b, seed=seed, restarts=restarts), a)
@@ -180,8 +183,6 @@ def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
             traced, match_activations(traced, pair.alone(a), pair.alone(b), data), a)))
     if fixed:
         remedies.append(("fixed units", "moved fixed units", lambda best: _match_alone(fixed, best, b)[0]))
-    if tied:
-        remedies.append(("residual stream", "each layer alone", lambda best: _match_alone(tied, best, b)[0]))
 
     halfway, applied = {"as they are": pair.halfway(a)}, []
     for cause, name, remedy in remedies:
@@ -194,18 +195,17 @@ def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
             applied.append(step)
 
     ends = {name: pair.end(state) for name, state in (("A", a), ("B", b))}
-    whole = [step for step in applied if step.cause not in ("fixed units", "residual stream")][-1]  # the function of A
-    units = _agreement(traced, pair.alone(whole.state), pair.alone(b), data)
-    streams = _match_alone(tied, whole.state, b)[1] if tied else {}
+    whole = [step.state for step in applied if step.cause != "fixed units"][-1]  # which computes the function of A
+    units = _agreement(traced, pair.alone(whole), pair.alone(b), data)
+    streams = {name: _match_alone(layers, whole, b)[1] for name, layers in _streams(traced, a).items()}
     control = _control(traced, a, seed)
     rise = applied[0].losses["none"] - min(map(_own, ends.values()))
     found = [_modules(model_a, model_b, a, example, (ends["B"]["loss"] - evaluate(model_b, data).loss) / 2),
              groups and _groups(groups, traced, model_a, example, applied), _search(applied, b, control),
              _objective(applied, b),
-             _untied(applied, "fixed units", fixed and _match_alone(fixed, whole.state, b)[1]),
-             _untied(applied, "residual stream", streams), _statistics(applied, ends),
+             _fixed_units(applied, fixed, whole, b), _statistics(applied, ends),
              _bad_end("A", model_a, a, ends, data), _bad_end("B", model_b, b, ends, data),
-             _rest(applied, ends, units, control)]
+             _rest(applied, ends, units, streams, control)]
     found = [Finding(cause, min(1.0, max(0.0, nats) / rise) if rise > 0 else 0.0, text, certain)
              for cause, nats, text, certain in filter(None, found)]
     found = [one for one in found if one.certain or rise >= MERGED and one.share >= LISTED]
@@ -294,14 +294,14 @@ def _objective(applied, b):
                                f"B, and the closest weights {before:.1f}. {_falls(*steps)}"), False
 
 
-def _untied(applied, cause, agreement):
-    nats, steps = _saved(applied, cause)
+def _fixed_units(applied, fixed, state, b):
+    nats, steps = _saved(applied, "fixed units")
     if steps is None:
         return None
-    tied, alone = (sum(one[i] for one in agreement.values()) / len(agreement) for i in (0, 1))
-    order = "in their fixed order" if cause == "fixed units" else "in one common order"
-    return cause, nats, (f"{listed(agreement, 3)}: their cosine with B is {tied:.2f} {order}, and {alone:.2f} if each "
-                         f"is matched alone. {_falls(*steps)}"), False
+    cosines = _match_alone(fixed, state, b)[1]
+    tied, alone, _ = (sum(one) / len(cosines) for one in zip(*cosines.values()))
+    return "fixed units", nats, (f"Tracing leaves {listed(cosines, 3)} fixed, but their cosine with B is {tied:.2f}, "
+                                 f"and in another order {alone:.2f}. {_falls(*steps)}"), False
 
 
 def _statistics(applied, ends):
@@ -316,19 +316,31 @@ def _statistics(applied, ends):
     return "statistics", sum(step.losses["none"] - step.losses[kind] for step in (first, last)) / 2, text, False
 
 
-def _rest(applied, ends, units, control):
+def _rest(applied, ends, units, streams, control):
+    """What no remedy removes, with what is known about it."""
     rest = applied[-1].least() - sum(map(_own, ends.values())) / 2
-    n = sum(one["units"] for one in units.values())
     text = f"With all remedies, the loss halfway is {rest:.2f} nats above the mean of A and B."
-    correlation, alone = (sum(one[key] * one["units"] for one in units.values()) / max(n, 1)
-                          for key in ("correlation", "alone"))
-    if n:
-        text += f" Matched units have a mean correlation of {correlation:.2f}; {alone:.0%} have no partner."
+    name, lost = max(((name, _lost(layers)) for name, layers in streams.items()), key=lambda one: one[1], default=("", 0))
+    if lost >= TORN:
+        tied, alone, chance = (sum(one) / len(streams[name]) for one in zip(*streams[name].values()))
+        return "residual stream", rest, (f"{text} The layers of the stream {name!r} need different orders: their mean "
+                                         f"cosine with B is {alone:.2f} if each is matched alone ({chance:.2f} by "
+                                         f"chance), and {tied:.2f} in the common order."), False
+    n = sum(one["units"] for one in units.values())
+    if not n:
+        return "unexplained", rest, text + " No units could be compared.", False
+    correlation, alone = (sum(one[key] * one["units"] for one in units.values()) / n for key in ("correlation", "alone"))
+    text += f" Matched units have a mean correlation of {correlation:.2f}; {alone:.0%} have no partner."
     if alone < PARTED:
         return "unexplained", rest, text + " No measurement here explains it.", False
     if control < 1:
         text += f" One search finds only {control:.0%} of a planted permutation, so a better one may exist."
     return "different units", rest, text + " Wider networks, or longer training, have more common units.", False
+
+
+def _lost(layers):
+    """Return by how much the cosine of a layer rises, beyond chance, if it is matched alone; mean of the layers."""
+    return sum(alone - max(tied, chance) for tied, alone, chance in layers.values()) / len(layers)
 
 
 def _modules(model_a, model_b, state, example, nats):
@@ -380,7 +392,7 @@ def _bad_end(name, model, state, ends, data):
         losses |= {("inputs", what): evaluate(model, [(change(x), y) for x, y in few], state=state).loss
                    for what, change in CHANGES.items()}
     (cause, what), loss = min(losses.items(), key=lambda one: one[1])
-    if loss < own.loss / 2:
+    if loss < min(own.loss, _entropy(y)) / 2:
         return cause, (own.loss - loss) / 2, (f"With {what}, the loss of {name} itself is {loss:.2f} instead of "
                                               f"{own.loss:.2f} nats."), True
     unknown = [c for c, n in enumerate(y.bincount().tolist()) if n >= 5 and not (logits.argmax(1) == y)[y == c].any()]
@@ -395,6 +407,12 @@ CHANGES = {f"inputs times {2.0**k:g}": partial(torch.mul, other=2.0**k) for k in
     "negated inputs": torch.neg, "standardised inputs": lambda x: (x - x.mean()) / x.std(),
     "inputs whose light and dark are exchanged": lambda x: x.amax() + x.amin() - x,
     "channels in reverse order": lambda x: x.flip(1), "rows and columns exchanged": lambda x: x.transpose(-1, -2)}
+
+
+def _entropy(y):
+    """Return the loss of a network whose outputs are the shares of the classes."""
+    shares = y.bincount() / len(y)
+    return float(torch.special.entr(shares).sum())
 
 
 def _loss_reordered(logits, y):
@@ -448,33 +466,37 @@ def _fixed_layers(groups, state):
     return {f"{entries[0].tensor}[{axis}]": Group(size, tuple(entries)) for (_, axis, size), entries in layers.items()}
 
 
-def _stream_layers(groups, state):
-    """Return the layers that share the units of one group, which several of them write, as groups of their own.
+def _streams(groups, state):
+    """Return the layers of each group that several layers write, as groups of their own.
 
-    A vector, such as a bias or the weight of a norm, belongs to the layer before it.
+    A vector, such as a bias or the weight of a norm, belongs to the layer before it. A layer of zeros is left out.
     """
-    layers = {}
-    for group in groups.values():
-        if group.within is None and sum(state[entry.tensor].ndim > 1 and not entry.axis for entry in group.entries) > 1:
-            own = []
-            for entry in group.entries:
-                if state[entry.tensor].ndim > 1 or not own:
-                    own.append([])
-                own[-1].append(entry)
-            layers |= {f"{entries[0].tensor}[{entries[0].axis}]": Group(group.size, tuple(entries)) for entries in own}
-    return layers
+    streams = {}
+    for name, group in groups.items():
+        layers = []
+        for entry in group.entries:
+            if state[entry.tensor].ndim > 1 or not layers:
+                layers.append([])
+            layers[-1].append(entry)
+        layers = [entries for entries in layers if units_at(state[entries[0].tensor], entries[0]).any()]
+        if group.within is None and sum(entries[0].axis == 0 for entries in layers) > 1:
+            streams[name] = {f"{entries[0].tensor}[{entries[0].axis}]": Group(group.size, tuple(entries))
+                             for entries in layers}
+    return streams
 
 
 def _match_alone(layers, source, target):
-    """Match each layer alone, which changes the function. Return the new source, and for each layer the cosine of its
-    weights and those of the target before and after."""
+    """Match each layer alone. Return the new source, and for each layer the cosine of its weights in the source and in
+    the target before and after, and by chance: after it is matched with its own weights in a random order."""
     moved, cosines = {name: tensor.detach().clone() for name, tensor in source.items()}, {}
     for name, group in layers.items():
         entries = [entry for entry in group.entries if entry.tensor.rpartition(".")[2] not in STATISTICS]
-        one, other = (torch.cat([units_at(state[entry.tensor].double(), entry) for entry in entries], 1)
+        one, other = (torch.cat([units_at(state[entry.tensor].double(), entry) for entry in entries], 1).cpu()
                       for state in (target, source))
-        similarity = one @ other.T / (one.norm() * other.norm())
-        order = assign(similarity)
+        size = (one.norm() * other.norm()).clamp(min=TINY)
+        mixed = torch.randperm(other.shape[1], generator=torch.Generator().manual_seed(0))
+        order, by_chance = assign(one @ other.T), assign(one @ other[:, mixed].T)
         move_(group, order, moved)
-        cosines[name] = float(similarity.trace()), float(similarity[torch.arange(len(order)), order].sum())
+        cosines[name] = tuple(float((one * weights).sum() / size) for weights in (
+            other, other[order], other[:, mixed][by_chance]))
     return moved, cosines

@@ -196,14 +196,20 @@ def half_of_the_classes(data):
 
 
 def different_units(data):
-    return perceptron(data, 0, width=16), perceptron(data, 1, width=16), {}
+    """The inputs of the units of A and of B have no correlation: they read different principal components."""
+    components = torch.linalg.svd(data[0].flatten(1) - data[0].flatten(1).mean(0), full_matrices=False).Vh
+    nets = []
+    for start in (0, 1):
+        net, own = perceptron(data), components[start::2]
+        nets.append(with_head(changed(net, **{"1_weight": lambda t: 2 * t @ own.T @ own}), data))
+    return *nets, {}
 
 
 def scaled_units(data):
     """Another symmetry of ReLU: a unit times c, and its outgoing weights divided by c."""
     a = perceptron(data)
     c = 10 ** torch.linspace(-1, 1, 48)[torch.randperm(48, generator=torch.Generator().manual_seed(0))]
-    b = changed(a, **{"1_weight": lambda t: c[:, None] * t, "1_bias": lambda t: c * t, "3_weight": lambda t: t / c})
+    b = changed(a, **{"3_weight": lambda t: c[:, None] * t, "3_bias": lambda t: c * t, "5_weight": lambda t: t / c})
     return a, shuffled(b, data), {}
 
 
