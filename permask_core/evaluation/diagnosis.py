@@ -81,8 +81,9 @@ class Diagnosis:
     ends : dict of str to dict of str to float
         ``loss`` in nats and ``accuracy`` in [0, 1] of A and B, and ``reset``, the loss after a reset of BatchNorm.
     units : dict of str to dict of str to float
-        By group, under the best permutation: ``units``, the mean ``correlation`` of matched units, and the share
-        ``alone``, whose correlation is below 0.5. Units that are constant in B do not count.
+        By group, under the best permutation: the number of ``units`` that are not constant in B, the mean
+        ``correlation`` of their activations with those of their partners in A, and the share ``without`` a partner, for
+        which it is below 0.5.
     streams : dict of str to dict of str to (float, float, float)
         By group that several layers write, and by layer: the cosine of the weights of A and B in the common order of
         units, in the order that is best for this layer, and by chance, in the best order for mixed weights.
@@ -107,13 +108,13 @@ class Diagnosis:
                   for name, row in self.halfway.items()]
         ends = [f"  {name:18}" + ",".join(f" {key} {value:.3f}" for key, value in end.items())
                 for name, end in self.ends.items()]
-        units = [f"  {name:18} {one['units']} units, correlation {one['correlation']:.2f}, {one['alone']:.0%} without "
-                 "a partner" for name, one in self.units.items()]
+        units = [f"  {name:18} {one['units']} units, correlation {one['correlation']:.2f}, {one['without']:.0%} have no "
+                 "partner" for name, one in self.units.items()]
         streams = [f"  {name:18} {tied:.2f} in common order, {alone:.2f} alone, {chance:.2f} by chance"
                    for layers in self.streams.values() for name, (tied, alone, chance) in layers.items()]
         parts = {"": found, "Loss halfway (nats)": losses, "A and B": ends, "Matched units": units,
                  "Cosine of A and B in layers that share their units": streams,
-                 "Control": [f"  One search finds {self.control:.0%} of a planted permutation."]}
+                 "Control": [f"  One search finds {self.control:.0%} of a planted permutation."] * bool(self.halfway)}
         return "\n".join([verdict, *(line for head, lines in parts.items() if lines
                                      for line in ([head] if head else []) + lines)])
 
@@ -167,43 +168,41 @@ def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
     check_states([a, b])
     example = parts_of(data[0][0], max(1, count(data[0][0]) // 8))[0]
     traced = _trace(model_a, example, groups)
-    check_groups(groups or traced, a, whole=True)
+    given = groups or traced
+    check_groups(given, a, whole=True)
     pair = _Pair(model_a, a, b, data, ("none", "reset", "repair") if resettable(model_a) else ("none", "repair"))
-    fixed = _fixed_layers(traced, a)
+    fixed, readable = _fixed_layers(traced, a), _can_be_read(traced)
 
     def match(groups, restarts=1):
         return permute(groups, match_weights(groups, a, b, seed=seed, restarts=restarts), a)
 
-    remedies = [("", "matched", lambda _: match(groups or traced))]
-    if groups is not None:
-        remedies.append(("groups", "traced groups", lambda _: match(traced)))
-    remedies.append(("search", f"{restarts} searches", lambda _: match(traced, restarts)))
-    if all(group.taps or name in inner_parts(traced) for name, group in traced.items()):
-        remedies.append(("search", "matched activations", lambda _: permute(
-            traced, match_activations(traced, pair.alone(a), pair.alone(b), data), a)))
-    if fixed:
-        remedies.append(("fixed units", "moved fixed units", lambda best: _match_alone(fixed, best, b)[0]))
+    def match_by_activations():
+        return permute(traced, match_activations(traced, pair.fitted(a), pair.fitted(b), data), a)
 
+    remedies = [("", "matched", lambda best: match(given)),
+                ("groups", "traced groups", lambda best: match(traced) if groups else None),
+                ("search", f"{restarts} searches", lambda best: match(traced, restarts)),
+                ("search", "matched activations", lambda best: match_by_activations() if readable else None),
+                ("fixed units", "moved fixed units", lambda best: _match_alone(fixed, best, b)[0] if fixed else None)]
     halfway, applied = {"as they are": pair.halfway(a)}, []
     for cause, name, remedy in remedies:
         state = remedy(applied[-1].state if applied else a)
-        if cause == "search" and angle(state, b) > angle(applied[-1].state, b):
-            cause = "objective"
-        step = _Step(cause, name, state, pair.halfway(state))
-        halfway[name] = step.losses
-        if not applied or step.least() < applied[-1].least():  # a remedy that does not help is not applied
-            applied.append(step)
+        if state is not None:
+            halfway[name] = pair.halfway(state)
+            farther = cause == "search" and angle(state, b) > angle(applied[-1].state, b)
+            step = _Step("objective" if farther else cause, name, state, halfway[name])
+            if not applied or step.least() < applied[-1].least():  # a remedy that does not help is not applied
+                applied.append(step)
 
-    ends = {name: pair.end(state) for name, state in (("A", a), ("B", b))}
-    whole = [step.state for step in applied if step.cause != "fixed units"][-1]  # which computes the function of A
-    units = _agreement(traced, pair.alone(whole), pair.alone(b), data)
-    streams = {name: _match_alone(layers, whole, b)[1] for name, layers in _streams(traced, a).items()}
+    ends = {"A": pair.end(a), "B": pair.end(b)}
+    moved = [step.state for step in applied if step.cause != "fixed units"][-1]  # it computes the function of A
+    units = _agreement(traced, pair.fitted(moved), pair.fitted(b), data)
+    streams = {name: _match_alone(layers, moved, b)[1] for name, layers in _streams(traced, a).items()}
     control = _control(traced, a, seed)
     rise = applied[0].losses["none"] - min(map(_own, ends.values()))
     found = [_modules(model_a, model_b, a, example, (ends["B"]["loss"] - evaluate(model_b, data).loss) / 2),
              groups and _groups(groups, traced, model_a, example, applied), _search(applied, b, control),
-             _objective(applied, b),
-             _fixed_units(applied, fixed, whole, b), _statistics(applied, ends),
+             _objective(applied, b), _fixed_units(applied, fixed, moved, b), _statistics(applied, ends),
              _bad_end("A", model_a, a, ends, data), _bad_end("B", model_b, b, ends, data),
              _rest(applied, ends, units, streams, control)]
     found = [Finding(cause, min(1.0, max(0.0, nats) / rise) if rise > 0 else 0.0, text, certain)
@@ -226,14 +225,14 @@ class _Pair(NamedTuple):
         """Return the network halfway between two states."""
         return interpolate_network(self.model, one, other, correction=kind, batches=self.data)
 
-    def alone(self, state):
+    def fitted(self, state):
         """Return the network with a state and, if it has BatchNorm, with statistics of these data."""
         return self.between(state, state, self.corrections[-2])
 
     def end(self, state):
         """Return loss and accuracy of a state, and the loss after a reset."""
         end = evaluate(self.model, self.data, state=state)._asdict()
-        return end | ({"reset": evaluate(self.alone(state), self.data).loss} if "reset" in self.corrections else {})
+        return end | ({"reset": evaluate(self.fitted(state), self.data).loss} if "reset" in self.corrections else {})
 
     def halfway(self, state):
         """Return the loss halfway between a state and B, by correction."""
@@ -261,7 +260,8 @@ def _own(end):
 
 
 # ---- Findings --------------------------------------------------------------------------------------------------------
-# Each returns (cause, nats of the damage, text, certain), or None. Nats of causes and of the rest add up to the damage.
+# Each returns (cause, nats of the damage, text, certain), or None. If A and B are equally good, the nats add up to the
+# damage. A bad end explains half of what its own loss falls by, because the rest is measured from the mean of the ends.
 
 def _saved(applied, cause):
     """Return what the remedies of a cause remove, in nats: the mean of before and after the statistics are corrected.
@@ -281,8 +281,8 @@ def _search(applied, b, control):
     if steps is None:
         return None
     before, after = (angle(step.state, b) for step in steps)
-    return "search", nats, (f"One search ended in a local optimum, {before:.1f} degrees from B; {steps[1].name} lead to "
-                            f"{after:.1f}. It finds {control:.0%} of a planted permutation. {_falls(*steps)}"), False
+    return "search", nats, (f"One search ended in a local optimum, {before:.1f} degrees from B; {steps[1].name} lead "
+                            f"to {after:.1f}. It finds {control:.0%} of a planted permutation. {_falls(*steps)}"), False
 
 
 def _objective(applied, b):
@@ -290,8 +290,8 @@ def _objective(applied, b):
     if steps is None:
         return None
     before, after = (angle(step.state, b) for step in steps)
-    return "objective", nats, (f"Units that respond similarly have different weights: they are {after:.1f} degrees from "
-                               f"B, and the closest weights {before:.1f}. {_falls(*steps)}"), False
+    return "objective", nats, (f"Units that respond similarly have different weights: {after:.1f} degrees from B, "
+                               f"where the closest weights are at {before:.1f}. {_falls(*steps)}"), False
 
 
 def _fixed_units(applied, fixed, state, b):
@@ -311,8 +311,8 @@ def _statistics(applied, ends):
     text = f"With {name}, the loss halfway is {last.losses[kind]:.2f} instead of {last.losses['none']:.2f} nats."
     for end, one in ends.items():
         if one["loss"] - _own(one) > MERGED:
-            text += (f" The statistics of {end} do not fit these inputs: after a reset, its own loss is {_own(one):.2f} "
-                     f"instead of {one['loss']:.2f} nats.")
+            text += (f" The statistics of {end} do not fit these inputs: after a reset, its own loss is "
+                     f"{_own(one):.2f} instead of {one['loss']:.2f} nats.")
     return "statistics", sum(step.losses["none"] - step.losses[kind] for step in (first, last)) / 2, text, False
 
 
@@ -320,8 +320,8 @@ def _rest(applied, ends, units, streams, control):
     """What no remedy removes, with what is known about it."""
     rest = applied[-1].least() - sum(map(_own, ends.values())) / 2
     text = f"With all remedies, the loss halfway is {rest:.2f} nats above the mean of A and B."
-    name, lost = max(((name, _lost(layers)) for name, layers in streams.items()), key=lambda one: one[1], default=("", 0))
-    if lost >= TORN:
+    name = max(streams, key=lambda name: _lost(streams[name]), default=None)
+    if name and _lost(streams[name]) >= TORN:
         tied, alone, chance = (sum(one) / len(streams[name]) for one in zip(*streams[name].values()))
         return "residual stream", rest, (f"{text} The layers of the stream {name!r} need different orders: their mean "
                                          f"cosine with B is {alone:.2f} if each is matched alone ({chance:.2f} by "
@@ -329,9 +329,10 @@ def _rest(applied, ends, units, streams, control):
     n = sum(one["units"] for one in units.values())
     if not n:
         return "unexplained", rest, text + " No units could be compared.", False
-    correlation, alone = (sum(one[key] * one["units"] for one in units.values()) / n for key in ("correlation", "alone"))
-    text += f" Matched units have a mean correlation of {correlation:.2f}; {alone:.0%} have no partner."
-    if alone < PARTED:
+    correlation, without = (sum(one[key] * one["units"] for one in units.values()) / n
+                            for key in ("correlation", "without"))
+    text += f" Matched units have a mean correlation of {correlation:.2f}; {without:.0%} have no partner."
+    if without < PARTED:
         return "unexplained", rest, text + " No measurement here explains it.", False
     if control < 1:
         text += f" One search finds only {control:.0%} of a planted permutation, so a better one may exist."
@@ -388,9 +389,8 @@ def _bad_end(name, model, state, ends, data):
         return None
     logits = predict(model, few, state=state)
     losses = {("outputs", "its outputs in another order"): _loss_reordered(logits, y)}
-    if all(isinstance(x, torch.Tensor) and x.is_floating_point() for x, _ in few):
-        losses |= {("inputs", what): evaluate(model, [(change(x), y) for x, y in few], state=state).loss
-                   for what, change in CHANGES.items()}
+    losses |= {("inputs", what): evaluate(model, [(change(x), y) for x, y in few], state=state).loss
+               for what, change in _changes(few[0][0]).items()}
     (cause, what), loss = min(losses.items(), key=lambda one: one[1])
     if loss < min(own.loss, _entropy(y)) / 2:
         return cause, (own.loss - loss) / 2, (f"With {what}, the loss of {name} itself is {loss:.2f} instead of "
@@ -403,10 +403,18 @@ def _bad_end(name, model, state, ends, data):
     return "data", worse / 2, text, at_chance or bool(unknown)
 
 
-CHANGES = {f"inputs times {2.0**k:g}": partial(torch.mul, other=2.0**k) for k in range(-8, 9) if k} | {
-    "negated inputs": torch.neg, "standardised inputs": lambda x: (x - x.mean()) / x.std(),
-    "inputs whose light and dark are exchanged": lambda x: x.amax() + x.amin() - x,
-    "channels in reverse order": lambda x: x.flip(1), "rows and columns exchanged": lambda x: x.transpose(-1, -2)}
+def _changes(x):
+    """Return changes of inputs by name, for errors that are common in preprocessing."""
+    if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
+        return {}
+    changes = {f"inputs times {2.0**k:g}": partial(torch.mul, other=2.0**k) for k in range(-8, 9) if k} | {
+        "negated inputs": torch.neg, "standardised inputs": lambda x: (x - x.mean()) / x.std(),
+        "inverted inputs (minimum and maximum exchanged)": lambda x: x.amax() + x.amin() - x}
+    if x.ndim == 4 and x.shape[1] > 1:
+        changes["channels in reverse order"] = lambda x: x.flip(1)
+    if x.ndim == 4 and x.shape[2] == x.shape[3]:
+        changes["rows and columns of the images exchanged"] = lambda x: x.transpose(2, 3)
+    return changes
 
 
 def _entropy(y):
@@ -439,6 +447,11 @@ def _trace(model, example, groups):
     return traced or groups
 
 
+def _can_be_read(groups):
+    """Whether activations of all units can be read."""
+    return all(group.taps or name in inner_parts(groups) for name, group in groups.items())
+
+
 def _control(groups, state, seed):
     """Return the share of weights that one search puts in place if the target is a shuffled copy."""
     shuffled = permute(groups, random_permutations(groups, seed=seed), state)
@@ -453,7 +466,7 @@ def _agreement(groups, source_model, target_model, data):
     for name, every in (activation_correlations(read, source_model, target_model, data) if read else {}).items():
         matched = every.diagonal()[every.any(1)] / len(read[name].taps)
         found[name] = {"units": len(matched), "correlation": float(matched.sum()) / max(1, len(matched)),
-                       "alone": float((matched < PARTNER).sum()) / max(1, len(matched))}
+                       "without": float((matched < PARTNER).sum()) / max(1, len(matched))}
     return found
 
 

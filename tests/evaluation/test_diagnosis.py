@@ -4,15 +4,16 @@ No network is trained: layers are random, and the last one is fitted by ridge re
 """
 
 import copy
-import math
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from permask_core.evaluation.diagnosis import diagnose
 from permask_core.matching import (
     Entry,
+    Group,
     Groups,
     permutation_groups,
     permute,
@@ -198,11 +199,9 @@ def half_of_the_classes(data):
 def different_units(data):
     """The inputs of the units of A and of B have no correlation: they read different principal components."""
     components = torch.linalg.svd(data[0].flatten(1) - data[0].flatten(1).mean(0), full_matrices=False).Vh
-    nets = []
-    for start in (0, 1):
-        net, own = perceptron(data), components[start::2]
-        nets.append(with_head(changed(net, **{"1_weight": lambda t: 2 * t @ own.T @ own}), data))
-    return *nets, {}
+    read = (own.T @ own for own in (components[::2], components[1::2]))
+    nets = [changed(perceptron(data), **{"1_weight": lambda t, own=own: 2 * t @ own}) for own in read]
+    return *(with_head(net, data) for net in nets), {}
 
 
 def scaled_units(data):
@@ -223,6 +222,68 @@ FAULTS = [(destroyed_statistics, "statistics"), (scaled_inputs, "inputs"), (exch
 @pytest.mark.parametrize("plant, cause", FAULTS, ids=[plant.__name__ for plant, _ in FAULTS])
 def test_a_planted_fault_is_named_first(plant, cause, data):
     a, b, options = plant(data)
+    before = [copy.deepcopy(net.state_dict()) for net in (a, b)]
     found = diagnose(a, b, data, **options)
-    print(found)
     assert [one.cause for one in found.findings][:1] == [cause], found
+    assert found.findings[0].text in str(found)
+    for net, state in zip((a, b), before):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("plant", [healthy, healthy_with_norms])
+def test_a_shuffled_copy_is_healthy(plant, data):
+    a, b, _ = plant(data)
+    found = diagnose(a, b, data)
+    assert found.findings == () and found.rise == pytest.approx(0, abs=1e-4) and found.control == 1
+    assert all(one["correlation"] == pytest.approx(1) and one["without"] == 0 for one in found.units.values())
+    assert "A and B merge" in str(found) and "No fault found." in str(found)
+
+
+def test_the_remedies_of_a_planted_fault_restore_the_loss_exactly(data):
+    a, b, options = missing_entry(data)
+    found = diagnose(a, b, data, **options)
+    own = evaluate(a, data).loss
+    assert found.halfway["traced groups"]["none"] == pytest.approx(own, abs=1e-4)
+    assert found.rise == pytest.approx(found.halfway["matched"]["none"] - own) and found.findings[0].share == 1
+    assert "3.weight[1]" in found.findings[0].text
+
+
+def test_the_shares_of_two_faults_add_up_to_one(data):
+    a, b, _ = destroyed_statistics(data)
+    groups = permutation_groups(a, data[0][:2])
+    groups["1"] = groups["1"]._replace(entries=groups["1"].entries[:-1])
+    found = diagnose(a, b, data, groups=groups)
+    assert {one.cause for one in found.findings} == {"groups", "statistics"}
+    assert sum(one.share for one in found.findings) == pytest.approx(1, abs=1e-3)
+    assert min(one.share for one in found.findings) > 0.05
+
+
+def test_the_control_and_streams_of_a_torn_stream(data):
+    a, b, _ = torn_stream(data)
+    found = diagnose(a, b, data)
+    (layers,) = found.streams.values()
+    written = [values for name, values in layers.items() if "write" in name]
+    assert len(written) == 4 and all(alone == pytest.approx(1) for _, alone, _ in written)
+    assert all(tied < 0.8 and chance < 0.8 for tied, _, chance in written) and found.control == 1
+
+
+@pytest.mark.parametrize("made", [
+    lambda x, y: [(x[:250], y[:250]), (x[250:], y[250:])], lambda x, y: iter([(x[:250], y[:250]), (x[250:], y[250:])]),
+    lambda x, y: DataLoader(TensorDataset(x, y), batch_size=250), lambda x, y: [{"input": x, "labels": y}]])
+def test_data_in_any_form(made, data):
+    a, b, _ = exchanged_outputs(data)
+    same = diagnose(a, b, data)
+    found = diagnose(a, b, made(*data))
+    assert found.findings[0].cause == "outputs" and found.rise == pytest.approx(same.rise, rel=1e-3)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"restarts": 0}, "restarts is 0: expected an integer of at least 1"),
+    ({"groups": {"1": Group(3, (Entry("1.weight", 0),))}}, "group '1' has 3 units"),
+    ({"batches": torch.zeros(4, 1, 8, 8)}, "the data have no targets"),
+    ({"model_b": nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "model_a": nn.Sequential(nn.Flatten(), nn.Linear(
+        64, 10))}, "Sequential has no units that can be permuted: they .* the network's input")])
+def test_what_cannot_be_diagnosed(change, said, data):
+    a = perceptron(data)
+    with pytest.raises(ValueError, match=said):
+        diagnose(**({"model_a": a, "model_b": a, "batches": data} | change))
