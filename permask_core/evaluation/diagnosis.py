@@ -47,7 +47,7 @@ from permask_core.training.loop import evaluate, predict
 MERGED = 0.1  # nats; a smaller rise of the loss is no damage
 LISTED = 0.05  # a cause with a smaller share of the damage is no finding
 PARTNER = 0.5  # a unit has a partner if the correlation with it is at least this
-TORN = 0.2  # the layers of a stream need different orders if their cosines rise by more in their own
+TORN = 0.3  # the layers of a stream need different orders if their mean cosine rises by this in orders of their own
 PARTED = 0.1  # networks differ in their units if more of them have no partner
 CHANGED = 1e-3  # standard deviations of the outputs; a smaller change of a function is rounding
 TINY = 1e-12  # a smaller product of norms is that of weights that are all 0
@@ -56,8 +56,8 @@ OUTSIDE = ("they meet the network's input", "they reach the network's output")  
 
 
 class Finding(NamedTuple):
-    """A ``cause``, its ``share`` of the damage in [0, 1] and the measurement as a ``text``. It is ``certain`` if an
-    exact test failed, whatever its share."""
+    """A ``cause``, its ``share`` of the damage in [0, 1] and the measurement as a ``text``. It is ``certain`` if a test
+    failed that does not depend on the damage."""
 
     cause: str
     share: float
@@ -81,9 +81,8 @@ class Diagnosis:
     ends : dict of str to dict of str to float
         ``loss`` in nats and ``accuracy`` in [0, 1] of A and B, and ``reset``, the loss after a reset of BatchNorm.
     units : dict of str to dict of str to float
-        By group, under the best permutation: the number of ``units`` that are not constant in B, the mean
-        ``correlation`` of their activations with those of their partners in A, and the share ``without`` a partner, for
-        which it is below 0.5.
+        By group, matched by activations: the number of ``units`` that are not constant in B, the mean ``correlation``
+        of their activations with those in A, and the share ``without`` a partner, for which it is below 0.5.
     streams : dict of str to dict of str to (float, float, float)
         By group that several layers write, and by layer: the cosine of the weights of A and B in the common order of
         units, in the order that is best for this layer, and by chance, in the best order for mixed weights.
@@ -103,20 +102,16 @@ class Diagnosis:
         verdict = ("A and B cannot be averaged." if math.isnan(self.rise) else
                    f"{'A and B merge' if self.rise < MERGED else 'A and B do not merge'}: the loss halfway is "
                    f"{self.rise:.2f} nats above that of the better network.")
-        found = [f"{100 * one.share:4.0f} %  {one.cause}: {one.text}" for one in self.findings] or ["No fault found."]
-        losses = [f"  {name:18}" + ",".join(f" {kind} {loss:.3f}" for kind, loss in row.items())
-                  for name, row in self.halfway.items()]
-        ends = [f"  {name:18}" + ",".join(f" {key} {value:.3f}" for key, value in end.items())
-                for name, end in self.ends.items()]
-        units = [f"  {name:18} {one['units']} units, correlation {one['correlation']:.2f}, {one['without']:.0%} have no "
-                 "partner" for name, one in self.units.items()]
-        streams = [f"  {name:18} {tied:.2f} in common order, {alone:.2f} alone, {chance:.2f} by chance"
-                   for layers in self.streams.values() for name, (tied, alone, chance) in layers.items()]
-        parts = {"": found, "Loss halfway (nats)": losses, "A and B": ends, "Matched units": units,
-                 "Cosine of A and B in layers that share their units": streams,
-                 "Control": [f"  One search finds {self.control:.0%} of a planted permutation."] * bool(self.halfway)}
-        return "\n".join([verdict, *(line for head, lines in parts.items() if lines
-                                     for line in ([head] if head else []) + lines)])
+        lines = [verdict, *(f"{100 * one.share:4.0f} %  {one.cause}: {one.text}" for one in self.findings)]
+        streams = {name: dict(zip(("in common order", "alone", "by chance"), values))
+                   for layers in self.streams.values() for name, values in layers.items()}
+        for head, rows in (("Loss halfway (nats)", self.halfway), ("The networks themselves", self.ends),
+                           ("Matched units", self.units), ("Cosine of layers that share their units", streams)):
+            lines += [head, *(f"  {name:20} " + ", ".join(f"{key} {value:.3g}" for key, value in row.items())
+                              for name, row in rows.items())] if rows else []
+        if self.halfway:
+            lines.append(f"One search finds {self.control:.0%} of a planted permutation.")
+        return "\n".join(lines)
 
 
 def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
@@ -171,18 +166,17 @@ def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
     given = groups or traced
     check_groups(given, a, whole=True)
     pair = _Pair(model_a, a, b, data, ("none", "reset", "repair") if resettable(model_a) else ("none", "repair"))
-    fixed, readable = _fixed_layers(traced, a), _can_be_read(traced)
+    fixed = _fixed_layers(traced, a)
 
     def match(groups, restarts=1):
         return permute(groups, match_weights(groups, a, b, seed=seed, restarts=restarts), a)
 
-    def match_by_activations():
-        return permute(traced, match_activations(traced, pair.fitted(a), pair.fitted(b), data), a)
-
+    similar = permute(traced, match_activations(traced, pair.fitted(a), pair.fitted(b), data), a) if _can_be_read(
+        traced) else None
     remedies = [("", "matched", lambda best: match(given)),
                 ("groups", "traced groups", lambda best: match(traced) if groups else None),
                 ("search", f"{restarts} searches", lambda best: match(traced, restarts)),
-                ("search", "matched activations", lambda best: match_by_activations() if readable else None),
+                ("search", "matched activations", lambda best: similar),
                 ("fixed units", "moved fixed units", lambda best: _match_alone(fixed, best, b)[0] if fixed else None)]
     halfway, applied = {"as they are": pair.halfway(a)}, []
     for cause, name, remedy in remedies:
@@ -196,7 +190,7 @@ def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
 
     ends = {"A": pair.end(a), "B": pair.end(b)}
     moved = [step.state for step in applied if step.cause != "fixed units"][-1]  # it computes the function of A
-    units = _agreement(traced, pair.fitted(moved), pair.fitted(b), data)
+    units = _agreement(traced, pair.fitted(similar or moved), pair.fitted(b), data)
     streams = {name: _match_alone(layers, moved, b)[1] for name, layers in _streams(traced, a).items()}
     control = _control(traced, a, seed)
     rise = applied[0].losses["none"] - min(map(_own, ends.values()))
@@ -248,7 +242,8 @@ class _Step(NamedTuple):
     losses: dict
 
     def best(self):
-        return min(self.losses, key=self.losses.get)
+        """Return the best correction; of those that are equally good, the simplest."""
+        return min(self.losses, key=lambda kind: round(self.losses[kind], 3))
 
     def least(self):
         return min(self.losses.values())
@@ -325,7 +320,7 @@ def _rest(applied, ends, units, streams, control):
         tied, alone, chance = (sum(one) / len(streams[name]) for one in zip(*streams[name].values()))
         return "residual stream", rest, (f"{text} The layers of the stream {name!r} need different orders: their mean "
                                          f"cosine with B is {alone:.2f} if each is matched alone ({chance:.2f} by "
-                                         f"chance), and {tied:.2f} in the common order."), False
+                                         f"chance), and {tied:.2f} in the common order."), rest >= MERGED
     n = sum(one["units"] for one in units.values())
     if not n:
         return "unexplained", rest, text + " No units could be compared.", False
