@@ -72,7 +72,7 @@ class Diagnosis:
     Attributes
     ----------
     findings : tuple of Finding
-        Certain ones first, then by their share of the damage; an unexplained rest is last.
+        Certain ones first, then by their share of the damage. An unexplained rest is one of them.
     rise : float
         The damage in nats: the loss halfway between A, matched once and without correction, and B, above that of the
         better of the two ends. NaN if their tensors differ.
@@ -178,13 +178,14 @@ def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
                 ("search", f"{restarts} searches", lambda best: match(traced, restarts)),
                 ("search", "matched activations", lambda best: similar),
                 ("fixed units", "moved fixed units", lambda best: _match_alone(fixed, best, b)[0] if fixed else None)]
-    halfway, applied = {"as they are": pair.halfway(a)}, []
+    control, halfway, applied = _control(traced, a, seed), {"as they are": pair.halfway(a)}, []
     for cause, name, remedy in remedies:
         state = remedy(applied[-1].state if applied else a)
         if state is not None:
             halfway[name] = pair.halfway(state)
-            farther = cause == "search" and angle(state, b) > angle(applied[-1].state, b)
-            step = _Step("objective" if farther else cause, name, state, halfway[name])
+            if cause == "search" and control == 1 and angle(state, b) > angle(applied[-1].state, b):
+                cause = "objective"  # nothing shows that the search has failed
+            step = _Step(cause, name, state, halfway[name])
             if not applied or step.least() < applied[-1].least():  # a remedy that does not help is not applied
                 applied.append(step)
 
@@ -192,7 +193,6 @@ def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
     moved = [step.state for step in applied if step.cause != "fixed units"][-1]  # it computes the function of A
     units = _agreement(traced, pair.fitted(similar or moved), pair.fitted(b), data)
     streams = {name: _match_alone(layers, moved, b)[1] for name, layers in _streams(traced, a).items()}
-    control = _control(traced, a, seed)
     rise = applied[0].losses["none"] - min(map(_own, ends.values()))
     found = [_modules(model_a, model_b, a, example, (ends["B"]["loss"] - evaluate(model_b, data).loss) / 2),
              groups and _groups(groups, traced, model_a, example, applied), _search(applied, b, control),
@@ -202,7 +202,7 @@ def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
     found = [Finding(cause, min(1.0, max(0.0, nats) / rise) if rise > 0 else 0.0, text, certain)
              for cause, nats, text, certain in filter(None, found)]
     found = [one for one in found if one.certain or rise >= MERGED and one.share >= LISTED]
-    found.sort(key=lambda one: (not one.certain, one.cause == "unexplained", -one.share))
+    found.sort(key=lambda one: (not one.certain, -one.share))
     return Diagnosis(tuple(found), rise, halfway, ends, units, streams, control)
 
 
@@ -276,8 +276,8 @@ def _search(applied, b, control):
     if steps is None:
         return None
     before, after = (angle(step.state, b) for step in steps)
-    return "search", nats, (f"One search ended in a local optimum, {before:.1f} degrees from B; {steps[1].name} lead "
-                            f"to {after:.1f}. It finds {control:.0%} of a planted permutation. {_falls(*steps)}"), False
+    return "search", nats, (f"One search ends {before:.1f} degrees from B, {steps[1].name} at {after:.1f}. One search "
+                            f"finds {control:.0%} of a planted permutation. {_falls(*steps)}"), False
 
 
 def _objective(applied, b):
@@ -331,7 +331,7 @@ def _rest(applied, ends, units, streams, control):
         return "unexplained", rest, text + " No measurement here explains it.", False
     if control < 1:
         text += f" One search finds only {control:.0%} of a planted permutation, so a better one may exist."
-    return "different units", rest, text + " Wider networks, or longer training, have more common units.", False
+    return "different units", rest, text + " Wider networks usually have more units in common.", False
 
 
 def _lost(layers):
@@ -380,7 +380,8 @@ def _bad_end(name, model, state, ends, data):
     worse = min(own.loss, ends[name].get("reset", math.inf)) - min(map(_own, ends.values()))
     chance = float(y.bincount().max()) / len(y)
     at_chance = own.accuracy < chance + 0.1 * (1 - chance)
-    if worse < MERGED and not at_chance:
+    healed = own.loss - ends[name].get("reset", math.inf) > MERGED  # only its statistics are wrong
+    if worse < MERGED and (healed or not at_chance):
         return None
     logits = predict(model, few, state=state)
     losses = {("outputs", "its outputs in another order"): _loss_reordered(logits, y)}
