@@ -1,10 +1,9 @@
 """The merge doctor: why the network halfway between two networks is worse than they are.
 
-Each cause has a remedy, and its share of the damage is what the remedy removes: other groups, a better search, an order
-of units for each layer alone, new statistics. The rest is split into what a worse end explains and what no remedy here
-removes. The control of the search, a permutation that is planted in a copy of A, is as in Ainsworth et al., "Git
-Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023; the correction of statistics is that of Jordan et
-al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair", ICLR 2023.
+Each cause has a remedy, and its share of the damage is what the remedy removes: other groups, a better search, units
+that tracing left fixed, new statistics (Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation
+Repair", ICLR 2023). Other causes are found by exact tests: groups or modules that compute another function, and a
+network that is bad on the data. What no remedy removes is described by the similarity of units and layers.
 """
 
 import copy
@@ -15,7 +14,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from permask_core.data.batches import batches_of, count, parts_of, to_device
@@ -163,74 +161,40 @@ def diagnose(model_a, model_b, batches, *, groups=None, seed=0, restarts=5):
     check_states([a, b])
     example = parts_of(data[0][0], max(1, count(data[0][0]) // 8))[0]
     traced = _trace(model_a, example, groups)
-    given = groups or traced
-    check_groups(given, a, whole=True)
-    pair = _Pair(model_a, a, b, data, ("none", "reset", "repair") if resettable(model_a) else ("none", "repair"))
-    fixed = _fixed_layers(traced, a)
+    check_groups(groups or traced, a, whole=True)
+    merge = _Merge(model_a, b, data, ("none", "reset", "repair") if resettable(model_a) else ("none", "repair"))
+    control, fixed = _control(traced, a, seed), _fixed_layers(traced, a)
 
     def match(groups, restarts=1):
         return permute(groups, match_weights(groups, a, b, seed=seed, restarts=restarts), a)
 
-    similar = permute(traced, match_activations(traced, pair.fitted(a), pair.fitted(b), data), a) if _can_be_read(
-        traced) else None
-    remedies = [("", "matched", lambda best: match(given)),
-                ("groups", "traced groups", lambda best: match(traced) if groups else None),
-                ("search", f"{restarts} searches", lambda best: match(traced, restarts)),
-                ("search", "matched activations", lambda best: similar),
-                ("fixed units", "moved fixed units", lambda best: _match_alone(fixed, best, b)[0] if fixed else None)]
-    control, halfway, applied = _control(traced, a, seed), {"as they are": pair.halfway(a)}, []
-    for cause, name, remedy in remedies:
-        state = remedy(applied[-1].state if applied else a)
-        if state is not None:
-            halfway[name] = pair.halfway(state)
-            if cause == "search" and control == 1 and angle(state, b) > angle(applied[-1].state, b):
-                cause = "objective"  # nothing shows that the search has failed
-            step = _Step(cause, name, state, halfway[name])
-            if not applied or step.least() < applied[-1].least():  # a remedy that does not help is not applied
-                applied.append(step)
+    # From the merge that failed to better ones.
+    merge.attempt("", "matched", match(groups or traced))
+    if groups:
+        merge.attempt("groups", "traced groups", match(traced))
+    merge.attempt("search", f"{restarts} searches", match(traced, restarts))
+    moved = merge.steps[-1].state
+    if all(group.taps or name in inner_parts(traced) for name, group in traced.items()):
+        moved = permute(traced, match_activations(traced, merge.fitted(a), merge.fitted(b), data), a)
+        failed = control < 1 or angle(moved, b) < angle(merge.steps[-1].state, b)
+        merge.attempt("search" if failed else "objective", "matched activations", moved)
+    if fixed:
+        merge.attempt("fixed units", "moved fixed units", _match_alone(fixed, merge.steps[-1].state, b)[0])
 
-    ends = {"A": pair.end(a), "B": pair.end(b)}
-    moved = [step.state for step in applied if step.cause != "fixed units"][-1]  # it computes the function of A
-    units = _agreement(traced, pair.fitted(similar or moved), pair.fitted(b), data)
+    ends = {"A": merge.end(a), "B": merge.end(b)}
+    units = _agreement(traced, merge.fitted(moved), merge.fitted(b), data)
     streams = {name: _match_alone(layers, moved, b)[1] for name, layers in _streams(traced, a).items()}
-    rise = applied[0].losses["none"] - min(map(_own, ends.values()))
     found = [_modules(model_a, model_b, a, example, (ends["B"]["loss"] - evaluate(model_b, data).loss) / 2),
-             groups and _groups(groups, traced, model_a, example, applied), _search(applied, b, control),
-             _objective(applied, b), _fixed_units(applied, fixed, moved, b), _statistics(applied, ends),
-             _bad_end("A", model_a, a, ends, data), _bad_end("B", model_b, b, ends, data),
-             _rest(applied, ends, units, streams, control)]
+             groups and _groups(groups, traced, model_a, example, merge.steps), _search(merge.steps, b, control),
+             _objective(merge.steps, b), _fixed_units(merge.steps, _match_alone(fixed, moved, b)[1]),
+             _statistics(merge.steps, ends), _bad_end("A", model_a, a, ends, data),
+             _bad_end("B", model_b, b, ends, data), _rest(merge.steps, ends, units, streams, control)]
+    rise = merge.steps[0].losses["none"] - min(map(_own, ends.values()))
     found = [Finding(cause, min(1.0, max(0.0, nats) / rise) if rise > 0 else 0.0, text, certain)
              for cause, nats, text, certain in filter(None, found)]
     found = [one for one in found if one.certain or rise >= MERGED and one.share >= LISTED]
     found.sort(key=lambda one: (not one.certain, -one.share))
-    return Diagnosis(tuple(found), rise, halfway, ends, units, streams, control)
-
-
-class _Pair(NamedTuple):
-    """Two networks ``a`` and ``b`` in the modules of A, the data, and the corrections that are possible."""
-
-    model: nn.Module
-    a: dict
-    b: dict
-    data: list
-    corrections: tuple
-
-    def between(self, one, other, kind):
-        """Return the network halfway between two states."""
-        return interpolate_network(self.model, one, other, correction=kind, batches=self.data)
-
-    def fitted(self, state):
-        """Return the network with a state and, if it has BatchNorm, with statistics of these data."""
-        return self.between(state, state, self.corrections[-2])
-
-    def end(self, state):
-        """Return loss and accuracy of a state, and the loss after a reset."""
-        end = evaluate(self.model, self.data, state=state)._asdict()
-        return end | ({"reset": evaluate(self.fitted(state), self.data).loss} if "reset" in self.corrections else {})
-
-    def halfway(self, state):
-        """Return the loss halfway between a state and B, by correction."""
-        return {kind: evaluate(self.between(state, self.b, kind), self.data).loss for kind in self.corrections}
+    return Diagnosis(tuple(found), rise, {"as they are": merge.halfway(a)} | merge.tried, ends, units, streams, control)
 
 
 class _Step(NamedTuple):
@@ -241,12 +205,44 @@ class _Step(NamedTuple):
     state: dict
     losses: dict
 
+    def least(self):
+        return min(self.losses.values())
+
     def best(self):
         """Return the best correction; of those that are equally good, the simplest."""
         return min(self.losses, key=lambda kind: round(self.losses[kind], 3))
 
-    def least(self):
-        return min(self.losses.values())
+
+class _Merge:
+    """Merges of states of A with B, in the modules of A: ``steps`` from the one that failed to the best, and the losses
+    of all that were ``tried``."""
+
+    def __init__(self, model, b, data, corrections):
+        self.model, self.b, self.data, self.corrections = model, b, data, corrections
+        self.steps, self.tried = [], {}
+
+    def attempt(self, cause, name, state):
+        """Apply a remedy if it lowers the loss halfway."""
+        self.tried[name] = self.halfway(state)
+        step = _Step(cause, name, state, self.tried[name])
+        if not self.steps or step.least() < self.steps[-1].least():
+            self.steps.append(step)
+
+    def halfway(self, state):
+        """Return the loss halfway between a state and B, by correction."""
+        return {kind: evaluate(self._between(state, self.b, kind), self.data).loss for kind in self.corrections}
+
+    def fitted(self, state):
+        """Return the network with a state and, if it has BatchNorm, with statistics of these data."""
+        return self._between(state, state, self.corrections[-2])
+
+    def end(self, state):
+        """Return loss and accuracy of a state, and the loss after a reset."""
+        end = evaluate(self.model, self.data, state=state)._asdict()
+        return end | ({"reset": evaluate(self.fitted(state), self.data).loss} if "reset" in self.corrections else {})
+
+    def _between(self, one, other, kind):
+        return interpolate_network(self.model, one, other, correction=kind, batches=self.data)
 
 
 def _own(end):
@@ -289,11 +285,10 @@ def _objective(applied, b):
                                f"where the closest weights are at {before:.1f}. {_falls(*steps)}"), False
 
 
-def _fixed_units(applied, fixed, state, b):
+def _fixed_units(applied, cosines):
     nats, steps = _saved(applied, "fixed units")
     if steps is None:
         return None
-    cosines = _match_alone(fixed, state, b)[1]
     tied, alone, _ = (sum(one) / len(cosines) for one in zip(*cosines.values()))
     return "fixed units", nats, (f"Tracing leaves {listed(cosines, 3)} fixed, but their cosine with B is {tied:.2f}, "
                                  f"and in another order {alone:.2f}. {_falls(*steps)}"), False
@@ -441,11 +436,6 @@ def _trace(model, example, groups):
         why = "; ".join(dict.fromkeys(one.why for one in traced.fixed))
         raise ValueError(f"{type(model).__name__} has no units that can be permuted" + (why and f": {why}"))
     return traced or groups
-
-
-def _can_be_read(groups):
-    """Whether activations of all units can be read."""
-    return all(group.taps or name in inner_parts(groups) for name, group in groups.items())
 
 
 def _control(groups, state, seed):

@@ -113,7 +113,7 @@ def healthy_with_norms(data):
 
 def destroyed_statistics(data):
     a, b, _ = healthy_with_norms(data)
-    wrong = {"2_running_var": lambda t: 0 * t + 4, "5_running_mean": lambda t: 0 * t - 1}
+    wrong = {"2_running_var": lambda t: 100 * t, "5_running_mean": lambda t: t - 3}
     return a, changed(b, **wrong), {}
 
 
@@ -264,7 +264,8 @@ def test_the_control_and_streams_of_a_torn_stream(data):
     (layers,) = found.streams.values()
     written = [values for name, values in layers.items() if "write" in name]
     assert len(written) == 4 and all(alone == pytest.approx(1) for _, alone, _ in written)
-    assert all(tied < 0.8 and chance < 0.8 for tied, _, chance in written) and found.control == 1
+    assert sum(tied > 0.8 for tied, _, _ in written) <= 1  # the common order may be that of one block
+    assert all(chance < 0.8 for _, _, chance in written) and found.control == 1
 
 
 @pytest.mark.parametrize("made", [
