@@ -37,7 +37,7 @@ from permask_core.matching.groups import listed
 from permask_core.matching.nested import parts_of as inner_parts
 from permask_core.matching.permutations import assign, move_
 from permask_core.matching.similarity import units_at
-from permask_core.matching.weights import STATISTICS, check_pair
+from permask_core.matching.weights import check_pair
 from permask_core.models import device_of
 from permask_core.runs.checks import check_integer
 from permask_core.training.loop import evaluate, predict
@@ -272,8 +272,9 @@ def _search(applied, b, control):
     if steps is None:
         return None
     before, after = (angle(step.state, b) for step in steps)
-    return "search", nats, (f"One search ends {before:.1f} degrees from B, {steps[1].name} at {after:.1f}. One search "
-                            f"finds {control:.0%} of a planted permutation. {_falls(*steps)}"), False
+    return "search", nats, (f"One search ends {'in a local optimum ' * (after < before)}{before:.1f} degrees from B, "
+                            f"{steps[1].name} at {after:.1f}. One search finds {control:.0%} of a planted permutation. "
+                            f"{_falls(*steps)}"), False
 
 
 def _objective(applied, b):
@@ -362,9 +363,9 @@ def _groups(groups, traced, model, example, applied):
     have = {entry[:2] for group in groups.values() for entry in group.entries}
     lost = [f"{entry.tensor}[{entry.axis}]" for group in traced.values() for entry in group.entries
             if entry[:2] not in have]
-    text = (f"Permuting {worst!r} changes the function by {changes[worst]:.2g} standard deviations of the outputs."
-            if wrong else f"They preserve the function, but move {sizes[0]} of {sizes[1]} units.")
-    return "groups", nats, " ".join([text, *[f"They lack {listed(lost, 4)}."] * bool(lost),
+    text = (f"Permuting group {worst!r} changes the outputs by {changes[worst]:.2g} of their standard deviations."
+            if wrong else f"The groups preserve the function, but move {sizes[0]} of {sizes[1]} units.")
+    return "groups", nats, " ".join([text, *[f"The groups lack {listed(lost, 4)}."] * bool(lost),
                                      *[_falls(*steps)] * bool(steps)]), wrong
 
 
@@ -489,13 +490,11 @@ def _match_alone(layers, source, target):
     the target before and after, and by chance: after it is matched with its own weights in a random order."""
     moved, cosines = {name: tensor.detach().clone() for name, tensor in source.items()}, {}
     for name, group in layers.items():
-        entries = [entry for entry in group.entries if entry.tensor.rpartition(".")[2] not in STATISTICS]
-        one, other = (torch.cat([units_at(state[entry.tensor].double(), entry) for entry in entries], 1).cpu()
-                      for state in (target, source))
-        size = (one.norm() * other.norm()).clamp(min=TINY)
-        mixed = torch.randperm(other.shape[1], generator=torch.Generator().manual_seed(0))
-        order, by_chance = assign(one @ other.T), assign(one @ other[:, mixed].T)
+        entry = max(group.entries, key=lambda entry: source[entry.tensor].numel())
+        one, other = (units_at(state[entry.tensor].detach().double(), entry).cpu() for state in (target, source))
+        mixed = other[:, torch.randperm(other.shape[1], generator=torch.Generator().manual_seed(0))]
+        order, by_chance = assign(one @ other.T), assign(one @ mixed.T)
         move_(group, order, moved)
-        cosines[name] = tuple(float((one * weights).sum() / size) for weights in (
-            other, other[order], other[:, mixed][by_chance]))
+        size = (one.norm() * other.norm()).clamp(min=TINY)
+        cosines[name] = tuple(float((one * found).sum() / size) for found in (other, other[order], mixed[by_chance]))
     return moved, cosines
