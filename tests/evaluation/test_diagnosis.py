@@ -239,6 +239,14 @@ def test_a_shuffled_copy_is_healthy(plant, data):
     assert "A and B merge" in str(found)
 
 
+def test_two_networks_at_chance_do_not_count_as_merged(data):
+    torch.manual_seed(0)
+    a, b = (changed(perceptron(data, seed), **{"5_weight": torch.randn_like, "5_bias": torch.randn_like})
+            for seed in (0, 1))
+    found = [one for one in diagnose(a, b, data).findings if one.certain]
+    assert [one.cause for one in found] == ["data", "data"] and {one.text[0] for one in found} == {"A", "B"}
+
+
 def test_the_remedies_of_a_planted_fault_restore_the_loss_exactly(data):
     a, b, options = missing_entry(data)
     found = diagnose(a, b, data, **options)
