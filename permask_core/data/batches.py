@@ -8,6 +8,7 @@ arguments) or a dict (arguments by name).
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -143,7 +144,12 @@ def to_device(values, device):
 
 def parts_of(values, n):
     """Split the rows of a batch into n parts that are as equal as possible, as in :meth:`torch.Tensor.tensor_split`."""
-    return [_each(values, lambda tensor, i=i: tensor.tensor_split(n)[i]) for i in range(n)]
+    def part(tensor, i):
+        size, longer = divmod(len(tensor), n)
+        start = i * size + min(i, longer)
+        return tensor[start:start + size + (i < longer)]
+
+    return [_each(values, partial(part, i=i)) for i in range(n)]
 
 
 def _each(values, change):

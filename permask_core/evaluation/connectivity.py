@@ -97,7 +97,7 @@ def evaluate_mixtures(model, states, weights, data, *, batches=None):
     if weights.ndim != 2 or not len(weights) or weights.shape[1] != len(states) or not np.isfinite(weights).all():
         raise ValueError(f"weights has the shape {list(weights.shape)}: expected [n, {len(states)}] with at least one "
                          "row, all finite")
-    data = _check_labels(data, model)
+    data = check_labels(data, model)
     if batches is None:
         return _evaluate_together(model, states, weights, data)
     batches = _batches(batches)
@@ -127,7 +127,7 @@ def check_states(states, model=None):
         _check_finite(state, [name for name, tensor in state.items() if tensor.is_floating_point()])
 
 
-def _check_labels(data, model):
+def check_labels(data, model):
     """Return the data in a form that can be read repeatedly; raise ValueError if there are none or labels are not
     classes of the model. Data in memory are all checked, of other data the first batch."""
     data = list(data) if isinstance(data, Iterator) else data
@@ -367,7 +367,7 @@ def line(model, source, target, data, *, points=25, correction="none", batches=N
     alphas = np.linspace(0, 1, points)
     if correction == "none":
         return Line(alphas, *evaluate_mixtures(model, [source, target], np.stack([1 - alphas, alphas], 1), data))
-    data, batches = _check_labels(data, model), _batches(batches)
+    data, batches = check_labels(data, model), _batches(batches)
     networks = (interpolate_network(model, source, target, float(alpha), correction=correction, batches=batches)
                 for alpha in alphas)
     return Line(alphas, *_evaluate_each(networks, data))

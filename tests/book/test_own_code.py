@@ -117,6 +117,14 @@ def test_an_aligned_network_meets_no_barrier(tmp_path, networks):
     assert aligned < apart / 4 and apart > 0.1
 
 
+def test_a_merge_is_diagnosed(tmp_path, networks):
+    assert run("diagnose", tmp_path).startswith("A and B merge")
+    state, moved, _ = networks
+    torch.save(moved | {"2.bn1.running_var": 100 + moved["2.bn1.running_var"]}, tmp_path / "b.pt")
+    healthy, first, *_ = run("diagnose", tmp_path).splitlines()
+    assert healthy.startswith("A and B do not merge") and " statistics: With a reset" in first
+
+
 @pytest.mark.parametrize("script", ["srigl", "srigl_scaled"])
 def test_connections_move_in_a_loop_of_ones_own(tmp_path, script):
     (tmp_path / "batches.py").write_text(BATCHES)
