@@ -9,12 +9,13 @@ the device of the target.
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 
 import torch
 
 from permask_core.data.batches import batches_of, call, to_device
 from permask_core.matching.groups import check_groups, indices
-from permask_core.matching.nested import innermost_pairs, match_units, part_pairs, parts_of
+from permask_core.matching.nested import families, inside, match_units, parts_of
 from permask_core.models import device_of, evaluation_mode
 
 
@@ -31,19 +32,19 @@ def match_activations(groups, source_model, target_model, batches):
         Permutations for :func:`permask_core.matching.permute`.
     """
     parts = parts_of(groups)
-    outermost = [name for name, group in groups.items() if group.within is None]
-    pairs = [pair for name in outermost for pair in innermost_pairs(parts, name, name)]
+    whole = [[name] for name, group in groups.items() if group.within is None]
+    pairs = [pair for names in whole for family in families(parts, names) if family[0] not in parts
+             for pair in product(family, repeat=2)]
     correlations = _correlations(groups, source_model, target_model, batches, pairs)
 
-    def similarity(to, origin):
-        if to not in parts:
-            return correlations[to, origin]
-        total = torch.zeros(groups[to].size, groups[origin].size, dtype=torch.float64)
-        for i, j, a, b in part_pairs(parts, to, origin):
-            total[i, j] += similarity(a, b).trace()
-        return total
+    def similarities(names):
+        if inner := inside(parts, names):
+            u, n = len(names), groups[names[0]].size
+            return sum(similarities(part).diagonal(dim1=2, dim2=3).sum(2).view(u, n, u, n).transpose(1, 2)
+                       for part in inner)
+        return torch.stack([torch.stack([correlations[to, origin] for origin in names]) for to in names])
 
-    steps = {at: order for name in outermost for at, order in match_units(parts, similarity, name, name).steps.items()}
+    steps = {at: order for names in whole for at, order in match_units(parts, similarities, names).steps()}
     return {name: steps.get(name, torch.arange(group.size)) for name, group in groups.items()}
 
 
@@ -64,7 +65,7 @@ def activation_correlations(groups, source_model, target_model, batches):
     -------
     dict of str to torch.Tensor
         float64 [target units, source units], summed over the taps of a group. Samples are inputs and, in a feature map,
-        positions. The correlation of a constant unit is set to 0.
+        positions. The correlation of a constant unit is set to 0; that of complex numbers is its real part.
 
     Raises
     ------
@@ -158,8 +159,8 @@ def _hook(model, name, size, tap, read):
 
 
 def samples(units):
-    """Return [units, samples] in float64."""
-    return units.unsqueeze(-1).flatten(1).double()
+    """Return [units, samples] in float64 or complex128."""
+    return units.unsqueeze(-1).flatten(1).to(torch.complex128 if units.is_complex() else torch.float64)
 
 
 class _Moments:
@@ -179,11 +180,12 @@ class _Moments:
         x, y = x - self.shift[0], y - self.shift[1]
         self.n += x.shape[1]
         self.x, self.y = self.x + x.sum(1), self.y + y.sum(1)
-        self.xx, self.yy, self.xy = self.xx + (x * x).sum(1), self.yy + (y * y).sum(1), self.xy + x @ y.T
+        self.xx, self.yy = self.xx + x.abs().square().sum(1), self.yy + y.abs().square().sum(1)
+        self.xy = self.xy + x @ y.mH
 
     def correlation(self):
-        cov = self.xy / self.n - torch.outer(self.x, self.y) / self.n**2
-        sd_x, sd_y = ((s2 / self.n - (s / self.n) ** 2).clamp(min=0).sqrt()
+        cov = (self.xy / self.n - torch.outer(self.x, self.y.conj()) / self.n**2).real
+        sd_x, sd_y = ((s2 / self.n - (s / self.n).abs() ** 2).clamp(min=0).sqrt()
                       for s, s2 in ((self.x, self.xx), (self.y, self.yy)))
         # The variance of a constant unit is only rounding. NaN and infinity are kept, so that the caller can raise.
         dead_x, dead_y = (sd <= 1e-12 * shift[:, 0].abs() for sd, shift in zip((sd_x, sd_y), self.shift))

@@ -44,6 +44,8 @@ def copied(model, *, share=False):
     for original, module in zip(model.modules(), twin.modules()):
         if any(id(t) in kept for t in _tensors_in(original)):
             module.train().eval()
+    for original, module in zip(model.modules(), twin.modules()):
+        module.training = original.training
     return twin
 
 
