@@ -8,7 +8,6 @@ Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", NeurIPS 2018. The net
 of a few states, and many of them are evaluated at once.
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from numbers import Real
@@ -25,6 +24,7 @@ from permask_core.data.batches import batches_of, call, count, logits_of, parts_
 from permask_core.evaluation.statistics import as_labels
 from permask_core.matching import repair, reset_batchnorm
 from permask_core.matching.batchnorm import interpolate_model, resettable
+from permask_core.matching.checking import copied
 from permask_core.matching.weights import STATISTICS, as_real, check_mixable, check_pair, is_continuous
 from permask_core.models import evaluation_mode
 from permask_core.runs.checks import check_integer
@@ -272,7 +272,7 @@ def _how_many(model, stacked, inputs):
 
 
 def _with(model, state):
-    model = copy.deepcopy(model)
+    model = copied(model)
     model.load_state_dict(state)
     return model
 

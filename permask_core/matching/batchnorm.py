@@ -85,7 +85,7 @@ def interpolate_model(model, source, target, alpha):
     twin = copied(model)
     computed = {name: module for name, module in twin.named_modules() if parametrize.is_parametrized(module)}
     if alpha not in (0, 1):
-        check_mixable([{name: state[name] for name in state if "parametrizations." not in name or name.endswith("_mask")}
+        check_mixable([{name: value for name, value in state.items() if "parametrizations." not in name}
                        for state in (source, target)])
     if not computed or alpha in (0, 1):
         twin.load_state_dict(_interpolated(source, target, alpha))
@@ -115,8 +115,7 @@ def _whole(model, state, name):
                 if not torch.equal(state[there[0]], state[key]):
                     raise ValueError(f"{there[0]!r} and {key!r} are one tensor in the model, but differ in the {name}: "
                                      "expected equal values")
-    return {key: whole[key] for key in [*(key for key in model.state_dict() if key in whole),
-                                        *(key for key in whole if key not in model.state_dict())]}
+    return whole
 
 
 def set_tensor(layer, tensor, value, name):
@@ -132,8 +131,8 @@ def set_tensor(layer, tensor, value, name):
         else:
             layer._parameters[tensor].copy_(value)
     if not torch.allclose(getattr(layer, tensor), value, rtol=1e-4, atol=1e-6 * float(value.abs().max())):
-        raise ValueError(f"{name!r} is computed by a parametrization or a mask that cannot give the new value: expected "
-                         "weights without it, as after torch.nn.utils.parametrize.remove_parametrizations")
+        raise ValueError(f"{name!r} is computed by a parametrization or a mask that cannot give the new value: "
+                         "expected weights without it, as after torch.nn.utils.parametrize.remove_parametrizations")
 
 
 def reset_batchnorm(model, batches):
@@ -262,7 +261,8 @@ def repair(source_model, target_model, batches, *, alpha=0.5):
     with torch.no_grad():
         for name, layer in layers.items():
             factor, shift = (value.to(layer.bias) for value in _correction(moments[name], goals[name]))
-            set_tensor(layer, "weight", layer.weight * factor.view(-1, *[1] * (layer.weight.ndim - 1)), f"{name}.weight")
+            rows = factor.view(-1, *[1] * (layer.weight.ndim - 1))
+            set_tensor(layer, "weight", layer.weight * rows, f"{name}.weight")
             set_tensor(layer, "bias", layer.bias * factor + shift, f"{name}.bias")
     return reset_batchnorm(model, batches) if norms else model
 
@@ -297,11 +297,11 @@ def _parameters(layer, tensor, name):
     """Return the parameters from which a weight or bias is computed."""
     if parametrize.is_parametrized(layer, tensor):
         return list(layer.parametrizations[tensor].parameters())
-    for key in (tensor, f"{tensor}_orig"):
-        if key in layer._parameters:
-            return [layer._parameters[key]]
-    raise ValueError(f"'{name}.{tensor}' is not a parameter, but computed by a hook: expected a parameter, or one with a "
-                     "parametrization of torch.nn.utils.parametrizations")
+    key = f"{tensor}_orig" if f"{tensor}_mask" in layer._buffers else tensor
+    if key in layer._parameters:
+        return [layer._parameters[key]]
+    raise ValueError(f"'{name}.{tensor}' is not a parameter, but computed by a hook: expected a parameter, or one with "
+                     "a parametrization of torch.nn.utils.parametrizations")
 
 
 def _correction(moments, goal):

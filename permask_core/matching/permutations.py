@@ -6,8 +6,8 @@ from scipy.optimize import linear_sum_assignment
 from permask_core.matching.groups import check_groups, depth, indices, listed
 
 LARGE = 200  # units: smaller assignments are solved without prices
-SHARING, SMOOTHNESS = 5, 0.3  # iterations for the first prices, and the smoothness in standard deviations of similarities
-ROUNDS, BLOCK = 3, 128  # most iterations for the next prices, on so many units at once, which fit into a cache
+SHARING, SMOOTHNESS = 5, 0.3  # iterations for the first prices, and their smoothness in deviations of similarities
+ROUNDS, BLOCK = 3, 128  # iterations for the next prices, on so many units at once, which fit into a cache
 
 
 class Permutations(dict):
@@ -144,8 +144,8 @@ def _cheapest(costs):
 
 
 def _smoothed_prices(costs):
-    """Return the prices of a problem in which units are shared: the entropy of the shares makes it smooth, and Sinkhorn's
-    iterations solve it approximately (Cuturi, "Sinkhorn Distances", NeurIPS 2013)."""
+    """Return the prices of a problem in which units are shared: the entropy of the shares makes it smooth, and a few
+    of Sinkhorn's iterations solve it approximately (Cuturi, "Sinkhorn Distances", NeurIPS 2013)."""
     smoothness = max(SMOOTHNESS * float(costs.std()), torch.finfo(torch.float32).tiny)
     costs = ((costs - costs.amin(1, keepdim=True)) / smoothness).float()
     prices = costs.new_zeros(len(costs))

@@ -91,9 +91,9 @@ def _slice(tensors, entry, units):
 
 
 def _shares(groups, tensors):
-    """Return the shares of each group, and the other groups whose similarity changes when it moves, but not by a product
-    over the moved units: an entry is restricted to rows or to a unit of another group, or the group that moves owns a
-    third axis of the tensor."""
+    """Return the shares of each group, and the other groups whose similarity changes when it moves, but not by a
+    product over the moved units: an entry is restricted to rows or to a unit of another group, or the group that moves
+    owns a third axis of the tensor."""
     places = {tensor: [] for tensor in tensors}
     for name, group in groups.items():
         for entry in group.entries:

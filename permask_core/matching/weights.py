@@ -151,10 +151,10 @@ def _matched(groups, source, target, device):
     for name in names:
         if not (source[name].isfinite().all() and target[name].isfinite().all()):
             raise ValueError(f"{name!r} holds NaN or infinite weights: expected finite weights")
-    double = any(state[name].dtype in (torch.float64, torch.complex128) for state in (source, target) for name in names)
+    double = any(as_real(state[name]).dtype == torch.float64 for state in (source, target) for name in names)
     device = device or next((source[name].device for name in names), None)
-    return ({name: as_real(state[name].detach()).to(device, torch.float64 if double else torch.float32) for name in names}
-            for state in (source, target))
+    dtype = torch.float64 if double else torch.float32
+    return ({name: as_real(state[name].detach()).to(device, dtype) for name in names} for state in (source, target))
 
 
 def as_real(tensor):

@@ -331,3 +331,17 @@ def test_a_gpu_gives_what_a_cpu_gives(lively):
     here = activation_correlations(groups, *nets, batches_of((3,)))["0"]
     there = activation_correlations(groups, *(net.cuda() for net in nets), batches_of((3,)))["0"]
     torch.testing.assert_close(there, here)
+
+
+def test_complex_activations_are_matched():
+    def make():
+        return nn.Sequential(nn.Linear(3, 5, dtype=torch.cdouble), nn.Tanh(), nn.Linear(5, 2, dtype=torch.cdouble))
+
+    group = Group(5, (Entry("0.weight", 0), Entry("0.bias", 0), Entry("2.weight", 1)), (Tap("2", "input", 1),))
+    source, target, x = make(), make(), torch.randn(60, 3, dtype=torch.cdouble)
+    found = activation_correlations({"0": group}, source, target, list(x.split(20)))["0"]
+    one, other = (net[:2](x).detach().T.numpy() for net in (target, source))
+    np.testing.assert_allclose(found, reference(one, other).real, atol=1e-9)
+    planted = random_permutations({"0": group}, seed=0)
+    target.load_state_dict(permute({"0": group}, planted, source.state_dict()))
+    assert torch.equal(match_activations({"0": group}, source, target, [x])["0"], planted["0"])

@@ -425,3 +425,16 @@ def test_a_gpu_gives_what_a_cpu_gives():
     there = [{name: tensor.cuda() for name, tensor in state.items()} for state in (source, target)]
     for found in (match_weights(groups, source, target, device="cuda"), match_weights(groups, *there)):
         assert all(torch.equal(found[name], planted[name]) for name in groups)
+
+
+def test_complex_weights_are_matched():
+    """Also by their imaginary parts alone."""
+    groups = {"hidden": Group(7, (Entry("in", 0), Entry("out", 1)))}
+    source = {"in": torch.complex(torch.zeros(7, 3), torch.randn(7, 3)), "out": torch.randn(4, 7, dtype=torch.cfloat)}
+    planted = random_permutations(groups, seed=0)
+    target = permute(groups, planted, source)
+    found = match_weights(groups, source, target)
+    assert torch.equal(found["hidden"], planted["hidden"])
+    assert found.objective[-1] == pytest.approx(float(sum(tensor.abs().square().sum() for tensor in source.values())))
+    alone = {"hidden": groups["hidden"]._replace(entries=groups["hidden"].entries[:1])}
+    assert torch.equal(match_weights(alone, source, target)["hidden"], planted["hidden"])
