@@ -318,12 +318,19 @@ def _product(net, a, b):
 
 
 def _matmul(net, shape, self_, **given):
-    return _product(net, net.value(self_), net.value(next(iter(given.values()))))
+    weight = next(iter(given.values()))
+    net.tap(weight, "input", x := net.value(self_), len(x.shape) - 1)
+    result = _product(net, x, net.value(weight))
+    net.tap(weight, "output", result, len(shape) - 1)
+    return result
 
 
 def _addmm(net, shape, self_, **given):
-    a, b = (net.value(node) for node in list(given.values())[:2])
-    return net.pointwise(shape, net.value(self_), _product(net, a, b))
+    x, weight = list(given.values())[:2]
+    net.tap(weight, "input", a := net.value(x), len(a.shape) - 1)
+    result = net.pointwise(shape, net.value(self_), _product(net, a, net.value(weight)))
+    net.tap(weight, "output", result, len(shape) - 1)
+    return result
 
 
 def _linear(net, shape, input, weight, bias=None):

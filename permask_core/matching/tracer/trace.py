@@ -144,7 +144,7 @@ class _Tracer(Algebra):
                 without_unread(node, _rule(node.target))
         self.graph.eliminate_dead_code()
         super().__init__()
-        self.values, self.parameters, self.known, self.taps = {}, {}, {}, []
+        self.values, self.parameters, self.known, self.taps, self.products = {}, {}, {}, [], []
         self.axes, self.calls = {}, Counter()  # vertices of (tensor, axis, rows); number of operations by module
         self.tensors = {**self.signature.inputs_to_parameters, **self.signature.inputs_to_buffers,
                         **self.signature.inputs_to_lifted_tensor_constants}
@@ -279,10 +279,16 @@ class _Tracer(Algebra):
         return self.join(value.shape, [value, *vectors])
 
     def tap(self, weight, side, value, axis):
-        """Record that a module with this weight has the value at its input or output."""
+        """Record that the product with this weight, and the module that owns it, have the value at the input or
+        output."""
+        bundles = [bundle for bundle in value.bundles if bundle.axes == (axis,)]
         if self.parameters.get(weight) in (f"{self.module}.weight", "weight"):
-            self.taps += [(self.module, side, axis, bundle, self.node.args[0] if side == "input" else self.node)
-                          for bundle in value.bundles if bundle.axes == (axis,)]
+            self.taps += [(self.module, side, axis, bundle, self.node.args[0] if side == "input" else self.node, 0)
+                          for bundle in bundles if self.module]
+        whole, start = _rows(weight)
+        if whole.op == "placeholder" and len(weight.users) == 1 and (side == "output" or whole is weight):
+            self.products += [(self.parameters.get(whole), side, axis - len(value.shape), bundle, self.node, start)
+                              for bundle in bundles]
 
     def groups(self):
         """Return the orbits as groups with names and taps."""
@@ -314,11 +320,21 @@ class _Tracer(Algebra):
                       [*(Fixed(tensor, axis, count, why) for (tensor, axis, why), count in counts.items()), *idle])
 
     def _taps(self, found, owners, unit):
-        """Return, for each orbit, the inputs of the modules that read its units, or outputs if there are none."""
+        """Return, for each orbit, the inputs of the modules that read its units, or outputs if there are none, or those
+        of products with a parameter."""
+        users = Counter()
+        for node, name in self.parameters.items():
+            users[name] += len(node.users)
+        modules = self._taps_at([tap for tap in self.taps if self.calls[tap[0]] == 1], found, owners, unit)
+        if all(modules):
+            return modules
+        products = self._taps_at([tap for tap in self.products if users[tap[0]] == 1], found, owners, unit)
+        return [tap or product for tap, product in zip(modules, products)]
+
+    @staticmethod
+    def _taps_at(places, found, owners, unit):
         taps = [{"input": {}, "output": {}} for _ in found]
-        for module, side, axis, bundle, node in self.taps:
-            if self.calls[module] > 1 or not module:
-                continue
+        for name, side, axis, bundle, node, start in places:
             where = defaultdict(lambda: defaultdict(list))
             order = np.argsort(bundle.tags, kind="stable")
             for index in order.tolist():
@@ -328,9 +344,18 @@ class _Tracer(Algebra):
             for orbit, positions in where.items():
                 rows = [positions[number] for number in range(max(found[orbit].numbers.values()) + 1)]
                 if len(set(map(len, rows))) == 1:
-                    places = _positions(np.array(rows), bundle.vertices.size)
-                    taps[orbit][side].setdefault(node, Tap(module, side, axis, places))
+                    rows = _positions(np.array(rows) + start, bundle.vertices.size)
+                    taps[orbit][side].setdefault(node, Tap(name, side, axis, rows))
         return [tuple((tap["input"] or tap["output"]).values()) for tap in taps]
+
+
+def _rows(node):
+    """Return the tensor of which a node gives some rows, and the first of them; or the node itself, and 0."""
+    if node.target is operator.getitem and (split := node.args[0]).op == "call_function":
+        parts, index = split.meta["val"], node.args[1]
+        if _name(split.target) in ("split", "split_with_sizes", "chunk") and (*split.args, 0, 0)[2] == 0:
+            return split.args[0], sum(part.shape[0] for part in parts[:index])
+    return node, 0
 
 
 def _moves(buffer):
