@@ -37,7 +37,7 @@ BY_HAND = ("groups can be written by hand, as a dict of permask_core.matching.Gr
            "permask_core.matching.check_function")
 
 
-def permutation_groups(model, example_input, *, check=False):
+def permutation_groups(model, example_input, *, check=False, outputs=None):
     """Find the permutation groups of a network.
 
     Parameters
@@ -50,6 +50,9 @@ def permutation_groups(model, example_input, *, check=False):
     check : bool
         Whether to test the result with :func:`permask_core.matching.check_function`, which runs a copy of the model in
         float64 twice.
+    outputs : function, optional
+        A function of the model's result, which returns the part that permutations must preserve, such as
+        ``lambda result: result["logits"]``; by default all of it. All other results may then have permuted units.
 
     Returns
     -------
@@ -79,11 +82,11 @@ def permutation_groups(model, example_input, *, check=False):
         twin = model
         with contextlib.suppress(ValueError):  # the export may leave tensors without values in the caches of a network
             twin = copied(model, share=True)
-        tracer = _Tracer(model, _exported(twin, *arguments(example_input)))
+        tracer = _Tracer(model, _exported(twin, *arguments(example_input)), outputs)
     tracer.run()
     groups = tracer.groups()
     if check:
-        check_function(groups, model, example_input)
+        check_function(groups, model, example_input, outputs=outputs)
     return groups
 
 
@@ -135,7 +138,8 @@ class _Tracer(Algebra):
     """Walks the graph in order; ``values`` has the value of the result of every node, ``known`` the results that do not
     depend on inputs and parameters."""
 
-    def __init__(self, model, program):
+    def __init__(self, model, program, outputs=None):
+        self.results = _results(program, outputs)
         self.graph, self.signature = program.graph, program.graph_signature
         for node in reversed(self.graph.nodes):
             if node.op == "call_function" and not _computes(node) and not node.users:
@@ -196,7 +200,7 @@ class _Tracer(Algebra):
                 else:
                     self.values[node] = self._call(node)
             elif node.op == "output":
-                self.fix(self._tensors(node.args), "they reach the network's output")
+                self.fix(self._tensors(self.results), "they reach the network's output")
 
     def _record(self, node, result):
         """Note that the result of a node is known."""
@@ -347,6 +351,15 @@ class _Tracer(Algebra):
                     rows = _positions(np.array(rows) + start, bundle.vertices.size)
                     taps[orbit][side].setdefault(node, Tap(name, side, axis, rows))
         return [tuple((tap["input"] or tap["output"]).values()) for tap in taps]
+
+
+def _results(program, outputs):
+    """Return the nodes of a graph that give the chosen results, and those that give new values of buffers."""
+    (nodes,) = program.graph.output_node().args
+    own = program.graph_signature.user_outputs
+    first = len(nodes) - len(own)  # new values of buffers come before the results of the model
+    result = pytree.tree_unflatten(nodes[first:], program.call_spec.out_spec)
+    return [*nodes[:first], *pytree.tree_leaves(outputs(result) if outputs else result)]
 
 
 def _rows(node):
