@@ -25,6 +25,7 @@ from permask_core.evaluation.statistics import as_labels
 from permask_core.matching import repair, reset_batchnorm
 from permask_core.matching.batchnorm import interpolate_model, resettable
 from permask_core.matching.checking import copied
+from permask_core.matching.groups import listed
 from permask_core.matching.weights import STATISTICS, as_real, check_mixable, check_pair, is_continuous
 from permask_core.models import evaluation_mode
 from permask_core.runs.checks import check_integer
@@ -589,7 +590,7 @@ def _weights(state):
 def _vector(state):
     names = _weights(state)
     if not names:
-        raise ValueError(f"none of the tensors {', '.join(state) or '(an empty dict)'} is a weight: expected a "
+        raise ValueError(f"none of the tensors {listed(state) or '(an empty dict)'} is a weight: expected a "
                          "state_dict with weights")
     _check_finite({name: state[name] for name in names})
     return torch.cat([as_real(state[name].detach()).cpu().double().flatten() for name in names])

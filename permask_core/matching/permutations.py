@@ -3,7 +3,7 @@
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from permask_core.matching.groups import check_groups, depth, indices, listed
+from permask_core.matching.groups import check_groups, depth, indices, listed, shortened
 
 LARGE = 200  # units: smaller assignments are solved without prices
 SHARING, SMOOTHNESS = 5, 0.3  # iterations for the first prices, and their smoothness in deviations of similarities
@@ -48,7 +48,8 @@ def permute(groups, permutations, tensors):
             raise ValueError(f"permutations has {name!r}, which is not a group: expected one of {listed(groups)}")
         size, order = groups[name].size, torch.as_tensor(permutation).cpu()
         if order.is_floating_point() or not torch.equal(order.long().sort().values, torch.arange(size)):
-            raise ValueError(f"permutation {name!r} is not a permutation of {size} units: got {permutation}")
+            raise ValueError(f"permutation {name!r} is not a permutation of {size} units: got "
+                             f"{shortened(order.tolist(), 120)}")
         orders[name] = order.long()
     touched = {entry.tensor for name in orders for entry in groups[name].entries}
     moved = {name: tensor.detach().clone() if name in touched else tensor for name, tensor in tensors.items()}

@@ -202,6 +202,7 @@ def test_a_permutation_may_come_as_a_list_or_array(net, convert):
     ({"fc7": torch.arange(13)}, "permutations has 'fc7', which is not a group: expected one of fc1, fc2"),
     ({"fc1": torch.arange(12)}, "'fc1' is not a permutation of 13 units"),
     ({"fc1": torch.zeros(13, dtype=torch.int64)}, "'fc1' is not a permutation of 13 units"),
+    ({"fc1": torch.full((9999,), 7)}, "'fc1' is not a permutation of 13 units: got [7, 7, 7"),
     ({"fc1": torch.arange(13)[None]}, "'fc1' is not a permutation of 13 units"),
     ({"fc1": torch.arange(13.0)}, "'fc1' is not a permutation of 13 units"),
 ])

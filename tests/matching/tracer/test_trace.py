@@ -1010,7 +1010,7 @@ def test_outputs_can_be_chosen():
         groups = permutation_groups(model, x, check=True, outputs=outputs)
         assert sizes(groups) == expected
     groups = permutation_groups(model, x, outputs=lambda result: result["y"][0])
-    with pytest.raises(ValueError, match="permuting group 'a'"):
+    with pytest.raises(ValueError, match="permuting group 'c'"):
         check_function(groups, model, x)
     assert check_function(groups, model, x, outputs=lambda result: result["y"][0]) < 1e-12
 
