@@ -22,6 +22,7 @@ from permask_core.experiments import permuted_masks
 from permask_core.matching import (
     match_activations,
     match_weights,
+    nested,
     permutation_groups,
     permutations,
     permute,
@@ -40,16 +41,16 @@ NETWORKS = {**{f"resnet20 x {width}": ("resnet20", width, 32) for width in (1, 4
             "resnet50": ("resnet50", 1, 64)}  # name, width, side of the images
 BATCHES, IMAGES = 2, 16  # of activation matching: number of batches, and images in each
 STAGES = {"similarities": [(weights, "_similarity"), (similarity.Similarities, "update")],
-          "assignments": [(permutations, "linear_sum_assignment")],
+          "assignments": [(permutations, "linear_sum_assignment"), (nested, "linear_sum_assignment")],
           "moving": [(weights, "permute_"), (weights, "unpermute_")], "objective": [(weights, "_inner")]}
 
 
 class Forgetful(similarity.Similarities):
     """Similarities without a cache."""
 
-    def __call__(self, to, origin):
+    def __call__(self, names):
         self.kept.clear()
-        return super().__call__(to, origin)
+        return super().__call__(names)
 
 
 def match_without_keeping(*arguments, **options):

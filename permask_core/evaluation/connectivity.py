@@ -8,7 +8,6 @@ Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", NeurIPS 2018. The net
 of a few states, and many of them are evaluated at once.
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from numbers import Real
@@ -24,9 +23,11 @@ from torch.utils._pytree import tree_map_only
 
 from permask_core.data.batches import batches_of, call, count, logits_of
 from permask_core.evaluation.statistics import as_labels
-from permask_core.matching import interpolate, repair, reset_batchnorm
-from permask_core.matching.batchnorm import resettable
-from permask_core.matching.weights import STATISTICS, check_pair
+from permask_core.matching import repair, reset_batchnorm
+from permask_core.matching.batchnorm import interpolate_model, resettable
+from permask_core.matching.checking import copied
+from permask_core.matching.groups import listed
+from permask_core.matching.weights import STATISTICS, as_real, check_mixable, check_pair, is_continuous
 from permask_core.models import evaluation_mode
 from permask_core.runs.checks import check_integer
 from permask_core.training.loop import evaluate
@@ -118,13 +119,9 @@ def check_states(states, model=None):
     first = states[0]
     for other in [*states[1:], *([model.state_dict()] if model else [])]:
         check_pair(first, other)
-    for name, tensor in first.items():
-        if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
-            if any(not torch.equal(tensor.cpu(), other[name].cpu()) for other in states[1:]):
-                raise ValueError(f"{name!r} holds integers ({tensor.dtype}) that differ between the states: "
-                                 "expected the same, because they cannot be mixed")
+    check_mixable(states)
     for state in states:
-        _check_finite(state, [name for name, tensor in state.items() if tensor.is_floating_point()])
+        _check_finite(state)
 
 
 def check_labels(data, model):
@@ -149,16 +146,16 @@ def _first(inputs):
     return tree_map_only(torch.Tensor, lambda tensor: tensor[:1], inputs)
 
 
-def _check_finite(state, names):
-    for name in names:
-        if not state[name].isfinite().all():
+def _check_finite(state):
+    for name, tensor in state.items():
+        if is_continuous(tensor) and not tensor.isfinite().all():
             raise ValueError(f"{name!r} holds NaN or infinite values: expected finite values")
 
 
 def _stack(states, like):
     """Return the floating-point tensors of the states by name, [k, *shape], with the types and devices in ``like``."""
     return {name: torch.stack([state[name].detach().to(tensor) for state in states])
-            for name, tensor in like.items() if tensor.is_floating_point()}
+            for name, tensor in like.items() if is_continuous(tensor)}
 
 
 def _mix(stacked, weights):
@@ -282,7 +279,7 @@ def _how_many(model, stacked, inputs):
 
 
 def _with(model, state):
-    model = copy.deepcopy(model)
+    model = copied(model)
     model.load_state_dict(state)
     return model
 
@@ -306,7 +303,8 @@ def interpolate_network(model, source, target, alpha=0.5, *, correction="none", 
         A model of the architecture; it is not changed.
     source, target : dict of str to torch.Tensor
     alpha : float
-        In [0, 1]: 0 gives the source, 1 the target.
+        In [0, 1]: 0 gives the source, 1 the target. A weight with a parametrization, such as ``weight_norm``, is
+        interpolated itself, not the parameters from which it is computed.
     correction : {"none", "reset", "repair"}
         How to correct the statistics of the units, which shrink between networks that differ: not at all (running
         statistics are interpolated like weights), by :func:`~permask_core.matching.reset_batchnorm`, or by
@@ -324,18 +322,21 @@ def interpolate_network(model, source, target, alpha=0.5, *, correction="none", 
     ------
     ValueError
         If a state does not fit or is not finite, ``alpha`` is out of range, the correction is unknown or needs batches
-        and there are none, or the model has no BatchNorm to reset.
+        and there are none, or the model has no BatchNorm to reset; if integers such as the indices of a sparse layer
+        differ, unless ``alpha`` is 0 or 1; if a parametrization cannot represent the interpolated weight; or if the
+        model has one tensor where a state has two that differ.
     """
-    check_states([source, target], model)
+    for state in (source, target):
+        _check_finite(state)
     if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha!r}: expected a number in [0, 1]")
     _check_correction(correction, model, batches)
     if correction == "none":
-        return _with(model, interpolate(source, target, alpha))
+        return interpolate_model(model, source, target, alpha)
     batches = _batches(batches)
     if correction == "repair":
-        return repair(_with(model, source), _with(model, target), batches, alpha=alpha)
-    return reset_batchnorm(_with(model, interpolate(source, target, alpha)), batches)
+        return repair(*(interpolate_model(model, source, target, end) for end in (0, 1)), batches, alpha=alpha)
+    return reset_batchnorm(interpolate_model(model, source, target, alpha), batches)
 
 
 def line(model, source, target, data, *, points=25, correction="none", batches=None):
@@ -459,7 +460,7 @@ class Plane(NamedTuple):
     def basis(self):
         """Return the two orthonormal directions of the axes, each a dict of float64 tensors, by the Gram-Schmidt
         method."""
-        origin, first, second = ({name: state[name].detach().cpu().double() for name in _weights(state)}
+        origin, first, second = ({name: as_real(state[name].detach()).cpu().double() for name in _weights(state)}
                                  for state in self.states)
         (_, _), (width, _), (x, y) = self.points
         right = {name: (first[name] - origin[name]) / width for name in origin}
@@ -589,13 +590,13 @@ def angle(one, other, origin=None):
 def _weights(state):
     # Sorted, because a loaded state may have a different order.
     return [name for name, tensor in sorted(state.items())
-            if tensor.is_floating_point() and name.rsplit(".", 1)[-1] not in STATISTICS]
+            if is_continuous(tensor) and name.rsplit(".", 1)[-1] not in STATISTICS]
 
 
 def _vector(state):
     names = _weights(state)
     if not names:
-        raise ValueError(f"none of the tensors {', '.join(state) or '(an empty dict)'} is a weight: expected a "
+        raise ValueError(f"none of the tensors {listed(state) or '(an empty dict)'} is a weight: expected a "
                          "state_dict with weights")
-    _check_finite(state, names)
-    return torch.cat([state[name].detach().cpu().double().flatten() for name in names])
+    _check_finite({name: state[name] for name in names})
+    return torch.cat([as_real(state[name].detach()).cpu().double().flatten() for name in names])

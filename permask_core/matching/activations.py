@@ -6,15 +6,17 @@ units in the layers below: one pass over the data is enough for all groups. Only
 the device of the target.
 """
 
-from collections import Counter
-from contextlib import ExitStack, contextmanager
+from collections import Counter, defaultdict
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import product
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from permask_core.data.batches import batches_of, call, to_device
 from permask_core.matching.groups import check_groups, indices
-from permask_core.matching.nested import innermost_pairs, match_units, part_pairs, parts_of
+from permask_core.matching.nested import families, inside, match_units, parts_of
 from permask_core.models import device_of, evaluation_mode
 
 
@@ -31,19 +33,19 @@ def match_activations(groups, source_model, target_model, batches):
         Permutations for :func:`permask_core.matching.permute`.
     """
     parts = parts_of(groups)
-    outermost = [name for name, group in groups.items() if group.within is None]
-    pairs = [pair for name in outermost for pair in innermost_pairs(parts, name, name)]
+    whole = [[name] for name, group in groups.items() if group.within is None]
+    pairs = [pair for names in whole for family in families(parts, names) if family[0] not in parts
+             for pair in product(family, repeat=2)]
     correlations = _correlations(groups, source_model, target_model, batches, pairs)
 
-    def similarity(to, origin):
-        if to not in parts:
-            return correlations[to, origin]
-        total = torch.zeros(groups[to].size, groups[origin].size, dtype=torch.float64)
-        for i, j, a, b in part_pairs(parts, to, origin):
-            total[i, j] += similarity(a, b).trace()
-        return total
+    def similarities(names):
+        if inner := inside(parts, names):
+            u, n = len(names), groups[names[0]].size
+            return sum(similarities(part).diagonal(dim1=2, dim2=3).sum(2).view(u, n, u, n).transpose(1, 2)
+                       for part in inner)
+        return torch.stack([torch.stack([correlations[to, origin] for origin in names]) for to in names])
 
-    steps = {at: order for name in outermost for at, order in match_units(parts, similarity, name, name).steps.items()}
+    steps = {at: order for names in whole for at, order in match_units(parts, similarities, names).steps()}
     return {name: steps.get(name, torch.arange(group.size)) for name, group in groups.items()}
 
 
@@ -64,12 +66,13 @@ def activation_correlations(groups, source_model, target_model, batches):
     -------
     dict of str to torch.Tensor
         float64 [target units, source units], summed over the taps of a group. Samples are inputs and, in a feature map,
-        positions. The correlation of a constant unit is set to 0.
+        positions. The correlation of a constant unit is set to 0; that of complex numbers is its real part.
 
     Raises
     ------
     ValueError
-        If the groups do not fit a model or have no taps, there are no batches, or an activation is not finite.
+        If there are no groups or one has no taps, the groups do not fit a model, there are no batches, or an activation
+        is not finite.
     """
     correlations = _correlations(groups, source_model, target_model, batches, [(name, name) for name in groups])
     return {name: correlation for (name, _), correlation in correlations.items()}
@@ -77,6 +80,8 @@ def activation_correlations(groups, source_model, target_model, batches):
 
 def _correlations(groups, source_model, target_model, batches, pairs):
     """Return correlations by (group in the target, group in the source), for pairs of groups with the same layout."""
+    if not groups:
+        raise ValueError("there are no groups: expected at least one whose activations can be read")
     for model in (source_model, target_model):
         check_groups(groups, model.state_dict(), whole=True)
     origins, moments, kept, seen = {}, {}, {}, Counter()
@@ -122,21 +127,52 @@ def _correlations(groups, source_model, target_model, batches, pairs):
 @contextmanager
 def _tapped(model, groups, read):
     """Inside the block, call ``read((group name, tap number), activation with the units on axis 0)`` at each tap."""
-    handles = []
+    handles, products, fast = [], defaultdict(list), torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # the fast path computes all products in one operation
         for name, group in groups.items():
             for i, tap in enumerate(group.taps):
-                handles.append(_hook(model, name, group.size, tap, partial(read, (name, i))))
-        yield
+                handles += _hook(model, name, group.size, tap, partial(read, (name, i)), products)
+        with _Products(products) if products else nullcontext():
+            yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
 
 
-def _hook(model, name, size, tap, read):
+class _Products(TorchDispatchMode):
+    """Calls functions of (input, output, first row, number of rows) at each product with some parameters, {memory of a
+    parameter: [(parameter, function)]}."""
+
+    def __init__(self, products):
+        super().__init__()
+        self.products = products
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function in PRODUCTS:
+            x, weight = args[PRODUCTS[function]:][:2]
+            for parameter, read in self.products.get(_memory(weight), ()):
+                offset = weight.storage_offset() - parameter.storage_offset()
+                if 0 <= offset < parameter.numel() and offset + weight.numel() <= parameter.numel():
+                    row = max(1, parameter[0].numel())
+                    read(x, output, offset // row, weight.numel() // row)
+        return output
+
+
+PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torch.ops.aten.convolution.default: 0}
+
+
+def _memory(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+def _hook(model, name, size, tap, read, products):
+    """Return handles of hooks, or add a function to ``products``."""
     place = f"group {name!r} is read at the {tap.side} of {tap.module!r}"
-    modules = dict(model.named_modules())
-    if tap.module not in modules:
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    if tap.module not in modules and tap.module not in parameters:
         raise ValueError(f"{place}, which is not a module of the model")
     if tap.side not in ("input", "output"):
         raise ValueError(f"{place}: expected its input or output")
@@ -152,14 +188,27 @@ def _hook(model, name, size, tap, read):
         units = value.movedim(tap.axis, 0)
         read(units if tap.positions is None else units[positions.to(value.device)])
 
+    def keep_product(x, output, start, rows):
+        if tap.side == "input":
+            return keep(x)
+        missing = output.shape[tap.axis] != rows  # of a parameter whose outputs are columns, all are there
+        if missing or start == 0 and int(positions.max()) < rows:
+            return keep(output)
+        if start <= int(positions.min()) and int(positions.max()) < start + rows:
+            read(output.movedim(tap.axis, 0)[(positions - start).to(output.device)])
+
+    if tap.module in parameters:
+        parameter = parameters[tap.module]
+        products[_memory(parameter)].append((parameter, keep_product))
+        return []
     if tap.side == "input":
-        return modules[tap.module].register_forward_pre_hook(lambda _, given: keep(given[0] if given else None))
-    return modules[tap.module].register_forward_hook(lambda _, given, output: keep(output))
+        return [modules[tap.module].register_forward_pre_hook(lambda _, given: keep(given[0] if given else None))]
+    return [modules[tap.module].register_forward_hook(lambda _, given, output: keep(output))]
 
 
 def samples(units):
-    """Return [units, samples] in float64."""
-    return units.unsqueeze(-1).flatten(1).double()
+    """Return [units, samples] in float64 or complex128."""
+    return units.unsqueeze(-1).flatten(1).to(torch.complex128 if units.is_complex() else torch.float64)
 
 
 class _Moments:
@@ -179,11 +228,12 @@ class _Moments:
         x, y = x - self.shift[0], y - self.shift[1]
         self.n += x.shape[1]
         self.x, self.y = self.x + x.sum(1), self.y + y.sum(1)
-        self.xx, self.yy, self.xy = self.xx + (x * x).sum(1), self.yy + (y * y).sum(1), self.xy + x @ y.T
+        self.xx, self.yy = self.xx + x.abs().square().sum(1), self.yy + y.abs().square().sum(1)
+        self.xy = self.xy + x @ y.mH
 
     def correlation(self):
-        cov = self.xy / self.n - torch.outer(self.x, self.y) / self.n**2
-        sd_x, sd_y = ((s2 / self.n - (s / self.n) ** 2).clamp(min=0).sqrt()
+        cov = (self.xy / self.n - torch.outer(self.x, self.y.conj()) / self.n**2).real
+        sd_x, sd_y = ((s2 / self.n - (s / self.n).abs() ** 2).clamp(min=0).sqrt()
                       for s, s2 in ((self.x, self.xx), (self.y, self.yy)))
         # The variance of a constant unit is only rounding. NaN and infinity are kept, so that the caller can raise.
         dead_x, dead_y = (sd <= 1e-12 * shift[:, 0].abs() for sd, shift in zip((sd_x, sd_y), self.shift))

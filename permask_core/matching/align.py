@@ -3,7 +3,6 @@
 Each step is also a function of :mod:`permask_core.matching`.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from permask_core.data.batches import batches_of, check_data, to_device
 from permask_core.matching.activations import match_activations
 from permask_core.matching.batchnorm import recompute_statistics
+from permask_core.matching.checking import copied
 from permask_core.matching.groups import Groups
 from permask_core.matching.permutations import permute
 from permask_core.matching.tracer.trace import permutation_groups
@@ -86,7 +86,7 @@ def align(model_a, model_b, batches_or_example, by="weights", *, groups=None, se
         permutations = match_weights(groups, state_a, state_b, seed=seed, restarts=restarts)
     else:
         permutations = match_activations(groups, model_a, model_b, batches)
-    model = copy.deepcopy(model_a)
+    model = copied(model_a)
     model.load_state_dict(permute(groups, permutations, state_a))
     norms = {name: layer for name, layer in model.named_modules()
              if isinstance(layer, _BatchNorm) and layer.running_mean is not None}

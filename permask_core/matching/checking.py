@@ -44,6 +44,8 @@ def copied(model, *, share=False):
     for original, module in zip(model.modules(), twin.modules()):
         if any(id(t) in kept for t in _tensors_in(original)):
             module.train().eval()
+    for original, module in zip(model.modules(), twin.modules()):
+        module.training = original.training
     return twin
 
 
@@ -68,7 +70,7 @@ def draw_weights(model, *, seed=0, gain=2.0):
             if not (id(tensor) in moving or name.endswith(("running_mean", "running_var"))):
                 continue
             name = name.removesuffix("_orig")  # of a pruned tensor
-            draw = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            draw = torch.randn(tensor.shape, generator=generator, dtype=WIDE.get(tensor.dtype, tensor.dtype))
             if name.endswith("running_var") or (name.endswith("weight") and tensor.ndim < 2):
                 draw = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
             elif name.endswith("weight"):
@@ -88,7 +90,7 @@ def derangements(groups, *, seed=0):
     return result
 
 
-def function_change(groups, permutations, model, example_input):
+def function_change(groups, permutations, model, example_input, *, outputs=None):
     """Return how much the outputs of a network change when its units are permuted.
 
     Parameters
@@ -97,6 +99,7 @@ def function_change(groups, permutations, model, example_input):
     permutations : dict of str to torch.Tensor
     model : torch.nn.Module
     example_input : torch.Tensor, tuple or dict
+    outputs : function, optional
         As in :func:`permask_core.matching.permutation_groups`.
 
     Returns
@@ -116,26 +119,26 @@ def function_change(groups, permutations, model, example_input):
         other = first.setdefault(id(tensor), name)
         if not torch.equal(moved[name], moved[other]):
             raise ValueError(f"{other!r} and {name!r} are one tensor, but the groups permute them differently")
-    return _change(model, moved, example_input)
+    return _change(model, moved, example_input, outputs)
 
 
-def _change(model, state, example_input):
+def _change(model, state, example_input, outputs):
     """Return the largest change of an output with the weights of ``state``, in standard deviations of the outputs."""
     first = {}  # functional_call accepts only one of two names of a tensor
     state = {name: state[first.setdefault(id(tensor), name)] for name, tensor in named_tensors(model).items()}
     with torch.random.fork_rng(devices=[]):
         random_state = torch.get_rng_state()
-        before = _outputs(model, {}, example_input)
+        before = _outputs(model, {}, example_input, outputs)
         torch.set_rng_state(random_state)
-        after = _outputs(model, state, example_input)
+        after = _outputs(model, state, example_input, outputs)
     if not (before.isfinite().all() and before.any()):
         raise ValueError(f"of {before.numel()} outputs, {int((~before.isfinite()).sum())} are not finite and "
                          f"{int((before == 0).sum())} are 0: expected finite outputs that are not all 0")
     return float((after - before).abs().max() / (before.std(correction=0) or before.abs().max()))
 
 
-def _outputs(model, state, example_input):
-    """Return all numbers that a network computes with the tensors of ``state``, in float64.
+def _outputs(model, state, example_input, outputs):
+    """Return all numbers of the chosen outputs, which a network computes with the tensors of ``state``, in float64.
 
     Each call is one of a new copy, because the network may keep what it computes from these tensors.
     """
@@ -149,7 +152,7 @@ def _outputs(model, state, example_input):
         except Exception as error:  # the network is the user's code, which may raise anything
             raise ValueError(f"{type(model).__name__} cannot be tested: {type(error).__name__}: {shortened(error)}: "
                              f"expected a network that runs {'in float64' if precise else 'on this input'}") from error
-    return torch.cat([t.detach().flatten().double() for t in pytree.tree_leaves(result)
+    return torch.cat([t.detach().flatten().double() for t in pytree.tree_leaves(outputs(result) if outputs else result)
                       if isinstance(t, torch.Tensor)])
 
 
@@ -190,7 +193,7 @@ def float64():
         torch.set_default_dtype(default)
 
 
-def draw_stable_weights(model, example_input, *, seed=0):
+def draw_stable_weights(model, example_input, *, seed=0, outputs=None):
     """Return a :func:`draw_weights` copy of a network that does not amplify rounding errors.
 
     Some deep networks with random weights are chaotic: rounding errors grow from layer to layer until the order of a
@@ -208,14 +211,14 @@ def draw_stable_weights(model, example_input, *, seed=0):
             if tensor.is_floating_point() and tensor.numel() < 1e6:  # all tensors would double the memory
                 draw = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
                 state[name] = tensor * (1 + 1e-15 * draw)
-        noise[attempt] = _change(drawing, state, example_input)
+        noise[attempt] = _change(drawing, state, example_input, outputs)
         if noise[attempt] < TOLERANCE / 100:
             return drawing
         del drawing, state
     return drawn(min(noise, key=noise.get))
 
 
-def check_function(groups, model, example_input, *, seed=0):
+def check_function(groups, model, example_input, *, seed=0, outputs=None):
     """Raise ValueError, which has the name of a group, unless random permutations of all groups preserve the function.
 
     Parameters
@@ -226,6 +229,8 @@ def check_function(groups, model, example_input, *, seed=0):
     example_input : torch.Tensor, tuple or dict
         Floating-point inputs are replaced by random ones of the same shape.
     seed : int
+    outputs : function, optional
+        As in :func:`permask_core.matching.permutation_groups`.
 
     Returns
     -------
@@ -236,10 +241,12 @@ def check_function(groups, model, example_input, *, seed=0):
     inputs = pytree.tree_map(
         lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
         if isinstance(t, torch.Tensor) and t.is_floating_point() else t, example_input)
-    model, permutations = draw_stable_weights(model, inputs, seed=seed), derangements(groups, seed=seed)
-    change = function_change(groups, permutations, model, inputs)
+    model = draw_stable_weights(model, inputs, seed=seed, outputs=outputs)
+    permutations = derangements(groups, seed=seed)
+    change = function_change(groups, permutations, model, inputs, outputs=outputs)
     if not change < TOLERANCE:
-        changes = {name: function_change(groups, {name: permutations[name]}, model, inputs) for name in groups}
+        changes = {name: function_change(groups, {name: permutations[name]}, model, inputs, outputs=outputs)
+                   for name in groups}
         worst = max(changes, key=changes.get)
         raise ValueError(f"permuting group {worst!r} changes the outputs by {changes[worst]:.2g} of their standard "
                          f"deviation, all groups together by {change:.2g}: expected less than {TOLERANCE:.0e}. "

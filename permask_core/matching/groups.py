@@ -30,10 +30,12 @@ class Entry(NamedTuple):
 
 
 class Tap(NamedTuple):
-    """Where the activations of a group can be read: at the ``side`` ("input" or "output") of a module.
+    """Where the activations of a group can be read: at the ``side`` ("input" or "output") of a ``module``.
 
-    ``axis`` and ``positions`` locate the units in that activation, as in :class:`Entry`; a negative ``axis`` counts
-    from the end.
+    ``module`` may also be the name of a parameter: then they are read at its matrix product or convolution, which some
+    modules compute by a function, such as attention. If rows of the parameter are used in separate products, those of
+    the positions are read. ``axis`` and ``positions`` locate the units in that activation, as in :class:`Entry`; a
+    negative ``axis`` counts from the end.
     """
 
     module: str

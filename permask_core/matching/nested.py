@@ -5,28 +5,36 @@ units is a separate matching. A unit moves with its parts. For groups without pa
 assignment.
 """
 
-from collections import defaultdict
-from itertools import product
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 
-from permask_core.matching.permutations import assign, permute_
+from permask_core.matching.permutations import assign_again, permute_
 
 
 class Match(NamedTuple):
-    """The new ``order`` of the units of a group and the ``steps`` that produce it: permutations of groups in the
-    source, parts before the units that contain them, without identities. ``were`` and ``best`` are the similarities of
-    units with their parts in the old order and in the best order."""
+    """The best assignments between u groups ``names`` of n units in the target and the same groups in the source.
 
-    order: torch.Tensor
-    steps: dict[str, torch.Tensor]
-    were: torch.Tensor
-    best: torch.Tensor
+    ``orders`` are [u, u, n], ``gains`` in similarity [u, u], with the gains of parts; ``inside`` has the matches of the
+    parts."""
 
-    def gain(self):
-        """Return the gain in similarity."""
-        return float(self.best[torch.arange(len(self.order)), self.order].sum()) - float(self.were.trace())
+    names: list[str]
+    orders: np.ndarray
+    gains: np.ndarray
+    inside: list["Match"]
+
+    def steps(self, to=0, origin=0):
+        """Yield (group, permutation) for the assignment between two groups, without identities: permutations in the
+        source, parts before the units that contain them."""
+        order = self.orders[to, origin]
+        n = len(order)
+        for part in self.inside:
+            for i, j in enumerate(order.tolist()):
+                yield from part.steps(to * n + i, origin * n + j)
+        if (order != np.arange(n)).any():
+            yield self.names[origin], torch.from_numpy(order)
 
 
 def parts_of(groups):
@@ -49,49 +57,53 @@ def parts_of(groups):
     return parts
 
 
-def part_pairs(parts, to, origin):
-    """Yield (i, j, a, b): unit i of ``to`` has the part ``a`` where unit j of ``origin`` has the part ``b``."""
-    for (i, inside), (j, others) in product(parts.get(to, {}).items(), parts.get(origin, {}).items()):
-        for a, b in zip(inside, others):
-            yield i, j, a, b
+def families(parts, names):
+    """Yield lists of groups between which units can be exchanged: ``names``, and the parts at the same position in
+    their units."""
+    yield names
+    for part in inside(parts, names):
+        yield from families(parts, part)
 
 
-def innermost_pairs(parts, to, origin):
-    """Yield the pairs of groups without parts at the same position in units of the two groups, or the groups
-    themselves."""
-    if to not in parts:
-        yield to, origin
-    for _, _, a, b in part_pairs(parts, to, origin):
-        yield from innermost_pairs(parts, a, b)
+def inside(parts, names):
+    """Return, for each position in the units of some groups, the list of the groups there."""
+    units = [parts[name][unit] for name in names if name in parts for unit in sorted(parts[name])]
+    return [list(part) for part in zip(*units)]
 
 
-def match_units(parts, similarity, to, origin):
-    """Match the units of one group with those of another or the same group, and the parts within each unit.
+def match_units(parts, similarities, names, prices=None):
+    """Match the units of groups with those of each other, and the parts within each unit.
 
     Parameters
     ----------
     parts : dict
         See :func:`parts_of`.
-    similarity : function of two names
-        Returns similarities [units of the first group in the target, units of the second in the source], with parts in
-        their current order.
-    to, origin : str
+    similarities : function of a list of names
+        Returns the similarities of the units of u groups, a tensor [u, u, n, n]: pairs of a group in the target and one
+        in the source, then pairs of their units. Parts are in their current order.
+    names : list of str
+    prices : dict, optional
+        Prices by name, which :func:`~permask_core.matching.permutations.assign_again` uses and updates.
 
     Returns
     -------
     Match
     """
-    were, inside = similarity(to, origin), defaultdict(dict)
-    best = were.to("cpu", torch.float64, copy=True)
-    for i, j, a, b in part_pairs(parts, to, origin):
-        part = match_units(parts, similarity, a, b)
-        inside[i, j] |= part.steps
-        best[i, j] += part.gain()
-    order = assign(best)
-    steps = {name: step for pair in enumerate(order.tolist()) for name, step in inside[pair].items()} if inside else {}
-    if not torch.equal(order, torch.arange(len(order))):
-        steps[origin] = order
-    return Match(order, steps, were, best)
+    best, found = similarities(names), []
+    if len(names) == 1 and names[0] not in parts:
+        order, price = assign_again(best[0, 0], (prices or {}).get(names[0]))
+        if prices is not None:
+            prices[names[0]] = price
+        return Match(names, order.numpy()[None, None], None, [])
+    best = best.cpu().double().numpy()
+    u, _, n, _ = best.shape
+    gains = -best.trace(axis1=2, axis2=3)
+    for part in inside(parts, names):
+        found.append(match_units(parts, similarities, part))
+        best = best + found[-1].gains.reshape(u, n, u, n).transpose(0, 2, 1, 3)
+    orders = np.array([[linear_sum_assignment(pair, maximize=True)[1] for pair in row] for row in best])
+    gains += np.take_along_axis(best, orders[..., None], 3).sum((2, 3))
+    return Match(names, orders, gains, found)
 
 
 def compose_(groups, parts, permutations, steps):

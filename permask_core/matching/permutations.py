@@ -3,7 +3,11 @@
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from permask_core.matching.groups import check_groups, depth, indices, listed
+from permask_core.matching.groups import check_groups, depth, indices, listed, shortened
+
+LARGE = 200  # units: smaller assignments are solved without prices
+SHARING, SMOOTHNESS = 5, 0.3  # iterations for the first prices, and their smoothness in deviations of similarities
+ROUNDS, BLOCK = 3, 128  # iterations for the next prices, on so many units at once, which fit into a cache
 
 
 class Permutations(dict):
@@ -44,7 +48,8 @@ def permute(groups, permutations, tensors):
             raise ValueError(f"permutations has {name!r}, which is not a group: expected one of {listed(groups)}")
         size, order = groups[name].size, torch.as_tensor(permutation).cpu()
         if order.is_floating_point() or not torch.equal(order.long().sort().values, torch.arange(size)):
-            raise ValueError(f"permutation {name!r} is not a permutation of {size} units: got {permutation}")
+            raise ValueError(f"permutation {name!r} is not a permutation of {size} units: got "
+                             f"{shortened(order.tolist(), 120)}")
         orders[name] = order.long()
     touched = {entry.tensor for name in orders for entry in groups[name].entries}
     moved = {name: tensor.detach().clone() if name in touched else tensor for name, tensor in tensors.items()}
@@ -93,6 +98,58 @@ def assign(similarity):
     torch.Tensor
         int64 [units]: the source unit assigned to each target unit.
     """
-    rows, columns = linear_sum_assignment(similarity.cpu().double().numpy(), maximize=True)
+    return assign_again(similarity)[0]
+
+
+def assign_again(similarity, prices=None):
+    """:func:`assign`, faster with the ``prices`` of a problem that resembles this one.
+
+    Prices are the variables of the dual problem: with the right ones, each target unit is assigned the source unit that
+    has the largest similarity plus price. With others the search for shortest augmenting paths takes longer, but has
+    the same result.
+
+    Parameters
+    ----------
+    similarity : torch.Tensor, shape [target units, source units]
+    prices : torch.Tensor or None, float64 [source units]
+        By default those of a smoothed problem.
+
+    Returns
+    -------
+    (torch.Tensor, torch.Tensor or None)
+        The permutation, and the prices of the source units in the new order; None for a small problem.
+    """
+    costs = similarity.to("cpu", torch.float64, copy=True).neg_()
+    if len(costs) < LARGE:
+        return _cheapest(costs), None
+    prices = _smoothed_prices(costs) if prices is None else prices
+    costs -= prices
+    order = _cheapest(costs.sub_(costs.amin(1, keepdim=True)))
+    prices, assigned = prices.clone(), costs.gather(1, order[:, None])
+    change = torch.zeros_like(prices)
+    for _ in range(ROUNDS):  # shortest paths, by the algorithm of Bellman and Ford
+        before = change.clone()
+        for units in torch.arange(len(costs)).split(BLOCK):
+            part = slice(int(units[0]), int(units[-1]) + 1)
+            away = change[order[part], None] - assigned[part] + costs[part]
+            torch.minimum(change, away.amin(0), out=change)
+        if torch.equal(before, change):
+            break
+    return order, (prices + change)[order]
+
+
+def _cheapest(costs):
+    rows, columns = linear_sum_assignment(costs.numpy())
     assert (rows == range(len(rows))).all()  # scipy returns rows in order
     return torch.from_numpy(columns).long()
+
+
+def _smoothed_prices(costs):
+    """Return the prices of a problem in which units are shared: the entropy of the shares makes it smooth, and a few
+    of Sinkhorn's iterations solve it approximately (Cuturi, "Sinkhorn Distances", NeurIPS 2013)."""
+    smoothness = max(SMOOTHNESS * float(costs.std()), torch.finfo(torch.float32).tiny)
+    costs = ((costs - costs.amin(1, keepdim=True)) / smoothness).float()
+    prices = costs.new_zeros(len(costs))
+    for _ in range(SHARING):
+        prices = -(-(prices - costs).logsumexp(1, keepdim=True) - costs).logsumexp(0)
+    return prices.double() * smoothness

@@ -15,43 +15,42 @@ from permask_core.matching.groups import Entry, depth, indices
 
 
 class Share(NamedTuple):
-    """When the units at ``entry`` move, the similarity of the group ``other`` changes through its entry ``at``.
-
-    The update is ``simple``, a product over the moved units, if neither entry is restricted to rows or to a unit of
-    another group, and the group that moves owns no third axis of the tensor.
-    """
+    """When the units at ``entry`` move, the similarity of the group ``other`` changes through its entry ``at``, by a
+    product over the moved units."""
 
     entry: Entry
     other: str
     at: Entry
-    simple: bool
 
 
 class Similarities:
-    """``similarities(to, origin)`` is [units of the group ``to`` in the target, units of ``origin`` in the source].
+    """``similarities([name])[0, 0]`` is [units of a group in the target, units of the group in the moved source], and
+    ``similarities(names)[i, j]`` that between two of several groups of one kind.
 
     Parameters
     ----------
     groups : dict of str to Group
     target, moved : dict of str to torch.Tensor
         The search permutes ``moved``, initially the source, in place and then calls :meth:`update`.
-    compute : function of two groups, ``target`` and ``moved``
-        The similarity of their units: the sum over their entries of ``target`` times ``moved``.
+    compute : function of a list of groups, ``target`` and ``moved``
+        The similarity of all their units: the sum over their entries of ``target`` times ``moved``.
     """
 
     def __init__(self, groups, target, moved, compute):
         self.groups, self.target, self.moved, self.compute = groups, target, moved, compute
-        self.shares, self.kept = _shares(groups, moved), {}
+        self.shares, self.others, self.kept = *_shares(groups, moved), {}
         nested = {name for group in groups.values() if group.within for name in group.within[:1]}
         self.flat = {name for name, group in groups.items() if group.within is None} - nested
 
-    def __call__(self, to, origin):
-        if to == origin and to in self.kept:
-            return self.kept[to]
-        similarity = self.compute(self.groups[to], self.groups[origin], self.target, self.moved)
-        if to in self.flat:
-            self.kept[to] = similarity
-        return similarity
+    def __call__(self, names):
+        name, groups = names[0], [self.groups[name] for name in names]
+        if name in self.kept:
+            return self.kept[name][None, None]
+        similarity = self.compute(groups, self.target, self.moved)
+        if name in self.flat:
+            self.kept[name] = similarity
+        u, n = len(names), groups[0].size
+        return similarity.view(u, n, u, n).transpose(1, 2)
 
     def update(self, steps):
         """Update for the given steps, {group: permutation}; return the names of the groups whose similarity has
@@ -61,20 +60,27 @@ class Similarities:
                 self.kept[name] = self.kept[name].index_select(1, order.to(self.kept[name].device))
             units = (order != torch.arange(len(order))).nonzero()[:, 0]
             origins = order.argsort()[units]  # the new positions of what was at these units
-            for entry, other, at, simple in self.shares[name]:
-                if simple and other in self.kept:
+            for entry, other, at in self.shares[name]:
+                if other in self.kept:
                     now, before = (_slice(self.moved, entry, chosen) for chosen in (units, origins))
                     target = _slice(self.target, entry, units)
                     self.kept[other] += units_at(target, at) @ units_at(now - before, at).T
-                else:
-                    self.kept.pop(other, None)
-        return {share.other for name in steps for share in self.shares[name]}
+            for other in self.others[name]:
+                self.kept.pop(other, None)
+        return {share.other for name in steps for share in self.shares[name]}.union(*map(self.others.get, steps))
 
 
 def units_at(tensor, entry):
     """Return the weights at an entry as a matrix [units, all other axes]."""
     part = (tensor if entry.rows is None else tensor[slice(*entry.rows)]).movedim(entry.axis, 0)
     return (part if entry.positions is None else part[entry.positions.to(part.device)]).unsqueeze(-1).flatten(1)
+
+
+def all_units_at(tensor, entries):
+    """Return the weights at the entries of several groups of one kind, [groups * units, all other axes]."""
+    if len(entries) == 1 or any(entry.rows or entry.positions is None for entry in entries):
+        return torch.cat([units_at(tensor, entry) for entry in entries])
+    return units_at(tensor, entries[0]._replace(positions=torch.cat([entry.positions for entry in entries])))
 
 
 def _slice(tensors, entry, units):
@@ -85,18 +91,24 @@ def _slice(tensors, entry, units):
 
 
 def _shares(groups, tensors):
-    """Return each :class:`Share` of each group: along another axis of its tensors, or with groups inside or around
-    it."""
+    """Return the shares of each group, and the other groups whose similarity changes when it moves, but not by a
+    product over the moved units: an entry is restricted to rows or to a unit of another group, or the group that moves
+    owns a third axis of the tensor."""
     places = {tensor: [] for tensor in tensors}
     for name, group in groups.items():
         for entry in group.entries:
             if entry.tensor in places:
                 places[entry.tensor].append((name, entry, depth(groups, name)))
-    shares = {name: [] for name in groups}
+    shares, others = {name: [] for name in groups}, {name: set() for name in groups}
     for sharing in places.values():
+        axes = {name: set() for name, _, _ in sharing}
+        for name, entry, _ in sharing:
+            axes[name].add(entry.axis)
         for (name, entry, level), (other, at, at_level) in product(sharing, repeat=2):
             if entry.axis != at.axis or level != at_level:
-                axes = {e.axis for n, e, _ in sharing if n == name} - {at.axis}
-                simple = axes == {entry.axis} and level == at_level == 0 and entry.rows is None and at.rows is None
-                shares[name].append(Share(entry, other, at, simple))
-    return shares
+                whole = level == at_level == 0 and entry.rows is None and at.rows is None
+                if whole and axes[name] - {at.axis} == {entry.axis}:
+                    shares[name].append(Share(entry, other, at))
+                else:
+                    others[name].add(other)
+    return shares, others

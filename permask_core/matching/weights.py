@@ -15,7 +15,7 @@ import torch
 from permask_core.matching.groups import check_groups
 from permask_core.matching.nested import check_reached, compose_, match_units, parts_of
 from permask_core.matching.permutations import Permutations, permute_, random_permutations, unpermute_
-from permask_core.matching.similarity import Similarities, units_at
+from permask_core.matching.similarity import Similarities, all_units_at
 from permask_core.runs.checks import check_integer
 
 STATISTICS = ("running_mean", "running_var")  # they describe data, not weights: they are moved, but not matched
@@ -80,23 +80,23 @@ def _coordinate_descent(groups, permutations, source, target, generator):
     """Algorithm 1: improve the ``permutations``, one group after another, until the gain of a sweep is negligible."""
     moved, parts = {name: tensor.clone() for name, tensor in source.items()}, parts_of(groups)
     permute_(groups, permutations, moved)
-    similarity = Similarities(groups, target, moved, _similarity)
+    similarities = Similarities(groups, target, moved, _similarity)
     products = {name: _inner(moved[name], target[name]) for name in moved}
     rounding = {name: ROUNDING * _norm(moved[name]) * _norm(target[name]) for name in moved}
-    objective, waiting = [fsum(products.values())], set(groups)
+    objective, waiting, prices = [fsum(products.values())], set(groups), {}
     while waiting:  # for groups whose similarity has changed since they were assigned
         for name in _shuffle(groups, generator):
             if name not in waiting:
                 continue
             waiting.remove(name)
-            steps = match_units(parts, similarity, name, name).steps  # without nesting: assign(similarity(name, name))
+            steps = dict(match_units(parts, similarities, [name], prices).steps())  # without parts: one assignment
             permute_(groups, steps, moved)
             now = {tensor: _inner(moved[tensor], target[tensor]) for tensor in _tensors(groups, steps) & moved.keys()}
             gain = fsum(now.values()) - fsum(products[tensor] for tensor in now)
             if gain > fsum(rounding[tensor] for tensor in now):
                 compose_(groups, parts, permutations, steps)
                 products |= now
-                waiting = waiting.difference(steps) | similarity.update(steps)
+                waiting = waiting.difference(steps) | similarities.update(steps)
             else:
                 unpermute_(groups, steps, moved)
         objective.append(fsum(products.values()))
@@ -106,15 +106,17 @@ def _coordinate_descent(groups, permutations, source, target, generator):
     return Permutations(permutations, objective)
 
 
-def _similarity(group, other, target, moved):
-    """Return the inner products of units of a group in the target and of the same or another group in the moved source.
+def _similarity(groups, target, moved):
+    """Return the inner products of the units of some groups of one kind in the target and in the moved source.
 
-    The result [units, units] is the sum over the entries of a group of target weights times transposed source weights.
+    The result [groups * units, groups * units] is the sum over the entries of a group of target weights times
+    transposed source weights.
     """
-    total = next(iter(moved.values())).new_zeros(group.size, other.size)
-    for entry, at in zip(group.entries, other.entries):
-        if entry.tensor in moved:
-            total += units_at(target[entry.tensor], entry) @ units_at(moved[at.tensor], at).T
+    n = len(groups) * groups[0].size
+    total = next(iter(moved.values())).new_zeros(n, n)
+    for entries in zip(*(group.entries for group in groups)):
+        if (name := entries[0].tensor) in moved:
+            total += all_units_at(target[name], entries) @ all_units_at(moved[name], entries).T
     return total
 
 
@@ -142,25 +144,56 @@ def _shuffle(groups, generator):
 def _matched(groups, source, target, device):
     """Return the weights to match, in one precision and on one device: those in groups, except statistics and integers.
     Raise ValueError if there are none or one is not finite."""
-    names = [name for name in sorted(_tensors(groups, groups)) if source[name].is_floating_point()
+    names = [name for name in sorted(_tensors(groups, groups)) if is_continuous(source[name])
              and name.rsplit(".", 1)[-1] not in STATISTICS]
     if groups and not names:
         raise ValueError("the groups have only statistics and integers: expected at least one weight to match")
     for name in names:
         if not (source[name].isfinite().all() and target[name].isfinite().all()):
             raise ValueError(f"{name!r} holds NaN or infinite weights: expected finite weights")
-    double = any(state[name].dtype == torch.float64 for state in (source, target) for name in names)
+    double = any(as_real(state[name]).dtype == torch.float64 for state in (source, target) for name in names)
     device = device or next((source[name].device for name in names), None)
-    return ({name: state[name].detach().to(device, torch.float64 if double else torch.float32) for name in names}
-            for state in (source, target))
+    dtype = torch.float64 if double else torch.float32
+    return ({name: as_real(state[name].detach()).to(device, dtype) for name in names} for state in (source, target))
+
+
+def as_real(tensor):
+    """Return a tensor, with the real and the imaginary part along a last axis if it is complex."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def is_continuous(tensor):
+    """Whether a value of a ``state_dict`` is a tensor of real or complex numbers, and not of integers."""
+    return isinstance(tensor, torch.Tensor) and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def check_pair(source, target):
-    """Raise ValueError, which has the first wrong key, unless two ``state_dict`` have the same keys and shapes."""
+    """Raise ValueError, which has the first wrong key, unless two ``state_dict`` have the same keys and shapes; extra
+    states that are no tensors may differ."""
     for name in [*source, *(name for name in target if name not in source)]:
         if name not in source or name not in target:
             raise ValueError(f"{name!r} is in the {'target' if name in target else 'source'} only: expected two "
                              "state_dicts of one architecture")
+        if not isinstance(source[name], torch.Tensor):
+            continue
         if source[name].shape != target[name].shape:
             raise ValueError(f"{name!r} has shape {list(source[name].shape)} in the source and "
                              f"{list(target[name].shape)} in the target")
+
+
+def check_mixable(states):
+    """Raise ValueError, which has the first wrong key, if some ``state_dict`` cannot be mixed: if integers other than
+    counts of batches, or masks of pruning, differ, or a weight is not an entry but computed from several."""
+    for name, tensor in states[0].items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        integers = not is_continuous(tensor) and not name.endswith("num_batches_tracked")
+        if integers or name.endswith("_mask") and f"{name.removesuffix('mask')}orig" in states[0]:
+            if any(not torch.equal(tensor.cpu(), other[name].cpu()) for other in states[1:]):
+                kind = f"integers ({tensor.dtype})" if integers else "values of a mask"
+                raise ValueError(f"{name!r} holds {kind} that differ between the states: expected the same, because "
+                                 "they cannot be mixed. Make sparse layers dense first")
+        if "parametrizations." in name or name.endswith("weight_g") and f"{name[:-1]}v" in states[0]:
+            raise ValueError(f"{name!r} is not a weight, but an argument of the function that computes one: expected "
+                             "weights, as after torch.nn.utils.parametrize.remove_parametrizations; "
+                             "permask_core.evaluation.interpolate_network interpolates such weights")

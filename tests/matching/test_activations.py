@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from permask_core.data.splits import Split
@@ -21,6 +22,7 @@ from permask_core.matching import (
     random_permutations,
 )
 from permask_core.models import build_model
+from permask_core.models.vision import torchvision  # noqa: F401, before transformers, which imports it
 
 
 def batches_of(shape, n=60, size=25, seed=0):
@@ -298,16 +300,94 @@ def test_heads_and_their_dimensions_are_matched_by_what_the_dimensions_do(attent
         assert list(found) == list(groups) and all(torch.equal(found[name], planted[name]) for name in groups)
 
 
-def test_heads_that_cannot_be_read_can_be_left_out():
-    torch.manual_seed(0)
-    nets = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2)]
-    nets = [nn.Sequential(nn.Linear(5, 8), net, nn.Linear(8, 3)) for net in nets]
-    x = torch.randn(10, 4, 5)
-    groups = permutation_groups(nets[0], x)
-    with pytest.raises(ValueError, match=re.escape("has no taps") + ".*Exclude such groups"):
-        match_activations(groups, *nets, [x])
+class Encoder(nn.Module):
+    """PyTorch's own attention, which computes its products by functions, and in evaluation mode by a fast path."""
+
+    def __init__(self, seed, context=False):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.context = nn.Linear(4, 8) if context else None
+        self.block = nn.MultiheadAttention(8, 2, batch_first=True) if context else nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 6, batch_first=True), 2)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x, context=None):
+        x = self.embed(x)
+        return self.head(self.block(x) if context is None else self.block(x, *[self.context(context)] * 2)[0])
+
+
+class GPT2(nn.Module):
+    """The blocks multiply by addmm, with weights [inputs, outputs]."""
+
+    def __init__(self, seed):
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        super().__init__()
+        torch.manual_seed(seed)
+        self.model = GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=8, n_layer=1, n_head=2, n_inner=6, n_positions=16,
+                                                bos_token_id=1, eos_token_id=2))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, tokens):
+        return self.model(tokens, use_cache=False).logits
+
+
+ATTENTION = {
+    "an encoder": (Encoder, lambda n: torch.randn(n, 4, 5)),
+    "other keys": (lambda seed: Encoder(seed, True), lambda n: (torch.randn(n, 4, 5), torch.randn(n, 3, 4))),
+    "named inputs": (lambda seed: Encoder(seed, True),
+                     lambda n: {"x": torch.randn(n, 4, 5), "context": torch.randn(n, 3, 4)}),
+    "GPT-2": (GPT2, lambda n: torch.randint(31, (n, 9))),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_units_of_attention_by_functions_are_matched(name):
+    make, draw = ATTENTION[name]
+    source, target = make(0), make(0)
+    groups, fast = permutation_groups(source, draw(2)), torch.backends.mha.get_fastpath_enabled()
+    assert any(group.within for group in groups.values()) and all(group.taps for group in groups.values())
+    planted = random_permutations(groups, seed=0)
+    target.load_state_dict(permute(groups, planted, source.state_dict()))
+    batches = [draw(30), draw(20)]
+    found = match_activations(groups, source, target, [(x, None) if isinstance(x, tuple) else x for x in batches])
+    assert all(torch.equal(found[name], planted[name]) for name in groups)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_products_with_a_parameter_are_read_also_in_parts():
+    """Queries are computed from one input with the first rows of a weight, keys and values from another."""
+    nets, batch = [Encoder(seed, True).double() for seed in (0, 1)], (torch.randn(30, 4, 5).double(),
+                                                                      torch.randn(30, 4, 4).double())
+    group = Group(2, (Entry("head.weight", 1, torch.tensor([[0], [1]])),))
+    taps = [Tap("block.in_proj_weight", "output", -1, torch.tensor([[3], [5]]) + start) for start in (0, 8, 16)]
+    taps += [Tap("block.out_proj.weight", "input", -1, torch.tensor([[3], [5]]))]
+    for tap, part in zip(taps, (0, 1, 2, None)):
+        found = activation_correlations({"g": group._replace(taps=(tap,))}, *nets, [(batch, None)])["g"]
+        units = []
+        for net in nets:
+            x, context = net.embed(batch[0]), net.context(batch[1])
+            with torch.no_grad():
+                q, k, v = (F.linear(given, w, b) for given, w, b in zip(
+                    (x, context, context), net.block.in_proj_weight.chunk(3), net.block.in_proj_bias.chunk(3)))
+                y = F.scaled_dot_product_attention(*(t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v)))
+                values = (q, k, v)[part] if part is not None else y.transpose(1, 2).flatten(2)
+            units.append(values[..., [3, 5]].flatten(0, 1).T.numpy())
+        np.testing.assert_allclose(found, reference(units[1], units[0]), atol=1e-9)
+
+
+def test_groups_that_cannot_be_read_are_named_and_can_be_left_out(lively):
+    groups, nets = plain_pair(lively)
+    groups["more"] = groups["0"]._replace(taps=())
+    del groups["0"]
+    with pytest.raises(ValueError, match=re.escape("group 'more' has no taps") + ".*Exclude such groups"):
+        match_activations(groups, *nets, batches_of((3,)))
     left = {name: group for name, group in groups.items() if group.taps}
-    assert 0 < len(left) < len(groups) and match_activations(left, *nets, [x]).keys() == left.keys()
+    with pytest.raises(ValueError, match="there are no groups: expected at least one"):
+        match_activations(left, *nets, batches_of((3,)))
 
 
 def test_only_moments_outlive_a_batch(lively):
@@ -331,3 +411,17 @@ def test_a_gpu_gives_what_a_cpu_gives(lively):
     here = activation_correlations(groups, *nets, batches_of((3,)))["0"]
     there = activation_correlations(groups, *(net.cuda() for net in nets), batches_of((3,)))["0"]
     torch.testing.assert_close(there, here)
+
+
+def test_complex_activations_are_matched():
+    def make():
+        return nn.Sequential(nn.Linear(3, 5, dtype=torch.cdouble), nn.Tanh(), nn.Linear(5, 2, dtype=torch.cdouble))
+
+    group = Group(5, (Entry("0.weight", 0), Entry("0.bias", 0), Entry("2.weight", 1)), (Tap("2", "input", 1),))
+    source, target, x = make(), make(), torch.randn(60, 3, dtype=torch.cdouble)
+    found = activation_correlations({"0": group}, source, target, list(x.split(20)))["0"]
+    one, other = (net[:2](x).detach().T.numpy() for net in (target, source))
+    np.testing.assert_allclose(found, reference(one, other).real, atol=1e-9)
+    planted = random_permutations({"0": group}, seed=0)
+    target.load_state_dict(permute({"0": group}, planted, source.state_dict()))
+    assert torch.equal(match_activations({"0": group}, source, target, [x])["0"], planted["0"])

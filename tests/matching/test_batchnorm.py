@@ -6,10 +6,14 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import weight_norm
 
+from permask_core.evaluation.connectivity import evaluate_mixtures, interpolate_network
 from permask_core.matching import match_activations, permutation_groups, permute
 from permask_core.matching.batchnorm import interpolate, repair, reset_batchnorm
 from permask_core.models import build_model
+from permask_core.sparse import FanInLinear
 from permask_core.training import Recipe, evaluate, fit
 
 
@@ -239,3 +243,144 @@ def test_a_gpu_gives_what_a_cpu_gives():
     there = repair(*(net.cuda() for net in nets), [x]).state_dict()
     for name, tensor in here.items():
         torch.testing.assert_close(there[name].cpu(), tensor)
+
+
+# What a line between two states is, and where there is none
+
+def flat(seed, *layers):
+    torch.manual_seed(seed)
+    return nn.Sequential(*(layer() for layer in layers)).double()
+
+
+NORMED = [lambda: weight_norm(nn.Linear(4, 6)), nn.ReLU, lambda: weight_norm(nn.Linear(6, 5)), nn.ReLU,
+          lambda: nn.Linear(5, 3)]
+
+
+def test_complex_weights_are_interpolated():
+    a, b = ({"w": torch.randn(3, 2, dtype=torch.complex64)} for _ in range(2))
+    torch.testing.assert_close(interpolate(a, b, 0.25)["w"], 0.75 * a["w"] + 0.25 * b["w"])
+    assert torch.equal(interpolate(a, b, 0)["w"], a["w"]) and torch.equal(interpolate(a, b, 1)["w"], b["w"])
+
+
+def test_complex_units_are_repaired():
+    nets = [nn.Sequential(nn.Linear(3, 4, dtype=torch.complex128), nn.Linear(4, 2, dtype=torch.complex128))
+            for _ in range(2)]
+    x = torch.randn(50, 3, dtype=torch.complex128)
+    repaired = repair(*nets, [x], alpha=0.25)
+    source, target, found = (net[0](x).detach() for net in (*nets, repaired))
+    torch.testing.assert_close(found.mean(0), 0.75 * source.mean(0) + 0.25 * target.mean(0))
+    torch.testing.assert_close(found.std(0), 0.75 * source.std(0) + 0.25 * target.std(0))
+
+
+def test_sparse_layers_with_other_indices_are_only_interpolated_at_the_ends():
+    a, b = (FanInLinear(8, 4, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for alpha, end in ((0, a), (1, b)):
+        state = interpolate(a.state_dict(), b.state_dict(), alpha)
+        assert all(torch.equal(state[name], tensor) for name, tensor in end.state_dict().items())
+        layer = interpolate_network(a, a.state_dict(), b.state_dict(), alpha)
+        assert torch.equal(layer(x := torch.randn(5, 8)), end(x))
+    for attempt in (interpolate, lambda *states: interpolate_network(a, *states)):
+        with pytest.raises(ValueError, match=re.escape("'indices' holds integers (torch.int32) that differ")):
+            attempt(a.state_dict(), b.state_dict(), 0.5)
+    with torch.no_grad():
+        same = FanInLinear(8, 4, 3, indices=a.indices)
+    middle = interpolate_network(a, a.state_dict(), same.state_dict(), 0.25)
+    torch.testing.assert_close(middle.to_dense().weight, 0.75 * a.to_dense().weight + 0.25 * same.to_dense().weight)
+
+
+def test_counts_of_batches_and_extra_states_are_those_of_the_end():
+    a, b = ({"n.num_batches_tracked": torch.tensor(i), "_extra_state": {"version": i}} for i in (3, 5))
+    assert [interpolate(a, b, alpha) for alpha in (0, 0.5, 1)] == [a, a, b]
+
+
+def test_weights_with_weight_norm_are_interpolated_themselves():
+    """And not their lengths and directions, whose scale is arbitrary."""
+    nets = [flat(seed, *NORMED) for seed in (0, 1)]
+    with torch.no_grad():
+        nets[0][0].parametrizations.weight.original1 *= 100  # does not change the weight
+    states = [net.state_dict() for net in nets]
+    found = interpolate_network(nets[0], *states, 0.25)
+    assert found.state_dict().keys() == states[0].keys()
+    for i in (0, 2, 4):
+        torch.testing.assert_close(found[i].weight, 0.75 * nets[0][i].weight + 0.25 * nets[1][i].weight)
+        torch.testing.assert_close(found[i].bias, 0.75 * nets[0][i].bias + 0.25 * nets[1][i].bias)
+    for alpha, net in zip((0, 1), nets):
+        assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in interpolate_network(
+            nets[0], *states, alpha).state_dict().items())
+    for attempt in (lambda: interpolate(*states, 0.5), lambda: evaluate_mixtures(nets[0], states, [[.5, .5]], [])):
+        with pytest.raises(ValueError, match="'0.parametrizations.weight.original0' is not a weight, but an argument"):
+            attempt()
+
+
+def test_layers_with_weight_norm_are_repaired_like_plain_ones():
+    nets, x = [flat(seed, *NORMED) for seed in (0, 1)], torch.randn(50, 4).double()
+    plain = [flat(0, lambda: nn.Linear(4, 6), nn.ReLU, lambda: nn.Linear(6, 5), nn.ReLU, lambda: nn.Linear(5, 3))
+             for _ in nets]
+    for net, own in zip(nets, plain):
+        own.load_state_dict({f"{i}.{name}": getattr(net[i], name) for i in (0, 2, 4) for name in ("weight", "bias")})
+    one, other = repair(*nets, [x], alpha=0.3), repair(*plain, [x], alpha=0.3)
+    assert parametrize.is_parametrized(one[0])
+    torch.testing.assert_close(one(x), other(x))
+
+
+def test_pruned_layers_are_repaired_and_stay_pruned():
+    nets, x = [flat(seed, lambda: nn.Linear(4, 6), nn.ReLU, lambda: nn.Linear(6, 3)) for seed in (0, 1)], torch.randn(
+        50, 4).double()
+    mask = torch.rand(6, 4) < 0.6
+    plain = [copy.deepcopy(net) for net in nets]
+    with torch.no_grad():
+        for net, masked in zip(nets, plain):
+            masked[0].weight *= mask
+            prune.custom_from_mask(net[0], "weight", mask)
+            net(x)
+    one, other = repair(*nets, [x]), repair(*plain, [x])
+    torch.testing.assert_close(one(x), other(x))
+    assert torch.equal(one[0].weight_mask, mask) and not one[0].weight[~mask].any() and one[0].training
+    prune.l1_unstructured(nets[1][0], "weight", 3)
+    with pytest.raises(ValueError, match="'0.weight_mask' holds values of a mask that differ between the states"):
+        repair(*nets, [x])
+
+
+@pytest.mark.parametrize("norm, message", [
+    (nn.utils.parametrizations.spectral_norm, "'0.weight' is computed by a parametrization or a mask that cannot give"),
+    (nn.utils.parametrizations.orthogonal, "'0.weight' is computed by a parametrization or a mask that cannot give"),
+    (nn.utils.spectral_norm, "'0.weight' is not a parameter, but computed by a hook"),
+])
+def test_weights_that_cannot_be_set_are_named(norm, message):
+    nets = [flat(seed, lambda: norm(nn.Linear(4, 4)), nn.ReLU, lambda: nn.Linear(4, 3)) for seed in (0, 1)]
+    with pytest.raises(ValueError, match=message):
+        repair(*nets, [torch.randn(20, 4).double()])
+
+
+class Tied(nn.Module):
+    def __init__(self, tied=True, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.embed(x).relu())
+
+
+@pytest.mark.parametrize("missing", [("head.weight", None), (None, "embed.weight"), ("embed.weight", "head.weight"),
+                                     ("head.weight",) * 2])
+def test_a_tied_tensor_may_have_one_of_its_names(missing):
+    nets = [Tied(seed=seed) for seed in (0, 1)]
+    states = [{name: tensor for name, tensor in net.state_dict().items() if name != left}
+              for net, left in zip(nets, missing)]
+    found = interpolate_network(nets[0], *states, 0.25)
+    torch.testing.assert_close(found.head.weight, 0.75 * nets[0].head.weight + 0.25 * nets[1].head.weight)
+    assert found.head.weight is found.embed.weight
+
+
+def test_a_tied_tensor_may_not_have_two_values():
+    tied, loose = Tied(), Tied(tied=False, seed=1)
+    message = "'embed.weight' and 'head.weight' are one tensor in the model, but differ in the source"
+    with pytest.raises(ValueError, match=message):
+        interpolate_network(tied, loose.state_dict(), tied.state_dict(), 0.5)
+    with pytest.raises(ValueError, match=message):
+        repair(loose, tied, [torch.randn(5, 4)])
+    found = interpolate_network(loose, loose.state_dict(), tied.state_dict(), 1)
+    assert torch.equal(found.head.weight, tied.head.weight)

@@ -87,7 +87,8 @@ def test_the_worst_group_is_named_of_several():
 
 def test_tracing_checks_itself_on_request(monkeypatch):
     checked = []
-    monkeypatch.setattr("permask_core.matching.tracer.trace.check_function", lambda *given: checked.append(given))
+    monkeypatch.setattr("permask_core.matching.tracer.trace.check_function",
+                        lambda *given, outputs: checked.append(given))
     model = net()
     assert permutation_groups(model, X) and not checked
     groups = permutation_groups(model, X, check=True)

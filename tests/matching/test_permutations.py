@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 
 from permask_core.masks import apply_masks, layer_sparsity
 from permask_core.matching import Entry, Group, permutation_groups, permute, random_permutations
-from permask_core.matching.permutations import Permutations, assign
+from permask_core.matching.permutations import LARGE, Permutations, assign, assign_again
 from permask_core.models import build_model
 from permask_core.pruning import magnitude_masks
 from permask_core.sparse import FanInLinear, condense
@@ -154,6 +155,33 @@ def test_an_assignment_is_as_good_as_trying_all(n, seed):
     assert similarity[range(n), order].sum() == pytest.approx(similarity[range(n), trials].sum(1).max())
 
 
+@pytest.mark.parametrize("kind", ["normal", "ranks", "whole numbers", "equal"])
+@pytest.mark.parametrize("n", [2, LARGE, LARGE + 30])
+def test_prices_change_the_time_of_an_assignment_only(kind, n):
+    random = np.random.default_rng(n)
+    similarity = {"normal": random.normal(size=(n, n)), "equal": np.zeros((n, n)),
+                  "ranks": random.normal(size=(n, 1)) * random.normal(size=n) * 9 + random.normal(size=(n, n)),
+                  "whole numbers": random.integers(0, 9, (n, n))}[kind].astype(float)
+    best = similarity[linear_sum_assignment(similarity, maximize=True)].sum()
+    given = torch.from_numpy(similarity)
+    order, prices = assign_again(given)
+    assert (prices is None) == (n < LARGE)
+    for before in (None, prices, torch.from_numpy(100 * random.normal(size=n))):
+        order, _ = assign_again(given, before)
+        assert order.sort().values.tolist() == list(range(n))
+        assert similarity[range(n), order].sum() == pytest.approx(best, abs=1e-8)
+    assert np.array_equal(given.numpy(), similarity)
+
+
+def test_prices_are_those_of_the_units_in_their_new_order():
+    similarity = torch.from_numpy(np.random.default_rng(0).normal(size=(LARGE, LARGE)))
+    order, prices = assign_again(similarity)
+    for _ in range(30):  # each time closer
+        _, prices = assign_again(similarity[:, order], prices)
+    best = (similarity[:, order] + prices).amax(1)
+    torch.testing.assert_close((similarity[:, order] + prices).diagonal(), best)
+
+
 def test_permutations_carry_their_objective(net):
     groups = permutation_groups(net, X.double())
     there = random_permutations(groups, seed=0)
@@ -174,6 +202,7 @@ def test_a_permutation_may_come_as_a_list_or_array(net, convert):
     ({"fc7": torch.arange(13)}, "permutations has 'fc7', which is not a group: expected one of fc1, fc2"),
     ({"fc1": torch.arange(12)}, "'fc1' is not a permutation of 13 units"),
     ({"fc1": torch.zeros(13, dtype=torch.int64)}, "'fc1' is not a permutation of 13 units"),
+    ({"fc1": torch.full((9999,), 7)}, "'fc1' is not a permutation of 13 units: got [7, 7, 7"),
     ({"fc1": torch.arange(13)[None]}, "'fc1' is not a permutation of 13 units"),
     ({"fc1": torch.arange(13.0)}, "'fc1' is not a permutation of 13 units"),
 ])

@@ -5,6 +5,7 @@ arguments by their names in the operation's schema, with ``self`` and ``shape`` 
 returns the value of the result, and raises NoRule for a form that it does not cover.
 """
 
+import math
 import operator
 
 import numpy as np
@@ -318,12 +319,19 @@ def _product(net, a, b):
 
 
 def _matmul(net, shape, self_, **given):
-    return _product(net, net.value(self_), net.value(next(iter(given.values()))))
+    weight = next(iter(given.values()))
+    net.tap(weight, "input", x := net.value(self_), len(x.shape) - 1)
+    result = _product(net, x, net.value(weight))
+    net.tap(weight, "output", result, len(shape) - 1)
+    return result
 
 
 def _addmm(net, shape, self_, **given):
-    a, b = (net.value(node) for node in list(given.values())[:2])
-    return net.pointwise(shape, net.value(self_), _product(net, a, b))
+    x, weight = list(given.values())[:2]
+    net.tap(weight, "input", a := net.value(x), len(a.shape) - 1)
+    result = net.pointwise(shape, net.value(self_), _product(net, a, net.value(weight)))
+    net.tap(weight, "output", result, len(shape) - 1)
+    return result
 
 
 def _linear(net, shape, input, weight, bias=None):
@@ -461,6 +469,60 @@ def _as_real(net, shape, self_):
     return net.value(self_).placed(range(len(shape) - 1), shape).fixed([len(shape) - 1], net.why_ordered())
 
 
+def _im2col(net, shape, self_, kernel_size, **_):
+    """The patches of an image: each channel has one index for each position in the kernel."""
+    x, batch = net.value(self_), len(shape) - 2
+    channels = net.reduce(net.ordered(x, [-1, -2]), [-1, -2])
+    split = [*channels.shape, math.prod(kernel_size), shape[-1]]
+    patches = channels.placed(range(batch + 1), split).fixed([batch + 1, batch + 2], net.why_ordered())
+    return net.view(patches, shape)
+
+
+def _col2im(net, shape, self_, output_size, kernel_size, **_):
+    x, batch = net.value(self_), len(shape) - 3
+    split = net.view(x, [*x.shape[:batch], shape[batch], math.prod(kernel_size), x.shape[-1]])
+    channels = net.reduce(net.ordered(split, [-1, -2]), [-1, -2])
+    return net.ordered(channels.placed(range(batch + 1), shape), [-1, -2])
+
+
+def _windows(net, shape, self_, dimension, **_):
+    value = net.value(self_)
+    dimension %= len(value.shape)
+    return net.ordered(value, [dimension]).placed(range(len(value.shape)), shape).fixed(
+        [dimension, len(shape) - 1], net.why_ordered())
+
+
+def _fourier(several):
+    def rule(net, shape, self_, dim=None, n=None, s=None, **_):
+        value = net.value(self_)
+        axes = dim if dim is not None else range(-len(s), 0) if s is not None else range(len(shape))
+        axes = [a % len(shape) for a in (axes if several else [dim])]
+        return net.ordered(value, axes)._replace(shape=tuple(shape)).fixed(axes, net.why_ordered())
+
+    return rule
+
+
+def _distance(net, shape, x1, x2, **_):
+    """A sum over the last axis for all pairs of rows, like a matrix product."""
+    a, b = net.value(x1), net.value(x2)
+    order = [*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2]
+    return _product(net, a, b.placed(order, [*b.shape[:-2], b.shape[-1], b.shape[-2]]))
+
+
+def _pairs(net, shape, x1, x2, dim=None, keepdim=False, **_):
+    a, b = net.value(x1), net.value(x2)
+    both = net.pointwise(np.broadcast_shapes(a.shape, b.shape), a, b)
+    return net.reduce(both, [-1 if dim is None else dim], keepdim)
+
+
+def _sum_to_size(net, shape, self_, size):
+    value = net.value(self_)
+    new = len(value.shape) - len(shape)
+    axes = [new + a for a, n in enumerate(shape) if n == 1 < value.shape[new + a]]
+    value = net.reduce(value, axes, True) if axes else value
+    return net.reduce(value, range(new)) if new else value
+
+
 def _channel_shuffle(net, shape, self_, groups):
     x = net.value(self_)
     split = net.view(x, [x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]])
@@ -518,4 +580,10 @@ RULES = {
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill"), _scatter),
     "view_as_complex": _as_complex, "view_as_real": _as_real,
     "pixel_shuffle": _pixel_shuffle, "channel_shuffle": _channel_shuffle,
+    "im2col": _im2col, "col2im": _col2im, "unfold": _windows, "sum_to_size": _sum_to_size,
+    **dict.fromkeys(("cdist", "_cdist_forward", "_euclidean_dist"), _distance),
+    **dict.fromkeys(("pairwise_distance", "cosine_similarity"), _pairs),
+    **{f"fft_{kind}": _fourier(False) for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")},
+    **{f"fft_{kind}{n}": _fourier(True) for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft") for n in "2n"},
+    **dict.fromkeys(("fft_fftshift", "fft_ifftshift", "_fft_r2c", "_fft_c2c", "_fft_c2r"), _fourier(True)),
 }

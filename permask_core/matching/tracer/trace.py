@@ -37,7 +37,7 @@ BY_HAND = ("groups can be written by hand, as a dict of permask_core.matching.Gr
            "permask_core.matching.check_function")
 
 
-def permutation_groups(model, example_input, *, check=False):
+def permutation_groups(model, example_input, *, check=False, outputs=None):
     """Find the permutation groups of a network.
 
     Parameters
@@ -50,6 +50,9 @@ def permutation_groups(model, example_input, *, check=False):
     check : bool
         Whether to test the result with :func:`permask_core.matching.check_function`, which runs a copy of the model in
         float64 twice.
+    outputs : function, optional
+        A function of the model's result, which returns the part that permutations must preserve, such as
+        ``lambda result: result["logits"]``; by default all of it. All other results may then have permuted units.
 
     Returns
     -------
@@ -79,11 +82,11 @@ def permutation_groups(model, example_input, *, check=False):
         twin = model
         with contextlib.suppress(ValueError):  # the export may leave tensors without values in the caches of a network
             twin = copied(model, share=True)
-        tracer = _Tracer(model, _exported(twin, *arguments(example_input)))
+        tracer = _Tracer(model, _exported(twin, *arguments(example_input)), outputs)
     tracer.run()
     groups = tracer.groups()
     if check:
-        check_function(groups, model, example_input)
+        check_function(groups, model, example_input, outputs=outputs)
     return groups
 
 
@@ -135,7 +138,8 @@ class _Tracer(Algebra):
     """Walks the graph in order; ``values`` has the value of the result of every node, ``known`` the results that do not
     depend on inputs and parameters."""
 
-    def __init__(self, model, program):
+    def __init__(self, model, program, outputs=None):
+        self.results = _results(program, outputs)
         self.graph, self.signature = program.graph, program.graph_signature
         for node in reversed(self.graph.nodes):
             if node.op == "call_function" and not _computes(node) and not node.users:
@@ -144,7 +148,7 @@ class _Tracer(Algebra):
                 without_unread(node, _rule(node.target))
         self.graph.eliminate_dead_code()
         super().__init__()
-        self.values, self.parameters, self.known, self.taps = {}, {}, {}, []
+        self.values, self.parameters, self.known, self.taps, self.products = {}, {}, {}, [], []
         self.axes, self.calls = {}, Counter()  # vertices of (tensor, axis, rows); number of operations by module
         self.tensors = {**self.signature.inputs_to_parameters, **self.signature.inputs_to_buffers,
                         **self.signature.inputs_to_lifted_tensor_constants}
@@ -196,7 +200,7 @@ class _Tracer(Algebra):
                 else:
                     self.values[node] = self._call(node)
             elif node.op == "output":
-                self.fix(self._tensors(node.args), "they reach the network's output")
+                self.fix(self._tensors(self.results), "they reach the network's output")
 
     def _record(self, node, result):
         """Note that the result of a node is known."""
@@ -279,10 +283,16 @@ class _Tracer(Algebra):
         return self.join(value.shape, [value, *vectors])
 
     def tap(self, weight, side, value, axis):
-        """Record that a module with this weight has the value at its input or output."""
+        """Record that the product with this weight, and the module that owns it, have the value at the input or
+        output."""
+        bundles = [bundle for bundle in value.bundles if bundle.axes == (axis,)]
         if self.parameters.get(weight) in (f"{self.module}.weight", "weight"):
-            self.taps += [(self.module, side, axis, bundle, self.node.args[0] if side == "input" else self.node)
-                          for bundle in value.bundles if bundle.axes == (axis,)]
+            self.taps += [(self.module, side, axis, bundle, self.node.args[0] if side == "input" else self.node, 0)
+                          for bundle in bundles if self.module]
+        whole, start = _rows(weight)
+        if whole.op == "placeholder" and len(weight.users) == 1 and (side == "output" or whole is weight):
+            self.products += [(self.parameters.get(whole), side, axis - len(value.shape), bundle, self.node, start)
+                              for bundle in bundles]
 
     def groups(self):
         """Return the orbits as groups with names and taps."""
@@ -314,11 +324,21 @@ class _Tracer(Algebra):
                       [*(Fixed(tensor, axis, count, why) for (tensor, axis, why), count in counts.items()), *idle])
 
     def _taps(self, found, owners, unit):
-        """Return, for each orbit, the inputs of the modules that read its units, or outputs if there are none."""
+        """Return, for each orbit, the inputs of the modules that read its units, or outputs if there are none, or those
+        of products with a parameter."""
+        users = Counter()
+        for node, name in self.parameters.items():
+            users[name] += len(node.users)
+        modules = self._taps_at([tap for tap in self.taps if self.calls[tap[0]] == 1], found, owners, unit)
+        if all(modules):
+            return modules
+        products = self._taps_at([tap for tap in self.products if users[tap[0]] == 1], found, owners, unit)
+        return [tap or product for tap, product in zip(modules, products)]
+
+    @staticmethod
+    def _taps_at(places, found, owners, unit):
         taps = [{"input": {}, "output": {}} for _ in found]
-        for module, side, axis, bundle, node in self.taps:
-            if self.calls[module] > 1 or not module:
-                continue
+        for name, side, axis, bundle, node, start in places:
             where = defaultdict(lambda: defaultdict(list))
             order = np.argsort(bundle.tags, kind="stable")
             for index in order.tolist():
@@ -328,9 +348,27 @@ class _Tracer(Algebra):
             for orbit, positions in where.items():
                 rows = [positions[number] for number in range(max(found[orbit].numbers.values()) + 1)]
                 if len(set(map(len, rows))) == 1:
-                    places = _positions(np.array(rows), bundle.vertices.size)
-                    taps[orbit][side].setdefault(node, Tap(module, side, axis, places))
+                    rows = _positions(np.array(rows) + start, bundle.vertices.size)
+                    taps[orbit][side].setdefault(node, Tap(name, side, axis, rows))
         return [tuple((tap["input"] or tap["output"]).values()) for tap in taps]
+
+
+def _results(program, outputs):
+    """Return the nodes of a graph that give the chosen results, and those that give new values of buffers."""
+    (nodes,) = program.graph.output_node().args
+    own = program.graph_signature.user_outputs
+    first = len(nodes) - len(own)  # new values of buffers come before the results of the model
+    result = pytree.tree_unflatten(nodes[first:], program.call_spec.out_spec)
+    return [*nodes[:first], *pytree.tree_leaves(outputs(result) if outputs else result)]
+
+
+def _rows(node):
+    """Return the tensor of which a node gives some rows, and the first of them; or the node itself, and 0."""
+    if node.target is operator.getitem and (split := node.args[0]).op == "call_function":
+        parts, index = split.meta["val"], node.args[1]
+        if _name(split.target) in ("split", "split_with_sizes", "chunk") and (*split.args, 0, 0)[2] == 0:
+            return split.args[0], sum(part.shape[0] for part in parts[:index])
+    return node, 0
 
 
 def _moves(buffer):

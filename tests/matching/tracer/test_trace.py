@@ -159,6 +159,11 @@ def experts(s, x):
     return torch.einsum("be,beo->bo", s.r(x).softmax(1), torch.einsum("beh,eho->beo", hidden, s.v))
 
 
+def packed_experts(s, x):
+    hidden = torch.bmm(s.e(x)[None].expand(4, -1, -1), s.w).relu()
+    return s.o((s.g(x).softmax(1).T[:, :, None] * torch.bmm(hidden, s.v)).sum(0))
+
+
 def seen_by_both(s, x):
     h = s.a(x).relu()
     return {"sum": s.b(h), "parts": [s.c(h)]}
@@ -673,7 +678,42 @@ def test_attention_of_torch(make, expected):
 
 # What must stay, because the order of the units matters or because nobody knows: for each network what is found all the
 # same, and the reason that is given.
+FOLLOWED |= {
+    "patches": ("a:5", lambda: (Net(lambda s, x: s.b(F.unfold(s.a(x), 3, 1, 1, 2).mT).mean(1), a=Conv(3, 5, 1),
+        b=Linear(45, 3)), images())),
+    "a convolution by patches": ("a:5 w:4", lambda: (Net(lambda s, x: s.b((s.w @ F.unfold(s.a(x), 3)).relu().mT).mean(
+        1), a=Conv(3, 5, 1), w=parameter(4, 45), b=Linear(4, 3)), images())),
+    "patches of one image": ("a:5", lambda: (Net(lambda s, x: s.b(F.unfold(s.a(x), 2, stride=2).mT), a=Conv(3, 5, 1),
+        b=Linear(20, 3)), images()[0])),
+    "images of patches": ("a:5", lambda: (Net(lambda s, x: s.b(F.fold(s.a(x).view(-1, 20, 4), (4, 4), 2,
+        stride=2).relu()), a=Linear(8, 80), b=Conv(5, 3, 1)), vectors())),
+    "windows": ("a:5", lambda: (Net(lambda s, x: s.b(s.a(x).unfold(2, 3, 2).amax(3).mT), a=nn.Conv1d(3, 5, 1),
+        b=Linear(5, 3)), images(3, 9))),
+    "Fourier transform of tokens": ("a:6", lambda: (Net(lambda s, x: s.b(torch.fft.fft(s.a(x), dim=1).real),
+        a=Linear(8, 6), b=Linear(6, 3)), tokens())),
+    "Fourier transform of images": ("a:5", lambda: (Net(lambda s, x: s.b(torch.fft.irfft2(torch.fft.rfft2(s.a(
+        x)) * s.k).relu()), a=Conv(3, 5, 1), k=nn.Parameter(torch.randn(5, 1, 1, dtype=torch.cfloat)), b=Conv(5, 3, 1)),
+        images())),
+    "shifted spectrum": ("a:5", lambda: (Net(lambda s, x: s.b(torch.fft.fftshift(torch.fft.fftn(s.a(x), dim=(2, 3)),
+        dim=(2, 3)).abs()), a=Conv(3, 5, 1), b=Conv(5, 3, 1)), images())),
+    "distances to centres": ("a:6 c:4", lambda: between(lambda s, h: (-torch.cdist(h, s.c)).exp(), 6, 4,
+        c=parameter(4, 6))),
+    "distances of tokens": ("a:6", lambda: (Net(lambda s, x: torch.cdist(s.a(x), s.c(x).cos(), p=1), a=Linear(8, 6),
+        c=Linear(8, 6)), tokens())),
+    "distances in pairs": ("a:6", lambda: (Net(lambda s, x: F.pairwise_distance(s.a(x), s.c(x).cos()), a=Linear(8, 6),
+        c=Linear(8, 6)), vectors())),
+    "cosines": ("a:6", lambda: (Net(lambda s, x: F.cosine_similarity(s.a(x)[:, None], s.c(x).cos()[None], dim=2),
+        a=Linear(8, 6), c=Linear(8, 6)), vectors())),
+    "summed to a size": ("a:6", lambda: between(lambda s, h: h.relu().view(-1, 3, 6).sum_to_size(1, 3, 6))),
+    "summed to fewer axes": ("a:6", lambda: between(lambda s, h: h.cos().view(-1, 3, 6).sum_to_size(3, 6))),
+    "packed experts by bmm": ("e:6 w:4 w#2:5 v:7", lambda: (Net(packed_experts, e=Linear(8, 6), g=Linear(8, 4),
+        w=parameter(4, 6, 5), v=parameter(4, 5, 7), o=Linear(7, 3)), vectors())),
+}
 LEFT_FIXED = {
+    "Fourier transform of units": ("", "their order matters to fft_fft", lambda: between(
+        lambda s, h: torch.fft.fft(h).abs())),
+    "real Fourier transform of units": ("", "their order matters to fft_rfft", lambda: between(
+        lambda s, h: torch.fft.rfft(h).abs(), 6, 4)),
     "roll": ("", "their order matters to roll", lambda: between(lambda s, h: h.roll(1, 1))),
     "flip": ("", "their order matters to flip", lambda: between(lambda s, h: h.flip(1))),
     "cumsum": ("", "their order matters to cumsum", lambda: between(lambda s, h: h.cumsum(1))),
@@ -690,7 +730,7 @@ LEFT_FIXED = {
         1, torch.arange(6).expand(len(h), 6), h))),
     "sorted embeddings": ("", "sort is not supported", lambda: (Net(lambda s, x: s.b(s.e(x).sort(-1)[0] * s.w),
         e=nn.Embedding(9, 6), w=parameter(6), b=Linear(6, 3)), torch.randint(0, 9, (4, 5)))),
-    "unfold": ("", "unfold is not supported", lambda: between(lambda s, h: h.unfold(1, 2, 2).flatten(1))),
+    "unfold": ("", "their order matters to unfold", lambda: between(lambda s, h: h.unfold(1, 2, 2).flatten(1))),
     "pooling over units": ("", "their order matters to avg_pool", lambda: between(lambda s, h: F.avg_pool1d(h[:, None],
         2)[:, 0], 6, 3)),
     "convolution over units": ("", "their order matters to conv1d", lambda: between(lambda s, h: s.c(h[:, None])[:, 0],
@@ -959,6 +999,20 @@ def test_only_shapes_matter():
     model, x = Seq(Conv(3, 4, 3), ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Linear(4, 2)), images()
     one, two = (permutation_groups(model, batch) for batch in (x, torch.full((1, 3, 9, 7), float("nan"))))
     assert one == two and sizes(one) == "0:4"
+
+
+def test_outputs_can_be_chosen():
+    model, x = Net(lambda s, x: {"hidden": (h := s.a(x).relu()), "y": [s.b(h), s.c(h)]}, a=Linear(8, 6), b=Linear(6, 3),
+                   c=Linear(6, 4)), vectors()
+    assert sizes(permutation_groups(model, x)) == ""
+    for outputs, expected in ((lambda result: result["y"], "a:6"), (lambda result: result["y"][0], "a:6 c:4"),
+                              (lambda result: result["hidden"], "b:3 c:4")):
+        groups = permutation_groups(model, x, check=True, outputs=outputs)
+        assert sizes(groups) == expected
+    groups = permutation_groups(model, x, outputs=lambda result: result["y"][0])
+    with pytest.raises(ValueError, match="permuting group 'c'"):
+        check_function(groups, model, x)
+    assert check_function(groups, model, x, outputs=lambda result: result["y"][0]) < 1e-12
 
 
 # What cannot be traced
