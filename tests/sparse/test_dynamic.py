@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from permask_core.masks import apply_masks
 from permask_core.models import build_model
 from permask_core.pruning import random_masks
-from permask_core.sparse import FanInLinear, dynamic
+from permask_core.sparse import FanInConv2d, FanInLinear, condense, dynamic
 from permask_core.sparse.dynamic import (
     Connections,
     Rewiring,
@@ -365,9 +365,17 @@ def twins(method="srigl", density=0.1, sizes=(20, 30, 12), seed=0):
     weights = {name: p for name, p in masked.named_parameters() if p.ndim > 1}
     masks = constant_fan_in_masks(weights, density, seed=seed)
     apply_masks(masked, masks)
-    condensed = nn.Sequential(FanInLinear.from_dense(masked[0], masks["0.weight"]), nn.ReLU(),
-                              FanInLinear.from_dense(masked[2], masks["2.weight"]))
-    return masked, masks, condensed
+    return masked, masks, condense(masked, masks).model
+
+
+def convolutions():
+    """The same for convolutions with strides, padding and groups; each needs the input of each image."""
+    torch.manual_seed(1)
+    masked = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 12, (1, 2), groups=4), nn.ReLU(),
+                           nn.Flatten(), nn.Linear(12 * 4 * 3, 5)).double()
+    masks = constant_fan_in_masks({name: p for name, p in masked.named_parameters() if p.ndim > 1}, 0.3, seed=0)
+    apply_masks(masked, masks)
+    return masked, masks, condense(masked, masks).model
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -400,6 +408,39 @@ def test_a_fan_in_layer_and_a_masked_one_are_rewired_alike(optimizer, min_salien
     ablated = (ends[0].fan_in["0.weight"] == 0).any()
     assert bool(ablated) == (min_salient is not None) and (ends[0].fan_in["2.weight"] > 0).all()
     assert not condensed[0]._forward_hooks
+
+
+@pytest.mark.parametrize("ablates", [True, False])
+def test_fan_in_convolutions_and_masked_ones_are_rewired_in_the_same_way(ablates, monkeypatch):
+    masked, masks, condensed = convolutions()
+    assert [type(condensed[i]) for i in (0, 2, 5)] == [FanInConv2d, FanInConv2d, FanInLinear]
+    monkeypatch.setattr(dynamic, "CHUNK", 60)  # some rows of a convolution at a time
+    rewiring = Rewiring("srigl", every=2, until=1.0, min_salient=1.0 if ablates else None)
+    x, y, ends = torch.randn(30, 3, 7, 8).double(), torch.arange(30) % 5, []
+    for model, kept in ((masked, masks), (condensed, None)):
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        topology = Topology(model, kept, rewiring, steps=21)
+        for _ in range(21):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            topology.step(optimizer)
+        ends.append(topology)
+    for i, name in ((0, "0.weight"), (2, "2.weight"), (5, "5.weight")):
+        assert torch.equal(ends[0].fan_in[name], ends[1].fan_in[name]) and len(ends[0].fan_in[name]) == 11
+        assert torch.equal(condensed[i].mask(), ends[0].masks[name])
+        assert not torch.equal(ends[0].masks[name], masks[name])
+        torch.testing.assert_close(condensed[i].to_dense().weight, masked[i].weight, atol=1e-9, rtol=1e-9)
+    assert any((ends[0].fan_in[name] == 0).any() for name in masks) == ablates
+
+
+def test_set_on_a_fan_in_convolution_keeps_its_fan_in():
+    *_, condensed = convolutions()
+    topology = Topology(condensed, None, Rewiring("set", fraction=0.8, **ALWAYS), steps=20, seed=1)
+    before, k = condensed[0].mask(), condensed[0].fan_in
+    for step in range(1, 6):
+        topology.rewire(step)
+    after = condensed[0].mask()
+    assert not torch.equal(before, after) and (after.flatten(1).sum(1) == k).all()
 
 
 def test_set_on_a_fan_in_layer_keeps_its_rows_and_zeroes_what_is_new():
