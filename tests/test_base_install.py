@@ -21,7 +21,7 @@ README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encod
 AT_ONCE = {"permask_core.models.vision": "vision", "permask_core.models.imagenet": "vision",
            "permask_core.models.tiny_vit": "vision", "permask_core.models.bert": "vision",
            "permask_core.display": "display"}
-LOADED = {"permask_core.sparse.kernels.simd", "permask_core.sparse.kernels.triton"}  # where kernels are chosen
+LOADED = {f"permask_core.sparse.kernels.{name}" for name in ("shifts", "simd", "triton")}  # where kernels are chosen
 
 
 @pytest.fixture

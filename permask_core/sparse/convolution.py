@@ -44,6 +44,7 @@ class FanInConv2d(FanInLayer):
 
     Examples
     --------
+    >>> import torch
     >>> layer = FanInConv2d(16, 32, 3, fan_in=14, padding=1)
     >>> layer(torch.randn(8, 16, 10, 10)).shape, layer.mask().shape, int(layer.mask().sum())
     (torch.Size([8, 32, 10, 10]), torch.Size([32, 16, 3, 3]), 448)

@@ -207,7 +207,7 @@ class FanInLayer(nn.Module):
         return whole.index_put((self.rows[:, None], self.indices.long()), values).view(self.weight_shape)
 
     def columns(self):
-        """Return :attr:`indices` counted over the inputs of all groups, int32 [n_active, fan_in]."""
+        """Return ``indices`` counted over the inputs of all groups, int32 [n_active, fan_in]."""
         if self.groups == 1:
             return self.indices
         first = self.rows // (self.out_features // self.groups) * self.in_features

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from permask_core.masks import apply_masks
 from permask_core.models import build_model
 from permask_core.pruning import random_masks
-from permask_core.sparse import FanInLinear, dynamic
+from permask_core.sparse import FanInConv2d, FanInLinear, condense, dynamic
 from permask_core.sparse.dynamic import (
     Connections,
     Rewiring,
@@ -365,9 +365,17 @@ def twins(density=0.1, sizes=(20, 30, 12), seed=0, shared=1):
     weights = {name: p for name, p in masked.named_parameters() if p.ndim > 1}
     masks = constant_fan_in_masks(weights, density, seed=seed, shared=shared)
     apply_masks(masked, masks)
-    condensed = nn.Sequential(FanInLinear.from_dense(masked[0], masks["0.weight"]), nn.ReLU(),
-                              FanInLinear.from_dense(masked[2], masks["2.weight"]))
-    return masked, masks, condensed
+    return masked, masks, condense(masked, masks).model
+
+
+def convolutions():
+    """The same for convolutions with strides, padding and groups; each needs the input of each image."""
+    torch.manual_seed(1)
+    masked = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 12, (1, 2), groups=4), nn.ReLU(),
+                           nn.Flatten(), nn.Linear(12 * 4 * 3, 5)).double()
+    masks = constant_fan_in_masks({name: p for name, p in masked.named_parameters() if p.ndim > 1}, 0.3, seed=0)
+    apply_masks(masked, masks)
+    return masked, masks, condense(masked, masks).model
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -404,6 +412,37 @@ def test_a_fan_in_layer_and_a_masked_one_are_rewired_alike(optimizer, min_salien
     assert not condensed[0]._forward_hooks
 
 
+@pytest.mark.parametrize("ablates", [True, False])
+def test_fan_in_convolutions_and_masked_ones_are_rewired_in_the_same_way(ablates, monkeypatch):
+    masked, masks, condensed = convolutions()
+    assert [type(condensed[i]) for i in (0, 2, 5)] == [FanInConv2d, FanInConv2d, FanInLinear]
+    monkeypatch.setattr(dynamic, "CHUNK", 60)  # some rows of a convolution at a time
+    rewiring = Rewiring("srigl", every=2, until=1.0, min_salient=1.0 if ablates else None)
+    x, y, ends = torch.randn(30, 3, 7, 8).double(), torch.arange(30) % 5, []
+    for model, kept in ((masked, masks), (condensed, None)):
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        topology = Topology(model, kept, rewiring, steps=21)
+        for _ in range(21):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            topology.step(optimizer)
+        ends.append(topology)
+    for i, name in ((0, "0.weight"), (2, "2.weight"), (5, "5.weight")):
+        assert torch.equal(ends[0].fan_in[name], ends[1].fan_in[name]) and len(ends[0].fan_in[name]) == 11
+        assert torch.equal(condensed[i].mask(), ends[0].masks[name])
+        assert not torch.equal(ends[0].masks[name], masks[name])
+        torch.testing.assert_close(condensed[i].to_dense().weight, masked[i].weight, atol=1e-9, rtol=1e-9)
+    assert any((ends[0].fan_in[name] == 0).any() for name in masks) == ablates
+
+
+def test_set_on_a_fan_in_convolution_keeps_its_fan_in():
+    *_, condensed = convolutions()
+    topology = Topology(condensed, None, Rewiring("set", fraction=0.8, **ALWAYS), steps=20, seed=1)
+    before, k = condensed[0].mask(), condensed[0].fan_in
+    for step in range(1, 6):
+        topology.rewire(step)
+    after = condensed[0].mask()
+    assert not torch.equal(before, after) and (after.flatten(1).sum(1) == k).all()
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(2, 9), st.integers(0, 2 ** 31), st.floats(0.1, 1), st.data())
 def test_neurons_that_share_connections_move_as_one_neuron_with_their_sums(size, groups, inputs, seed, fraction, data):
     """Its magnitudes and gradients are the sums over the neurons, and srigl_step is the reference."""
@@ -432,15 +471,15 @@ def test_neurons_that_share_connections_move_as_one_neuron_with_their_sums(size,
     assert torch.equal(weight[kept], before[kept])
 
 
-@pytest.mark.parametrize("condense", [False, True])
-def test_set_moves_the_connections_of_neurons_that_share_them(condense):
+@pytest.mark.parametrize("stored", [False, True])
+def test_set_moves_the_connections_of_neurons_that_share_them(stored):
     masked, masks, condensed = twins(density=0.4, shared=4)
-    topology = Topology(condensed if condense else masked, None if condense else masks,
+    topology = Topology(condensed if stored else masked, None if stored else masks,
                         Rewiring("set", fraction=0.8, shared=4, **ALWAYS), steps=20, seed=1)
     for step in range(1, 11):
         topology.rewire(step)
         for i, name in ((0, "0.weight"), (2, "2.weight")):
-            now = condensed[i].mask() if condense else topology.masks[name]
+            now = condensed[i].mask() if stored else topology.masks[name]
             for rows in now.split(2 if i == 0 else 4):  # 30 neurons and 12
                 assert (rows == rows[0]).all()
             assert now.sum() == masks[name].sum()
