@@ -4,6 +4,8 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+from permask_core.runs.tables import read_table
+
 
 def measured_noisy_digits():
     """The permuted-mask experiment on noisy digits, with more seeds, widths and sparsities than in a notebook.
@@ -241,6 +243,39 @@ def measured_grids():
         and ``status.json``.
     """
     return {path.parent.name: path.parent for path in sorted(Path(str(files(__package__))).glob("grids/*/status.json"))}
+
+
+def measured_grid(grid, notebook):
+    """Return the results of one notebook in a grid that was run in advance.
+
+    Parameters
+    ----------
+    grid, notebook : str
+        Such as "digits" and "cifar".
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions`` and ``device``, of several jobs separated by commas; and ``rows``, a list
+        of dict with the settings and results of each run, as the notebook writes them to ``output``.
+
+    Raises
+    ------
+    KeyError
+        If no such grid came with the book.
+    FileNotFoundError
+        If the grid has no results of the notebook.
+    """
+    folder = measured_grids()[grid]
+    rows = read_table(folder / "tables" / f"{notebook}.csv")
+    torch = {job["job"]: job["versions.torch"] for job in read_table(folder / "jobs.csv")}
+
+    def every(values):
+        return ", ".join(dict.fromkeys(map(str, values)))
+
+    return {"command": f"make batch GRID={grid}", "commit": every(row["commit"] for row in rows),
+            "versions": {"torch": every(torch[row["job"]] for row in rows)},
+            "device": every(row["device"] for row in rows), "rows": rows}
 
 
 def measured_claims():

@@ -1,0 +1,57 @@
+"""What the pages on Fashion-MNIST say of the stored grid."""
+
+import pandas as pd
+import pytest
+
+from permask_core.data.measured import measured_grid
+from permask_core.display import select
+from permask_core.experiments.alignment import gap_share
+from permask_core.experiments.presets import PERMUTED_MASKS
+
+ROWS = pd.DataFrame(measured_grid("fashion_mnist", "fashion_mnist")["rows"]).fillna({"matching": ""})
+CHOSEN = ROWS["preset"].map({name: one.settings.get("rewind") for name, one in PERMUTED_MASKS.items()})
+NETWORKS = dict(list(ROWS[ROWS["rewind"] == CHOSEN].groupby(["model", "width"])))
+
+
+def accuracy(rows, method, s, by=""):
+    return select(rows, "accuracy", method=method, sparsity=s, matching=by).mean()
+
+
+def share(width, rewind, s, by="activations"):
+    rows = ROWS[(ROWS["model"] == "mlp") & (ROWS["width"] == width) & (ROWS["rewind"] == rewind)]
+    given = ("permuted", by), ("naive", ""), ("lth", "")
+    return gap_share(*(select(rows, "accuracy", method=m, sparsity=s, matching=one) for m, one in given))
+
+
+def test_seeds_that_chose_the_settings_are_not_reported():
+    assert ROWS["seed"].min() == 5
+    for (model, width), rows in NETWORKS.items():
+        assert rows["seed"].nunique() >= (5 if model == "mlp" else 3), (model, width)
+        counts = rows.groupby(["method", "matching", "sparsity"])["seed"].nunique()
+        assert counts.nunique() == 1  # every method of every pair
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+def test_the_order_of_the_methods_at_97_percent(network):
+    rows = NETWORKS[network]
+    ticket, naive, random = (accuracy(rows, method, 0.97) for method in ("lth", "naive", "random"))
+    assert ticket > naive > random
+    if network != ("mlp", 0.25):
+        for by in ("weights", "activations"):
+            assert ticket > accuracy(rows, "permuted", 0.97, by) > naive
+
+
+def test_from_the_initialisation_the_permutation_closes_little_and_from_epoch_1_more_than_half():
+    for width in (0.25, 0.5, 1, 2):
+        assert share(width, 0, 0.97).share < 1 / 3 and share(width, 0, 0.97, "weights").share < 1 / 3
+        assert share(width, 1, 0.97).share > 1 / 2
+
+
+def test_the_width_matters_less_than_the_start():
+    starts = [[share(width, k, 0.97).share for width in (0.25, 0.5, 1, 2)] for k in (0, 1)]
+    assert min(starts[1]) - max(starts[0]) > max(starts[1]) - min(starts[1])
+
+
+def test_later_rewind_points_gain_nothing_over_epoch_1():
+    first, *later = (share(2, k, 0.97) for k in (1, 2, 3))
+    assert all(abs(one.share - first.share) < 0.1 for one in later)
