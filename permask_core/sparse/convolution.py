@@ -19,9 +19,9 @@ class FanInConv2d(FanInLayer):
     ``weight[channel].flatten()``, each a channel of its group and a position of the kernel, so ``in_features`` is
     in_channels / groups times the size of the kernel.
 
-    On a CPU float32 and float64 are computed by compiled loops over the connections. Otherwise (on a GPU, in half
-    precision, without numba, and under ``torch.compile``) the dense weight is made in each call, and only the memory of
-    the parameters, their gradients and the state of the optimizer is saved.
+    On a CPU float32 and float64 are computed by compiled loops over the connections, which save no time if groups have
+    few channels. Otherwise (on a GPU, in half precision, without numba, and under ``torch.compile``) each call makes
+    the dense weight, and only the memory of the parameters, their gradients and the optimizer's state is saved.
 
     Parameters
     ----------

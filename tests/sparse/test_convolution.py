@@ -369,6 +369,17 @@ def test_the_dense_gradient_of_some_rows(settings):
                                        conv.weight.grad[start:stop].flatten(1))
 
 
+def test_a_default_device_and_inference_mode_change_nothing():
+    conv, layer = layers(3, 4, 3, padding=1)
+    for context in (torch.device("meta"), torch.inference_mode()):
+        convolution._layout.cache_clear()  # what is cached serves later calls too
+        x = torch.randn(2, 3, 6, 5, dtype=torch.float64, device="cpu")
+        with context:
+            y = layer(x)
+        torch.testing.assert_close(y.clone(), conv(x).detach())
+        assert_same(conv, layer, x)
+
+
 def test_layouts_of_the_input_separate_rows_by_an_odd_number_of_lines():
     """Else the rows of all channels would compete for the same lines of a cache."""
     for shape in ((32, 8, 32, 32), (1, 8, 64, 64), (3, 8, 7, 5)):

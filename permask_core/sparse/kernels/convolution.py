@@ -56,8 +56,8 @@ def _layout(shape, window, width):
     tiles = -(-batch * math.prod(grid) // width)
     # Rows at a distance of a power of two would evict each other from a cache. An odd number of lines prevents that.
     row = ((tiles * width + max(shift for shift, _ in taps)) // 16 | 1) * 16 + 32
-    offsets = torch.tensor([phases.index(phase) * row + shift for shift, phase in taps])
-    offsets = torch.arange(channels)[:, None] * len(phases) * row + offsets
+    offsets = torch.tensor([phases.index(phase) * row + shift for shift, phase in taps], device="cpu")
+    offsets = torch.arange(channels, device="cpu")[:, None] * len(phases) * row + offsets
     return _Layout(batch, grid, phases, tiles, row, offsets.flatten())
 
 
