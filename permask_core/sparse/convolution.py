@@ -2,11 +2,13 @@
 
 from numbers import Integral
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from permask_core.runs.checks import check_integer
+from permask_core.sparse import kernels
 from permask_core.sparse.fan_in import FanInLayer, is_traced
 from permask_core.sparse.kernels import convolution
 
@@ -21,7 +23,8 @@ class FanInConv2d(FanInLayer):
 
     On a CPU float32 and float64 are computed by compiled loops over the connections, which save no time if groups have
     few channels. Otherwise (on a GPU, in half precision, without numba, and under ``torch.compile``) each call makes
-    the dense weight, and only the memory of the parameters, their gradients and the optimizer's state is saved.
+    the dense weight, and only the memory of the parameters, their gradients and the optimizer's state is saved. A 1x1
+    convolution without groups is computed as a :class:`FanInLinear` over the channels there, except when compiled.
 
     Parameters
     ----------
@@ -71,6 +74,7 @@ class FanInConv2d(FanInLayer):
         super()._describe(sizes, shape)
         self.window = convolution.Window(self.kernel_size, self.stride, self.dilation)
         self._around = sizes._reversed_padding_repeated_twice
+        self._pointwise = self.window.kernel_size == (1, 1) and self.groups == 1
 
     def forward(self, x):
         """Map [batch, in_channels, height, width] to [batch, out_channels, ...], or both without the batch."""
@@ -82,7 +86,7 @@ class FanInConv2d(FanInLayer):
         images = self.padded(x if x.ndim == 4 else x[None])
         if min(self.window.output_size(images.shape[2:])) < 1:
             raise ValueError(f"the input has shape {list(x.shape)}: expected images of at least the size of the kernel")
-        if not is_traced(x) and convolution.is_usable(images, values, self.indices, bias):
+        if not is_traced(x) and (self._pointwise or convolution.is_usable(images, values, self.indices, bias)):
             y = self._outputs(self._sums, images, values, bias)
         else:
             y = F.conv2d(images, self._spread(values), bias, self.stride, 0, self.dilation, self.groups)
@@ -94,10 +98,27 @@ class FanInConv2d(FanInLayer):
         return F.pad(x, self._around, mode) if any(self._around) else x
 
     def _forward(self, x, values, bias):
-        return convolution.forward(x, values, self.columns(), bias, self.window)
+        if convolution.is_usable(x, values, self.indices, bias):
+            return convolution.forward(x, values, self.columns(), bias, self.window)
+        pixels = self._strided(x).movedim(1, -1)
+        return kernels.forward(pixels.flatten(0, -2), values, self.indices, bias).unflatten(
+            0, pixels.shape[:-1]).movedim(-1, 1).contiguous()
 
     def _backward(self, grad, x, values, need_x, need_values):
-        return convolution.backward(grad, x, values, self.transpose(), self.window, need_x, need_values)
+        if convolution.is_usable(x, values, self.indices, None):
+            return convolution.backward(grad, x, values, self.transpose(), self.window, need_x, need_values)
+        g, pixels = (one.movedim(1, -1).flatten(0, -2).contiguous() for one in (grad, self._strided(x)))
+        rows, dvalues = kernels.backward(g, pixels, values, self.indices, self.transpose(), need_x=need_x,
+                                         need_values=need_values)
+        dx = None
+        if need_x:
+            dx = torch.zeros_like(x)
+            part = self._strided(dx)
+            part.copy_(rows.view(len(x), *part.shape[2:], -1).movedim(-1, 1))
+        return dx, dvalues
+
+    def _strided(self, x):
+        return x[..., ::self.stride[0], ::self.stride[1]]
 
     def dense_gradient(self, grad, x, start, stop):
         """Return the gradient of rows ``start`` to ``stop`` of the dense weight, [stop - start, in_features], for an

@@ -388,3 +388,24 @@ def test_layouts_of_the_input_separate_rows_by_an_odd_number_of_lines():
         assert layout.row % 32 == 16 and layout.row >= layout.tiles * 64 + 2
         assert len(layout.offsets) == 8 * 9 and int(layout.offsets.max()) < 8 * 2 * layout.row
         assert layout.tiles * 64 >= shape[0] * math.prod(layout.grid)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2, (2, 3)])
+def test_where_there_are_no_loops_a_1x1_convolution_is_a_linear_layer_over_channels(dtype, stride, monkeypatch):
+    torch.manual_seed(0)
+    layer = FanInConv2d(12, 20, 1, fan_in=5, stride=stride, padding=1, dtype=dtype)
+    x = torch.randn(3, 12, 7, 8, dtype=dtype, requires_grad=True)
+    weight = layer.to_dense().weight.detach().double().requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    right = torch.nn.functional.conv2d(exact, weight, layer.bias.detach().double(), stride, 1)
+    grad = torch.randn_like(right)
+    right.backward(grad)
+    monkeypatch.setattr(cpu, "is_usable", lambda: False)
+    monkeypatch.setattr(FanInConv2d, "_spread", lambda *_: pytest.fail("the dense weight was made"))
+    y = layer(x)
+    y.backward(grad.to(dtype))
+    chosen = weight.grad[:, :, 0, 0].gather(1, layer.indices.long())
+    for found, expected in ((y, right), (x.grad, exact.grad), (layer.values.grad, chosen)):
+        atol = TOLERANCE[dtype] * float(expected.abs().max())
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
