@@ -69,19 +69,20 @@ class Diagnosis:
 
     Attributes
     ----------
-    findings : tuple of Finding
-        Certain ones first, then by their share of the damage. An unexplained rest is one of them.
+    findings : tuple
+        Each a :class:`Finding`. Certain ones come first, then by their share of the damage. An unexplained rest is one
+        of them.
     rise : float
         The damage in nats: the loss halfway between A, matched once and without correction, and B, above that of the
         better of the two ends. NaN if their tensors differ.
-    halfway : dict of str to dict of str to float
+    halfway : dict of dict
         Loss halfway in nats, by the order of A and by correction ("none", "reset" or "repair").
-    ends : dict of str to dict of str to float
+    ends : dict of dict
         ``loss`` in nats and ``accuracy`` in [0, 1] of A and B, and ``reset``, the loss after a reset of BatchNorm.
-    units : dict of str to dict of str to float
+    units : dict of dict
         By group, matched by activations: the number of ``units`` that are not constant in B, the mean ``correlation``
         of their activations with those in A, and the share ``without`` a partner, for which it is below 0.5.
-    streams : dict of str to dict of str to (float, float, float)
+    streams : dict of dict
         By group that several layers write, and by layer: the cosine of the weights of A and B in the common order of
         units, in the order that is best for this layer, and by chance, in the best order for mixed weights.
     control : float

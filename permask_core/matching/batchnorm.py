@@ -46,7 +46,7 @@ def interpolate(source, target, alpha):
     ValueError
         If keys or shapes differ; or, unless ``alpha`` is 0 or 1, if other integers differ, such as the indices of a
         :class:`~permask_core.sparse.FanInLinear`, or a weight is computed from several entries, as by
-        ``weight_norm``. For these see :func:`~permask_core.evaluation.interpolate_network`.
+        ``weight_norm``. For these see :func:`~permask_core.evaluation.connectivity.interpolate_network`.
 
     Examples
     --------

@@ -196,4 +196,4 @@ def check_mixable(states):
         if "parametrizations." in name or name.endswith("weight_g") and f"{name[:-1]}v" in states[0]:
             raise ValueError(f"{name!r} is not a weight, but an argument of the function that computes one: expected "
                              "weights, as after torch.nn.utils.parametrize.remove_parametrizations; "
-                             "permask_core.evaluation.interpolate_network interpolates such weights")
+                             "permask_core.evaluation.connectivity.interpolate_network interpolates such weights")
