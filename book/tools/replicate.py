@@ -83,11 +83,15 @@ def started(name: str, settings: dict, source: Path) -> bool:
 
 
 def gather(named: dict, notebooks: list[Path]) -> dict:
-    """Return the record of all results for the current version of their notebook."""
-    record = {"command": f"make replicate N={len(named) - len(ARITHMETIC)}",
-              "repetitions": {name: {**settings, "machines": []} for name, settings in named.items()}, "pages": {}}
+    """Return the record of all results for the current version of their notebook: those of an earlier record, and those
+    in this folder, which replace them."""
+    kept = json.loads(RATES.read_text(encoding="utf8")) if RATES.exists() else {"repetitions": {}, "pages": {}}
+    named = kept["repetitions"] | {name: {"machines": [], **kept["repetitions"].get(name, {}), **settings}
+                                   for name, settings in named.items()}
+    record = {"command": f"make replicate N={len(named) - len(ARITHMETIC)}", "repetitions": named, "pages": {}}
     for source in notebooks:
-        claims = {}
+        page = kept["pages"].get(source.stem, {})
+        claims = page["claims"] if page.get("version") == notebook_version(source) else {}
         for name in named:
             if found := result(name, source):
                 machines = record["repetitions"][name]["machines"]

@@ -117,6 +117,23 @@ def test_what_was_repeated_is_not_repeated_again_unless_the_notebook_changed(pro
     assert len(in_this_process) == 5
 
 
+def test_rates_from_elsewhere_are_kept_until_their_notebook_changes(project, in_this_process, monkeypatch):
+    write_notebook(project / "notebooks" / "luck.ipynb", "first_seed: int = 7  # of all", CLAIMS)
+    replicate.main(2, [], jobs=1)
+    before = json.loads((project / "claims.json").read_text())
+    monkeypatch.setattr(replicate, "WORK", project / "another checkout")
+    replicate.main(1, ["luck"], jobs=1)
+    after = json.loads((project / "claims.json").read_text())
+    assert after["pages"]["chance"] == before["pages"]["chance"]
+    assert after["repetitions"].keys() == before["repetitions"].keys()
+    assert after["pages"]["luck"]["claims"].keys() == before["pages"]["luck"]["claims"].keys()
+    assert all(len(one) == 5 for page in after["pages"].values() for one in page["claims"].values())
+    changed = CLAIMS.replace("even", "odd")
+    write_notebook(project / "notebooks" / "chance.ipynb", "first_seed: int = 4  # of all", changed)
+    replicate.main(1, ["luck"], jobs=1)
+    assert list(json.loads((project / "claims.json").read_text())["pages"]) == ["luck"]
+
+
 def test_notebook_that_fails_is_named_and_leaves_the_others_their_rates(project, in_this_process, capsys):
     write_notebook(project / "notebooks" / "broken.ipynb", "first_seed: int = 4  # of all", "assert first_seed < 1000")
     assert replicate.main(1, [], jobs=1) == 1

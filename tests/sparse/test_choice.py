@@ -44,6 +44,13 @@ def test_a_damaged_or_foreign_file_is_measured_again(cache, content):
     assert json.loads(cache.read_text())["loop"] == "b"
 
 
+def test_false_is_not_the_name_0(cache):
+    cache.parent.mkdir()
+    cache.write_text('{"loop": false}')
+    assert type(choose("loop", {0: lambda: time.sleep(2e-3), 1: lambda: None}, rule=0, repeats=1)) is int
+    assert json.loads(cache.read_text()) == {"loop": 1}
+
+
 def test_no_folder_to_write_to(cache):
     cache.parent.write_text("a file in the place of the folder")
     assert choose("loop", calls()[0], rule="a", repeats=1) == "b"
