@@ -15,14 +15,29 @@ def write_table(path, rows):
     ----------
     path : path-like
     rows : list of dict
-        Values are anything that JSON holds. Each entry of a dict gets its own column, named "key.inner key".
+        Values are anything that JSON holds. Each entry of a dict gets its own column, as in :func:`columns`.
     """
-    rows = [_columns("", row) for row in rows]
+    rows = [columns(row) for row in rows]
     heads = list(dict.fromkeys(key for row in rows for key in row))
     with write_whole(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, heads, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+
+
+def columns(values, prefix=""):
+    """Return a row as a flat dict: each entry of an inner dict gets the name "key.inner key".
+
+    Examples
+    --------
+    >>> columns({"seed": 3, "options": {"size": 32}})
+    {'seed': 3, 'options.size': 32}
+    """
+    flat = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else key
+        flat |= columns(value, name) if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def read_table(path):
@@ -41,14 +56,6 @@ def read_table(path):
         if len(line) != len(lines[0]):
             raise ValueError(f"{path} has {len(line)} values in row {n}: expected {len(lines[0])}; is it cut off?")
     return [{key: _value(cell) for key, cell in zip(lines[0], line) if cell} for line in lines[1:]]
-
-
-def _columns(prefix, values):
-    columns = {}
-    for key, value in values.items():
-        name = f"{prefix}.{key}" if prefix else key
-        columns |= _columns(name, value) if isinstance(value, dict) else {name: value}
-    return columns
 
 
 def _cell(value):

@@ -1,5 +1,6 @@
 """One job: what it leaves when it succeeds, fails or is killed, and what is no longer a result."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -229,6 +230,38 @@ def test_the_table_and_the_outlook(place):
     assert gather(others, place).startswith("0 of 3 jobs are finished")
     assert not list(place.glob("tables/*"))
     assert json.loads((place / "status.json").read_text()) == {"finished": [], "failed": ["c"], "missing": ["a", "b"]}
+
+
+def leave_result(place, one):
+    """Write the files of a finished job with two runs, one of them equal to a run of each other job."""
+    runs = [{"method": "dense", "accuracy": 0.5},
+            {"method": "lth", "matching": None, "accuracy": one.parameters["value"]}]
+    record = {"parameters": one.parameters, "commit": "abc", "device": "a processor", "versions": {"torch": "2"},
+              "settings": {"options": {"size": 3}}, "runs": runs, "threads": 1, "times": {"seconds": 1.5},
+              "sha256": hashlib.sha256(b"").hexdigest()}
+    for path, text in (("jobs", json.dumps(record)), ("notebooks", "")):
+        (place / path).mkdir(parents=True, exist_ok=True)
+        (place / path / f"{one.name}.{'json' if text else 'ipynb'}").write_text(text)
+
+
+def test_jobs_of_two_machines_make_the_same_table_as_those_of_one(tmp_path):
+    jobs = {name: tiny(name, value=value, rate=rate)
+            for name, value, rate in (("a", 1, 2), ("b", 2, None), ("c", 3, 2))}
+    place, first, second, into = (tmp_path / name for name in ("all", "first", "second", "tables"))
+    for one in jobs.values():
+        leave_result(place, one)
+        leave_result(second if one.name == "b" else first, one)
+    gather(jobs, place)
+    assert gather(jobs, first, into).startswith("2 of 3 jobs are finished; 3 rows")
+    assert gather(jobs, second, into).startswith("3 of 3 jobs are finished; 4 rows")
+    for name in ("tables/tiny.csv", "jobs.csv", "status.json"):
+        assert (into / name).read_bytes() == (place / name).read_bytes()
+
+    table = (into / "tables" / "tiny.csv").read_bytes()
+    for others in ({**jobs, "a": tiny("a", value=9)}, {"b": jobs["b"]}):
+        with pytest.raises(ValueError, match="has the job a with {'value': 1, 'rate': 2}: expected a job of this grid"):
+            gather(others, second, into)
+    assert (into / "tables" / "tiny.csv").read_bytes() == table
 
 
 def test_the_command_line(place, monkeypatch, capsys):
