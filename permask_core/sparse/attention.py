@@ -19,6 +19,9 @@ class FanInAttention(nn.Module):
     out_proj : FanInLinear or torch.nn.Linear
     """
 
+    # So that torch.nn.TransformerEncoderLayer does not choose its fused path, which reads weights.
+    in_proj_bias, _qkv_same_embed_dim = None, False
+
     def __init__(self, projections, out_proj, num_heads, dropout=0.0, batch_first=False):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = projections

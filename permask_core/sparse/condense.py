@@ -53,7 +53,8 @@ def condense(model, masks, example_input=None):
     -------
     Condensed
         Its model is a copy that computes the same function as the model under the masks. Layers that were not replaced
-        are masked; further training needs the returned masks.
+        are masked; further training needs the returned masks. (torch.nn.TransformerEncoder sets outputs at padded
+        positions to 0 in evaluation mode, and the copy does not.)
 
     Raises
     ------
@@ -74,7 +75,7 @@ def condense(model, masks, example_input=None):
     (['2.weight'], {'2.weight': 'its mask keeps every weight'})
     """
     check_fit(masks, model.state_dict())
-    model = apply_masks(copy.deepcopy(model), masks)
+    model = _without_fused_paths(apply_masks(copy.deepcopy(model), masks))
     uses = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
     layers, reasons = {}, {}
     for name, mask in masks.items():
@@ -135,6 +136,16 @@ def _fan_in_layer(module, kind, mask, uses):
     return layer
 
 
+def _without_fused_paths(model):
+    """Let torch's encoders call their layers one by one in evaluation mode too, and not read their weights."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+    return model
+
+
 def _find_reads(model, layers, example_input):
     """Return the attributes of each of these layers, by name, that the model reads, except for calls of the layer."""
     reads = {}
@@ -156,7 +167,10 @@ def _find_reads(model, layers, example_input):
 def _find_reads_in_code(parent, child):
     """Return the attributes of ``child`` that the ``forward`` of a module reads, like ``weight`` in
     ``self.child.weight``."""
-    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)  # compiled extensions have none
+    forward = inspect.unwrap(type(parent).forward)
+    if forward is nn.TransformerEncoderLayer.forward:  # which reads weights only in its fused path
+        return set()
+    code = getattr(forward, "__code__", None)  # compiled extensions have none
     loads = [step.argval if step.opname in ("LOAD_ATTR", "LOAD_METHOD") else None
              for step in (dis.get_instructions(code) if code else ())]
     return {attribute for name, attribute in zip(loads, loads[1:]) if name == child and attribute}

@@ -167,8 +167,3 @@ def test_what_condense_leaves():
                            ({"attention.in_proj_bias": torch.arange(3 * SIZE) % 2 == 0}, "in_proj_bias has a mask")):
         with pytest.raises(ValueError, match=f"attention.in_proj_weight: .*{reason}"):
             condense(model, masks | change)
-    encoder = nn.Sequential(nn.TransformerEncoderLayer(SIZE, HEADS, 8, batch_first=True), nn.Linear(SIZE, 3))
-    names = ["0.self_attn.in_proj_weight", "0.self_attn.out_proj.weight", "1.weight"]
-    weights = {name: encoder.state_dict()[name] for name in names}
-    left = condense(encoder, constant_fan_in_masks(weights, 0.4, seed=0)).left
-    assert list(left) == names[:2] and "reads its" in left[names[0]] and "in_proj_weight" in left[names[0]]

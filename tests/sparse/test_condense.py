@@ -114,6 +114,28 @@ NETWORKS = {"resnet18": lambda: torchvision.models.resnet18(num_classes=3),
             "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=3, width_mult=0.35, dropout=0.0)}
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("part", ["", "linear1"])
+@pytest.mark.parametrize("example", [False, True])
+def test_torchs_encoder(activation, part, example):
+    torch.manual_seed(1)
+    layer = nn.TransformerEncoderLayer(12, 2, 20, dropout=0.0, activation=activation, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(3, 5, 12)
+    weights = {name: w for name, w in model.named_parameters() if w.ndim == 2 and part in name}
+    masks = constant_fan_in_masks(weights, 0.3, seed=1)
+    condensed = condense(model, masks, x if example else None)
+    assert not condensed.left and not condensed.masks
+    assert sum(isinstance(module, FanInLayer) for module in condensed.model.modules()) == (2 if part else 12)
+    masked = apply_masks(copy.deepcopy(model), masks)
+    padded = torch.zeros(3, 5, dtype=torch.bool)
+    padded[1, 3:] = True  # left-aligned, for which torch has a path of its own
+    for training, grad, padding in ((False, False, None), (False, False, padded), (True, True, padded)):
+        with torch.set_grad_enabled(grad):
+            outputs = [one.train(training)(x, src_key_padding_mask=padding) for one in (condensed.model, masked)]
+        there = slice(None) if padding is None else ~padding
+        torch.testing.assert_close(*(one[there] for one in outputs), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_convolution_of_a_network_is_replaced(name):
     """Those of 7x7, 3x3 and 1x1, with strides, and by channel. Statistics of BatchNorm have been moved."""
@@ -254,14 +276,32 @@ def test_outputs_of_convolutions_can_be_viewed_as_before():
     assert_condensed(model, masks_of(model), torch.randn(WIDE))
 
 
+class Fused(nn.Module):
+    """Attention and a layer whose weights are read in evaluation mode alone, as a fused kernel would."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.linear = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x):
+        if self.training:
+            return self.linear(self.attention(x, x, x, need_weights=False)[0])
+        own, last = (self.attention.in_proj_weight, self.attention.in_proj_bias), self.attention.out_proj.bias
+        mixed = nn.functional.multi_head_attention_forward(
+            *3 * (x.transpose(0, 1),), 8, 2, *own, None, None, False, 0.0, self.attention.out_proj.weight, last,
+            need_weights=False)[0]
+        return nn.functional.linear(mixed.transpose(0, 1), self.linear.weight, self.linear.bias)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_layers_whose_weight_the_module_around_them_reads_are_left(training):
-    """torch's encoder, which reads them in evaluation mode alone; the output projection is of a class of its own."""
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3)).train(training)
-    left = ["0.linear1.weight", "0.linear2.weight", "0.self_attn.in_proj_weight", "0.self_attn.out_proj.weight"]
+    model = nn.Sequential(Fused(), nn.Linear(8, 3)).train(training)
+    left = ["0.attention.in_proj_weight", "0.attention.out_proj.weight", "0.linear.weight"]
     masks = masks_of(model, *left, "1.weight")
     assert_condensed(model, masks, torch.randn(2, 4, 8), left)
-    assert "not only call it but reads its weight" in condense(model, masks).left["0.linear1.weight"]
+    found = condense(model, masks).left
+    assert "not only call it but reads its weight" in found["0.linear.weight"]
+    assert "reads its in_proj_weight" in found["0.attention.in_proj_weight"]
 
 
 @pytest.mark.parametrize("version", ["swin_t", "swin_v2_t"])
