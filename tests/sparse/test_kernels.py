@@ -192,6 +192,19 @@ def test_half_precision_is_summed_in_float32_and_rounded_once():
             assert_rounded((y, dx, dvalues), exact(*given), dtype)
 
 
+def test_half_precision_takes_the_compiled_loops(monkeypatch):
+    pytest.importorskip("permask_core.sparse.kernels.simd")
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(eager, name, None)  # many times slower
+    x, values, indices, bias, grad = case(3, 30, 50, 20, torch.bfloat16)
+    transposed = kernels.transpose(indices, 50)
+    for own in (values, values.float()):  # the latter under autocast
+        y, (dx, dvalues) = kernels.forward(x, own, indices, bias), kernels.backward(grad, x, own, indices, transposed)
+        assert (y.dtype, dx.dtype, dvalues.dtype) == (torch.bfloat16, torch.bfloat16, own.dtype)
+        assert_rounded((y, dx, dvalues.bfloat16()), exact(x, values, indices, bias, grad), torch.bfloat16)
+        assert kernels.backward(grad, x, own, indices, transposed, need_x=False, need_values=False) == (None, None)
+
+
 def test_a_sum_of_many_numbers_in_bfloat16_would_be_far_off():
     n = 4096
     x, values, indices = (torch.ones(1, n).bfloat16(), torch.full((1, n), 0.1).bfloat16(),

@@ -2,10 +2,10 @@
 indices.
 
 ``forward`` and ``backward`` choose a kernel by device, type and shape: on a CPU compiled loops for float32 and
-float64, on a GPU Triton for float32 and half precision, and otherwise :mod:`~permask_core.sparse.kernels.eager`, which
-needs only torch. They are not differentiable; :class:`~permask_core.sparse.FanInLinear` is, also under
-``torch.compile``. Both accept any slice of rows of a layer, so that millions of outputs can be computed a few thousand
-at a time.
+float64 (half precision is widened to float32), on a GPU Triton for float32 and half precision, and otherwise
+:mod:`~permask_core.sparse.kernels.eager`, which needs only torch. They are not differentiable;
+:class:`~permask_core.sparse.FanInLinear` is, also under ``torch.compile``. Both accept any slice of rows of a layer, so
+that millions of outputs can be computed a few thousand at a time.
 """
 
 import importlib
@@ -47,6 +47,11 @@ def _kernels(x, values, indices, bias=None):
     return cpu if fast else eager
 
 
+def _is_half(x):
+    """Whether the numbers are widened to float32, in which the loops for a CPU compute."""
+    return x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def forward(x, values, indices, bias=None):
     """``y[b, i] = bias[i] + sum_s values[i, s] * x[b, indices[i, s]]``.
 
@@ -66,6 +71,8 @@ def forward(x, values, indices, bias=None):
     torch.Tensor
         [batch, n], with the type of ``x``; bfloat16 and float16 are summed in float32.
     """
+    if _is_half(x):
+        return forward(x.float(), values.float(), indices, bias if bias is None else bias.float()).to(x.dtype)
     return _kernels(x, values, indices, bias).forward(x, values, indices, bias)
 
 
@@ -89,4 +96,8 @@ def backward(grad, x, values, indices, transposed, *, need_x=True, need_values=T
         [batch, in] and [n, k]. Every sum has a fixed order, so the result is the same bit for bit for any number of
         threads.
     """
+    if _is_half(x):
+        dx, dvalues = backward(grad.float(), x.float(), values.float(), indices, transposed, need_x=need_x,
+                               need_values=need_values)
+        return dx.to(x.dtype) if need_x else None, dvalues.to(values.dtype) if need_values else None
     return _kernels(x, values, indices).backward(grad, x, values, indices, transposed, need_x, need_values)
