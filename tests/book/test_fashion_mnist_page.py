@@ -55,3 +55,38 @@ def test_the_width_matters_less_than_the_start():
 def test_later_rewind_points_gain_nothing_over_epoch_1():
     first, *later = (share(2, k, 0.97) for k in (1, 2, 3))
     assert all(abs(one.share - first.share) < 0.1 for one in later)
+
+
+BARRIERS = pd.DataFrame(measured_grid("fashion_mnist", "basins_and_connectivity")["rows"])
+
+
+def barrier(method, **where):
+    return select(BARRIERS, "barrier", method=method, **where).mean()
+
+
+def test_matching_after_the_first_epoch_removes_nearly_all_of_the_barrier_at_every_width():
+    for width in (0.25, 0.5, 1, 2):
+        where = {"sparsity": 0, "width": width}
+        assert barrier("permuted", matched_at=6, **where) < 0.05 * barrier("naive", **where)
+    left = {k: barrier("permuted", matched_at=k, **where) / barrier("naive", **where) for k in range(4)}
+    assert left.pop(0) > 0.9 and max(left.values()) < 0.05
+
+
+def test_the_ticket_lies_in_the_basin_of_the_pruned_solution_and_the_permuted_solution_only_partly():
+    for sparsity in (0.9, 0.97, 0.99):
+        ticket, permuted, naive = (barrier(m, sparsity=sparsity) for m in ("lth", "permuted", "naive"))
+        assert ticket < 0.01 and permuted < naive
+    assert permuted > naive / 2  # at 99 %
+
+
+def test_permuted_networks_are_diverse_but_their_ensemble_does_not_reach_the_ticket():
+    rows = pd.DataFrame(measured_grid("fashion_mnist", "functional_diversity")["rows"])
+    mean = rows.groupby("method").mean(numeric_only=True)
+    for measure in ("disagreement", "kl", "js"):
+        assert mean[measure].idxmin() == "lth"
+    assert mean.loc["permuted", "disagreement"] > 5 * mean.loc["lth", "disagreement"]
+    assert mean.loc["permuted", "accuracy"] < mean.loc["lth", "accuracy"]
+    assert mean["ensemble"].nlargest(2).index.sort_values().tolist() == ["dense", "pruned"]
+    assert mean.loc["permuted", "ensemble"] < mean.loc["lth", "ensemble"]
+    own, others = (mean.loc["permuted", f"disagreement_with_{key}tickets"] for key in ("", "other_"))
+    assert own < others
