@@ -8,8 +8,8 @@ neurons read the same inputs. The outputs are compared with those of masked dens
 
 All networks of a comparison take turns. Medians and quartiles of a call are written, and the share of the dense
 network's time that is spent in the replaced layers, which bounds what can be gained (Amdahl). Run it with
-`python benchmarks/whole_networks.py --threads 1`; it takes about ten minutes, with results in
-results/whole_networks.json. `--only gpt2` runs one network.
+`python benchmarks/whole_networks.py --threads 1`; it takes about ten minutes. The record, which the book shows, is
+permask_core/data/measured/whole_networks/PROCESSOR.json. `--only gpt2` runs one network.
 """
 
 import argparse
@@ -23,15 +23,18 @@ import numpy as np
 import torch
 from _machine import at_least, command, written
 from fan_in_cpu import timed_turns
+from llvmlite import binding
 from torch import nn
 from torch.nn import functional as F
 
+import permask_core
 from permask_core.models.vision import torchvision
 from permask_core.runs.store import commit, device_name, versions
 from permask_core.sparse import condense
 from permask_core.sparse.fan_in import sample_columns
 
 SPARSITY, SHARED = 0.9, 8
+MEASURED = Path(permask_core.__file__).parent / "data" / "measured" / "whole_networks"
 
 
 class Attention(nn.Module):
@@ -212,12 +215,13 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=10.0, help="of turns for each row")
     parser.add_argument("--tokens", type=at_least(1), default=32, help="that the decoder generates in a call")
     parser.add_argument("--only", choices=NETWORKS, help="one network")
-    parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "whole_networks.json")
+    parser.add_argument("--result", type=Path, help="path of the JSON file")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
-    record = {"command": command("whole_networks", argv), "commit": commit(), "device": device_name("cpu"),
-              "threads": given.threads, "precision": "float32", "sparsity": SPARSITY, "versions": versions(),
-              "rows": []}
+    record = {"command": command("whole_networks", argv), "commit": commit(), "processor": binding.get_host_cpu_name(),
+              "device": device_name("cpu"), "threads": given.threads, "precision": "float32", "sparsity": SPARSITY,
+              "versions": versions(), "rows": []}
+    result = given.result or MEASURED / f"{record['processor']}.json"
     for name in [given.only] if given.only else NETWORKS:
         for replaced in NETWORKS[name][2]:
             for batch in (1, 8):
@@ -226,7 +230,7 @@ def main(argv=None):
                 print(f"{name}, {replaced}, batch {batch}: dense {1e3 * row['median_seconds']['dense']:.1f} ms, "
                       f"{row['share_of_dense']:.0%} of it in the {row['layers']} layers, at most {row['bound']:.1f} x; "
                       + ", ".join(f"{way} {ratio:.2f} x" for way, ratio in row["ratios"].items()), flush=True)
-                written(given.result, record)
+                written(result, record)
 
 
 if __name__ == "__main__":

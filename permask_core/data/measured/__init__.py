@@ -228,8 +228,23 @@ def measured_fan_in_speed():
         ``quartiles_seconds`` and ``ratios`` (of medians, to the fan-in layer); "shared by 8" is a fan-in layer in
         which eight neighbouring neurons have the same connections.
     """
-    folder = Path(str(files(__package__))) / "fan_in_cpu"
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return _by_processor("fan_in_cpu")
+
+
+def measured_whole_networks():
+    """Times of whole networks with dense and with fan-in layers, on the processors on which they were measured.
+
+    Returns
+    -------
+    dict of str to dict
+        By the compiler's name of the processor: ``command``, ``commit``, ``versions``, ``device``, ``threads``,
+        ``precision``, ``sparsity``; and ``rows``, a list of dict: ``network``, ``replaced`` (the kind of layers),
+        ``layers`` (their number), ``batch``, ``share_of_dense`` (the share of the dense network's time that is spent in
+        these layers), ``bound`` (of the gain: 1 / (1 - share)), and by way ("dense", "fan-in", "shared by 8",
+        "torch CSR") ``median_seconds``, ``quartiles_seconds`` and ``ratios`` (of medians: how many times as fast as
+        dense).
+    """
+    return _by_processor("whole_networks")
 
 
 def measured_grids():
@@ -291,6 +306,11 @@ def measured_claims():
     """
     there = files(__package__).joinpath("claims.json").is_file()
     return _read("claims") if there else {"repetitions": {}, "pages": {}}
+
+
+def _by_processor(folder):
+    paths = sorted((Path(str(files(__package__))) / folder).glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def _read(name):
