@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from permask_core.data.measured import measured_grid
+from permask_core.data.mnist import GARMENTS
 from permask_core.display import select
 from permask_core.experiments.alignment import gap_share
 from permask_core.experiments.presets import PERMUTED_MASKS
@@ -90,3 +91,17 @@ def test_permuted_networks_are_diverse_but_their_ensemble_does_not_reach_the_tic
     assert mean.loc["permuted", "ensemble"] < mean.loc["lth", "ensemble"]
     own, others = (mean.loc["permuted", f"disagreement_with_{key}tickets"] for key in ("", "other_"))
     assert own < others
+
+
+@pytest.mark.parametrize("model, width, rewind", [("mlp", 2, 0), ("lenet5", 1, 1)])
+def test_in_points_shirts_pay_most_for_a_mask_and_as_a_multiple_of_the_errors_other_garments(model, width, rewind):
+    rows = ROWS[(ROWS["model"] == model) & (ROWS["width"] == width) & (ROWS["rewind"] == rewind)]
+    columns = [f"right.{one}" for one in GARMENTS]
+    dense = 1 - rows.loc[rows["method"] == "dense", columns].mean()
+    where = (rows["method"] == "permuted") & (rows["matching"] == "activations") & (rows["sparsity"] == 0.97)
+    sparse = 1 - rows.loc[where, columns].mean()
+    assert (sparse - dense).idxmax() == "right.shirt" and 0.07 < (sparse - dense).max() < 0.1
+    similar = [f"right.{one}" for one in ("T-shirt", "pullover", "dress", "coat", "shirt")]
+    others = [one for one in columns if one not in similar]
+    assert (sparse - dense)[others].mean() < 0.02
+    assert sparse[others].mean() / dense[others].mean() > sparse[similar].mean() / dense[similar].mean()
