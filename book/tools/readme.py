@@ -1,6 +1,6 @@
-"""Bring the README's picture and tables up to date: `make readme`.
+"""Bring the README's pictures and tables up to date: `make readme`.
 
-The notebook wrote the picture and results to build/source/book/results. They are copied to book/readme, so that the
+The notebooks wrote the pictures and results to build/source/book/results. They are copied to book/readme, so that the
 README shows the results of a build, with the numbers of every run, the versions and the commit in the same folder.
 Times are those of benchmarks/fan_in_cpu.py. No number in the README's tables is typed by hand.
 """
@@ -16,6 +16,7 @@ from permask_core.data.measured import measured_fan_in_speed
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "book" / "readme"
+SECTIONS = {"images": "fashion_mnist", "results": "permuted_masks", "findings": "findings"}  # of the README
 SPARSITY, BATCHES = 0.9, (1, 8, 64, 256, 2048)
 PEERS = (("forward", "dense"), ("forward", "torch CSR"), ("forward", "shared by 8"), ("both", "dense"))
 
@@ -60,8 +61,9 @@ def main() -> None:
     if not (built / "permuted_masks.md").exists():
         sys.exit(f"{built} has no results: run make first")
     KEPT.mkdir(exist_ok=True)
-    for name in ("permuted_masks.svg", "permuted_masks.md", "findings.svg", "findings.md"):
-        shutil.copy(built / name, KEPT)
+    for name in SECTIONS.values():
+        for kind in ("svg", "md"):
+            shutil.copy(built / f"{name}.{kind}", KEPT)
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     record = json.loads((built / "permuted_masks.json").read_text(encoding="utf8"))
@@ -69,7 +71,7 @@ def main() -> None:
     (KEPT / "permuted_masks.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf8")
-    for mark, name in (("results", "permuted_masks"), ("findings", "findings")):
+    for mark, name in SECTIONS.items():
         text = with_table(text, mark, (KEPT / f"{name}.md").read_text("utf8"))
     readme.write_text(with_table(text, "speed", speed_table(measured_fan_in_speed())), encoding="utf8")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from book.tools.readme import SECTIONS
 from permask_core.data.measured import measured_fan_in_speed
 from tests.notebooks import run
 
@@ -24,7 +25,7 @@ def section(mark):
     return re.search(rf"<!-- {mark}:[^>]*-->\n(.*?)<!-- /{mark} -->", README, re.DOTALL)[1]
 
 
-@pytest.mark.parametrize("mark, name", [("results", "permuted_masks"), ("findings", "findings")])
+@pytest.mark.parametrize("mark, name", SECTIONS.items())
 def test_tables_are_the_kept_ones(mark, name):
     assert section(mark).strip() == (KEPT / f"{name}.md").read_text(encoding="utf8").strip()
 
@@ -36,8 +37,9 @@ def test_the_findings_are_those_of_the_page(tmp_path, monkeypatch):
     assert (tmp_path / "findings.md").read_text(encoding="utf8") == (KEPT / "findings.md").read_text(encoding="utf8")
 
 
-def test_the_picture_is_kept():
-    assert "book/readme/permuted_masks.svg" in README and (KEPT / "permuted_masks.svg").stat().st_size > 10_000
+@pytest.mark.parametrize("name", ["fashion_mnist", "permuted_masks"])
+def test_the_pictures_are_kept(name):
+    assert f"book/readme/{name}.svg" in README and (KEPT / f"{name}.svg").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("row", RECORD["table"], ids=lambda row: row["sparsity (%)"])
