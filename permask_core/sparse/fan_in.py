@@ -50,14 +50,16 @@ class FanInLayer(nn.Module):
     are stored.
 
     The layer is called like the dense one but has no ``weight``: modules that read the weight of a layer instead of
-    calling it, such as torch.nn.TransformerEncoderLayer in evaluation mode, cannot use it.
+    calling it cannot use it. (torch.nn.TransformerEncoderLayer does so in evaluation mode;
+    :func:`~permask_core.sparse.condense` switches that off.)
 
     A state with a different number of active neurons or a different fan-in can be loaded. The layer then changes its
     shape, and the optimizer must be created again. The other sizes are not part of the state.
 
-    Under ``torch.func`` (``vmap``, ``grad``, ...) and in programs from ``torch.export`` and ``torch.jit.trace``, the
-    layer makes the dense weight in each call, which takes the memory and the time of a dense layer. Elsewhere only
-    first-order gradients are supported. Not supported are gradients of ``torch.func`` within ``torch.compile``. On the
+    Under ``torch.func`` (``vmap``, ``grad``, ...) and in programs from ``torch.export``, ``torch.onnx.export`` and
+    ``torch.jit.trace``, the layer makes the dense weight in each call, which takes the memory and the time of a dense
+    layer. Elsewhere only first-order gradients are supported. On a CPU, float16 and bfloat16 are stored as they are,
+    and each call computes in float32. Not supported are gradients of ``torch.func`` within ``torch.compile``. On the
     meta device nothing is drawn, and a layer needs a state after ``to_empty``.
 
     Attributes
