@@ -227,6 +227,12 @@ def parent(method):
     return "a" if method in ("lth", "pruned") else "b"
 
 
+def _dense_networks(methods):
+    """Return the dense networks that runs of these methods need: A, whose tickets they use, and their parents."""
+    methods = list(methods)
+    return sorted({"a" for method in methods if method != "dense"} | {parent(method) for method in methods})
+
+
 def groups(experiment):
     """Return the permutation groups of the network that are permuted: ``matched_layers``, or all."""
     _, _, _, input_shape, classes = data(experiment)
@@ -509,7 +515,7 @@ def _train_at_once(experiment, store, seeds, runs, networks):
     """Train all networks that the runs need, up to ``networks`` at once: dense, then each pruning round, then
     sparse."""
     sparse = [run for run in runs if run[0] != "dense"]
-    dense = sorted({"a" for _ in sparse} | {parent(method) for method, _, _ in runs})
+    dense = _dense_networks(method for method, _, _ in runs)
     train_batched(store, [_dense_training(experiment, seed, which) for seed in seeds for which in dense], networks)
     rounds = full_rounds(max(sparsity for _, _, sparsity in sparse), experiment.imp_rate) if sparse else 0
     for number in range(1, rounds + 1):
@@ -543,12 +549,12 @@ def training_epochs(experiment, *, seeds, sparsities, methods=METHODS, matchings
     Returns
     -------
     dict of str to int
-        ``dense`` (A and B), ``pruning`` (the rounds until the largest sparsity) and ``sparse``.
+        ``dense`` (A, B or both), ``pruning`` (the rounds until the largest sparsity) and ``sparse``.
     """
     sparse_runs = sum(len(list(matchings)) if method == "permuted" else method != "dense" for method in methods)
     pruned = any(method != "dense" for method in methods)
     rounds = full_rounds(max(sparsities), experiment.imp_rate) if pruned and sparsities else 0
-    return {"dense": len(seeds) * (1 + pruned) * experiment.epochs,
+    return {"dense": len(seeds) * len(_dense_networks(methods)) * experiment.epochs,
             "pruning": len(seeds) * rounds * experiment.imp_epochs,
             "sparse": len(seeds) * len(sparsities) * sparse_runs * (experiment.epochs - experiment.rewind)}
 

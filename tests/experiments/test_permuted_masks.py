@@ -390,7 +390,7 @@ def test_two_processes_find_the_mask_that_one_finds(finished, tmp_path):
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
 
 
-@pytest.mark.parametrize("methods", [["dense"], ["lth", "permuted"], permuted_masks.KNOWN_METHODS])
+@pytest.mark.parametrize("methods", [["dense"], ["lth"], ["lth", "permuted"], permuted_masks.KNOWN_METHODS])
 def test_the_cost_is_what_a_run_trains(tmp_path, monkeypatch, methods):
     epochs = {"dense": 0, "pruning": 0, "sparse": 0}
     fit = trainings.fit
