@@ -8,12 +8,14 @@ neurons read the same inputs. The outputs are compared with those of masked dens
 
 All networks of a comparison take turns. Medians and quartiles of a call are written, and the share of the dense
 network's time that is spent in the replaced layers, which bounds what can be gained (Amdahl). Run it with
-`python benchmarks/whole_networks.py --threads 1`; it takes about ten minutes. The record, which the book shows, is
-permask_core/data/measured/whole_networks/PROCESSOR.json. `--only gpt2` runs one network.
+`python benchmarks/whole_networks.py --threads 1`; it takes a quarter of an hour. The record, which is in the book, is
+permask_core/data/measured/whole_networks/PROCESSOR.json. An interrupted run continues: rows of the same command are
+kept, until the file is deleted. `--only gpt2` runs one network.
 """
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from functools import partial
@@ -218,19 +220,25 @@ def main(argv=None):
     parser.add_argument("--result", type=Path, help="path of the JSON file")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
-    record = {"command": command("whole_networks", argv), "commit": commit(), "processor": binding.get_host_cpu_name(),
-              "device": device_name("cpu"), "threads": given.threads, "precision": "float32", "sparsity": SPARSITY,
-              "versions": versions(), "rows": []}
+    now, record = commit(), {"command": command("whole_networks", argv), "commit": "",
+                             "processor": binding.get_host_cpu_name(), "device": device_name("cpu"),
+                             "threads": given.threads, "precision": "float32", "sparsity": SPARSITY,
+                             "versions": versions(), "rows": []}
     result = given.result or MEASURED / f"{record['processor']}.json"
-    for name in [given.only] if given.only else NETWORKS:
-        for replaced in NETWORKS[name][2]:
-            for batch in (1, 8):
-                row = compare(name, batch, replaced, given.seconds, given.tokens)
-                record["rows"].append(row)
-                print(f"{name}, {replaced}, batch {batch}: dense {1e3 * row['median_seconds']['dense']:.1f} ms, "
-                      f"{row['share_of_dense']:.0%} of it in the {row['layers']} layers, at most {row['bound']:.1f} x; "
-                      + ", ".join(f"{way} {ratio:.2f} x" for way, ratio in row["ratios"].items()), flush=True)
-                written(result, record)
+    earlier = json.loads(result.read_text()) if result.exists() else record
+    if all(earlier[key] == record[key] for key in ("command", "device", "versions")):
+        record["rows"] = earlier["rows"]
+    done = {(row["network"], row["replaced"], row["batch"]) for row in record["rows"]}
+    networks = [given.only] if given.only else NETWORKS
+    rows = [(name, part, batch) for name in networks for part in NETWORKS[name][2] for batch in (1, 8)]
+    for name, replaced, batch in (row for row in rows if row not in done):
+        row = compare(name, batch, replaced, given.seconds, given.tokens) | {"commit": now}
+        record["rows"].append(row)
+        record["commit"] = ", ".join(dict.fromkeys(row["commit"] for row in record["rows"]))
+        print(f"{name}, {replaced}, batch {batch}: dense {1e3 * row['median_seconds']['dense']:.1f} ms, "
+              f"{row['share_of_dense']:.0%} of it in the {row['layers']} layers, at most {row['bound']:.1f} x; "
+              + ", ".join(f"{way} {ratio:.2f} x" for way, ratio in row["ratios"].items()), flush=True)
+        written(result, record)
 
 
 if __name__ == "__main__":

@@ -280,6 +280,13 @@ def test_whole_networks(tmp_path, monkeypatch):
         for row in found["rows"]:
             assert row["layers"] == layers[row["replaced"]] and row["bound"] == 1 / (1 - row["share_of_dense"]) > 1
             assert row["ratios"].keys() == {"fan-in", "shared by 8", "torch CSR"}
+    # An interrupted run continues.
+    path = tmp_path / "interrupted.json"
+    path.write_text(json.dumps(found | {"rows": found["rows"][1:]}))
+    monkeypatch.setattr(script, "command", lambda *_: found["command"])
+    script.main(["--only", name, "--seconds", "0", "--result", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[:-1] == found["rows"][1:] and rows[-1]["replaced"] == found["rows"][0]["replaced"]
 
 
 def test_keys_and_values_that_are_kept_are_those_of_the_whole_sequence():
