@@ -105,3 +105,14 @@ def test_in_points_shirts_pay_most_for_a_mask_and_as_a_multiple_of_the_errors_ot
     others = [one for one in columns if one not in similar]
     assert (sparse - dense)[others].mean() < 0.02
     assert sparse[others].mean() / dense[others].mean() > sparse[similar].mean() / dense[similar].mean()
+
+
+def test_distilled_students_are_less_accurate_than_students_without_a_teacher():
+    rows = pd.DataFrame(measured_grid("fashion_mnist", "garments")["rows"])
+    for _, own in rows.groupby("seed"):
+        (teacher,), (alone,) = (own[own["role"] == role].to_dict("records") for role in ("teacher", "student"))
+        taught = own[own["role"] == "distilled"].set_index("temperature")
+        assert abs(teacher["accuracy"] - alone["accuracy"]) < 0.01
+        lost = alone["accuracy"] - taught["accuracy"]
+        assert lost.min() > 0 and lost[1] < 0.01 < lost[40] < 0.02
+        assert taught["agreement"].min() > alone["agreement"]
