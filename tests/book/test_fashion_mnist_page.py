@@ -116,3 +116,20 @@ def test_distilled_students_are_less_accurate_than_students_without_a_teacher():
         lost = alone["accuracy"] - taught["accuracy"]
         assert lost.min() > 0 and lost[1] < 0.01 < lost[40] < 0.02
         assert taught["agreement"].min() > alone["agreement"]
+
+
+def test_connections_that_move_pay_at_high_sparsity():
+    rows = pd.DataFrame(measured_grid("fashion_mnist", "sparse_training_on_images")["rows"])
+    rows = rows[(rows["model"] == "mlp") & (rows["recipe.epochs"] == 6)]
+    starts = {"set": "random", "rigl": "random", "srigl": "fan_in", "srigl+ablation": "fan_in"}
+    for sparsity, own in rows[rows["sparsity"] > 0].groupby("sparsity"):
+        of = own.pivot(index="seed", columns="method", values="accuracy")
+        gains = [of[moving] - of[start] for moving, start in starts.items()]
+        if sparsity < 0.96:
+            assert all(abs(gain.mean()) < 0.005 for gain in gains)
+        else:
+            assert all((gain > 0).all() for gain in gains)
+        assert abs((of["srigl+ablation"] - of["srigl"]).mean()) < 0.001
+        ablated = own[own["method"] == "srigl+ablation"]
+        assert (ablated["active"] / ablated["neurons"]).mean() > 0.95
+    assert sparsity == 0.99 and (of["rigl"] > of["srigl"]).all() and (of["rigl"] > of["srigl+ablation"]).all()
