@@ -69,7 +69,7 @@ book: $(BOOK)/index.html
 	@echo "The book: file://$(CURDIR)/$(BOOK)/index.html"
 	@$(BIN)/python -m book.tools.claims summary
 
-test: $(READY) ## style, notebooks without outputs, the book and its claims, pytest (with browser tests), every notebook as a job
+test: $(READY) ## style, notebooks without outputs, the book and its claims, pytest (with browser tests)
 	@printf '\n== Style\n'
 	$(BIN)/ruff check .
 	@printf '\n== Notebooks as committed\n'
@@ -82,12 +82,11 @@ test: $(READY) ## style, notebooks without outputs, the book and its claims, pyt
 	@# Three at once on two cores, because some wait for a browser, for SLURM or for other processes. The longest files come
 	@# first, or one process would wait for the others.
 	@$(EMPTY_STORE); $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests
-	@printf '\n== Notebooks as jobs\n'
-	@# Every notebook at its smallest, with the widgets of a live notebook, which the book never draws.
-	@$(EMPTY_STORE); PERMASK_DISPLAY=live $(MAKE) --no-print-directory batch GRID=tests/batch/every.yaml OUTPUT="$$store/jobs" STORE="$$store/runs" ARGS=--quiet
 
-test-long: $(READY) ## pytest with slow tests and with more, and random, examples of every property; every notebook live
+test-long: $(READY) ## pytest with slow tests and with more, and random, examples of every property; every notebook as a job, and live
 	@$(EMPTY_STORE); PERMASK_HYPOTHESIS=long $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests
+	@printf '\n== Notebooks as jobs\n'
+	@$(EMPTY_STORE); PERMASK_DISPLAY=live $(MAKE) --no-print-directory batch GRID=tests/batch/every.yaml OUTPUT="$$store/jobs" STORE="$$store/runs" ARGS=--quiet
 	@printf '\n== Notebooks live\n'
 	@# Finished stages are those of the book, where it was built.
 	@test -z '$(NOTEBOOKS)' || PERMASK_DISPLAY=live PERMASK_FIGURES=$(CURDIR)/build/live $(BIN)/pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env $(NOTEBOOKS)

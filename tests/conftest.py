@@ -1,5 +1,6 @@
 """What the tests share: the digits, one network trained on them, and a store of each test's own."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -25,16 +26,22 @@ settings.register_profile("long", settings.get_profile("local"), max_examples=30
 settings.load_profile(os.environ.get("PERMASK_HYPOTHESIS") or ("ci" if os.environ.get("CI") else "local"))
 
 # The files that take longest, the longest first: begun last, one would keep a process waiting for the other.
-LONGEST = ["slurm/test_slurm.py", "browser/test_pages.py", "browser/test_controls.py",
-           "sparse/test_kernels.py", "test_benchmarks.py", "sparse/test_triton.py", "runs/test_processes.py",
-           "test_image_notebooks.py", "test_fairness_notebooks.py", "training/test_loop.py",
-           "batch/test_snakefile.py", "sparse/test_fan_in.py", "matching/tracer/test_trace.py"]
+LONGEST = ["slurm/test_slurm.py", "batch/test_every.py", "browser/test_pages.py", "browser/test_controls.py",
+           "test_benchmarks.py", "sparse/test_kernels.py", "sparse/test_triton.py", "runs/test_processes.py",
+           "test_image_notebooks.py", "test_fairness_notebooks.py", "training/test_loop.py", "book/test_own_code.py",
+           "batch/test_snakefile.py", "runs/test_store.py", "evaluation/test_fairness.py", "sparse/test_convolution.py",
+           "sparse/test_fan_in.py", "matching/tracer/test_trace.py"]
 
 
 def pytest_collection_modifyitems(items):
     ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
     assert all(path.exists() for path in ranks), f"LONGEST names a file that there is not: {LONGEST}"
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+def pytest_collection_finish():
+    """What the tests have imported lives to the end: the garbage collector need not search it again and again."""
+    gc.freeze()
 
 
 torch.set_num_threads(1)  # for the fixtures of modules too, which come before those of tests

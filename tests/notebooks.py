@@ -1,8 +1,7 @@
 """Notebooks run in this process: their code cells one after the other, with parameters of the test's.
 
-A kernel takes seconds to start and to import what is imported here already. The book and the grid of all notebooks
-(tests/batch/every.yaml) run every notebook in a kernel; what a notebook refuses, shows and leaves on disk
-can be seen without one.
+A kernel takes seconds to start and to import what is imported here already. The book runs every notebook in a kernel;
+what a notebook refuses, shows and leaves on disk can be seen without one.
 """
 
 import ast
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 
 
-def run(name, given, folder=".", *, until=None, after=None):
+def run(name, given, folder=".", *, until=None, after=None, display="static"):
     """Run a notebook.
 
     Parameters
@@ -36,6 +35,8 @@ def run(name, given, folder=".", *, until=None, after=None):
         Id or tag of the last cell to run; by default all are run.
     after : dict of str to callable, optional
         By the id of a cell what is done after it, with the notebook's names: a change of a result.
+    display : str
+        Whether its controls are those of a page of the book (``static``) or widgets (``live``).
 
     Returns
     -------
@@ -49,7 +50,7 @@ def run(name, given, folder=".", *, until=None, after=None):
     last = len(cells) if until is None else 1 + next(i for i, own in enumerate(tags) if until in own)
     found = SimpleNamespace(shown={}, complaints="", space={"__name__": "__main__"})
     errors = io.StringIO()
-    with (contextlib.chdir(folder), patch.dict(os.environ, PERMASK_DISPLAY="static"),
+    with (contextlib.chdir(folder), patch.dict(os.environ, PERMASK_DISPLAY=display),
           patch("IPython.display.display", _display), contextlib.redirect_stderr(errors),
           warnings.catch_warnings(record=True) as heard):
         warnings.simplefilter("default")

@@ -156,9 +156,14 @@ def test_how_little_rewinding(tmp_path):
     assert len(rows) == 1 + 4 * 3 * 2 and all(row["sparsity"] == 0.99 for row in rows[1:])
 
 
-def test_fashion_mnist_settings(tmp_path):
+def test_fashion_mnist_settings(tmp_path, monkeypatch):
     require_fashion_mnist()
-    found = record("fashion_mnist_settings", tmp_path, "--quick", "--runs", tmp_path / "runs")
+    script = importlib.import_module("fashion_mnist_settings")
+    monkeypatch.setitem(script.QUICK, "options", {"n_train": 500, "n_test": 200})
+    for name, search in script.SEARCHES.items():
+        small = {"widths": [width / 2 for width in search["widths"]], "sparsities": search["sparsities"][-2:]}
+        monkeypatch.setitem(script.SEARCHES, name, search | small)
+    found = record(script, tmp_path, "--quick", "--runs", tmp_path / "runs")
     for name, chosen in found["chosen"].items():
         frame = pd.DataFrame(row for row in found["rows"] if row["preset"] == name)
         rates = frame[frame["rewind"] == 1].groupby("lr")["accuracy"].mean()  # at all widths
@@ -558,8 +563,10 @@ def test_a_way_that_fails_is_told_and_does_not_stop_the_others():
 
 
 def test_the_experiment_at_cifars_size_in_small_and_its_page(tmp_path, monkeypatch):
-    """A hundredth of the images, in two pieces; and the page of the book reads what comes out."""
-    options = ["cifar_sized", tmp_path, "--quick", "--widths", 0.25, "--rewinds", 1, "--runs", tmp_path / "runs"]
+    """Two images of each class, in two pieces; and the page of the book reads what comes out."""
+    script = importlib.import_module("cifar_sized")
+    monkeypatch.setitem(script.QUICK, "options", {"n_train": 200, "n_test": 100})
+    options = [script, tmp_path, "--quick", "--widths", 0.25, "--rewinds", 1, "--runs", tmp_path / "runs"]
     saved = []
 
     def alarm_after_the_third(path, *stage):
@@ -577,7 +584,7 @@ def test_the_experiment_at_cifars_size_in_small_and_its_page(tmp_path, monkeypat
     found = record(*options)
     assert {path: path.stat().st_mtime_ns for path in saved} == written
     assert len(found["pieces"]) == 2 and found["seconds"] == sum(one["seconds"] for one in found["pieces"])
-    assert "'n_train': 500" in found["settings"] and found["images"] == 500
+    assert "'n_train': 200" in found["settings"] and found["images"] == 200
     # Two dense networks; an epoch after each round of pruning but the last; four methods from the rewind point.
     assert found["epochs"] == 2 * 2 + 5 + 4 * 1
     assert {(row["method"], row["matching"], row["rewind"]) for row in found["rows"]} == {
@@ -588,7 +595,7 @@ def test_the_experiment_at_cifars_size_in_small_and_its_page(tmp_path, monkeypat
     small = {"networks": 2, "epochs": 1, "counts": [1, 2], "width": 0.1}
     page = run_notebook("cifar_sized", {"result": str(tmp_path / "result.json"), **small}, tmp_path)
     shown = " ".join(" ".join(page.shown.values()).split())
-    assert f"{found['epochs']} epochs of 500 images in" in shown
+    assert f"{found['epochs']} epochs of 200 images in" in shown
     assert "measured, x 0.25, 90 %, rewind 1: " in shown
     lth, = (row["accuracy"] for row in found["rows"] if row["method"] == "lth")
     assert "Trifeature, x 0.25" in page.shown["table"] and f"{100 * lth:.1f}" in page.shown["table"]

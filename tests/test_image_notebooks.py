@@ -17,6 +17,7 @@ from permask_core.runs.files import save_tensors
 from permask_core.runs.processes import default_device
 from permask_core.runs.store import Store, device_name, versions
 from tests.data.files import write_cifar, write_imagenet
+from tests.hypotheses import LONG
 from tests.notebooks import run as run_notebook
 from tests.notebooks import shown_table
 
@@ -132,7 +133,7 @@ def test_cifar_ends_in_results_of_every_run(undisturbed):
     assert counts == {"dense": 2 * 2, "imp_round": 2 * 3, "ticket": 2 * 2, "matching": 2, "sparse": 2 * 2 * 4}
 
 
-@pytest.fixture(scope="module", params=["cifar100-resnet20", "imagenet-resnet50"])
+@pytest.fixture(scope="module", params=["imagenet-resnet50", *(["cifar100-resnet20"] if LONG else [])])
 def interrupted(request, data, tmp_path_factory):
     """A run of a notebook that was interrupted in the middle and started again: the preset, its folder, the stages
     before and after, and what the notebook showed."""

@@ -43,7 +43,12 @@ class Narrator(NBClientEngine):
                 print(f"{name:<20} cell {done:>2} of {total}  {seconds:6.1f} s\n", end="", flush=True)
 
         nb_man.cell_complete = report
-        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+        # Papermill would write the whole notebook twice for each cell; it also writes it at the end, whatever happened.
+        save, nb_man.save = nb_man.save, lambda **_: None
+        try:
+            return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+        finally:
+            nb_man.save = save
 
 
 def seeded(source: Path, added: int) -> dict:

@@ -6,7 +6,6 @@ into given axes (``draw_...``, :func:`label_ends`) are for figures that a page c
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import isotonic_regression
 
 from permask_core.display.rows import spread
 from permask_core.display.style import DASHED, DOTTED, look, new_figure
@@ -154,6 +153,8 @@ def label_ends(axes, names, x=None):
     x : float, optional
         Where the lines end; by default the largest end.
     """
+    from scipy.optimize import isotonic_regression  # imported here because only this function needs it
+
     if not names:
         return
     if x is None:

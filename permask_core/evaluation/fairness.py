@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 
 from permask_core.data.attributes import Attribute
 from permask_core.evaluation.statistics import as_labels, proportion_interval, wilson_interval
@@ -294,6 +293,8 @@ def chance_level(metric, y_true, y_pred, *, sensitive_features, sample_weight=No
 
 
 def _chance(metric, sample, value, undefined, draws, confidence, seed):
+    from scipy import stats  # imported here because only this function needs it
+
     by_class = metric is equalized_odds_difference
     strata = ([np.flatnonzero(sample.y_true == k) for k in np.unique(sample.y_true)] if by_class
               else [np.arange(len(sample.kind))])

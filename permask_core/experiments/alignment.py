@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 
 from permask_core.masks import check_bool, check_fit
 from permask_core.matching import check_groups, permute, random_permutations
@@ -121,7 +121,7 @@ def gap_share(permuted, naive, lth, confidence=0.95):
     if y <= SMALLEST_GAP:
         why = f"LTH is {100 * y:+.1f} points from naive: expected more than {100 * SMALLEST_GAP:g}"
         return GapShare(math.nan, math.nan, math.nan, y, n, why)
-    t2 = float(stats.t.ppf((1 + confidence) / 2, n - 1)) ** 2
+    t2 = float(special.stdtrit(n - 1, (1 + confidence) / 2)) ** 2
     (xx, xy), (_, yy) = np.cov(gained, lost) / n
     a, b, c = y * y - t2 * yy, x * y - t2 * xy, x * x - t2 * xx  # the ends are the roots of a s^2 - 2 b s + c
     if a <= 0:

@@ -173,6 +173,8 @@ def test_grids_are_found_by_name():
     assert grid_path("smoke") == grid_path(ROOT / "batch" / "grids" / "smoke.yaml")
     with pytest.raises(FileNotFoundError, match="no grid 'smok', perhaps 'smoke': expected a file, or one of "):
         grid_path("smok")
+    with pytest.raises(FileNotFoundError, match="no grid '': expected a file, or one of .*smoke"):
+        grid_path("")
 
 
 def test_an_edit_of_the_grid_changes_nothing_that_was_checked(grid, tmp_path):

@@ -118,10 +118,12 @@ def test_an_aligned_network_meets_no_barrier(tmp_path, networks):
 
 
 def test_a_merge_is_diagnosed(tmp_path, networks):
-    assert run("diagnose", tmp_path).startswith("A and B merge")
-    state, moved, _ = networks
-    torch.save(moved | {"2.bn1.running_var": 100 + moved["2.bn1.running_var"]}, tmp_path / "b.pt")
-    healthy, first, *_ = run("diagnose", tmp_path).splitlines()
+    moved = networks[1]
+    torch.save(moved | {"2.bn1.running_var": 100 + moved["2.bn1.running_var"]}, tmp_path / "wrong_b.pt")
+    again = 'print("---")\nnet_b = load_net("wrong_b.pt")\nprint(diagnose(net_a, net_b, load_loader("test.pt")))\n'
+    right, wrong = run("diagnose", tmp_path, again).split("---\n")
+    assert right.startswith("A and B merge")
+    healthy, first, *_ = wrong.splitlines()
     assert healthy.startswith("A and B do not merge") and " statistics: With a reset" in first
 
 

@@ -232,9 +232,9 @@ def test_other_seeds_are_those_of_the_notebook_and_more(workshop, parameter, see
 
 
 def test_sentence_that_is_claimed_twice_is_a_failure(workshop):
-    one = "from permask_core.display import claim\nclaim('A is ahead.', True, 'n = 3')"
-    assert executed(one)[0] == ""
-    assert "claims 'A is ahead.' 2 times" in executed(one, one)[0]
+    one, two = (f"from permask_core.display import claim\nclaim('{name} is ahead.', True, 'n = 3')" for name in "AB")
+    failure, _ = executed(one, two, two)
+    assert "claims 'B is ahead.' 2 times" in failure and "A is ahead" not in failure
 
 
 # pack.py

@@ -118,7 +118,8 @@ def test_names_at_the_ends_do_not_cover_one_another(scale):
         limits = axes.get_ylim()
         label_ends(axes, [(end, f"line {i}", "#000000") for i, end in enumerate(ends)])
         assert axes.get_ylim() == limits
-        boxes = [texts(axes)[f"line {i}"] for i in np.argsort(ends)]
+        found = texts(axes)
+        boxes = [found[f"line {i}"] for i in np.argsort(ends)]
         assert all(above.y0 >= below.y1 - 1 for below, above in zip(boxes, boxes[1:]))  # in the order of the lines
         right = axes.transData.transform((1, ends[0]))[0]
         assert all(right < box.x0 < right + 20 for box in boxes)

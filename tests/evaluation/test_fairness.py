@@ -62,7 +62,7 @@ def random_sample(rng, n, classes, groups, accuracy=0.8):
 @both
 def test_two_classes_are_fairlearns(metric):
     rng, seen = np.random.default_rng(0), 0
-    for _ in range(100):
+    for _ in range(40):
         y_true, y_pred, group = random_sample(rng, int(rng.integers(8, 60)), 2, int(rng.integers(2, 5)), 0.6)
         names = np.array(["a", "b", "c", "d"])[group]
         expected = METRICS[metric](y_true, y_pred, sensitive_features=names)
@@ -70,7 +70,7 @@ def test_two_classes_are_fairlearns(metric):
         here = quiet(metric, y_true, y_pred, sensitive_features=names)
         seen += math.isnan(here)
         assert math.isnan(here) or here == pytest.approx(expected, abs=1e-12)
-    assert seen == 0 if metric is demographic_parity_difference else 0 < seen < 90
+    assert seen == 0 if metric is demographic_parity_difference else 0 < seen < 36
 
 
 @both
@@ -292,6 +292,7 @@ def test_any_metric_is_that_of_a_metric_frame(name, weighted):
     y_true, y_pred, _ = random_sample(rng, 300, 2, 2)
     y_pred = rng.random(300) if scores else y_pred
     features, weight = several_features(rng, 300), rng.random(300)
+    del features["town"]  # six groups: scikit-learn takes milliseconds for each
     more = {"sample_weight": weight} if weighted else {}
     frame = fairlearn.MetricFrame(metrics=metric, y_true=y_true, y_pred=y_pred,
                                   sensitive_features=pandas.DataFrame(features), sample_params=more)

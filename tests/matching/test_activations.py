@@ -394,6 +394,7 @@ def test_only_moments_outlive_a_batch(lively):
     """What is held while a batch is read does not grow with the number of batches."""
     groups, nets = plain_pair(lively)
     alive = []
+    gc.freeze()  # what all tests have imported need not be searched again for each batch
 
     def batches():
         for _ in range(5):

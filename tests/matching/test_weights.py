@@ -17,7 +17,7 @@ from permask_core.matching.permutations import assign, permute_
 from permask_core.matching.similarity import Similarities
 from permask_core.matching.weights import _similarity
 from permask_core.models import build_model
-from tests.hypotheses import examples
+from tests.hypotheses import LONG, examples
 
 
 def mlp_groups(model):
@@ -67,7 +67,7 @@ def test_convolutions_are_recovered_too(name, shape, options, lively):
     ("resnet20", {"width": 1, "shortcut": "padded"})])
 def test_planted_permutations_are_recovered_in_float32_10_of_10(name, options, lively):
     groups = permutation_groups(build_model(name, (3, 32, 32), 10, **options), torch.zeros(2, 3, 32, 32))
-    for seed in range(10):
+    for seed in range(10 if LONG or options.get("width") != 4 else 3):
         source = lively(name, (3, 32, 32), 10, seed=seed, **options).float().state_dict()
         planted = random_permutations(groups, seed=seed)
         found = match_weights(groups, source, permute(groups, planted, source), seed=seed)

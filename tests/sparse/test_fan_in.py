@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from permask_core.sparse import FanInLinear, fan_in, sample_columns
-from permask_core.sparse.kernels import transposing
+from permask_core.sparse.kernels import cpu, transposing
+from tests.hypotheses import LONG
 
 LEADING = [(), (0,), (1,), (2,), (3,), (8,), (9,), (33,), (64,), (65,), (130,), (0, 3), (4, 1, 2), (2, 5, 13)]
 seeds = st.integers(0, 2 ** 31)
@@ -94,6 +95,8 @@ def test_outputs_and_gradients_are_those_of_the_dense_layer(dtype, n_out, n_in, 
         layer.bias.requires_grad_(trained[2])
     twin.requires_grad_(True)
     with pytest.MonkeyPatch.context() as patch:
+        if not LONG:  # nor, by chance, for rows that share connections: tests/sparse/test_kernels.py
+            patch.setattr(cpu, "_shared", lambda indices: 1)
         patch.setattr(transposing, "BLOCK", data.draw(st.integers(1, 50)))
         y, right = layer(x), twin(exact)
         needed = trained[0] or trained[1] or bias and trained[2]
@@ -111,7 +114,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_layer(dtype, n_out, n_in, 
             assert (got.double() - wanted).abs().max() <= tolerance * (1 + wanted.abs().max()) if got.numel() else True
 
 
-@pytest.mark.parametrize("ablated, bias, batch", [(0, True, 3), (2, True, 5), (2, False, 9), (0, False, 1)])
+@pytest.mark.parametrize("ablated, bias, batch", [(0, True, 3), (2, True, 4), (2, False, 40), (0, False, 1)])
 def test_gradcheck(ablated, bias, batch):
     layer = drawn_layer(5, 6, 3, ablated, bias, torch.float64)
     x = torch.randn(batch, 2, 6, dtype=torch.float64, requires_grad=True)

@@ -1,6 +1,7 @@
 """Networks trained together, against each of them trained alone."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -49,17 +50,30 @@ RECIPES = {"sgd": Recipe(4, 0.1, batch_size=32),
 
 # ---- Together as alone -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+WANTED = ("init", "epoch 2", "step 20")
+
+
+@pytest.fixture(scope="module")
+def alone(images):
+    """A function of a network's name and a recipe's: the networks that were trained one after the other."""
+    @functools.cache
+    def train(name, case):
+        models = networks(name)
+        return [fit(model, images, RECIPES[case], seed=seed, masks=own, checkpoints=WANTED)
+                for model, seed, own in zip(models, SEEDS, some_masks(models))]
+
+    return train
+
+
+@pytest.mark.parametrize("case", RECIPES)
 @pytest.mark.parametrize("backend", ["grouped", "vmap", "alone"])
 @pytest.mark.parametrize("name", ["resnet8", "lenet5", "mlp"])
-def test_each_network_trains_as_it_does_alone(images, name, backend, recipe):
-    models, wanted = networks(name), ("init", "epoch 2", "step 20")
+def test_each_network_trains_as_it_does_alone(images, name, backend, case, alone):
+    models, recipe = networks(name), RECIPES[case]
     masks = some_masks(models)
-    alone = [fit(model, images, recipe, seed=seed, masks=own, checkpoints=wanted)
-             for model, seed, own in zip(copy.deepcopy(models), SEEDS, masks)]
-    found = fit_batched(models, images, recipe, seeds=SEEDS, masks=masks, checkpoints=wanted, backend=backend)
+    found = fit_batched(models, images, recipe, seeds=SEEDS, masks=masks, checkpoints=WANTED, backend=backend)
     assert len(found) == 3
-    for model, own, one, other in zip(models, masks, found, alone):
+    for model, own, one, other in zip(models, masks, found, alone(name, case)):
         assert_same(one, other)
         assert one.masks is own
         torch.testing.assert_close(model.state_dict(), one.state, rtol=0, atol=0)
