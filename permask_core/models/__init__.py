@@ -43,7 +43,7 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
         Seed of the initialisation. The global random state does not change.
     **options
         Options of the network: ``width`` (a factor on all hidden widths, or on the number of heads in vit_b_16, vit and
-        tiny_vit_5m; not in bert and distilbert), ``depth`` (mlp, vit), ``batch_norm`` (vgg11), ``shortcut`` (resnet8,
+        tiny_vit_5m; not in bert and distilbert), ``depth`` (mlp), ``batch_norm`` (vgg11), ``shortcut`` (resnet8,
         resnet20, resnet56), ``source``, ``pretrained`` and ``download`` (bert, distilbert).
 
     Returns

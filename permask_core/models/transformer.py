@@ -6,7 +6,6 @@ Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021: section 3.1, and
 
 from permask_core.models.extras import check_extra
 from permask_core.models.scaling import scaled
-from permask_core.runs.checks import check_integer
 
 
 def vit_b_16(input_shape, classes, *, width=1.0):
@@ -40,8 +39,8 @@ def vit_b_16(input_shape, classes, *, width=1.0):
     return ScaledVisionTransformer(channels, side, classes, heads)
 
 
-def vit(input_shape, classes, *, width=1.0, depth=2):
-    """A small Vision Transformer with 4 x ``width`` heads, at least one, in each of its ``depth`` layers.
+def vit(input_shape, classes, *, width=1.0):
+    """A small Vision Transformer with 4 x ``width`` heads, at least one, in each of its two layers.
 
     The image is cut into 4x4 patches, whatever its size, so there are 17 tokens with the class token. A head has 12
     units, a token 12 for each head, and the MLP twice as many as a token. Layer names, initialisation and ``forward``
@@ -54,7 +53,7 @@ def vit(input_shape, classes, *, width=1.0, depth=2):
     Raises
     ------
     ValueError
-        If the images are not square, their side is not a multiple of 4, or ``depth`` is not an integer of at least 1.
+        If the images are not square or their side is not a multiple of 4.
 
     References
     ----------
@@ -64,11 +63,10 @@ def vit(input_shape, classes, *, width=1.0, depth=2):
     if height != side or side % 4:
         raise ValueError(f"input_shape is {input_shape}: vit cuts the image into 4x4 patches and needs a square one "
                          "whose side is a multiple of 4")
-    check_integer("depth", depth, 1)
     (heads,) = scaled(width, 4)
     from permask_core.models.imagenet import ScaledVisionTransformer  # here: torchvision takes a second to import
 
-    return ScaledVisionTransformer(channels, side, classes, heads, patch=side // 4, layers=depth, units=12, ratio=2,
+    return ScaledVisionTransformer(channels, side, classes, heads, patch=side // 4, layers=2, units=12, ratio=2,
                                    dense=("conv_proj.weight", "heads.head.weight"))
 
 

@@ -33,8 +33,8 @@ def drawn(shapes, density, seed):
 
 
 @functools.cache
-def traced(name, side, width, **options):
-    model = build_model(name, (1, side, side), 3, width=width, **options).double()
+def traced(name, side, width):
+    model = build_model(name, (1, side, side), 3, width=width).double()
     return model, permutation_groups(model, torch.zeros(2, 1, side, side).double())
 
 
@@ -106,7 +106,7 @@ def test_dead_units_are_twins_and_a_dense_layer_has_only_twins(seed):
 @given(st.integers(0, 10**6), st.sampled_from([0.05, 0.2, 0.6]))
 def test_classes_and_cells_move_with_the_units(seed, density):
     """On attention, whose heads have parts: also there, a permutation within the classes changes no mask."""
-    model, groups = traced("vit", 8, 0.5, depth=1)
+    model, groups = traced("vit", 8, 0.5)
     masks = random_masks(prunable_weights(model), density, seed=seed)
     generator, moves = torch.Generator().manual_seed(seed), random_permutations(groups, seed=seed)
     flat = {name: order for name, order in moves.items() if "/" not in name and "in_proj" not in name}
@@ -128,7 +128,7 @@ def test_classes_and_cells_move_with_the_units(seed, density):
 
 
 def test_heads_that_differ_in_the_order_of_their_dimensions_are_in_one_cell():
-    model, groups = traced("vit", 8, 0.5, depth=1)
+    model, groups = traced("vit", 8, 0.5)
     masks = random_masks(prunable_weights(model), 0.3, seed=0)
     name = next(name for name in groups if name.endswith("in_proj"))
     query, out = masks[f"{name}_weight"], masks[name.replace("in_proj", "out_proj.weight")]
