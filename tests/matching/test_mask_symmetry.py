@@ -79,6 +79,15 @@ def test_automorphisms_that_move_several_layers_at_once_are_in_the_cells_only():
     assert len([*automorphisms(GROUPS, masks)]) == 6
 
 
+def test_inputs_outputs_and_positions_in_a_kernel_distinguish_units():
+    groups = {"units": Group(3, (Entry("in", 0), Entry("out", 1)))}
+    same = torch.ones(2, 3, 1).bool()
+    one = torch.eye(3).bool()
+    for tensor, mask in {"in": one[:, :, None], "out": one[:, :, None], "kernel": one[:, None]}.items():
+        masks = {"in": same.transpose(0, 1), "out": same, tensor.replace("kernel", "in"): mask}
+        assert equitable_partition(groups, masks)["units"].tolist() == [0, 1, 2], tensor
+
+
 def test_refinement_does_not_tell_a_ring_of_six_from_two_of_three():
     """The known limit of the algorithm: both are regular, so there is one cell, but more than one orbit."""
     ring = torch.zeros(9, 9, dtype=torch.bool)
