@@ -235,13 +235,18 @@ def idle_units(groups, masks, state):
     return idle
 
 
-def shared_positions(found, truth):
+def shared_positions(found, truth, classes=None):
     """Return the fraction of the units that two permutations move to the same position, over all groups.
 
     Parameters
     ----------
     found, truth : dict of str to torch.Tensor
         Permutations of the same groups.
+    classes : dict of str to torch.Tensor, optional
+        The classes of units of the source that are interchangeable, such as those of
+        :func:`permask_core.matching.mask_symmetry.twin_classes` for its masks. Then the fraction is the largest over
+        all permutations within the classes, applied before ``found``. It is attained if each unit counts whose class
+        is right, because the units of a class can be exchanged freely.
 
     Returns
     -------
@@ -252,8 +257,21 @@ def shared_positions(found, truth):
     ------
     ValueError
         If the groups or their sizes differ.
+
+    Examples
+    --------
+    Of three units, the last two are dead:
+
+    >>> found, truth = {"fc1": torch.tensor([0, 1, 2])}, {"fc1": torch.tensor([0, 2, 1])}
+    >>> f"{shared_positions(found, truth):.2f}", shared_positions(found, truth, {"fc1": torch.tensor([0, 1, 1])})
+    ('0.33', 1.0)
     """
-    sizes = [{name: len(order) for name, order in one.items()} for one in (found, truth)]
-    if not sizes[0] or sizes[0] != sizes[1]:
-        raise ValueError(f"the permutations are of {sizes[0]} and {sizes[1]} units: expected the same groups")
+    given = (found, truth) if classes is None else (found, truth, classes)
+    sizes = [{name: len(order) for name, order in one.items()} for one in given]
+    if not sizes[0] or any(one != sizes[0] for one in sizes):
+        of_classes = "" if classes is None else f", the classes of {sizes[2]}"
+        raise ValueError(f"the permutations are of {sizes[0]} and {sizes[1]} units{of_classes}: expected the same "
+                         "groups")
+    if classes is not None:
+        found, truth = ({name: classes[name][order] for name, order in one.items()} for one in (found, truth))
     return sum(int((found[name] == truth[name]).sum()) for name in truth) / sum(sizes[0].values())

@@ -57,13 +57,19 @@ class ScaledDenseNet(torchvision.models.DenseNet):
 
 
 class ScaledVisionTransformer(torchvision.models.VisionTransformer):
-    """torchvision's ViT-B/16 for ``side`` x ``side`` images, with ``heads`` heads of 64 units instead of 12."""
+    """torchvision's Vision Transformer for ``side`` x ``side`` images with any number of channels.
 
-    def __init__(self, channels, side, classes, heads):
-        super().__init__(image_size=side, patch_size=16, num_layers=12, num_heads=heads, hidden_dim=64 * heads,
-                         mlp_dim=256 * heads, num_classes=classes)
+    The defaults are those of ViT-B/16, with ``heads`` heads instead of 12. A head has ``units`` units, and the MLP
+    ``ratio`` times as many as a token. The weights whose names end in one of ``dense`` are not pruned.
+    """
+
+    def __init__(self, channels, side, classes, heads, *, patch=16, layers=12, units=64, ratio=4,
+                 dense=("in_proj_weight",)):
+        token = units * heads
+        super().__init__(image_size=side, patch_size=patch, num_layers=layers, num_heads=heads, hidden_dim=token,
+                         mlp_dim=ratio * token, num_classes=classes)
         if channels != 3:  # torchvision supports colour images only; initialised as there
-            self.conv_proj = nn.Conv2d(channels, 64 * heads, 16, 16)
-            nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / (channels * 16 * 16)))
+            self.conv_proj = nn.Conv2d(channels, token, patch, patch)
+            nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / (channels * patch * patch)))
             nn.init.zeros_(self.conv_proj.bias)
-        self.dense_weights = [name for name, _ in self.named_parameters() if name.endswith("in_proj_weight")]
+        self.dense_weights = [name for name, _ in self.named_parameters() if name.endswith(dense)]

@@ -1,4 +1,4 @@
-"""Vision Transformers with a width factor: torchvision's ViT-B/16 and timm's TinyViT-5M.
+"""Vision Transformers with a width factor: torchvision's ViT-B/16, a small one, and timm's TinyViT-5M.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021: section 3.1, and table 1 for the base model. Wu et al.,
 "TinyViT: Fast Pretraining Distillation for Small Vision Transformers", ECCV 2022: section 3.3.
@@ -37,6 +37,37 @@ def vit_b_16(input_shape, classes, *, width=1.0):
     from permask_core.models.imagenet import ScaledVisionTransformer  # here: torchvision takes a second to import
 
     return ScaledVisionTransformer(channels, side, classes, heads)
+
+
+def vit(input_shape, classes, *, width=1.0):
+    """A small Vision Transformer with 4 x ``width`` heads, at least one, in each of its two layers.
+
+    The image is cut into 4x4 patches, whatever its size, so there are 17 tokens with the class token. A head has 12
+    units, a token 12 for each head, and the MLP twice as many as a token. Layer names, initialisation and ``forward``
+    are those of :func:`vit_b_16`.
+
+    :func:`permask_core.masks.prunable_weights` returns the linear weights of the layers: ``in_proj_weight``, which
+    holds the projections of an attention to queries, keys and values, the output projection, and the MLP. It excludes
+    the patch projection, the class token, the position embedding and the classifier.
+
+    Raises
+    ------
+    ValueError
+        If the images are not square or their side is not a multiple of 4.
+
+    References
+    ----------
+    Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021.
+    """
+    channels, height, side = input_shape
+    if height != side or side % 4:
+        raise ValueError(f"input_shape is {input_shape}: vit cuts the image into 4x4 patches and needs a square one "
+                         "whose side is a multiple of 4")
+    (heads,) = scaled(width, 4)
+    from permask_core.models.imagenet import ScaledVisionTransformer  # here: torchvision takes a second to import
+
+    return ScaledVisionTransformer(channels, side, classes, heads, patch=side // 4, layers=2, units=12, ratio=2,
+                                   dense=("conv_proj.weight", "heads.head.weight"))
 
 
 def tiny_vit_5m(input_shape, classes, *, width=1.0):

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from permask_core.experiments.alignment import (
 from permask_core.experiments.permuted_masks import Experiment
 from permask_core.masks import prunable_weights
 from permask_core.matching import Entry, Group, match_weights, permutation_groups, permute, random_permutations
+from permask_core.matching.mask_symmetry import twin_classes
 from permask_core.models import build_model
 from permask_core.pruning import magnitude_masks
 from permask_core.runs.store import Store
@@ -236,6 +238,38 @@ def test_idle_units_of_what_does_not_fit(network):
         idle_units(groups, masks, {**state, name: state[name][:1]})
 
 
+@given(st.integers(0, 10**6))
+def test_shared_positions_up_to_interchangeable_units_are_the_most_of_all_orders_of_these(seed):
+    generator = torch.Generator().manual_seed(seed)
+    classes = {"a": torch.randint(3, (4,), generator=generator), "b": torch.randint(2, (3,), generator=generator)}
+    found, truth = ({name: torch.randperm(len(own), generator=generator) for name, own in classes.items()}
+                    for _ in range(2))
+    most = 0
+    for name, own in classes.items():  # the groups are independent of each other
+        orders = [torch.tensor(order) for order in permutations(range(len(own)))]
+        inside = [order for order in orders if torch.equal(own[order], own)]
+        most += max(int((order[found[name]] == truth[name]).sum()) for order in inside)
+    assert shared_positions(found, truth, classes) == most / 7
+    alone = {name: torch.arange(len(own)) for name, own in classes.items()}
+    assert shared_positions(found, truth, alone) == shared_positions(found, truth)
+
+
+def test_orders_of_twins_give_one_mask_and_so_one_overlap(network):
+    """So an overlap needs no correction, and the share of the positions does."""
+    groups, state, masks = network
+    twins, truth = twin_classes(groups, masks), random_permutations(groups, seed=1)
+    before = random_permutations(groups, seed=2)
+    swap = {name: torch.arange(len(labels)) for name, labels in twins.items()}
+    for name, labels in twins.items():
+        units = (labels == labels.mode().values).nonzero()[:, 0]
+        assert len(units) > 1
+        swap[name][units] = units.roll(1)
+    after = {name: swap[name][order] for name, order in before.items()}
+    overlaps = [mask_overlap(permute(groups, found, masks), permute(groups, truth, masks)) for found in (before, after)]
+    assert overlaps[0] == overlaps[1] < 1
+    assert shared_positions(before, after) < 1 and shared_positions(before, after, twins) == 1
+
+
 def test_shared_positions_by_hand():
     truth = {"a": torch.tensor([2, 0, 1]), "b": torch.tensor([0])}
     assert shared_positions({"a": torch.tensor([2, 1, 0]), "b": torch.tensor([0])}, truth) == 2 / 4
@@ -243,3 +277,5 @@ def test_shared_positions_by_hand():
         shared_positions({"a": truth["a"]}, truth)
     with pytest.raises(ValueError, match="expected the same groups"):
         shared_positions({}, {})
+    with pytest.raises(ValueError, match="the classes of {'a': 3}: expected the same groups"):
+        shared_positions(truth, truth, {"a": torch.tensor([0, 0, 1])})

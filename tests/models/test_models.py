@@ -65,7 +65,8 @@ def test_vgg11_takes_larger_images(shape, features):
 @pytest.mark.parametrize("name, shape", [
     ("mlp", (1, 8, 8)), ("lenet5", (1, 8, 8)), ("vgg11", (3, 32, 32)), ("resnet20", (1, 8, 8)),
     ("resnet18", (3, 32, 32)), ("resnet18_cifar", (3, 8, 8)), ("densenet121", (3, 32, 32)),
-    ("densenet169_cifar", (1, 8, 8)), ("vit_b_16", (1, 16, 16)), ("tiny_vit_5m", (3, 32, 32))])
+    ("densenet169_cifar", (1, 8, 8)), ("vit_b_16", (1, 16, 16)), ("vit", (1, 8, 8)),
+    ("tiny_vit_5m", (3, 32, 32))])
 def test_the_seed_decides_and_the_global_random_state_stays(name, shape):
     torch.manual_seed(1)
     random_state = torch.get_rng_state()

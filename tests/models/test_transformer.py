@@ -104,3 +104,46 @@ def test_shapes_while_training(shape):
 def test_bad_input_is_named(shape, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         build_model("vit_b_16", shape, 10, **options)
+
+
+# ---- A small one -----------------------------------------------------------------------------------------------------
+
+SMALL = [f"encoder.layers.encoder_layer_{i}" for i in range(2)]
+
+
+@pytest.mark.parametrize("channels, side, width, heads", [(3, 28, 1, 4), (1, 8, 0.5, 2), (3, 32, 0.01, 1)])
+def test_the_small_one_is_torchvisions_with_sixteen_patches(channels, side, width, heads):
+    theirs = torchvision.models.VisionTransformer(side, side // 4, 2, heads, 12 * heads, 24 * heads, num_classes=5)
+    state = build_model("vit", (channels, side, side), 5, width=width).state_dict()
+    for key, tensor in theirs.state_dict().items():
+        assert state[key].shape[1:] == tensor.shape[1:] or key == "conv_proj.weight", key
+    assert list(state) == list(theirs.state_dict()) and state["encoder.pos_embedding"].shape == (1, 17, 12 * heads)
+    model = build_model("vit", (3, side, side), 5, width=width)
+    theirs.load_state_dict(model.state_dict())
+    torch.nn.init.normal_(theirs.heads.head.weight)  # it starts at zero, and so would the outputs
+    model.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, side, side)
+    with evaluation_mode(model, theirs):
+        assert model(x).std() > 0 and torch.equal(model(x), theirs(x))
+
+
+def test_all_linear_weights_of_its_layers_may_be_pruned():
+    prunable = prunable_weights(build_model("vit", (1, 28, 28), 10))
+    parts = ("self_attention.in_proj_weight", "self_attention.out_proj.weight", "mlp.0.weight", "mlp.3.weight")
+    assert sorted(prunable) == sorted(f"{layer}.{part}" for layer in SMALL for part in parts)
+    assert sum(tensor.numel() for tensor in prunable.values()) == 2 * 8 * 48 * 48
+
+
+def test_its_heads_their_dimensions_its_mlp_and_its_tokens_are_groups():
+    groups = permutation_groups(build_model("vit", (1, 8, 8), 10), torch.zeros(2, 1, 8, 8), check=True)
+    outer = {name: group.size for name, group in groups.items() if group.within is None}
+    heads = [f"{layer}.self_attention.in_proj" for layer in SMALL]
+    assert outer == {"conv_proj": 48, **dict.fromkeys(heads, 4), **{f"{layer}.mlp.0": 96 for layer in SMALL}}
+    inner = sorted((group.within, group.size) for group in groups.values() if group.within is not None)
+    assert inner == sorted(((name, unit), 12) for name in heads for unit in [*range(4)] * 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 12), (3, 30, 30)])
+def test_images_that_do_not_divide_into_sixteen_patches_are_refused(shape):
+    with pytest.raises(ValueError, match=re.escape(f"input_shape is {shape}: vit cuts the image into 4x4 patches")):
+        build_model("vit", shape, 10)
