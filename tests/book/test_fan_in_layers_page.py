@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from permask_core.data.measured import measured_whole_networks
 from permask_core.sparse import FanInLinear
 from tests.notebooks import run
 
@@ -80,3 +81,19 @@ def test_layers_with_even_rows_are_condensed_and_others_left(page):
     assert "fc2.weight" in even and {*page["left"]} == {*page["mixed"]} - even
     replaced = {name for name, layer in page["condensed"].named_children() if isinstance(layer, FanInLinear)}
     assert replaced == {name.removesuffix(".weight") for name in even}
+
+
+def test_what_the_page_on_whole_networks_says_holds_on_every_processor_measured():
+    for record in measured_whole_networks().values():
+        for row in record["rows"]:
+            where = row["network"], row["replaced"]
+            ratio = row["ratios"]["fan-in"]
+            assert "torch CSR" not in row["ratios"] or ratio > row["ratios"]["torch CSR"], where
+            if row["replaced"] == "MLPs":
+                assert 1 < ratio < 2 and row["bound"] < 3, where
+            elif where == ("gpt2", "blocks"):
+                assert 1.5 < ratio < 2.5
+            else:  # all linear layers
+                assert 1.9 < ratio < 6.1, where
+        assert {row["network"] for row in record["rows"]} == {"gpt2", "bert", "vit_b_16"}
+        assert len(record["rows"]) == 14 and "dirty" not in record["commit"]
