@@ -121,7 +121,8 @@ ARCHITECTURES |= {f"{name}ForImageClassification": partial(tiny, f"{name}ForImag
                   for name, (inputs, sizes) in IMAGE_CLASSIFIERS.items()}
 ARCHITECTURES |= {name: partial(tiny, name, inputs, sizes) for name, (inputs, sizes) in {
     "YolosForObjectDetection": (image(), {"image_size": [32, 32], "num_detection_tokens": 4}),
-    "ASTForAudioClassification": ({"input_values": torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(0))}, {
+    "ASTForAudioClassification": ({
+        "input_values": torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(0))}, {
         "max_length": 40, "num_mel_bins": 16, "frequency_stride": 4, "time_stride": 4}),
     "HubertForCTC": (sound(), WAV), "Wav2Vec2ForCTC": (sound(), WAV), "WavLMForCTC": (sound(), WAV),
     "WhisperForConditionalGeneration": ({

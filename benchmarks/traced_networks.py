@@ -5,9 +5,9 @@ configurations of the architectures of transformers; and U-Nets as in diffusers.
 traced. Then a copy in float64 with random parameters and buffers (permask_core.matching.draw_stable_weights) is run
 before and after a random permutation of all groups. For as many groups as the time allows, one entry is omitted, which
 must change the outputs. Results are written to permask_core/data/measured/traced_networks.json network by network, each
-with its commit. An interrupted run continues with the next network; delete a row to measure it again. Run it with
-`python benchmarks/traced_networks.py`. It takes a few hours on one core, and 16 GB of memory for the largest model of
-torchvision; `--libraries` and `--names` choose some of the networks.
+with its commit. An interrupted run continues with the next network; delete a row to measure it again. With other
+versions all networks are measured again. Run it with `python benchmarks/traced_networks.py`. It takes a few hours on
+one core, and 16 GB of memory for the largest model of torchvision; `--libraries` and `--names` choose some networks.
 """
 
 import argparse
@@ -181,8 +181,8 @@ def main(argv=None):
     torch.set_num_threads(1)
     record = {"command": f"python benchmarks/traced_networks.py --seconds {options.seconds:g}", "versions": versions(),
               "device": device_name("cpu"), "precision": "float64", "rows": []}
-    if options.result.exists():
-        record["rows"] = json.loads(options.result.read_text())["rows"]
+    if options.result.exists() and (old := json.loads(options.result.read_text()))["versions"] == record["versions"]:
+        record["rows"] = old["rows"]
     done = {(row["library"], row["model"]) for row in record["rows"]}
     order = {key: i for i, key in enumerate((library, name) for library in every for name in every[library])}
     for library, name in progress([key for key in chosen if key not in done], "networks"):
