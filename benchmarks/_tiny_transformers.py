@@ -65,7 +65,7 @@ CLASSIFIERS = {  # of texts
     "DistilBert": {}, "Electra": {}, "Esm": {"position_embedding_type": "rotary"}, "FNet": {},
     "Funnel": {"block_sizes": [1, 1], "d_head": 4}, "Longformer": {"attention_window": 4}, "MPNet": {},
     "MobileBert": {"true_hidden_size": 16, "intra_bottleneck_size": 16}, "ModernBert": {},
-    "Nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 8, "conv_kernel_size": 3}, "RoFormer": {},
+    "Nystromformer": {"num_landmarks": 8, "segment_means_seq_len": 8, "conv_kernel_size": 3}, "RoFormer": {},
     "Roberta": {}, "SqueezeBert": {}, "XLMRoberta": {}, "XLNet": {"d_head": 4},
 }
 IMAGE_CLASSIFIERS = {
@@ -109,7 +109,8 @@ ARCHITECTURES |= {name: make(name, sizes=sizes) for make, names in {
                   "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 4,
                   "linear_value_head_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
               "RecurrentGemmaForCausalLM": {"lru_width": 16, "block_types": ["recurrent", "attention"]},
-              "RwkvForCausalLM": {}, "SmolLM3ForCausalLM": {}, "StableLmForCausalLM": {}, "Starcoder2ForCausalLM": {}},
+              "RwkvForCausalLM": {"rescale_every": 0},
+              "SmolLM3ForCausalLM": {}, "StableLmForCausalLM": {}, "Starcoder2ForCausalLM": {}},
     # An encoder and a decoder
     both: {"BartForConditionalGeneration": {}, "LEDForConditionalGeneration": {"attention_window": [4],
            "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32},

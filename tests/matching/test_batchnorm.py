@@ -314,7 +314,7 @@ def test_weights_with_weight_norm_are_interpolated_themselves():
 
 def test_the_older_weight_norm_is_refused_and_the_newer_one_loads_its_state():
     def older():
-        return nn.utils.weight_norm(nn.Linear(4, 6))
+        return nn.utils.weight_norm(nn.Linear(4, 6).double())
 
     nets = [flat(seed, older, nn.ReLU, lambda: nn.Linear(6, 3)) for seed in (0, 1)]
     states = [net.state_dict() for net in nets]

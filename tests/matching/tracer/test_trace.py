@@ -539,6 +539,9 @@ FOLLOWED |= {
     "scatter a number": ("a:6", lambda: over_tokens(
         lambda h: h.scatter(1, torch.zeros(3, 1, 6, dtype=torch.long), 2.))),
     "tokens written": ("a:6", lambda: over_tokens(token_sums)),
+    "other names of operations": ("a:6", lambda: between(lambda s, h: other_names(h))),
+    "an empty part": ("a:6", lambda: between(lambda s, h: torch.cat([h[:, :6].tanh(), h[:, 6:]], 1))),
+    "space to channels": ("0:2", lambda: (Seq(Conv(3, 2, 3), ReLU(), nn.PixelUnshuffle(2), Conv(8, 3, 1)), images())),
     "sorted tokens": ("a:6", lambda: over_tokens(lambda h: h.sort(1)[0] + h.topk(3, 1)[0].mean(1, keepdim=True))),
     "the position of the largest token": ("a:6", lambda: over_tokens(
         lambda h: h * (h.argmax(1, keepdim=True) + h.argsort(1)))),
@@ -554,6 +557,10 @@ def token_sums(h):
     h = h.clone()
     h[:, [0, 2]] = h[:, :2] * h[:, 1:3]
     return h
+
+
+def other_names(h):
+    return torch.multiply(h, h.absolute()).clip(-1, 2).subtract(h.true_divide(2)).square() * (h.greater(0) & h.less(1))
 
 
 def steps(h):
@@ -779,8 +786,6 @@ LEFT_FIXED = {
         3)), vectors())),
     "the output itself": ("", "they reach the network's output", lambda: (Net(lambda s, x: (s.a(x), s.b(s.a(x))),
         a=Linear(8, 6), b=Linear(6, 3)), vectors())),
-    "space to channels": ("", "pixel_unshuffle is not supported", lambda: (Seq(Conv(3, 2, 3), ReLU(),
-        nn.PixelUnshuffle(2), Conv(8, 3, 1)), images())),
     "Gram matrix of channels": ("", "their order matters to", lambda: (Net(lambda s,
         x: s.b((s.a(x).mT @ s.a(x)).flatten(1)), a=Linear(8, 4), b=Linear(16, 3)), tokens())),
     "units that are their own means": ("", "no other unit has the same surroundings",
