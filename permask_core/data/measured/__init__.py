@@ -171,8 +171,8 @@ def measured_traced_networks():
         reason). If there are groups, either ``unchecked``, the reason why the function cannot be tested, or ``change``
         (the largest change of an output when all groups are permuted at random, in standard deviations of the outputs)
         and ``left_out`` (the smallest such change with one entry omitted, in the group ``left_out_at``, of
-        ``left_out_groups`` that were tried). Rows with a ``command`` of their own were measured by an earlier script,
-        their ``seconds`` as wall time.
+        ``left_out_groups`` that were tried). Rows with a ``command`` were measured by that; the ``seconds`` of
+        torchvision_groups.py, an earlier script, are wall time.
     """
     return _read("traced_networks")
 
