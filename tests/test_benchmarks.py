@@ -272,6 +272,26 @@ def test_fan_in_speeds(fan_in_cpu, tmp_path, monkeypatch):
         assert row["peak_bytes"].keys() == {"fan-in", "dense"}
 
 
+def test_traced_networks(tmp_path, monkeypatch):
+    """A network is traced and checked, one that cannot be traced has a reason, and finished rows are kept."""
+    script, names = importlib.import_module("traced_networks"), ("BertForSequenceClassification", "detector")
+    known = script.networks()["transformers"]
+
+    class Detector(torch.nn.Module):
+        def forward(self, x):
+            return x[x > 0].sum() if x.sum() > 0 else x
+
+    monkeypatch.setattr(script, "networks", lambda: {"transformers": {
+        names[0]: known[names[0]], names[1]: lambda: (Detector(), (torch.ones(3),), None)}})
+    options = "--libraries", "transformers", "--names", *names, "--seconds", 0
+    bert, detector = record(script, tmp_path, *options)["rows"]
+    assert bert["units"] == 16 + 2 * (20 + 4 + 4 * (4 + 4)) + 16 and bert["change"] < 1e-9 < 1e-2 < bert["left_out"]
+    assert bert["fixed"] == {"their order matters to embedding": 31 + 32 + 2, "they reach the network's output": 4}
+    assert detector["refused"].startswith("Detector cannot be traced by torch.export") and "groups" not in detector
+    monkeypatch.setattr(script, "measured", None)
+    assert record(script, tmp_path, *options)["rows"] == [bert, detector]
+
+
 def test_whole_networks(tmp_path, monkeypatch):
     script = importlib.import_module("whole_networks")
     small = {"gpt2": partial(script.Decoder, 50, 16, 64, 4, 2), "bert": partial(script.Encoder, 50, 16, 64, 4, 2)}

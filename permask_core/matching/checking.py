@@ -178,7 +178,19 @@ class _Float64(TorchDispatchMode):
         new = not any(argument.alias_info for argument in function._schema.arguments)  # no view or change in place
         args, kwargs = pytree.tree_map(
             lambda value: _widened(value) if new or isinstance(value, torch.dtype) else value, (args, kwargs or {}))
+        if function is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float64:
+            return _grouped_matmul(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _grouped_matmul(x, weight, offs=None, bias=None, out_dtype=None):
+    """The product of groups of rows with the matrix of their group, which PyTorch does not have in float64; ``offs``
+    [groups] is where they end."""
+    if offs is None or weight.ndim != 3 or x.ndim != 2:
+        return x @ weight
+    ends = offs.tolist()
+    product = torch.cat([x[start:end] @ matrix for start, end, matrix in zip([0, *ends], ends, weight)])
+    return torch.nn.functional.pad(product, (0, 0, 0, len(x) - len(product)))
 
 
 @contextlib.contextmanager

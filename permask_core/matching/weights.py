@@ -193,7 +193,10 @@ def check_mixable(states):
                 kind = f"integers ({tensor.dtype})" if integers else "values of a mask"
                 raise ValueError(f"{name!r} holds {kind} that differ between the states: expected the same, because "
                                  "they cannot be mixed. Make sparse layers dense first")
-        if "parametrizations." in name or name.endswith("weight_g") and f"{name[:-1]}v" in states[0]:
+        if name.endswith("weight_g") and f"{name[:-1]}v" in states[0]:
+            raise ValueError(f"{name!r} is the length of a weight with torch.nn.utils.weight_norm: expected networks "
+                             "with torch.nn.utils.parametrizations.weight_norm, which loads such a state, or without")
+        if "parametrizations." in name:
             raise ValueError(f"{name!r} is not a weight, but an argument of the function that computes one: expected "
                              "weights, as after torch.nn.utils.parametrize.remove_parametrizations; "
                              "permask_core.evaluation.connectivity.interpolate_network interpolates such weights")

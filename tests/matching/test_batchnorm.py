@@ -312,6 +312,23 @@ def test_weights_with_weight_norm_are_interpolated_themselves():
             attempt()
 
 
+def test_the_older_weight_norm_is_refused_and_the_newer_one_loads_its_state():
+    def older():
+        return nn.utils.weight_norm(nn.Linear(4, 6).double())
+
+    nets = [flat(seed, older, nn.ReLU, lambda: nn.Linear(6, 3)) for seed in (0, 1)]
+    states = [net.state_dict() for net in nets]
+    for attempt in (lambda: interpolate(*states, 0.5), lambda: interpolate_network(nets[0], *states, 0.5)):
+        with pytest.raises(ValueError, match="'0.weight_g' is the length .* expected networks with "
+                                             "torch.nn.utils.parametrizations.weight_norm, which loads such a state"):
+            attempt()
+    newer = [flat(0, lambda: weight_norm(nn.Linear(4, 6)), nn.ReLU, lambda: nn.Linear(6, 3)) for _ in states]
+    for net, state in zip(newer, states):
+        net.load_state_dict(state)
+    found = interpolate_network(newer[0], *(net.state_dict() for net in newer), 0.25)
+    torch.testing.assert_close(found[0].weight, 0.75 * nets[0][0].weight + 0.25 * nets[1][0].weight)
+
+
 def test_layers_with_weight_norm_are_repaired_like_plain_ones():
     nets, x = [flat(seed, *NORMED) for seed in (0, 1)], torch.randn(50, 4).double()
     plain = [flat(0, lambda: nn.Linear(4, 6), nn.ReLU, lambda: nn.Linear(6, 5), nn.ReLU, lambda: nn.Linear(5, 3))

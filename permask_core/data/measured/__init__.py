@@ -158,20 +158,23 @@ def measured_structured_tickets():
     return _read("structured_tickets")
 
 
-def measured_torchvision_groups():
-    """The permutation groups of torchvision's classification models.
+def measured_traced_networks():
+    """The permutation groups of networks of torchvision, timm and transformers, and of U-Nets as in diffusers.
 
     Returns
     -------
     dict
-        ``command``, ``versions``, ``device``, ``precision``, and ``rows``, a list of dict: ``model``,
-        ``parameters``, ``side`` (of the images, pixels), ``groups``, ``top`` (groups that are not nested), ``units``
-        (the sum of their sizes), ``fixed`` (number of indices in no group, by reason), ``seconds`` (tracing),
-        ``change`` (the largest change of an output when all groups are permuted at random, in standard deviations of
-        the outputs), ``left_out`` (the smallest such change with one entry omitted, in the group ``left_out_at``, of
-        ``left_out_groups`` that were tried), and ``commit``.
+        ``command``, ``versions``, ``device``, ``precision``, and ``rows``, a list of dict: ``library``, ``model``,
+        ``parameters``, ``side`` (of the images, pixels; None for other inputs), ``seconds`` (tracing, of processor
+        time), ``commit``, and either ``refused``, the reason why it cannot be traced, or ``groups``, ``top`` (groups
+        that are not nested), ``units`` (the sum of their sizes) and ``fixed`` (number of indices in no group, by
+        reason). If there are groups, either ``unchecked``, the reason why the function cannot be tested, or ``change``
+        (the largest change of an output when all groups are permuted at random, in standard deviations of the outputs)
+        and ``left_out`` (the smallest such change with one entry omitted, in the group ``left_out_at``, of
+        ``left_out_groups`` that were tried). Rows with a ``command`` were measured by that; the ``seconds`` of
+        torchvision_groups.py, an earlier script, are wall time.
     """
-    return _read("torchvision_groups")
+    return _read("traced_networks")
 
 
 def measured_ensembles_from_one_mask():

@@ -113,13 +113,22 @@ def _stacked(net, values, dim=0):
 
 
 def _slice_scatter(net, shape, self_, src, dim=0, start=None, end=None, step=1):
-    value, n = net.value(self_), shape[dim]
     if step != 1:
         raise NoRule
-    start, stop, _ = slice(start, end).indices(n)
-    before, after = (net.take(value, dim, range(*part), i) if len(range(*part)) else None
-                     for i, part in enumerate(((0, start), (stop, n))))
-    return net.concatenate([part for part in (before, net.value(src), after) if part is not None], dim)
+    return _replaced(net, net.value(self_), net.value(src), dim, *slice(start, end).indices(shape[dim])[:2])
+
+
+def _select_scatter(net, shape, self_, src, dim, index):
+    dim, index = dim % len(shape), index % shape[dim]
+    one = net.view(net.value(src), [1 if a == dim else n for a, n in enumerate(shape)])
+    return _replaced(net, net.value(self_), one, dim, index, index + 1)
+
+
+def _replaced(net, value, part, dim, start, stop):
+    """Return a value with another one at the indices from ``start`` to ``stop`` along an axis."""
+    before, after = (net.take(value, dim, range(*rest), i) if len(range(*rest)) else None
+                     for i, rest in enumerate(((0, start), (stop, value.shape[dim]))))
+    return net.concatenate([value for value in (before, part, after) if value is not None], dim)
 
 
 def _pad(net, shape, self_, pad, mode="constant", value=None, **_):
@@ -144,6 +153,21 @@ def _order_matters(net, shape, self_, dims=None, dim=None, **_):
     value, axes = net.value(self_), dims if dims is not None else dim
     axes = [axes] if isinstance(axes, int) else axes
     return net.ordered(value, axes or range(len(value.shape)))
+
+
+def _sort(net, shape, self_, dim=-1, **_):
+    """An operation that puts the indices along an axis into another order, or selects some of them."""
+    value, results = net.value(self_), net.node.meta["val"]
+    one = tuple(shape or results[0].shape)
+    value = net.ordered(value, [dim])._replace(shape=one).fixed([dim % len(one)], net.why_ordered())
+    return value if shape is not None else (value,) * len(results)
+
+
+def _position(net, shape, self_, dim=None, keepdim=False, **_):
+    """The position of an element along an axis."""
+    value = net.value(self_)
+    axes = range(len(value.shape)) if dim is None else [dim]
+    return net.reduce(net.ordered(value, axes), axes, keepdim)
 
 
 def _index(net, shape, self_, indices):
@@ -324,6 +348,15 @@ def _matmul(net, shape, self_, **given):
     result = _product(net, x, net.value(weight))
     net.tap(weight, "output", result, len(shape) - 1)
     return result
+
+
+def _grouped_matmul(net, shape, offs, **given):
+    """The product of rows, which are sorted by experts, with the matrix [experts, inputs, outputs] of their expert."""
+    x, weight = (net.value(node) for node in list(given.values())[:2])
+    if offs is None or len(x.shape) != 2 or len(weight.shape) != 3:
+        raise NoRule
+    net.fix([net.value(offs)], net.why_ordered())
+    return _product(net, net.ordered(x, [0]), net.reduce(net.ordered(weight, [0]), [0]))
 
 
 def _addmm(net, shape, self_, **given):
@@ -551,8 +584,11 @@ RULES = {
     "broadcast_tensors": _broadcast,
     "repeat_interleave": _repeat_interleave, "select": _select,
     "slice": _slice, "split": _split, "split_with_sizes": _split, "chunk": _chunk, "unbind": _unbind, "cat": _cat,
-    "stack": _stack, "slice_scatter": _slice_scatter, "pad": _pad, "constant_pad_nd": _pad,
-    **dict.fromkeys(("roll", "flip", "cumsum", "cumprod", "tril", "triu"), _order_matters),
+    "stack": _stack, "slice_scatter": _slice_scatter, "select_scatter": _select_scatter,
+    "pad": _pad, "constant_pad_nd": _pad,
+    **dict.fromkeys(("roll", "flip", "cumsum", "cumprod", "logcumsumexp", "tril", "triu"), _order_matters),
+    **dict.fromkeys(("sort", "argsort", "topk", "cummax", "cummin"), _sort),
+    **dict.fromkeys(("argmax", "argmin"), _position),
     "index": _index, "index_select": _index_select, "embedding": _embedding,
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like",
                      "full_like", "empty_like", "new_empty", "scalar_tensor", "zero", "fill"), _uniform), "copy": _copy,
@@ -561,6 +597,7 @@ RULES = {
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), _softmax),
     "einsum": _einsum, **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot"), _matmul),
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), _addmm),
+    **dict.fromkeys(("_grouped_mm", "transformers::grouped_mm_fallback"), _grouped_matmul),
     "linear": _linear, "scaled_dot_product_attention": _attention, "convolution": _convolution,
     **{f"conv{d}d": _conv(False) for d in (1, 2, 3)}, **{f"conv_transpose{d}d": _conv(True) for d in (1, 2)},
     "conv_transpose2d": _conv(True), "conv_transpose3d": _conv(True),

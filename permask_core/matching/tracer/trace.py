@@ -16,12 +16,14 @@ import itertools
 import logging
 import operator
 import re
+import traceback
 import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from permask_core.data.batches import arguments
@@ -98,18 +100,35 @@ def _exported(model, args, kwargs):
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
-            # Replaces in-place operations and decomposes some composite ones; takes half of the time of tracing.
-            plain = all(_has_rule(node.target) for node in program.graph.nodes if _computes(node))
-            return program if plain else program.run_decompositions({})
+            unknown = {node.target for node in program.graph.nodes if _computes(node) and not _has_rule(node.target)}
+            if not unknown:
+                return program
+            # Replaces in-place operations, and those that PyTorch composes of others, such as the alias multiply; takes
+            # half of the time of tracing.
+            known = torch.export.default_decompositions()
+            return program.run_decompositions({target: known[target] for target in unknown if target in known})
     except Exception as error:  # tracing runs user code, which may raise anything
         reason = shortened(error) or type(error).__name__
         if place := re.search(r'raised this error:\s*File "(.+)", line (\d+).*\n\s*(.+)', str(error)):
             reason += f" in {Path(place[1]).name}, line {place[2]}: {place[3]}"
+        if _packs(error):
+            reason = ("the shapes in a PackedSequence depend on values: expected recurrent layers that read the padded "
+                      f"tensor, which have the same groups ({reason})")
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.export: {type(error).__name__}: {reason}. "
                          f"Its {BY_HAND}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         logging.disable(silent)
+
+
+def _packs(error):
+    """Whether an error was raised in a function that has a packed sequence."""
+    while error is not None:
+        if any(isinstance(value, PackedSequence) for frame, _ in traceback.walk_tb(error.__traceback__)
+               for value in frame.f_locals.values()):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _computes(node):
@@ -131,7 +150,8 @@ def _has_rule(target):
     if target is operator.getitem:
         return True
     schema = getattr(target, "_schema", None)
-    return schema is not None and schema.name.startswith("aten::") and not schema.is_mutable and bool(_rule(target))
+    known = schema is not None and (schema.name.startswith("aten::") or schema.name in RULES)
+    return known and not schema.is_mutable and bool(_rule(target))
 
 
 class _Tracer(Algebra):

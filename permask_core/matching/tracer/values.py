@@ -267,6 +267,8 @@ class Algebra:
         axis %= len(value.shape)
         if len(indices) == value.shape[axis]:
             return value
+        if not len(indices):
+            return value_of([0 if a == axis else n for a, n in enumerate(value.shape)], (), range(len(value.shape)))
         bundles = []
         for bundle in value.bundles:
             if axis in bundle.axes:
@@ -297,9 +299,9 @@ class Algebra:
 
     def concatenate(self, values, axis, names=None):
         """Concatenate values; constant values with the same name are the same."""
+        names = [name for name, value in zip(names or range(len(values)), values) if 0 not in value.shape]
+        values = [value for value in values if 0 not in value.shape]
         axis %= len(values[0].shape)
-        names = [name for name, value in zip(names or range(len(values)), values) if value.shape != (0,)]
-        values = [value for value in values if value.shape != (0,)]
         shape = [sum(value.shape[axis] for value in values) if a == axis else n for a, n in enumerate(values[0].shape)]
         axes = _axes_along(values, axis)
         if axes is None:  # they cannot be concatenated

@@ -48,6 +48,7 @@ NETWORKS = {
     "mistral": (16 + 2 * ROTARY, lambda: of_transformers("MistralForCausalLM", **GROUPED, sliding_window=4)),
     "qwen3": (16 + 2 * ROTARY, lambda: of_transformers("Qwen3ForCausalLM", **GROUPED, head_dim=4)),
     "gemma2": (16 + 2 * ROTARY, lambda: of_transformers("Gemma2ForCausalLM", **GROUPED, head_dim=4)),
+    "mixtral": (16 + 2 * ROTARY, lambda: of_transformers("MixtralForCausalLM", **GROUPED, num_local_experts=4)),
     "gpt2": (16 + 2 * PLAIN, lambda: of_transformers(
         "GPT2LMHeadModel", vocab_size=31, n_embd=16, n_layer=2, n_head=4, n_inner=20, n_positions=32, bos_token_id=1,
         eos_token_id=2)),

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
+from torch.nn.utils import prune, rnn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils import _pytree as pytree
@@ -162,6 +163,15 @@ def experts(s, x):
 def packed_experts(s, x):
     hidden = torch.bmm(s.e(x)[None].expand(4, -1, -1), s.w).relu()
     return s.o((s.g(x).softmax(1).T[:, :, None] * torch.bmm(hidden, s.v)).sum(0))
+
+
+def grouped_experts(s, x):
+    """One expert for each row, whose rows are sorted by experts, as in large language models."""
+    h = s.e(x)
+    expert, order = s.g(h).argmax(1).sort()
+    ends = torch.histc(expert.float(), bins=3, min=0, max=2).cumsum(0, dtype=torch.int32)
+    h = F.grouped_mm(F.grouped_mm(h[order], s.w, offs=ends).relu(), s.v, offs=ends)
+    return s.o(torch.zeros_like(h).index_copy(0, order, h))
 
 
 def seen_by_both(s, x):
@@ -454,6 +464,16 @@ def pruned(*layers):
     return Seq(*layers)
 
 
+def old_weight_norm(run):
+    """Layers whose hook computes a weight and keeps it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = Seq(nn.utils.weight_norm(Linear(8, 6)), ReLU(), nn.utils.weight_norm(Linear(6, 3)))
+    if run:
+        model(vectors())
+    return model, vectors()
+
+
 def mixed_biases(s, x):
     """The bias of the keys is zero and no parameter, as in BEiT."""
     q, k, v = F.linear(s.i(x), s.w, torch.cat([s.q, s.k, s.v])).view(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4)
@@ -484,6 +504,8 @@ FOLLOWED |= {
         x.new_zeros(len(x), 2, 2)], 2) + x[:, :2, None]).cos().flatten(1))), a=Linear(8, 6), n=nn.BatchNorm1d(10),
         b=Linear(10, 3)), vectors())),
     "a bias of zeros": (HEADS, beit),
+    "weight_norm of old": ("0.weight_v:6", lambda: old_weight_norm(False)),
+    "weight_norm of old, after a forward pass": ("0.weight_v:6", lambda: old_weight_norm(True)),
     "a mask of numbers": ("0.parametrizations.weight.original:6", lambda: parametrized(
         (torch.rand(6, 8) < .5).float())),
     "a mask of booleans": ("0.parametrizations.weight.original:6", lambda: parametrized(torch.rand(6, 8) < .5)),
@@ -517,6 +539,14 @@ FOLLOWED |= {
     "scatter a number": ("a:6", lambda: over_tokens(
         lambda h: h.scatter(1, torch.zeros(3, 1, 6, dtype=torch.long), 2.))),
     "tokens written": ("a:6", lambda: over_tokens(token_sums)),
+    "other names of operations": ("a:6", lambda: between(lambda s, h: other_names(h))),
+    "an empty part": ("a:6", lambda: between(lambda s, h: torch.cat([h[:, :6].tanh(), h[:, 6:]], 1))),
+    "space to channels": ("0:2", lambda: (Seq(Conv(3, 2, 3), ReLU(), nn.PixelUnshuffle(2), Conv(8, 3, 1)), images())),
+    "sorted tokens": ("a:6", lambda: over_tokens(lambda h: h.sort(1)[0] + h.topk(3, 1)[0].mean(1, keepdim=True))),
+    "the position of the largest token": ("a:6", lambda: over_tokens(
+        lambda h: h * (h.argmax(1, keepdim=True) + h.argsort(1)))),
+    "running largest": ("a:6", lambda: over_tokens(lambda h: h.cummax(1)[0] + h.logcumsumexp(1))),
+    "steps written one by one": ("a:6", lambda: over_tokens(steps)),
     "numbers written where a mask is": ("a:6", lambda: over_tokens(
         lambda h: h.index_put((h < -.5,), torch.tensor(.3).to(h)))),
 }
@@ -527,6 +557,19 @@ def token_sums(h):
     h = h.clone()
     h[:, [0, 2]] = h[:, :2] * h[:, 1:3]
     return h
+
+
+def other_names(h):
+    return torch.multiply(h, h.absolute()).clip(-1, 2).subtract(h.true_divide(2)).square() * (h.greater(0) & h.less(1))
+
+
+def steps(h):
+    """A recurrence over tokens, written into a tensor of zeros."""
+    result, state = torch.zeros_like(h), torch.zeros_like(h[:, 0])
+    for i in range(h.shape[1]):
+        state = (state + h[:, i]).tanh()
+        result[:, i] = state
+    return result
 
 
 def over_tokens(operation):
@@ -706,6 +749,8 @@ FOLLOWED |= {
         a=Linear(8, 6), c=Linear(8, 6)), vectors())),
     "summed to a size": ("a:6", lambda: between(lambda s, h: h.relu().view(-1, 3, 6).sum_to_size(1, 3, 6))),
     "summed to fewer axes": ("a:6", lambda: between(lambda s, h: h.cos().view(-1, 3, 6).sum_to_size(3, 6))),
+    "grouped experts": ("e:8 w:8 v:8", lambda: (Net(grouped_experts, e=Linear(8, 8), g=Linear(8, 3),
+        w=parameter(3, 8, 8), v=parameter(3, 8, 8), o=Linear(8, 3)).bfloat16(), vectors().bfloat16())),
     "packed experts by bmm": ("e:6 w:4 w#2:5 v:7", lambda: (Net(packed_experts, e=Linear(8, 6), g=Linear(8, 4),
         w=parameter(4, 6, 5), v=parameter(4, 5, 7), o=Linear(7, 3)), vectors())),
 }
@@ -720,15 +765,15 @@ LEFT_FIXED = {
     "an index": ("", "their order matters to index", lambda: between(lambda s, h: h[:, [1, 0, 3, 2, 5, 4]])),
     "a table as index": ("", "their order matters to index", lambda: between(lambda s, h: h[:, s.k], k=torch.tensor([5,
         0, 1, 2, 3, 4]))),
-    "sort": ("", "sort is not supported", lambda: between(lambda s, h: h.sort(1)[0])),
-    "topk": ("", "topk is not supported", lambda: between(lambda s, h: h.topk(6, 1)[0])),
-    "argmax": ("", "argmax is not supported", lambda: between(lambda s, h: h * h.argmax(1, keepdim=True))),
+    "sort": ("", "their order matters to sort", lambda: between(lambda s, h: h.sort(1)[0])),
+    "topk": ("", "their order matters to topk", lambda: between(lambda s, h: h.topk(6, 1)[0])),
+    "argmax": ("", "their order matters to argmax", lambda: between(lambda s, h: h * h.argmax(1, keepdim=True))),
     "where the largest is": ("", "max is not supported", lambda: between(lambda s, h: h * h.max(1, keepdim=True)[1])),
     "gather": ("", "their order matters to gather", lambda: between(lambda s, h: h.gather(1, torch.arange(6).expand(
         len(h), 6)))),
     "scatter": ("", "their order matters to scatter", lambda: between(lambda s, h: torch.zeros_like(h).scatter(
         1, torch.arange(6).expand(len(h), 6), h))),
-    "sorted embeddings": ("", "sort is not supported", lambda: (Net(lambda s, x: s.b(s.e(x).sort(-1)[0] * s.w),
+    "sorted embeddings": ("", "their order matters to sort", lambda: (Net(lambda s, x: s.b(s.e(x).sort(-1)[0] * s.w),
         e=nn.Embedding(9, 6), w=parameter(6), b=Linear(6, 3)), torch.randint(0, 9, (4, 5)))),
     "unfold": ("", "their order matters to unfold", lambda: between(lambda s, h: h.unfold(1, 2, 2).flatten(1))),
     "pooling over units": ("", "their order matters to avg_pool", lambda: between(lambda s, h: F.avg_pool1d(h[:, None],
@@ -741,8 +786,6 @@ LEFT_FIXED = {
         3)), vectors())),
     "the output itself": ("", "they reach the network's output", lambda: (Net(lambda s, x: (s.a(x), s.b(s.a(x))),
         a=Linear(8, 6), b=Linear(6, 3)), vectors())),
-    "space to channels": ("", "pixel_unshuffle is not supported", lambda: (Seq(Conv(3, 2, 3), ReLU(),
-        nn.PixelUnshuffle(2), Conv(8, 3, 1)), images())),
     "Gram matrix of channels": ("", "their order matters to", lambda: (Net(lambda s,
         x: s.b((s.a(x).mT @ s.a(x)).flatten(1)), a=Linear(8, 4), b=Linear(16, 3)), tokens())),
     "units that are their own means": ("", "no other unit has the same surroundings",
@@ -1018,6 +1061,11 @@ def test_outputs_can_be_chosen():
 # What cannot be traced
 
 
+def packed(s, x, lengths):
+    tokens = rnn.pack_padded_sequence(x, lengths, batch_first=True)
+    return s.o(rnn.pad_packed_sequence(s.r(tokens)[0], batch_first=True)[0])
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda: between(lambda s, h: h.relu() if h.sum() > 0 else h), "h.relu() if h.sum() > 0 else h"),
     (lambda: between(lambda s, h: h * float(h.sum())), "Net cannot be traced by torch.export"),
@@ -1030,9 +1078,13 @@ def test_outputs_can_be_chosen():
     (lambda: (Seq(Linear(8, 3)), {"y": torch.ones(2, 8)}), "Sequential cannot be traced"),
     (lambda: (Net(lambda s, x: s.missing(x)), vectors()), "'Net' object has no attribute 'missing'"),
     (lambda: between(lambda s, h: int("too long a number " * 300)), "invalid literal for int() with base 10"),
+    (lambda: (Net(packed, r=nn.LSTM(8, 5, batch_first=True), o=Linear(5, 3)), (tokens(), torch.tensor([5, 3, 2]))),
+     "a PackedSequence depend on values: expected recurrent layers that read the padded tensor"),
+    (lambda: (Net(lambda s, x: s.o(s.r(x)[1][0]), r=nn.LSTM(8, 5), o=Linear(5, 3)),
+              (rnn.pack_sequence([torch.randn(4, 8), torch.randn(2, 8)]),)), "a PackedSequence depend on values"),
 ], ids=["control flow", "a number", "a mask as index", "unique", "numpy", "a wrong shape", "no tensor",
         "too many arguments",
-        "a wrong name", "a fault of its own", "a long reason"])
+        "a wrong name", "a fault of its own", "a long reason", "packed tokens", "a packed input"])
 def test_what_cannot_be_traced_is_named_and_groups_by_hand_are_advised(make, message):
     model, x = make()
     modes = [module.training for module in model.modules()]
