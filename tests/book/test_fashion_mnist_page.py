@@ -133,3 +133,16 @@ def test_connections_that_move_pay_at_high_sparsity():
         ablated = own[own["method"] == "srigl+ablation"]
         assert (ablated["active"] / ablated["neurons"]).mean() > 0.95
     assert sparsity == 0.99 and (of["rigl"] > of["srigl"]).all() and (of["rigl"] > of["srigl+ablation"]).all()
+
+
+def test_moving_connections_for_as_long_as_a_ticket_takes_comes_close_to_the_ticket():
+    rows = pd.DataFrame(measured_grid("fashion_mnist", "sparse_training_on_images")["rows"])
+    rows = rows[(rows["model"] == "mlp") & (rows["sparsity"] == 0.99)]
+    seeds = set(rows.loc[rows["recipe.epochs"] == 48, "seed"])
+    mean = rows[rows["seed"].isin(seeds)].groupby(["method", "recipe.epochs"])["accuracy"].mean()
+    own = ROWS[(ROWS["model"] == "mlp") & (ROWS["width"] == 2) & (ROWS["rewind"] == 0) & ROWS["seed"].isin(seeds)]
+    ticket, permuted = accuracy(own, "lth", 0.99), accuracy(own, "permuted", 0.99, "activations")
+    assert len(seeds) > 1
+    assert 0 < ticket - mean["set", 48] < 0.01 and 0 < ticket - mean["rigl", 48] < 0.01
+    assert 0.01 < ticket - mean["srigl+ablation", 48] < 0.03 and 0.035 < ticket - mean["random", 48] < 0.045
+    assert 0 < permuted - mean["rigl", 6] < 0.01
