@@ -1,0 +1,48 @@
+"""What the page on tickets in transformers says of the stored grid."""
+
+import pandas as pd
+import pytest
+
+from permask_core.data.measured import measured_grid
+from permask_core.display import select
+from permask_core.evaluation.statistics import paired_comparison
+
+ROWS = pd.DataFrame(measured_grid("transformers", "transformer_tickets")["rows"]).fillna({"matching": "", "moved": ""})
+WHOLE = ROWS[ROWS["moved"].isin(["", "everything"])]
+OTHERS = [("permuted", "activations"), ("permuted", "weights"), ("naive", ""), ("random", "")]
+
+
+def at(method, by="", s=0.95):
+    return 100 * select(WHOLE, "accuracy", method=method, matching=by, sparsity=s)
+
+
+def test_the_pairs_are_whole_and_did_not_choose_the_settings():
+    assert ROWS["seed"].min() >= 5 and at("lth").size >= 5
+    counts = ROWS.groupby(["method", "matching", "moved", "sparsity"])["seed"].nunique()
+    assert counts[counts.index.get_level_values("sparsity") == 0.95].nunique() == 1
+    assert at("dense", s=0.0).mean() > 83
+
+
+@pytest.mark.parametrize("method, by", OTHERS)
+def test_the_ticket_is_ahead_of_every_other_mask(method, by):
+    assert paired_comparison(at("lth"), at(method, by)).low > 0
+
+
+@pytest.mark.parametrize("by", ["activations", "weights"])
+@pytest.mark.parametrize("other", ["naive", "random"])
+def test_a_permuted_mask_is_not_clearly_ahead_of_others_for_b(by, other):
+    assert paired_comparison(at("permuted", by), at(other)).low < 0
+
+
+def test_moved_masks_agree_with_b_hardly_better_than_random_ones():
+    compared = WHOLE[WHOLE["overlap"].notna() & (WHOLE["sparsity"] == 0.95)]
+    large = compared.groupby(["method", "matching"])["overlap"].mean()
+    assert large.max() < 1.3 * large["random", ""]
+
+
+def test_parts_of_the_permutation_do_not_help_either():
+    for part in ("MLP units", "heads and their dimensions", "residual stream"):
+        own = ROWS[(ROWS["moved"] == part) & (ROWS["sparsity"] == 0.95)].sort_values("seed")
+        naive = WHOLE[(WHOLE["method"] == "naive") & (WHOLE["sparsity"] == 0.95)].set_index("seed")["accuracy"]
+        found = paired_comparison(100 * own["accuracy"].to_numpy(), 100 * naive[own["seed"]].to_numpy())
+        assert found.low < 0 and abs(found.difference) < 1.5, part
