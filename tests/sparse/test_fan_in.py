@@ -96,7 +96,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_layer(dtype, n_out, n_in, 
     twin.requires_grad_(True)
     with pytest.MonkeyPatch.context() as patch:
         if not LONG:  # nor, by chance, for rows that share connections: tests/sparse/test_kernels.py
-            patch.setattr(cpu, "_shared", lambda indices: 1)
+            patch.setattr(cpu, "shared_rows", lambda indices: 1)
         patch.setattr(transposing, "BLOCK", data.draw(st.integers(1, 50)))
         y, right = layer(x), twin(exact)
         needed = trained[0] or trained[1] or bias and trained[2]

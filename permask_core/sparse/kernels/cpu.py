@@ -14,7 +14,7 @@ import torch
 
 from permask_core.models.extras import check_extra
 from permask_core.sparse.kernels.choice import choose
-from permask_core.sparse.kernels.transposing import remember
+from permask_core.sparse.kernels.transposing import shared_rows
 
 # Examples in a tile. The forward pass is fastest with tiles that fit into a second-level cache for a few thousand
 # inputs. The backward pass sums over the examples of a tile for every connection, whose cost decreases with their
@@ -43,16 +43,6 @@ def _started():
     sys.modules["numba"].get_num_threads()  # starts them, which also sets the number of OpenMP threads of torch
     torch.set_num_threads(threads)
     return os.getpid()
-
-
-def _shared(indices):
-    """How many neighbouring rows have the same connections everywhere: 8, 4, 2 or 1."""
-    def count():
-        n, k = indices.shape
-        return next((g for g in (8, 4, 2) if n and n % g == 0 and indices[0].equal(indices[g - 1])
-                     and bool((indices.view(-1, g, k)[:, 1:] == indices.view(-1, g, k)[:, :1]).all())), 1)
-
-    return remember(indices, "shared", count)
 
 
 @cache
@@ -107,7 +97,7 @@ def forward(x, values, indices, bias=None):
     """:func:`permask_core.sparse.kernels.forward` for float32 and float64 on the CPU, in compiled loops."""
     (batch, inputs), (n, k) = x.shape, values.shape
     x, values, indices, y = x.contiguous(), values.contiguous(), indices.contiguous(), x.new_empty(batch, n)
-    bias, shared = bias if bias is None else bias.contiguous(), _shared(indices)
+    bias, shared = bias if bias is None else bias.contiguous(), shared_rows(indices)
     # Approximate cost in processor cycles: 1 for a product of a gather, 2.5 for a tile of eight, 0.5 for storing a
     # number in a tile, and some thousand for starting the threads twice more.
     if batch * n * k < 2.5 * n * k + 4 * (inputs + n) + 20_000:
@@ -130,7 +120,7 @@ def backward(grad, x, values, indices, transposed, need_x, need_values):
     if 0 < batch <= FEW:
         sums, indices = x.new_empty(_simd().PARTS if need_x else 0, batch, inputs), indices.contiguous()
         arrays = _addresses(grad, x, values, indices, sums, dx, dvalues)
-        loop = _simd().scatter(x.itemsize, _shared(indices))
+        loop = _simd().scatter(x.itemsize, shared_rows(indices))
         _call(batch * n * k, loop, *arrays, batch, inputs, n, k, need_x, need_values)
         return dx if need_x else None, dvalues if need_values else None
     width = _width(batch, "backward")

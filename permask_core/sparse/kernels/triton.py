@@ -3,7 +3,8 @@
 Both directions sum rows of a table with the examples last: an output sums rows of the transposed input, one for each
 connection; an input sums rows of the transposed gradient. A program computes a few sums for a tile of examples,
 [sums, connections, examples], and processes that many connections at a time; neighbouring numbers of a row are read
-together. The gradient of the values multiplies two such rows and sums over the examples.
+together. The gradient of the values multiplies two such rows and sums over the examples. If neighbouring outputs have
+the same connections, a program reads a row once for all of them.
 
 A table has one of two layouts. In the first, a row has the whole batch and is read through the second-level cache. In
 the second, the batch is split into separate tiles, so small that the tile of all inputs fits into the first-level cache
@@ -27,7 +28,7 @@ import triton
 import triton.language as tl
 
 from permask_core.runs.files import write_whole
-from permask_core.sparse.kernels.transposing import remember
+from permask_core.sparse.kernels.transposing import remember, shared_rows
 
 TUNE = "PERMASK_TUNE"  # environment variable: 1 measures plans
 SIDE = 32  # of the squares in which a table is transposed
@@ -50,8 +51,10 @@ def _transpose(source, target, rows, columns, width, SIDE: tl.constexpr):
 
 @triton.jit
 def _forward(table, values, indices, bias, y, batch, n, k, width, step, room, stride,
-             BIAS: tl.constexpr, OUTPUTS: tl.constexpr, CHUNK: tl.constexpr, EXAMPLES: tl.constexpr):
+             BIAS: tl.constexpr, OUTPUTS: tl.constexpr, LISTS: tl.constexpr, CHUNK: tl.constexpr,
+             EXAMPLES: tl.constexpr):
     """y [n, batch] = values x table; a program computes every ``stride``-th block of outputs for a tile of examples.
+    ``LISTS`` is the number of lists of connections in a block: one for each output, or one that all outputs share.
 
     The distance between rows of the table is ``width``, that between tiles ``step``. The table has ``room`` examples,
     more than the batch, so that reads are aligned.
@@ -62,13 +65,14 @@ def _forward(table, values, indices, bias, y, batch, n, k, width, step, room, st
     here = (example < room)[None, None, :]
     for block in range(tl.program_id(0) % stride, tl.cdiv(n, OUTPUTS), stride):
         output = (block * OUTPUTS + tl.arange(0, OUTPUTS)).to(tl.int64)
+        list = (block * OUTPUTS + tl.arange(0, LISTS)).to(tl.int64)
         sums = tl.zeros((OUTPUTS, CHUNK, EXAMPLES), tl.float32)
         for first in range(0, k, CHUNK):
             slot = first + tl.arange(0, CHUNK)
-            there = (output < n)[:, None] & (slot < k)[None, :]
-            at = output[:, None] * k + slot[None, :]
-            index = tl.load(indices + at, mask=there, other=0).to(tl.int64)
-            value = tl.load(values + at, mask=there, other=0).to(tl.float32)
+            value = tl.load(values + output[:, None] * k + slot[None, :],
+                            mask=(output < n)[:, None] & (slot < k)[None, :], other=0).to(tl.float32)
+            there = (list < n)[:, None] & (slot < k)[None, :]
+            index = tl.load(indices + list[:, None] * k + slot[None, :], mask=there, other=0).to(tl.int64)
             row = tl.load(table + index[:, :, None] * width + lane[None, None, :],
                           mask=there[:, :, None] & here, other=0)
             sums += value[:, :, None] * row.to(tl.float32)
@@ -105,13 +109,14 @@ def _by_input(table, values, pointers, outputs, slots, dx, batch, inputs, width,
 
 @triton.jit
 def _by_value(x, grad, indices, dvalues, n, k, room,
-              OUTPUTS: tl.constexpr, CHUNK: tl.constexpr, EXAMPLES: tl.constexpr):
-    """dvalues [n, k] from the tables of x and of the gradient, whose rows have the whole batch, padded with zeros."""
+              OUTPUTS: tl.constexpr, LISTS: tl.constexpr, CHUNK: tl.constexpr, EXAMPLES: tl.constexpr):
+    """dvalues [n, k] from the tables of x and of the gradient, whose rows have the whole batch, padded with zeros.
+    ``LISTS`` as in :func:`_forward`."""
     output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    list = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, LISTS)
     slot = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    there = (output < n)[:, None] & (slot < k)[None, :]
-    at = output[:, None] * k + slot[None, :]
-    index = tl.load(indices + at, mask=there, other=0).to(tl.int64)
+    there = (list < n)[:, None] & (slot < k)[None, :]
+    index = tl.load(indices + list[:, None] * k + slot[None, :], mask=there, other=0).to(tl.int64)
     sums = tl.zeros((OUTPUTS, CHUNK, EXAMPLES), tl.float32)
     for first in range(0, room, EXAMPLES):
         example = first + tl.arange(0, EXAMPLES)
@@ -120,7 +125,8 @@ def _by_value(x, grad, indices, dvalues, n, k, room,
         given = tl.load(grad + output[:, None] * room + example[None, :],
                         mask=(output < n)[:, None] & (example < room)[None, :], other=0)
         sums += given.to(tl.float32)[:, None, :] * row.to(tl.float32)
-    tl.store(dvalues + at, tl.sum(sums, 2).to(dvalues.dtype.element_ty), mask=there)
+    tl.store(dvalues + output[:, None] * k + slot[None, :], tl.sum(sums, 2).to(dvalues.dtype.element_ty),
+             mask=(output < n)[:, None] & (slot < k)[None, :])
 
 
 class Plan(NamedTuple):
@@ -172,12 +178,21 @@ def _plan(kind, run, x, batch, listed, n, inputs):
     if key not in _measured:
         if torch.cuda.is_current_stream_capturing():
             return rule(batch, listed)
-        plans = [plan for plan in _candidates(batch, listed) if kind != "by value" or not plan.tiled]
+        plans = [plan for plan in _candidates(batch, listed) if not kind.startswith("by value") or not plan.tiled]
         _measured[key] = min(plans, key=lambda plan: triton.testing.do_bench(lambda: run(plan), 5, 20))
         _plans_file().parent.mkdir(parents=True, exist_ok=True)
         with write_whole(_plans_file()) as path:
             path.write_text(json.dumps(_measured, indent=1))
     return Plan(*_measured[key])
+
+
+def _grouped(plan, shared):
+    """Return the plan in which a block has one group of ``shared`` outputs, and the number of its lists of connections.
+
+    In a group, a row of the table is read once for all outputs."""
+    if shared == 1:
+        return plan, plan.outputs
+    return plan._replace(outputs=shared, chunk=max(1, min(plan.chunk, plan.outputs * plan.chunk // shared))), 1
 
 
 def _stored(dtype):
@@ -229,19 +244,21 @@ def forward(x, values, indices, bias=None):
     (batch, inputs), (n, k) = x.shape, values.shape
     if not batch or not n:
         return x.new_empty(batch, n)
-    x, values, indices = x.contiguous(), values.contiguous(), _narrow(indices.contiguous(), inputs)
+    x, values, indices = x.contiguous(), values.contiguous(), indices.contiguous()
+    shared, indices = shared_rows(indices), _narrow(indices, inputs)
     bias = bias if bias is None else bias.contiguous()
 
     def run(plan):
+        plan, lists = _grouped(plan, shared)
         y, layout = x.new_empty(n, batch, dtype=_stored(x.dtype)), _layout(batch, inputs, plan)
         stride, grid = _programs(x, batch, plan, n)
         _forward[grid](_turned(x, layout[0]), values, indices, values if bias is None else bias, y, batch, n, k,
-                       *layout, stride, bias is not None, plan.outputs, plan.chunk, plan.examples,
+                       *layout, stride, bias is not None, plan.outputs, lists, plan.chunk, plan.examples,
                        num_warps=plan.warps)
         return _turned(y, n).view(batch, n).to(x.dtype)
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        return run(_plan("forward", run, x, batch, k, n, inputs))
+        return run(_plan(f"forward, {shared} rows", run, x, batch, k, n, inputs))
 
 
 def backward(grad, x, values, indices, transposed, need_x, need_values):
@@ -249,8 +266,8 @@ def backward(grad, x, values, indices, transposed, need_x, need_values):
     (batch, inputs), (n, k) = x.shape, values.shape
     if not batch or not n:
         return torch.zeros_like(x) if need_x else None, torch.zeros_like(values) if need_values else None
-    grad, x, values = grad.contiguous(), x.contiguous(), values.contiguous()
-    indices = _narrow(indices.contiguous(), inputs)
+    grad, x, values, indices = grad.contiguous(), x.contiguous(), values.contiguous(), indices.contiguous()
+    shared, indices = shared_rows(indices), _narrow(indices, inputs)
 
     def by_input(plan):
         dx, layout = x.new_empty(inputs, batch, dtype=_stored(x.dtype)), _layout(batch, n, plan)
@@ -260,9 +277,10 @@ def backward(grad, x, values, indices, transposed, need_x, need_values):
         return _turned(dx, inputs).view(batch, inputs).to(x.dtype)
 
     def by_value(plan):
+        plan, lists = _grouped(plan, shared)
         dvalues = torch.empty_like(values, dtype=_stored(values.dtype))
         _by_value[triton.cdiv(n, plan.outputs), triton.cdiv(k, plan.chunk)](
-            _turned(x, _room(batch)), plain, indices, dvalues, n, k, _room(batch), plan.outputs, plan.chunk,
+            _turned(x, _room(batch)), plain, indices, dvalues, n, k, _room(batch), plan.outputs, lists, plan.chunk,
             plan.examples, num_warps=plan.warps)
         return dvalues.to(values.dtype)
 
@@ -270,4 +288,4 @@ def backward(grad, x, values, indices, transposed, need_x, need_values):
     with torch.cuda.device_of(x):
         plain = _turned(grad, _room(batch))
         return (by_input(_plan("by input", by_input, x, batch, listed, n, inputs)) if need_x else None,
-                by_value(_plan("by value", by_value, x, batch, k, n, inputs)) if need_values else None)
+                by_value(_plan(f"by value, {shared} rows", by_value, x, batch, k, n, inputs)) if need_values else None)
