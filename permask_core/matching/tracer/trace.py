@@ -234,10 +234,12 @@ class _Tracer(Algebra):
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or "empty" in str(node.target)
         if not own or random or not self.known.keys() >= set(node.all_input_nodes):
             return None
+        given = torch.fx.map_arg(node.args, self.known.get)
+        if given[:1] == (None,):  # torch.export omits a tensor that is then overwritten
+            given = torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype), *given[1:]
         try:
             with torch.no_grad():
-                result = node.target(*torch.fx.map_arg(node.args, self.known.get),
-                                     **torch.fx.map_arg(node.kwargs, self.known.get))
+                result = node.target(*given, **torch.fx.map_arg(node.kwargs, self.known.get))
             return None if any(t.is_meta for t in pytree.tree_leaves(result)) else result
         except (RuntimeError, TypeError, NotImplementedError, AttributeError):
             return None

@@ -830,6 +830,16 @@ def test_constants_that_no_state_dict_holds_fix_what_they_meet(register):
     assert sizes(assert_kept(net, x)) == ""
 
 
+def test_a_constant_written_into_another_is_known():
+    """torch.export then gives ``copy`` no tensor to overwrite, with which torch 2.13 would crash."""
+    def forward(s, h):
+        scales = torch.zeros(2, 3)
+        scales[:, 1] = torch.arange(1, 3)  # 1 and 2
+        return h.relu() * scales[1, 1]
+
+    assert sizes(assert_kept(*between(forward))) == "a:6"
+
+
 def test_tensors_that_share_memory_in_part_are_fixed():
     memory = torch.randn(9)
     net, x = between(lambda s, h: (h * s.k).relu() + s.m, k=nn.Parameter(memory[:6]), m=nn.Parameter(memory[3:]))
