@@ -5,7 +5,7 @@ benchmarks/whole_networks.py and benchmarks/fan_in_cpu.py measure the time. Here
 units is trained with constant fan-in, static or moved by SRigL, and with groups of 1, 4, 8 and 16 neurons that share
 their inputs. All start with equally many connections; the output layer has 10 neurons, of which only pairs share.
 Results are written to permask_core/data/measured/shared_inputs.json. An interrupted run continues from its stored
-stages. Run it with `python benchmarks/shared_inputs.py`; it takes about an hour on one core.
+stages. Run it with `python benchmarks/shared_inputs.py`; it takes one to two hours on one core.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from permask_core.experiments import dynamic_sparsity
 from permask_core.runs.store import Store, commit, device_name, versions
 
 RESULT = Path(permask_core.__file__).parent / "data" / "measured" / "shared_inputs.json"
-SHARED, SPARSITIES, METHODS, FIRST = (1, 4, 8, 16), (0.9, 0.95, 0.98), ("fan_in", "srigl", "srigl+ablation"), 5
+SHARED, SPARSITIES, METHODS, FIRST = (1, 4, 8, 16), (0.9, 0.95, 0.98), ("fan_in", "srigl"), 5
 QUICK = {"options": {"n_train": 500, "n_test": 200}, "recipe": {"epochs": 1}, "every": 2}
 
 
