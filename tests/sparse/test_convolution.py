@@ -409,3 +409,16 @@ def test_where_there_are_no_loops_a_1x1_convolution_is_a_linear_layer_over_chann
     for found, expected in ((y, right), (x.grad, exact.grad), (layer.values.grad, chosen)):
         atol = TOLERANCE[dtype] * expected.detach().abs().max().item()
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_the_compiled_loops_and_is_rounded_once(dtype, monkeypatch):
+    torch.manual_seed(0)
+    conv, layer = layers(6, 8, 3, padding=1, dtype=torch.float32)
+    layer, x = layer.to(dtype), torch.randn(2, 6, 9, 9).to(dtype).requires_grad_()
+    wide, exact = copy.deepcopy(layer).float(), x.detach().float().requires_grad_()
+    monkeypatch.setattr(F, "conv2d", None)  # the path that makes the dense weight
+    (layer(x).sum() + wide(exact).sum()).backward()
+    assert torch.equal(layer(x), wide(exact).to(dtype))
+    for found, right in ((x.grad, exact.grad), (layer.values.grad, wide.values.grad)):
+        assert found.dtype == dtype and torch.equal(found, right.to(dtype))

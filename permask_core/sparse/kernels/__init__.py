@@ -42,12 +42,12 @@ def _triton():
 def _kernels(x, values, indices, bias=None):
     if x.is_cuda and torch.float64 not in (x.dtype, values.dtype):
         return _triton() or eager
-    fast = (x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.dtype == values.dtype
+    fast = (x.is_cpu and (x.dtype in (torch.float32, torch.float64) or is_half(x)) and x.dtype == values.dtype
             and indices.dtype == torch.int32 and (bias is None or bias.dtype == x.dtype) and cpu.is_usable())
     return cpu if fast else eager
 
 
-def _is_half(x):
+def is_half(x):
     """Whether the numbers are widened to float32, in which the loops for a CPU compute."""
     return x.is_cpu and x.dtype in (torch.bfloat16, torch.float16)
 
@@ -71,7 +71,7 @@ def forward(x, values, indices, bias=None):
     torch.Tensor
         [batch, n], with the type of ``x``; bfloat16 and float16 are summed in float32.
     """
-    if _is_half(x):
+    if is_half(x):
         return forward(x.float(), values.float(), indices, bias if bias is None else bias.float()).to(x.dtype)
     return _kernels(x, values, indices, bias).forward(x, values, indices, bias)
 
@@ -96,7 +96,7 @@ def backward(grad, x, values, indices, transposed, *, need_x=True, need_values=T
         [batch, in] and [n, k]. Every sum has a fixed order, so the result is the same bit for bit for any number of
         threads.
     """
-    if _is_half(x):
+    if is_half(x):
         dx, dvalues = backward(grad.float(), x.float(), values.float(), indices, transposed, need_x=need_x,
                                need_values=need_values)
         return dx.to(x.dtype) if need_x else None, dvalues.to(values.dtype) if need_values else None

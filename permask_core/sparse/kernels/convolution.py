@@ -79,7 +79,7 @@ def _stored(x, window):
 
 
 def is_usable(x, values, columns, bias):
-    """Whether the loops can run: for float32 and float64 on a CPU, with numba."""
+    """Whether the loops can run: on a CPU, with numba; half precision is widened to float32."""
     return kernels._kernels(x, values, columns, bias) is cpu
 
 
@@ -101,6 +101,9 @@ def forward(x, values, columns, bias, window):
     torch.Tensor
         [batch, n, output height, output width].
     """
+    if kernels.is_half(x):
+        bias = bias if bias is None else bias.float()
+        return forward(x.float(), values.float(), columns, bias, window).to(x.dtype)
     shifts, layout, rows = _stored(x, window)
     y, bias = x.new_empty(len(values), layout.tiles * shifts.WIDTH), x.new_zeros(len(values)) if bias is None else bias
     cpu._call(y.shape[1] * values.numel(), shifts.forward, *cpu._arrays(
@@ -114,6 +117,9 @@ def backward(grad, x, values, transposed, window, need_x, need_values):
     ``grad`` is that of the output of :func:`forward`, and ``transposed`` the
     :class:`~permask_core.sparse.kernels.Transpose` of its columns.
     """
+    if kernels.is_half(x):
+        found = backward(grad.float(), x.float(), values.float(), transposed, window, need_x, need_values)
+        return tuple(one if one is None else one.to(x.dtype) for one in found)
     shifts, layout, rows = _stored(x, window)
     tiles = grad.new_zeros(len(values), layout.tiles * shifts.WIDTH)
     layout.view(tiles, grad.shape[2:]).copy_(grad.transpose(0, 1))
