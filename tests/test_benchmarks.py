@@ -177,7 +177,7 @@ def test_shared_inputs(tmp_path):
     require_fashion_mnist()
     found = record("shared_inputs", tmp_path, "--quick", "--seeds", 1, "--runs", tmp_path / "runs")
     frame = pd.DataFrame(found["rows"])
-    assert len(frame) == 4 * 3 * 3 and frame["seed"].unique() == [5]
+    assert len(frame) == 4 * 3 * 2 and frame["seed"].unique() == [5]
     at_start = frame[frame["method"] == "fan_in"].groupby("sparsity")["connections"]
     assert (at_start.nunique() == 1).all()  # whatever is shared
 
@@ -619,3 +619,12 @@ def test_the_experiment_at_cifars_size_in_small_and_its_page(tmp_path, monkeypat
     assert "measured, x 0.25, 90 %, rewind 1: " in shown
     lth, = (row["accuracy"] for row in found["rows"] if row["method"] == "lth")
     assert "Trifeature, x 0.25" in page.shown["table"] and f"{100 * lth:.1f}" in page.shown["table"]
+
+
+def test_matching_peers(tmp_path):
+    found = record("matching_peers", tmp_path, "--quick", "--repeats", 1)["rows"]
+    assert {row["program"] for row in found} >= {"permask"} and len(found) % 4 == 0
+    for row in found:
+        if row["program"] == "permask":
+            assert row["change"] < 1e-4 and (row["gain"] > 0)
+            assert row["pair"] == "two new networks" or row["in_place"] == 1
