@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from _machine import at_least, command, written
+from _machine import at_least, written
 
 import permask_core
 from permask_core.matching import match_weights, permutation_groups, permute, random_permutations
@@ -137,7 +137,8 @@ def main(argv=None):
         programs["rebasin 0.0.47"] = rebasin
     if given.port:
         programs["Git Re-Basin, port"] = port_of(given.port)
-    record = {"command": command("matching_peers", argv), "commit": commit(), "versions": versions(),
+    shown = f"python benchmarks/matching_peers.py{' --port FOLDER' * bool(given.port)}{' --quick' * given.quick}"
+    record = {"command": f"{shown} --repeats {given.repeats}", "commit": commit(), "versions": versions(),
               "device": f"{device_name('cpu')}, one thread", "rows": []}
     for label, network in (SMALL if given.quick else NETWORKS).items():
         for row in measured(network, programs, given.repeats):
