@@ -39,8 +39,8 @@ SMALL = {"perceptron 64-32-32-10": ("mlp", 0.25, (1, 8, 8)), "ResNet20 x 0.25": 
 
 
 def drawn(name, width, shape, seed):
-    """Return a new network in evaluation mode, whose BatchNorm parameters are drawn too. Its statistics are not, because
-    some programs do not move them."""
+    """Return a new network in evaluation mode, whose BatchNorm parameters are drawn too. Its statistics are not,
+    because some programs do not move them."""
     net = build_model(name, shape, 10, width=width, seed=seed).eval()
     generator = torch.Generator().manual_seed(seed)
     for module in net.modules():
