@@ -16,8 +16,8 @@ from permask_core.data.attributes import Attribute
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Inputs in memory, ``x``, and labels ``y`` [n], int64. Images are [n, channels, height, width], float32 or uint8;
-    texts are token ids [n, length], int64, and are not standardised.
+    """Inputs in memory, ``x``, and labels ``y`` [n], int64; of texts also [n, length]. Images are [n, channels, height,
+    width], float32 or uint8; texts are token ids [n, length], int64, and are not standardised.
 
     uint8 images are divided by 255 and then standardised by ``mean`` and ``sd`` of each channel, if given. ``pad`` and
     ``flip`` are the augmentation: crops of the original size after a padding of ``pad`` black pixels, and mirror images

@@ -108,6 +108,12 @@ PERMUTED_MASKS = {
          "sparse_lr": 0.004, "optimizer": "adamw", "weight_decay": 0.01, "batch_size": 64, "warmup": 0.5,
          "checkpoints": (0, 1), "rewind": 1, "matched_at": 5, "imp": "rewind", "imp_rewind": 1, "imp_epochs": 4,
          "imp_lr": 0.004, "imp_rate": 0.65}, _grid((1,), (1,), 5, (0.9, 0.95), ("weights", "activations"))),
+    # A small language model. The learning rate was chosen in the same way: 57.0 % with 0.003, 58.6 % with 0.01.
+    "python_source-gpt": Preset(
+        {"dataset": "python_source", "options": {"length": 32}, "model": "gpt", "epochs": 5, "lr": 0.01,
+         "sparse_lr": 0.01, "optimizer": "adamw", "weight_decay": 0.01, "batch_size": 64, "warmup": 0.5,
+         "checkpoints": (0, 1), "rewind": 1, "matched_at": 5, "imp": "rewind", "imp_rewind": 1, "imp_epochs": 4,
+         "imp_lr": 0.01, "imp_rate": 0.65}, _grid((1,), (1,), 5, (0.9, 0.95), ("weights", "activations"))),
     # The size and shape of CIFAR without its files: ten epochs instead of 200, so that the experiment takes minutes on
     # a GPU. The noise was chosen with three dense networks (float32, seed 0): test accuracy 94.9 % after ten epochs
     # with noise 1.5; after three, 61.1 % with 2.5 and 35.8 % with 3.5.

@@ -18,7 +18,7 @@ from permask_core.experiments import distilled_students, dynamic_sparsity, extre
 from permask_core.experiments.permuted_masks import PRESETS, Experiment, preset, reproduces, run, training_cost, vary
 from permask_core.experiments.presets import DISTILLED_STUDENTS, DYNAMIC_SPARSITY, EXTREME_LABELS
 from permask_core.experiments.stages import Settings
-from permask_core.models import build_model
+from permask_core.models import OF_TEXTS, build_model
 from permask_core.runs.store import Store
 
 # Adnan et al., ICML 2025, and the code that they published.
@@ -69,7 +69,8 @@ def test_every_preset_is_a_whole_experiment(name):
     assert set(grid) == {"widths", "rewinds", "seeds", "sparsities", "matchings"}
     channels = 1 if experiment.options.get("channels", 1) == 1 and experiment.dataset == "digits" else 3
     size = {"digits": 8, "imagenet": 224}.get(experiment.dataset, 32)
-    assert build_model(experiment.model, (channels, size, size), 10, width=0.125).training
+    shape = (32,) if experiment.model in OF_TEXTS else (channels, size, size)
+    assert build_model(experiment.model, shape, 10, width=0.125).training
 
 
 @pytest.mark.parametrize("module", [permuted_masks, distilled_students, dynamic_sparsity, extreme_labels])
