@@ -29,7 +29,7 @@ from permask_core.experiments.trainings import Training, train, train_batched
 from permask_core.masks import layer_sparsity, prunable_weights
 from permask_core.masks import sparsity as sparsity_of
 from permask_core.matching import Groups, match_activations, match_weights, permutation_groups, permute
-from permask_core.models import MODELS, build_model
+from permask_core.models import MODELS, OF_TEXTS, build_model
 from permask_core.models.scaling import scaled
 from permask_core.pruning import (
     FLAVOURS,
@@ -246,7 +246,8 @@ def groups(experiment):
 
 @lru_cache(maxsize=64)
 def _all_groups(model, input_shape, classes, width):
-    return permutation_groups(build_model(model, input_shape, classes, width=width), torch.zeros(2, *input_shape))
+    example = torch.zeros(2, *input_shape, dtype=torch.int64 if model in OF_TEXTS else torch.float32)
+    return permutation_groups(build_model(model, input_shape, classes, width=width), example)
 
 
 # ---- Stages ----------------------------------------------------------------------------------------------------------

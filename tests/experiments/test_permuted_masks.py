@@ -558,3 +558,12 @@ def test_a_script_without_the_guard_is_told_what_to_do(tmp_path):
 def test_a_list_that_came_as_text_is_refused_with_the_remedy(store):
     with pytest.raises(ValueError, match="sparsities is .*papermill takes lists with -y"):
         run(TINY, store, seeds=[0], sparsities="[0.9]")
+
+
+def test_masks_of_a_language_model_move(tmp_path):
+    small = {"options": {"length": 16, "n_train": 256, "n_test": 64}, "epochs": 2, "imp_epochs": 1, "rewind": 1}
+    experiment = permuted_masks.preset("python_source-gpt", **small)
+    rows = [row for row in permuted_masks.run(experiment, Store(tmp_path), seeds=[0], sparsities=[0.5])
+            if row["method"] != "dense"]
+    assert len(rows) == 5 and all(abs(row["achieved"] - 0.5) < 1e-3 for row in rows)
+    assert len({row["loss"] for row in rows}) == 5 and all(1 < row["loss"] < 6 for row in rows)  # log(97) is 4.6
