@@ -17,11 +17,14 @@ from unittest.mock import patch
 
 import nbformat
 
+from permask_core.display import control, figures
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
+BLANK = '<svg data-letters="10" data-cuts="0 9" width="9pt" height="9pt" xmlns="http://www.w3.org/2000/svg"></svg>'
 
 
-def run(name, given, folder=".", *, until=None, after=None, display="static"):
+def run(name, given, folder=".", *, until=None, after=None, display="static", draw=True):
     """Run a notebook.
 
     Parameters
@@ -37,6 +40,8 @@ def run(name, given, folder=".", *, until=None, after=None, display="static"):
         By the id of a cell what is done after it, with the notebook's names: a change of a result.
     display : str
         Whether its controls are those of a page of the book (``static``) or widgets (``live``).
+    draw : bool
+        If False, figures are made but not written as SVG, which takes half of the time of many pages.
 
     Returns
     -------
@@ -50,7 +55,9 @@ def run(name, given, folder=".", *, until=None, after=None, display="static"):
     last = len(cells) if until is None else 1 + next(i for i, own in enumerate(tags) if until in own)
     found = SimpleNamespace(shown={}, complaints="", space={"__name__": "__main__"})
     errors = io.StringIO()
-    with (contextlib.chdir(folder), patch.dict(os.environ, PERMASK_DISPLAY=display),
+    blank = contextlib.nullcontext() if draw else patch.multiple(control, svg=lambda figure: BLANK)
+    blank_too = contextlib.nullcontext() if draw else patch.multiple(figures, svg=lambda figure: BLANK)
+    with (blank, blank_too, contextlib.chdir(folder), patch.dict(os.environ, PERMASK_DISPLAY=display),
           patch("IPython.display.display", _display), contextlib.redirect_stderr(errors),
           warnings.catch_warnings(record=True) as heard):
         warnings.simplefilter("default")

@@ -70,7 +70,7 @@ def test_class_bias_on_every_image_set(names, data, tmp_path):
         own = {**own, "data_root": None}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PERMASK_DATA", str(data))
-        executed = run("class_bias", own, tmp_path, until="publish")
+        executed = run("class_bias", own, tmp_path, until="publish", draw=False)
         for name in names:
             own_options = {key: value for key, value in options.items() if key != "image_size" or name == "imagenet"}
             chosen = distilled_students.preset(name, options=own_options if name != "tiny_imagenet" else None,
@@ -101,7 +101,7 @@ def test_class_bias_goes_on_where_a_network_is_right_on_no_image(tmp_path):
         student["predictions"] = (names["truth"]["digits"] + 1) % names["classes"]["digits"]
 
     own = {"runs": str(tmp_path / "runs"), "output": str(tmp_path / "output"), **QUICK, "pairs": ["digits"]}
-    executed = run("class_bias", own, tmp_path, until="publish", after={"run": wrong_everywhere})
+    executed = run("class_bias", own, tmp_path, until="publish", after={"run": wrong_everywhere}, draw=False)
     head, *lines = shown_table(executed, "count")
     assert [line[:3] for line in lines] == [["digits", short, t] for short in ("#SC", "#TC") for t in ("2", "40")]
     assert all(value == "undefined" for line in lines[:2] for value in line[3:])
@@ -119,7 +119,7 @@ def test_groups_and_individuals_on_people_and_texts(pair, attributes, data, tmp_
     settings = ({"options": {"image_size": 32, "readers": 0, "verify": False}, **NARROW} if pair == "celeba" else
                 texts(data))
     own = given(data, tmp_path, pair=pair, attributes=attributes, **settings)
-    executed = run("group_and_individual_fairness", own, tmp_path, until="publish")
+    executed = run("group_and_individual_fairness", own, tmp_path, until="publish", draw=False)
     chosen = distilled_students.preset(pair, recipe=QUICK["recipe"], root=str(data), **{
         **settings, "options": {**settings["options"], "attributes": attributes}})
     store = Store(tmp_path / "runs")

@@ -9,7 +9,7 @@ from tests.notebooks import run
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The names of the page after the step by hand, before anything is trained."""
-    return run("dynamic_sparse_training", {}, tmp_path_factory.mktemp("page"), until="step-claims").space
+    return run("dynamic_sparse_training", {}, tmp_path_factory.mktemp("page"), until="step-claims", draw=False).space
 
 
 def test_moving_connections_gains_where_few_are_left(page):

@@ -13,7 +13,7 @@ ALL = range(10)
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The names of the page after the study, before anything is trained."""
-    return run("ensembles_from_one_mask", {}, tmp_path_factory.mktemp("page"), until="claims").space
+    return run("ensembles_from_one_mask", {}, tmp_path_factory.mktemp("page"), until="claims", draw=False).space
 
 
 def test_the_study_has_the_recipe_of_the_page(page):

@@ -19,7 +19,7 @@ def page(tmp_path_factory):
         patch.setattr(permuted_masks, "logits", lambda experiment, state: torch.zeros(
             len(permuted_masks.data(experiment).test.y), 10))
         given = {"sparsities": [0.5], "seeds": 2}
-        return run("fairness_of_sparse_networks", given, tmp_path_factory.mktemp("page")).space
+        return run("fairness_of_sparse_networks", given, tmp_path_factory.mktemp("page"), draw=False).space
 
 
 def test_the_digits_have_the_settings_of_the_page(page):

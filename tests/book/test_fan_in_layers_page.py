@@ -15,13 +15,14 @@ SMALL = {"inputs": 96, "outputs": 40, "sparsities": [0.9]}
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The names of the page on the layer after its last cell."""
-    return run("fan_in_layers", SMALL | {"seeds": 1, "epochs": 1}, tmp_path_factory.mktemp("page")).space
+    return run("fan_in_layers", SMALL | {"seeds": 1, "epochs": 1}, tmp_path_factory.mktemp("page"), draw=False).space
 
 
 @pytest.fixture(scope="module")
 def speed(tmp_path_factory):
     """The names of the page on its speed, for a layer that is quick to measure."""
-    return run("fan_in_speed", SMALL | {"batches": [1, 8], "seconds": 0.001}, tmp_path_factory.mktemp("speed")).space
+    quick = SMALL | {"batches": [1, 8], "seconds": 0.001}
+    return run("fan_in_speed", quick, tmp_path_factory.mktemp("speed"), draw=False).space
 
 
 @pytest.mark.parametrize("loop", ["batch_first", "with_transposes"])

@@ -12,7 +12,8 @@ def page(tmp_path_factory):
     """The names of the page, with the least training that it takes."""
     quick = {"temperatures": [1, 40], "seeds": 2, "individuals": 10, "recipe": {"epochs": 1}, "workers": 1,
              "options": {"n_train": 100, "n_test": 1000}}
-    return run("group_and_individual_fairness", quick, tmp_path_factory.mktemp("page"), until="claim-trend").space
+    return run("group_and_individual_fairness", quick, tmp_path_factory.mktemp("page"), until="claim-trend",
+               draw=False).space
 
 
 def test_one_predictor_has_equal_odds_and_the_other_equal_selection(page):

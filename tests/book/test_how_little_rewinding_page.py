@@ -9,7 +9,7 @@ from tests.notebooks import run
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The names of the page after all that it says of the study, before anything is trained."""
-    return run("how_little_rewinding", {}, tmp_path_factory.mktemp("page"), until="claims").space
+    return run("how_little_rewinding", {}, tmp_path_factory.mktemp("page"), until="claims", draw=False).space
 
 
 def test_scaled_weights_need_less_rewinding(page):

@@ -15,7 +15,7 @@ LEVEL = 0.9
 def found(tmp_path_factory):
     """The page after its last cell, with networks that are hardly trained."""
     given = {"sparsities": [LEVEL], "studied": LEVEL, "seeds": 1, "epochs": 2}
-    return run("mask_symmetry", given, tmp_path_factory.mktemp("page"))
+    return run("mask_symmetry", given, tmp_path_factory.mktemp("page"), draw=False)
 
 
 def test_units_without_connections_are_counted_from_the_masks(found):

@@ -11,7 +11,7 @@ IMAGENET = ("ResNet50 → ResNet18/ImageNet", "ViT-Base → TinyViT/ImageNet")
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The names of the page."""
-    return run("published_fairness", {}, tmp_path_factory.mktemp("page")).space
+    return run("published_fairness", {}, tmp_path_factory.mktemp("page"), draw=False).space
 
 
 @pytest.fixture(scope="module")

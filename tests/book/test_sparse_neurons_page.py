@@ -9,7 +9,7 @@ from tests.notebooks import run
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The names of the page after the stored comparison of methods, before anything is trained."""
-    return run("sparse_neurons", {}, tmp_path_factory.mktemp("page"), until="forms-claims").space
+    return run("sparse_neurons", {}, tmp_path_factory.mktemp("page"), until="forms-claims", draw=False).space
 
 
 def test_ablation_does_not_clearly_help_and_can_lose_connections(page):
