@@ -2,8 +2,8 @@
 
 Peers: a dense torch.nn.Linear; the same with its weight multiplied by a mask at every call; CSR matrices of torch and
 of SciPy (forward only); torch's embedding_bag over the transposed input; the one-line gather, compiled by
-torch.compile if there is a C++ compiler; and a fan-in layer of which eight neighbouring neurons have the same
-connections, which computes another function. Each peer starts from x [batch, in]; transposing it counts for the time.
+torch.compile if there is a C++ compiler; and fan-in layers of which 4, 8 or 16 neighbouring neurons have the same
+connections, which compute other functions. Each peer starts from x [batch, in]; transposing it counts for the time.
 Outputs and gradients of the fan-in layers are compared with a dense layer in float64 before anything is timed.
 
 All peers take turns. A call shorter than two milliseconds is repeated for that long, after a warm-up call, so that its
@@ -40,7 +40,7 @@ MEASURED = Path(permask_core.__file__).parent / "data" / "measured" / "fan_in_cp
 SIZES = [(3072, 768), (4096, 4096)]
 SPARSITIES = [0.9, 0.95, 0.99]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
-SHARED = 8
+SHARED = (4, 8, 16)
 GATHERED = 2 ** 26  # numbers; above, the gather is omitted
 # (inputs, outputs), sparsity, batch, way, peer, least ratio
 HOPED = [(size, 0.9, *rest) for size in SIZES for rest in (
@@ -83,7 +83,7 @@ def gathered(x, values, indices, bias):
     return (values * x[:, indices]).sum(-1) + bias
 
 
-def peers(layer, dense, shared, compiled):
+def peers(layer, dense, groups, compiled):
     """Return by name: a function from x to y, and the weights whose gradients a training step needs, or None."""
     mask, indices = layer.mask(), layer.indices.long()
     values, bias, weight = layer.values, layer.bias, dense.weight
@@ -91,7 +91,7 @@ def peers(layer, dense, shared, compiled):
     offset = bias.detach().numpy()
     ways = {
         "fan-in": (layer, [values, bias]),
-        f"shared by {SHARED}": (shared, [shared.values, shared.bias]),
+        **{f"shared by {size}": (one, [one.values, one.bias]) for size, one in groups.items()},
         "dense": (dense, [weight, dense.bias]),
         "masked": (lambda x: F.linear(x, weight * mask, dense.bias), [weight, dense.bias]),
         "torch CSR": (lambda x: (csr @ x.t()).t() + bias, None),
@@ -130,11 +130,11 @@ def step(way, weights, x):
     return torch.autograd.grad(y, [x, *weights], torch.ones_like(y))
 
 
-def compare(layer, dense, shared, compiled, batch, seconds):
+def compare(layer, dense, groups, compiled, batch, seconds):
     """Return two rows: forward, and both."""
     x = torch.randn(batch, layer.in_features)
-    error = max(check(one, one.to_dense(), x) for one in (layer, shared))
-    ways = peers(layer, dense, shared, compiled if batch * layer.values.numel() <= GATHERED else None)
+    error = max(check(one, one.to_dense(), x) for one in (layer, *groups.values()))
+    ways = peers(layer, dense, groups, compiled if batch * layer.values.numel() <= GATHERED else None)
     trained = x.clone().requires_grad_()
     calls = {"forward": {name: lambda way=way: way(x) for name, (way, _) in ways.items()},
              "both": {name: lambda way=way, weights=weights: step(way, weights, trained)
@@ -204,6 +204,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=at_least(1), default=2)
     parser.add_argument("--seconds", type=float, default=1.0, help="of turns for each row")
+    parser.add_argument("--inputs", type=int, help="of the layer; default: layers of all sizes")
     parser.add_argument("--quick", action="store_true", help="a small layer, to check that everything runs")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help="path of the JSON file")
@@ -213,6 +214,7 @@ def main(argv=None):
         kind, *numbers = given.peak
         return peak(kind, *map(int, numbers[:2]), float(numbers[2]))
     sizes, batches = ([(96, 64)], [1, 40]) if given.quick else (SIZES, BATCHES)
+    sizes = [size for size in sizes if given.inputs in (None, size[0])]
     compiled = torch.compile(gathered, dynamic=True) if shutil.which("g++") and not given.quick else None
     record = {"command": command("fan_in_cpu", argv), "commit": commit(), "processor": binding.get_host_cpu_name(),
               "device": device_name("cpu"), "threads": given.threads, "precision": "float32", "versions": versions(),
@@ -221,10 +223,11 @@ def main(argv=None):
     result = given.result or MEASURED / f"{record['processor']}.json"
     for inputs, outputs in sizes:
         for sparsity in SPARSITIES:
-            (layer, dense), shared = layers(inputs, outputs, sparsity), layers(inputs, outputs, sparsity, SHARED)[0]
+            layer, dense = layers(inputs, outputs, sparsity)
+            groups = {size: layers(inputs, outputs, sparsity, size)[0] for size in SHARED}
             print(f"\n{inputs} -> {outputs}, {sparsity:.0%}: how many times longer than the fan-in layer")
             for batch in batches:
-                for row in compare(layer, dense, shared, compiled, batch, 0 if given.quick else given.seconds):
+                for row in compare(layer, dense, groups, compiled, batch, 0 if given.quick else given.seconds):
                     record["rows"].append({"sparsity": sparsity} | row)
                     ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
                     ours = 1e6 * row["median_seconds"]["fan-in"]
