@@ -177,6 +177,20 @@ def measured_traced_networks():
     return _read("traced_networks")
 
 
+def measured_matching_peers():
+    """Weight matching next to other programs.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``, and ``rows``, a list of dict: ``network``, ``pair`` ("two new
+        networks" or "a permuted copy"), ``program``, ``seconds`` (of processor time, for each repeat), ``gain`` (of the
+        inner product of all parameters), ``change`` (of the output, in standard deviations), and ``in_place`` (the
+        share of the parameters that equal those of the first network, averaged over tensors).
+    """
+    return _read("matching_peers")
+
+
 def measured_ensembles_from_one_mask():
     """Ensembles of dense, pruned, ticket, permuted and naive networks on noisy digits: accuracy, training and weights.
 
@@ -228,10 +242,24 @@ def measured_fan_in_speed():
         By the compiler's name of the processor: ``command``, ``commit``, ``versions``, ``device``, ``threads``,
         ``precision``; and ``rows``, a list of dict: ``inputs``, ``outputs``, ``sparsity``, ``fan_in``, ``batch``,
         ``way`` ("forward", or "both" with backward), and by name of the layer ``median_seconds``,
-        ``quartiles_seconds`` and ``ratios`` (of medians, to the fan-in layer); "shared by 8" is a fan-in layer in
-        which eight neighbouring neurons have the same connections.
+        ``quartiles_seconds`` and ``ratios`` (of medians, to the fan-in layer); in "shared by 8", a fan-in
+        layer, eight neighbouring neurons have the same connections; some records also have 4 and 16.
     """
     return _by_processor("fan_in_cpu")
+
+
+def measured_shared_inputs():
+    """Perceptrons of constant fan-in on Fashion-MNIST, trained with neurons that share their inputs.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``, ``preset``, and ``rows``, a list of dict: ``shared`` (number
+        of neighbouring neurons with the same inputs), ``method`` ("fan_in", which does not move connections, or
+        "srigl"), ``sparsity``, ``achieved``, ``seed``, ``accuracy``, and by layer ``active`` and ``neurons`` (numbers
+        of neurons) and ``connections``.
+    """
+    return _read("shared_inputs")
 
 
 def measured_whole_networks():
