@@ -40,8 +40,10 @@ def at_least(least):
 
 
 def command(script, argv):
-    """Return the command line of a script, with the arguments of its ``main`` or else those of this process."""
-    return " ".join([f"python benchmarks/{script}.py", *(sys.argv[1:] if argv is None else argv)])
+    """Return the command line of a script, with the arguments of its ``main`` or else those of this process, except the
+    path of the result."""
+    line = " ".join([f"python benchmarks/{script}.py", *(sys.argv[1:] if argv is None else argv)])
+    return re.sub(r" --result \S+", "", line)
 
 
 def written(path, record, indent=1):

@@ -1,11 +1,12 @@
 """What the page on fan-in layers says of its own loops and layers, of published times and of bounds."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from permask_core.data.measured import measured_whole_networks
+from permask_core.data.measured import measured_shared_inputs, measured_whole_networks
 from permask_core.sparse import FanInLinear
 from tests.notebooks import run
 
@@ -98,3 +99,15 @@ def test_what_the_page_on_whole_networks_says_holds_on_every_processor_measured(
                 assert 1.9 < ratio < 6.1, where
         assert {row["network"] for row in record["rows"]} == {"gpt2", "bert", "vit_b_16"}
         assert len(record["rows"]) == 14 and "dirty" not in record["commit"]
+
+
+def test_sharing_costs_more_in_sparser_networks_and_larger_groups():
+    rows = pd.DataFrame(measured_shared_inputs()["rows"])
+    points = 100 * rows.pivot(index=["method", "sparsity", "seed"], columns="shared", values="accuracy")
+    cost = points.rsub(points[1], axis=0)[[4, 8, 16]].groupby(level=["method", "sparsity"])
+    assert cost.count().min(axis=None) >= 5
+    mean = cost.mean()
+    assert mean.xs(0.9, level="sparsity").max(axis=None) < 0.5 and mean.xs(0.98, level="sparsity")[16].min() > 1.9
+    for _, own in mean.groupby(level="method"):
+        assert (own.diff().dropna() > 0).all(axis=None)  # with the sparsity
+    assert (mean.xs(0.98, level="sparsity").diff(axis=1)[[8, 16]] > 0).all(axis=None)  # with the group

@@ -7,13 +7,14 @@ from permask_core.data.measured import measured_grid
 from permask_core.display import select
 from permask_core.evaluation.statistics import paired_comparison
 
-ROWS = pd.DataFrame(measured_grid("transformers", "transformer_tickets")["rows"]).fillna({"matching": "", "moved": ""})
+STUDY = pd.DataFrame(measured_grid("transformers", "transformer_tickets")["rows"]).fillna({"matching": "", "moved": ""})
+ROWS, CHARACTERS = (STUDY[STUDY["model"] == model] for model in ("vit", "gpt"))
 WHOLE = ROWS[ROWS["moved"].isin(["", "everything"])]
 OTHERS = [("permuted", "activations"), ("permuted", "weights"), ("naive", ""), ("random", "")]
 
 
-def at(method, by="", s=0.95):
-    return 100 * select(WHOLE, "accuracy", method=method, matching=by, sparsity=s)
+def at(method, by="", s=0.95, rows=WHOLE):
+    return 100 * select(rows, "accuracy", method=method, matching=by, sparsity=s)
 
 
 def test_the_pairs_are_whole_and_did_not_choose_the_settings():
@@ -45,3 +46,21 @@ def test_parts_of_the_permutation_do_not_help_either():
         naive = WHOLE[(WHOLE["method"] == "naive") & (WHOLE["sparsity"] == 0.95)].set_index("seed")["accuracy"]
         found = paired_comparison(100 * own["accuracy"].to_numpy(), 100 * naive[own["seed"]].to_numpy())
         assert found.low < 0 and abs(found.difference) < 1.5, part
+
+
+@pytest.mark.parametrize("by", ["activations", "weights"])
+def test_permuted_masks_of_the_character_model_are_between_the_naive_mask_and_the_ticket(by):
+    assert CHARACTERS["seed"].nunique() >= 5 <= CHARACTERS["seed"].min() and {*CHARACTERS["sparsity"]} == {0, 0.95}
+    lth, permuted, naive, random = (at(*one, rows=CHARACTERS) for one in (("lth",), ("permuted", by), ("naive",),
+                                                                          ("random",)))
+    for other in (permuted, naive, random):
+        found = paired_comparison(lth, other)
+        assert found.low > 0 and found.wins == found.n and 1.4 < found.difference < 2.6
+    found = paired_comparison(permuted, random)
+    assert found.wins == found.n and found.low > 0 and found.difference > 0.5
+    assert paired_comparison(permuted, naive).low < 0
+
+
+def test_the_first_three_pairs_of_the_character_model_would_have_misled():
+    gain = at("permuted", "weights", rows=CHARACTERS) - at("naive", rows=CHARACTERS)
+    assert (gain[:3] > 0).all() and (gain[3:5] < 0).all()
