@@ -10,7 +10,7 @@ output, in standard deviations (0 up to rounding, if the permutation is a symmet
 the share of its parameters that are back in their place, averaged over tensors.
 
 Results are written to permask_core/data/measured/matching_peers.json network by network. Run it with
-`python benchmarks/matching_peers.py --port FOLDER`; it takes 10 minutes.
+`python benchmarks/matching_peers.py --port FOLDER`; it takes half an hour.
 """
 
 import argparse

@@ -55,11 +55,11 @@ def run(name, given, folder=".", *, until=None, after=None, display="static", dr
     last = len(cells) if until is None else 1 + next(i for i, own in enumerate(tags) if until in own)
     found = SimpleNamespace(shown={}, complaints="", space={"__name__": "__main__"})
     errors = io.StringIO()
-    blank = contextlib.nullcontext() if draw else patch.multiple(control, svg=lambda figure: BLANK)
-    blank_too = contextlib.nullcontext() if draw else patch.multiple(figures, svg=lambda figure: BLANK)
-    with (blank, blank_too, contextlib.chdir(folder), patch.dict(os.environ, PERMASK_DISPLAY=display),
+    with (contextlib.ExitStack() as stack, contextlib.chdir(folder), patch.dict(os.environ, PERMASK_DISPLAY=display),
           patch("IPython.display.display", _display), contextlib.redirect_stderr(errors),
           warnings.catch_warnings(record=True) as heard):
+        for place in () if draw else (control, figures):
+            stack.enter_context(patch.object(place, "svg", lambda figure: BLANK))
         warnings.simplefilter("default")
         for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", hidden)

@@ -46,8 +46,8 @@ def python_source(length=64, n_train=20_000, n_test=2_000):
     folder = check_files()
     files = sorted(path for path in folder.rglob("*.py") if not LEFT_OUT & {*path.relative_to(folder).parts})
     test = files[TEST - 1::TEST]
-    splits = [_windows([path for path in files if (path in {*test}) == held], length, n, name)
-              for held, n, name in ((False, n_train, "n_train"), (True, n_test, "n_test"))]
+    train = [path for i, path in enumerate(files, 1) if i % TEST]
+    splits = _windows(train, length, n_train, "n_train"), _windows(test, length, n_test, "n_test")
     return *splits, (length,), len(ALPHABET) + 1
 
 

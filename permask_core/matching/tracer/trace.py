@@ -235,7 +235,9 @@ class _Tracer(Algebra):
         if not own or random or not self.known.keys() >= set(node.all_input_nodes):
             return None
         given = torch.fx.map_arg(node.args, self.known.get)
-        if given[:1] == (None,):  # torch.export omits a tensor that is then overwritten
+        if given[:1] == (None,):  # torch.export omits a tensor that copy overwrites; torch crashes on it
+            if _name(node.target) != "copy":
+                return None
             given = torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype), *given[1:]
         try:
             with torch.no_grad():
