@@ -3,18 +3,18 @@
 :func:`match_many` climbs the objective of weight matching for all groups at once by the algorithm of Frank and Wolfe,
 for one network or several that are moved onto a target: Crisostomi et al., "C2M3: Cycle-Consistent Multi-Model
 Merging", NeurIPS 2024. :func:`match_loss` descends the loss of a network under a mask that moves: Peña et al.,
-"Re-basin via implicit Sinkhorn differentiation", CVPR 2023, here with straight-through gradients.
+"Re-basin via Implicit Sinkhorn Differentiation", CVPR 2023, here with gradients through the iterations.
 """
 
 from math import fsum
 
 import torch
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 
 from permask_core.data.batches import batches_of
 from permask_core.masks import check_fit
-from permask_core.matching.groups import check_groups, indices
+from permask_core.matching.groups import check_groups, depth, indices
 from permask_core.matching.permutations import Permutations, assign, check_flat, permute
 from permask_core.matching.weights import check_pair, climb, matched
 from permask_core.models import device_of, evaluation_mode
@@ -41,15 +41,10 @@ def mix(groups, matrices, tensors):
     -------
     dict of str to torch.Tensor
         The same keys; gradients reach the matrices and the tensors.
-
-    Raises
-    ------
-    ValueError
-        If a group is nested.
     """
-    check_flat(groups)
     mixed = dict(tensors)
-    for name, matrix in matrices.items():
+    for name in sorted(matrices, key=lambda name: -depth(groups, name)):  # parts before the unit that has them
+        matrix = matrices[name]
         for entry in groups[name].entries:
             if entry.tensor in mixed:
                 whole = mixed[entry.tensor]
@@ -157,11 +152,10 @@ def _objective(states):
 
 # ---- A mask that moves, by the loss of the network -------------------------------------------------------------------
 
-def match_loss(groups, masks, model, batches, *, start=None, lr=0.1, temperature=0.1, iterations=20):
+def match_loss(groups, masks, model, batches, *, start=None, lr=0.1, temperature=0.3, iterations=20):
     """Move masks so that a network under the moved masks has a low loss.
 
-    Each step draws no random numbers: the hard permutations are used for the loss, and its gradient is passed to the
-    soft ones ("straight-through").
+    The network is trained with a soft mask, whose units are mixed, by the gradients of the logits of the mixture.
 
     Parameters
     ----------
@@ -173,25 +167,23 @@ def match_loss(groups, masks, model, batches, *, start=None, lr=0.1, temperature
     batches : Split, tuple of torch.Tensor, or iterable of batches
         One pass: a step of Adam for each batch (inputs, targets).
     start : dict of str to torch.Tensor, optional
-        Permutations to start from, such as those of :func:`~permask_core.matching.match_weights`; by default the
-        identity.
+        Permutations to start from, such as those of :func:`~permask_core.matching.match_weights`: their logits are 1,
+        all others 0. By default all are 0.
     lr, temperature : float
-        Learning rate of Adam, and temperature of the soft permutations; at the start a soft permutation has the logit 1
-        at each 1 of the hard one.
+        Learning rate of Adam, and temperature by which logits are divided.
     iterations : int
-        Iterations of Sinkhorn, "A relationship between arbitrary positive matrices and doubly stochastic matrices",
-        1964.
+        See :func:`sinkhorn`.
 
     Returns
     -------
     Permutations
-        The start or the end, whichever has the lower mean loss over the batches. ``objective`` is minus the loss of
-        each step.
+        Those at the end, or ``start`` if its mean loss over the batches is not higher. ``objective`` is minus the loss
+        of each step, with the soft mask.
 
     Raises
     ------
     ValueError
-        If a group is nested, the masks do not fit, or a number is out of range.
+        If a group is nested, the masks do not fit, there are no batches, or a number is out of range.
     """
     check_flat(groups)
     check_fit(masks, model.state_dict())
@@ -199,39 +191,39 @@ def match_loss(groups, masks, model, batches, *, start=None, lr=0.1, temperature
     check_integer("iterations", iterations, 1)
     if not (lr > 0 and temperature > 0):
         raise ValueError(f"lr is {lr} and temperature {temperature}: expected positive numbers")
-    device = device_of(model)
-    start = start or {name: torch.arange(group.size) for name, group in groups.items()}
-    logits = {name: one_hot(order, len(order)).float().to(device).requires_grad_() for name, order in start.items()}
-    optimizer, masks = torch.optim.Adam(logits.values(), lr), {name: one.to(device) for name, one in masks.items()}
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    device, state = device_of(model), {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    kept = {name: mask.to(device, state[name].dtype) for name, mask in masks.items()}
+    logits = {name: torch.zeros(group.size, group.size, device=device) if start is None else hard(start[name], device)
+              for name, group in groups.items()}
+    optimizer = torch.optim.Adam([one.requires_grad_() for one in logits.values()], lr)
 
     def loss(matrices, inputs, targets):
-        moved = mix(groups, matrices, {name: one.float() for name, one in masks.items()})
-        own = state | {name: state[name] * one for name, one in moved.items()}
-        return cross_entropy(functional_call(model, own, (inputs,)), targets)
-
-    def hard(order):
-        return torch.eye(len(order), device=device)[order.to(device)]
+        moved = mix(groups, matrices, kept)
+        under = state | {name: state[name] * mask for name, mask in moved.items()}
+        return cross_entropy(functional_call(model, under, (inputs,)), targets)
 
     def mean_loss(orders):
-        with torch.no_grad():
-            found = [(loss({name: hard(order) for name, order in orders.items()}, *batch).item(), len(batch[0]))
-                     for batch in batches_of(batches, device)]
+        matrices = {name: hard(order, device) for name, order in orders.items()}
+        found = [(loss(matrices, x, y).item(), len(x)) for x, y in batches_of(batches, device)]
         return fsum(value * n for value, n in found) / sum(n for _, n in found)
 
     with evaluation_mode(model):
-        losses = []
+        objective = []
         for inputs, targets in batches_of(batches, device):
             optimizer.zero_grad()
             with torch.enable_grad():
-                soft = {name: sinkhorn(one / temperature, iterations) for name, one in logits.items()}
-                through = {name: hard(assign(one.detach())) + one - one.detach() for name, one in soft.items()}
-                value = loss(through, inputs, targets)
+                value = loss({name: sinkhorn(one / temperature, iterations) for name, one in logits.items()}, inputs,
+                             targets)
             value.backward()
             optimizer.step()
-            losses.append(-value.item())
+            objective.append(-value.item())
         end = {name: assign(one.detach()) for name, one in logits.items()}
-        return Permutations(min(start, end, key=mean_loss), losses)
+        return Permutations(end if start is None else min(start, end, key=mean_loss), objective)
+
+
+def hard(order, device):
+    """Return a permutation as a matrix, float32."""
+    return torch.eye(len(order), device=device)[order.to(device)]
 
 
 def sinkhorn(logits, iterations=20):
@@ -242,6 +234,7 @@ def sinkhorn(logits, iterations=20):
     logits : torch.Tensor
         [n, n]; exp(logits) is scaled in rows and columns, in turn.
     iterations : int
+        Sinkhorn, "A Relationship Between Arbitrary Positive Matrices and Doubly Stochastic Matrices", 1964.
     """
     for _ in range(iterations):
         logits = logits - logits.logsumexp(1, keepdim=True)
