@@ -33,6 +33,7 @@ from permask_core.models import evaluation_mode
 from permask_core.pruning import check_sparsity, magnitude_masks, random_masks
 from permask_core.runs.checks import check_integer, check_lists, check_one_of, check_work
 from permask_core.sparse.dynamic import Rewiring
+from permask_core.training.loop import fit
 
 BLOCK = 4  # networks
 
@@ -114,13 +115,20 @@ def saliencies(case, seed, epoch):
     return {name: (state[name] * gradient).abs() for name, gradient in gradients(case, seed, epoch).items()}
 
 
-def of_masks(case, tensors):
-    """Return a matching problem in which the mask of A takes the place of A's weights: the units are moved to where
-    ``tensors`` of B are large."""
-    masks = {name: one.float() for name, one in case.ticket(case.sources[0]).items()}
-    own = {name: group._replace(entries=tuple(entry for entry in group.entries if entry.tensor in masks))
-           for name, group in case.groups.items()}
-    return own, masks, {name: tensors[name] for name in masks}
+def restricted(groups, tensors):
+    """Return the groups with entries for these tensors only."""
+    return {name: group._replace(entries=tuple(entry for entry in group.entries if entry.tensor in tensors))
+            for name, group in groups.items()}
+
+
+def match_tensors(case, source, target, **options):
+    """Match tensors of A and B that take the place of their weights."""
+    return match_weights(restricted(case.groups, source), source, {name: target[name] for name in source}, **options)
+
+
+def as_numbers(masks):
+    """Return masks with 1 for a connection and 0 for none."""
+    return {name: mask.float() for name, mask in masks.items()}
 
 
 def magnitudes(state):
@@ -136,24 +144,47 @@ def by_activations(case, epoch, source=None):
     return match_activations(found, case.model(a if source is None else source), case.model(b), case.batches())
 
 
-def by_both(case, epoch):
+def by_both(case, groups, a, b):
     """Return a matching by weights and activations with equal shares."""
-    found, a, b = case.pair(epoch)
-    similarities = activation_correlations(found, case.model(a), case.model(b), case.batches())
-    return match_weights(*join((found, a, b), similarity_problem(found, similarities)))
+    similarities = activation_correlations(groups, case.model(a), case.model(b), case.batches())
+    return match_weights(*join((groups, a, b), similarity_problem(groups, similarities)))
 
 
-def by_ticket(case, epoch, matching="weights"):
-    """Return a matching of the pruned A."""
+def pruned_pair(case, epoch):
+    """Return a matching problem: the groups, A with only the weights that its mask keeps, and B."""
     found, a, b = case.pair(epoch)
-    pruned = masked(a, case.ticket(case.sources[0]))
-    return match_weights(found, pruned, b) if matching == "weights" else by_activations(case, epoch, pruned)
+    return found, masked(a, case.ticket(case.sources[0])), b
+
+
+def by_pruned_pair(case, epoch):
+    """Return a matching of two pruned networks; B is pruned by magnitude, at once."""
+    found, a, b = pruned_pair(case, epoch)
+    return match_weights(found, a, masked(b, keep_largest(case, b)))
+
+
+def by_trained_ticket(case):
+    """Return a matching of A after sparse training under its mask with the dense B."""
+    return match_weights(case.groups, trained_ticket(case), case.state(case.b, case.end))
+
+
+def trained_ticket(case):
+    """Return A after sparse training under its own mask."""
+    return train_target(case._replace(target=case.sources[0] % BLOCK), "own ticket")[0]
+
+
+def by_sparse_epochs(case, epochs=2):
+    """Return a matching of the trained ticket of A with B after a few epochs under A's mask, moved as usual."""
+    masks = CANDIDATES["pruned weights, early"].makes(case)
+    model, experiment = case.model(case.state(case.b, case.early)), case.experiment
+    fit(model, data(experiment).train, experiment.recipe(epochs, experiment.sparse_lr), seed=10_000 + case.b,
+        masks=masks, description=None)
+    return match_weights(case.groups, trained_ticket(case), model.cpu().state_dict())
 
 
 def by_saliency(case):
     """Return a matching of the saliencies that the mask keeps."""
     a, b = (saliencies(case, seed, case.early) for seed in (case.sources[0], case.b))
-    return match_weights(case.groups, masked(a, case.ticket(case.sources[0])), b)
+    return match_tensors(case, masked(a, case.ticket(case.sources[0])), b)
 
 
 def by_epochs(case):
@@ -168,15 +199,10 @@ def by_loss(case, epoch):
                       start=match_weights(found, a, b))
 
 
-def by_cycle(case, epoch):
-    """Return the matching of A that agrees with those of the other networks of the block."""
-    sources = [case.state(seed, epoch) for seed in case.sources]
-    return match_many(case.groups, sources, case.state(case.b, epoch))
-
-
-def moved(match):
-    """Return a candidate that moves A's mask by the permutations of ``match(case)``."""
-    return lambda case: permute(case.groups, match(case), case.ticket(case.sources[0]))
+def by_many(case, epoch, networks):
+    """Return the matching of A by the algorithm of Frank and Wolfe, with up to two other networks of the block."""
+    sources = [case.state(seed, epoch) for seed in case.sources[:networks]]
+    return match_many(case.groups, sources, case.state(case.b, epoch))[0]
 
 
 # ---- Candidates: other masks -----------------------------------------------------------------------------------------
@@ -224,41 +250,52 @@ class Candidate(NamedTuple):
     rewiring: str | None = None
 
 
+def _permutation(match, epochs="end"):
+    return Candidate(lambda case: permute(case.groups, match(case), case.ticket(case.sources[0])), epochs,
+                     "permutation")
+
+
 CANDIDATES = {
     "naive": Candidate(lambda case: case.ticket(case.sources[0]), "rewind", "control"),
     "random": Candidate(shuffled, "rewind", "control"),
     "one-shot": Candidate(lambda case: keep_largest(case, case.state(case.b, case.end)), "end", "control"),
     "rigl": Candidate(lambda case: case.ticket(case.sources[0]), "rewind", "control", "rigl"),
-    "weights, early": Candidate(moved(lambda case: match_weights(*case.pair(case.early))), "rewind", "permutation"),
-    "weights": Candidate(moved(lambda case: match_weights(*case.pair(case.end))), "end", "permutation"),
-    "restarts": Candidate(moved(lambda case: match_weights(*case.pair(case.end), restarts=20)), "end", "permutation"),
-    "activations, early": Candidate(moved(lambda case: by_activations(case, case.early)), "rewind", "permutation"),
-    "activations": Candidate(moved(lambda case: by_activations(case, case.end)), "end", "permutation"),
-    "both, early": Candidate(moved(lambda case: by_both(case, case.early)), "rewind", "permutation"),
-    "both": Candidate(moved(lambda case: by_both(case, case.end)), "end", "permutation"),
-    "checkpoints": Candidate(moved(by_epochs), "end", "permutation"),
-    "gradients": Candidate(moved(lambda case: match_weights(case.groups, *(
-        gradients(case, seed, case.early) for seed in (case.sources[0], case.b)))), "rewind", "permutation"),
-    "pruned weights, early": Candidate(moved(lambda case: by_ticket(case, case.early)), "rewind", "permutation"),
-    "pruned weights": Candidate(moved(lambda case: by_ticket(case, case.end)), "end", "permutation"),
-    "pruned activations": Candidate(moved(lambda case: by_ticket(case, case.end, "activations")), "end", "permutation"),
-    "saliency": Candidate(moved(by_saliency), "rewind", "permutation"),
-    "mask to magnitudes": Candidate(moved(lambda case: match_weights(*of_masks(case, magnitudes(
-        case.state(case.b, case.end))))), "end", "permutation"),
-    "Frank-Wolfe, early": Candidate(moved(lambda case: match_many(
-        case.groups, [case.pair(case.early)[1]], case.pair(case.early)[2])[0]), "rewind", "permutation"),
-    "Frank-Wolfe": Candidate(moved(lambda case: match_many(
-        case.groups, [case.pair(case.end)[1]], case.pair(case.end)[2])[0]), "end", "permutation"),
-    "cycle": Candidate(moved(lambda case: by_cycle(case, case.end)[0]), "end", "permutation"),
-    "loss, early": Candidate(moved(lambda case: by_loss(case, case.early)), "rewind", "permutation"),
-    "loss": Candidate(moved(lambda case: by_loss(case, case.end)), "end", "permutation"),
+    "weights, early": _permutation(lambda case: match_weights(*case.pair(case.early)), "rewind"),
+    "weights": _permutation(lambda case: match_weights(*case.pair(case.end))),
+    "restarts": _permutation(lambda case: match_weights(*case.pair(case.end), restarts=20)),
+    "Frank-Wolfe, early": _permutation(lambda case: by_many(case, case.early, 1), "rewind"),
+    "Frank-Wolfe": _permutation(lambda case: by_many(case, case.end, 1)),
+    "cycle": _permutation(lambda case: by_many(case, case.end, 3)),
+    "activations, early": _permutation(lambda case: by_activations(case, case.early), "rewind"),
+    "activations": _permutation(lambda case: by_activations(case, case.end)),
+    "both, early": _permutation(lambda case: by_both(case, *case.pair(case.early)), "rewind"),
+    "both": _permutation(lambda case: by_both(case, *case.pair(case.end))),
+    "checkpoints": _permutation(by_epochs),
+    "gradients": _permutation(lambda case: match_tensors(case, *(
+        gradients(case, seed, case.early) for seed in (case.sources[0], case.b))), "rewind"),
+    "pruned weights, early": _permutation(lambda case: match_weights(*pruned_pair(case, case.early)), "rewind"),
+    "pruned weights": _permutation(lambda case: match_weights(*pruned_pair(case, case.end))),
+    "pruned Frank-Wolfe": _permutation(lambda case: match_many(
+        case.groups, [pruned_pair(case, case.end)[1]], case.pair(case.end)[2])[0]),
+    "pruned pair, early": _permutation(lambda case: by_pruned_pair(case, case.early), "rewind"),
+    "pruned pair": _permutation(lambda case: by_pruned_pair(case, case.end)),
+    "pruned activations": _permutation(lambda case: by_activations(case, case.end, pruned_pair(case, case.end)[1])),
+    "pruned both": _permutation(lambda case: by_both(case, *pruned_pair(case, case.end))),
+    "trained ticket": _permutation(by_trained_ticket),
+    "sparse epochs": _permutation(by_sparse_epochs, "rewind"),
+    "saliency": _permutation(by_saliency, "rewind"),
+    "mask to magnitudes": _permutation(lambda case: match_tensors(
+        case, as_numbers(case.ticket(case.sources[0])), magnitudes(case.state(case.b, case.end)))),
+    "loss, early": _permutation(lambda case: by_loss(case, case.early), "rewind"),
+    "loss": _permutation(lambda case: by_loss(case, case.end)),
     "vote of masks": Candidate(lambda case: vote(case, "masks"), "end", "mask"),
     "vote of magnitudes": Candidate(lambda case: vote(case, "magnitudes"), "end", "mask"),
     "product": Candidate(product_with_b, "end", "mask"),
-    "weights, early, rigl": Candidate(moved(lambda case: match_weights(*case.pair(case.early))), "rewind", "mask",
-                                      "rigl"),
-    "mask to mask": Candidate(moved(lambda case: match_weights(*of_masks(case, {
-        name: one.float() for name, one in case.ticket(case.b).items()}), restarts=10)), "ticket", "oracle"),
+    "pruned weights, early, rigl": Candidate(lambda case: CANDIDATES["pruned weights, early"].makes(case), "rewind",
+                                             "mask", "rigl"),
+    "mask to mask": _permutation(lambda case: match_tensors(
+        case, *(as_numbers(case.ticket(seed)) for seed in (case.sources[0], case.b)), restarts=10))._replace(
+            epochs="ticket", kind="oracle"),
     "own ticket": Candidate(lambda case: case.ticket(case.b), "ticket", "oracle"),
 }
 
