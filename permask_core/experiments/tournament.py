@@ -86,10 +86,10 @@ class Case(NamedTuple):
     def model(self, state):
         return build_network(self.experiment, state)
 
-    def batches(self):
+    def batches(self, size=1000):
         """Return the training images in order, in batches."""
         train = data(self.experiment).train
-        return list(train.batches(in_order(train, 1000)))
+        return list(train.batches(in_order(train, size)))
 
 
 # ---- What may stand in the place of weights --------------------------------------------------------------------------
@@ -192,10 +192,11 @@ def by_epochs(case):
     return match_weights(*join(*(case.pair(epoch) for epoch in case.experiment.checkpoints if epoch >= case.early)))
 
 
-def by_loss(case, epoch):
+def by_loss(case, epoch, epochs=5):
     """Return a matching that lowers the loss of B under the moved mask, from weight matching on."""
     found, a, b = case.pair(epoch)
-    return match_loss(found, case.ticket(case.sources[0]), case.model(b), case.batches(),
+    batches = case.batches(case.experiment.batch_size)
+    return match_loss(found, case.ticket(case.sources[0]), case.model(b), epochs * batches, lr=0.03,
                       start=match_weights(found, a, b))
 
 
