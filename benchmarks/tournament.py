@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from _machine import command, written
+from _machine import written
 
 import permask_core
 from permask_core.experiments import permuted_masks, tournament
@@ -38,14 +38,14 @@ QUICK = {"epochs": 2, "checkpoints": (0, 1, 2), "rewind": 1, "matched_at": 2, "i
 def shares(rows):
     """Return the share of the gap that each candidate closes on average over networks: a ratio of mean accuracies for
     each network, width and sparsity, then the mean of these."""
-    means = pd.DataFrame(rows).groupby(["network", "width", "sparsity", "candidate"])["accuracy"].mean().unstack()
+    means = pd.DataFrame(rows).groupby(["network", "width", "sparsity", "method"])["accuracy"].mean().unstack()
     gap = means["own ticket"] - means["naive"]
     return means.sub(means["naive"], axis=0).div(gap, axis=0).mean()
 
 
 def finalists(rows):
     """Return the names of the best candidates, the best first."""
-    kinds = {row["candidate"]: row["kind"] for row in rows}
+    kinds = {row["method"]: row["kind"] for row in rows}
     ranked = shares(rows).sort_values(ascending=False, kind="stable")
     return [name for name in ranked.index if kinds[name] not in ("control", "oracle")][:FINALISTS]
 
@@ -77,7 +77,7 @@ def main(argv=None):
                                blocks=blocks[:2] if given.quick else blocks, sparsities=sparsities[-1:] if given.quick
                                else sparsities)
         rows += [{"network": name, "epochs_of_training": base.epochs, **row} for row in found]
-    record = {"command": command("tournament", argv), "commit": commit(), "versions": versions(),
+    record = {"command": f"python benchmarks/tournament.py {given.part}", "commit": commit(), "versions": versions(),
               "device": "CPU, one thread a process", "rows": rows}
     if given.part == "choice":
         record["finalists"] = finalists(rows)

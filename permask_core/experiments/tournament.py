@@ -363,8 +363,8 @@ def run(experiment, store, *, blocks, sparsities, candidates=tuple(CANDIDATES), 
     Returns
     -------
     list of dict
-        One row for each run: ``candidate``, ``kind``, ``block``, ``target``, ``sparsity`` and ``achieved``, test
-        ``accuracy`` in [0, 1], ``loss`` in nats, ``seconds`` of making the mask, ``epochs`` of dense training of B,
+        One row for each run: ``method`` (the candidate), its ``kind``, ``block``, ``seed`` (of B), ``sparsity`` and
+        ``achieved``, test ``accuracy`` in [0, 1], ``loss`` in nats, ``seconds`` of making the mask, ``epochs`` of dense training of B,
         ``overlap`` in [0, 1] with B's own ticket, and the experiment's ``width``.
 
     Raises
@@ -393,7 +393,7 @@ def _run_block(store, experiment, block, sparsities, candidates):
             case = Case(experiment, store, block, target, sparsity)
             for name in candidates:
                 chosen = CANDIDATES[name]
-                yield {"candidate": name, "kind": chosen.kind, "block": block, "target": target, "sparsity": sparsity,
+                yield {"method": name, "kind": chosen.kind, "block": block, "seed": case.b, "sparsity": sparsity,
                        "width": experiment.width, "data": content(experiment),
                        "epochs": {"rewind": case.early, "end": case.end}.get(chosen.epochs),
                        **train_target(case, name)[1]}
