@@ -364,8 +364,9 @@ def run(experiment, store, *, blocks, sparsities, candidates=tuple(CANDIDATES), 
     -------
     list of dict
         One row for each run: ``method`` (the candidate), its ``kind``, ``block``, ``seed`` (of B), ``sparsity`` and
-        ``achieved``, test ``accuracy`` in [0, 1], ``loss`` in nats, ``seconds`` of making the mask, ``epochs`` of dense training of B,
-        ``overlap`` in [0, 1] with B's own ticket, and the experiment's ``width``.
+        ``achieved``, test ``accuracy`` in [0, 1], ``loss`` in nats, ``seconds`` of making the mask, ``epochs`` of dense
+        training of B (None: B's own pruning), ``overlap`` in [0, 1] with B's own ticket, a hash of the ``data``, and
+        the experiment's ``width``.
 
     Raises
     ------
