@@ -24,7 +24,7 @@ from permask_core.experiments.permuted_masks import (
 )
 from permask_core.experiments.stages import content, data, run_jobs
 from permask_core.experiments.trainings import Training, train
-from permask_core.masks import layer_sparsity, prunable_weights
+from permask_core.masks import apply_masks, layer_sparsity, prunable_weights
 from permask_core.masks import sparsity as sparsity_of
 from permask_core.matching import activation_correlations, match_activations, match_weights, permute
 from permask_core.matching.problems import join, similarity_problem
@@ -94,11 +94,6 @@ class Case(NamedTuple):
 
 # ---- What may stand in the place of weights --------------------------------------------------------------------------
 
-def masked(state, masks):
-    """Return the state with zeros where the masks have them."""
-    return state | {name: state[name] * mask for name, mask in masks.items()}
-
-
 def gradients(case, seed, epoch):
     """Return the gradients of the mean loss over the training images, by the name of the parameter."""
     model = case.model(case.state(seed, epoch))
@@ -153,13 +148,13 @@ def by_both(case, groups, a, b):
 def pruned_pair(case, epoch):
     """Return a matching problem: the groups, A with only the weights that its mask keeps, and B."""
     found, a, b = case.pair(epoch)
-    return found, masked(a, case.ticket(case.sources[0])), b
+    return found, apply_masks(a, case.ticket(case.sources[0])), b
 
 
 def by_pruned_pair(case, epoch):
     """Return a matching of two pruned networks; B is pruned by magnitude, at once."""
     found, a, b = pruned_pair(case, epoch)
-    return match_weights(found, a, masked(b, keep_largest(case, b)))
+    return match_weights(found, a, apply_masks(b, keep_largest(case, b)))
 
 
 def by_trained_ticket(case):
@@ -184,7 +179,7 @@ def by_sparse_epochs(case, epochs=2):
 def by_saliency(case):
     """Return a matching of the saliencies that the mask keeps."""
     a, b = (saliencies(case, seed, case.early) for seed in (case.sources[0], case.b))
-    return match_tensors(case, masked(a, case.ticket(case.sources[0])), b)
+    return match_tensors(case, apply_masks(a, case.ticket(case.sources[0])), b)
 
 
 def by_epochs(case):
