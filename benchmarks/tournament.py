@@ -27,7 +27,7 @@ ALWAYS = ("weights", "activations")
 # For each part: networks as (preset, changes, widths), blocks and sparsities.
 PARTS = {
     "choice": ([("noisy-digits-mlp", {}, (0.5, 1.0)), ("digits", {}, (0.5,))], [0], [0.97]),
-    "perceptron": ([("noisy-digits-mlp", {}, (0.25, 0.5, 1.0, 2.0))], range(1, 7), [0.9, 0.95, 0.97, 0.985]),
+    "perceptron": ([("noisy-digits-mlp", {}, (0.25, 0.5, 1.0))], range(1, 6), [0.9, 0.97, 0.985]),
     "resnet8": ([("digits", {}, (0.5, 1.0))], range(1, 6), [0.97, 0.985]),
     "lenet5": ([("fashion_mnist-lenet5", {"options": {"size": 32, "n_train": 10_000}}, (1.0,))], range(1, 6),
                [0.9, 0.97]),
