@@ -191,6 +191,26 @@ def test_weights_or_activations(tmp_path):
     assert {(row["method"], row["matching"]) for row in found["rows"]} == {("dense", ""), ("lth", ""), *ways}
 
 
+def test_tournament(tmp_path, monkeypatch):
+    script = importlib.import_module("tournament")
+    few = {name: one for name, one in script.tournament.CANDIDATES.items()
+           if one.kind == "oracle" or name in ("naive", "weights", "activations", "pruned weights", "product")}
+    monkeypatch.setattr(script.tournament, "CANDIDATES", few)
+    monkeypatch.setattr(script, "FINALISTS", 1)
+    for part in ("choice", "perceptron"):
+        script.main([part, "--quick", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    choice, final = (json.loads((tmp_path / f"{part}.json").read_text()) for part in ("choice", "perceptron"))
+    assert choice["command"] == "python benchmarks/tournament.py choice"
+    rows = pd.DataFrame(choice["rows"])
+    assert set(rows["method"]) == {*few} and rows["block"].unique() == [0]
+    best, = choice["finalists"]
+    means = rows.groupby("method")["accuracy"].mean()
+    assert means[best] == max(means[name] for name, one in few.items() if one.kind in ("permutation", "mask"))
+    others = pd.DataFrame(final["rows"])
+    assert set(others["method"]) == {best, "naive", "weights", "activations", "mask to mask", "own ticket"}
+    assert not {*others["block"]} & {*rows["block"]}
+
+
 def test_distillation(tmp_path):
     written = record("distillation", tmp_path, "--quick", "--seeds", 1, "--workers", 1, "--runs", tmp_path / "runs")
     assert written["command"] == "python benchmarks/distillation.py --seeds 1"

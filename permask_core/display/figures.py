@@ -19,7 +19,7 @@ from permask_core.runs.files import write_whole
 from permask_core.runs.processes import default_device
 from permask_core.runs.store import commit, device_name, plain, versions
 
-LINES = {"weights": "-", "activations": (0, (2, 1.5)), "": "-"}
+LINES = {"weights": "-", "activations": (0, (2, 1.5)), "ticket": (0, (5, 1.5)), "": "-"}
 
 
 def series(rows):
@@ -57,8 +57,8 @@ def results(rows, published=()):
         found = {row["method"]: f"{100 * row['accuracy']:.1f}" for row in published if row["width"] == where["width"]
                  and math.isclose(row["sparsity"], where["sparsity"]) and row["rewind"] in (None, where["rewind"])}
         if found:
-            lines.append({"source": "published"} | head | {
-                title(method, by): found.get(method, "") if by != "weights" else "" for method, by in methods})
+            lines.append({"source": "published"} | head | {  # the paper matches by activations
+                title(method, by): found.get(method, "") * (by in ("", "activations")) for method, by in methods})
     return lines
 
 

@@ -74,7 +74,7 @@ VOCABULARY = {
     "widths": _list(_number(0), "[0.5, 1]"), "width": _number(0), "timed_width": _number(0),
     "sparsities": _list(_SPARSITY, "[0.9, 0.97]"), "sparsity": _SPARSITY, "studied": _SPARSITY, "kept": _SPARSITY,
     "temperatures": _list(_number(0), "[1, 4]"), "fan_in": _integer(1), "rewinds": _list(_integer(0), "[0, 2]"),
-    "rewind": _integer(0), "matchings": _list(_text(*_MATCHINGS)), "matching": _text(*_MATCHINGS),
+    "rewind": _integer(0), "matchings": _list(_text(*_MATCHINGS, "ticket")), "matching": _text(*_MATCHINGS),
     "matched_at": _integer(0), "matched_epochs": _list(_integer(0), "[2, 20]"), "matched_images": _integer(1),
     "matched_layers": _list(_text(), "[fc1]"), "imp": _text("rewind", "finetune"), "unseen": _integer(0),
     # repetitions

@@ -26,7 +26,7 @@ from permask_core.experiments.stages import (
     same_results,
 )
 from permask_core.experiments.trainings import Training, train, train_batched
-from permask_core.masks import layer_sparsity, prunable_weights
+from permask_core.masks import apply_masks, layer_sparsity, prunable_weights
 from permask_core.masks import sparsity as sparsity_of
 from permask_core.matching import Groups, match_activations, match_weights, permutation_groups, permute
 from permask_core.models import MODELS, OF_TEXTS, build_model
@@ -50,7 +50,8 @@ from permask_core.training.recipe import Recipe
 
 METHODS = ("dense", "lth", "permuted", "naive", "random")  # the default methods of run
 KNOWN_METHODS = (*METHODS, "pruned")
-MATCHINGS = ("weights", "activations")
+MATCHINGS = ("weights", "activations")  # the default matchings of run
+KNOWN_MATCHINGS = (*MATCHINGS, "ticket")
 STARTS = ("dense", "sparse")
 
 
@@ -351,22 +352,28 @@ def _next_round(experiment, store, seed, number):
     return _round_training(experiment, seed, number, start)
 
 
-def match_dense(experiment, store, seed, by):
-    """Return permutations that move A onto B, matched by "weights" or "activations" at the epoch ``matched_at``.
+def match_dense(experiment, store, seed, by, sparsity=None):
+    """Return permutations that move A onto B, matched at the epoch ``matched_at``: by "weights", by "activations", or
+    by "ticket", the weights that A's mask at a ``sparsity`` keeps.
 
     Returns
     -------
     (dict of str to torch.Tensor, dict)
         Permutations for :func:`permask_core.matching.permute`, and the record.
     """
-    check_one_of("matching", by, MATCHINGS)
+    check_one_of("matching", by, KNOWN_MATCHINGS)
+    if by == "ticket":
+        check_sparsity(sparsity)
     a, b = (train_dense(experiment, store, seed, which)[0][experiment.matched_at] for which in "ab")
+    if by == "ticket":
+        a = apply_masks(a, find_ticket(experiment, store, seed, sparsity).masks)
 
-    device, also = default_device(), ["matched_images"] if by == "activations" else []
+    device, own = default_device(), {"sparsity": sparsity} if by == "ticket" else {}
+    also = {"activations": ["matched_images"], "ticket": _IMP}.get(by, [])
     found = groups(experiment)  # here, so that the stage's seconds are those of the matching only
 
     def compute():
-        if by == "weights":
+        if by != "activations":
             return match_weights(found, a, b, seed=seed, device=device), {}
         train, images = data(experiment).train, experiment.matched_images
         chosen = torch.arange(len(train))
@@ -378,7 +385,8 @@ def match_dense(experiment, store, seed, by):
                            f"matching by activations, seed {seed}")
         return match_activations(found, *models, batches), {}
 
-    return store.stage("matching", compute, seed=seed, by=by, **experiment.stage_parameters(*_DENSE, *_MATCHING, *also))
+    settings = experiment.stage_parameters(*_DENSE, *_MATCHING, *also)
+    return store.stage("matching", compute, seed=seed, by=by, **own, **settings)
 
 
 def method_masks(experiment, store, seed, sparsity, method, by=None):
@@ -387,7 +395,7 @@ def method_masks(experiment, store, seed, sparsity, method, by=None):
     check_one_of("method", method, KNOWN_METHODS[1:])
     masks = find_ticket(experiment, store, seed, sparsity).masks
     if method == "permuted":
-        return permute(groups(experiment), match_dense(experiment, store, seed, by)[0], masks)
+        return permute(groups(experiment), match_dense(experiment, store, seed, by, sparsity)[0], masks)
     if method == "random":
         return random_masks(masks, {name: 1 - value for name, value in layer_sparsity(masks).items()}, seed=seed)
     return masks
@@ -411,7 +419,7 @@ def train_sparse(experiment, store, seed, sparsity, method, by=None, *, condense
     check_sparsity(sparsity)
     check_one_of("method", method, KNOWN_METHODS[1:])
     if method == "permuted":
-        check_one_of("matching", by, MATCHINGS)
+        check_one_of("matching", by, KNOWN_MATCHINGS)
     if condensed and (experiment.imp_scope != "fan_in" or method == "random"):
         raise ValueError(f"imp_scope is {experiment.imp_scope!r} and the method {method!r}: expected 'fan_in' and not "
                          "'random', because only masks of constant fan-in can be condensed")
@@ -461,7 +469,8 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, matchings=MATC
         :func:`permask_core.pruning.magnitude_masks`.
     methods : sequence of {"dense", "lth", "permuted", "naive", "random", "pruned"}
         The default is all except ``pruned``. ``permuted`` is run once for each matching.
-    matchings : sequence of {"weights", "activations"}
+    matchings : sequence of {"weights", "activations", "ticket"}
+        The default is all except ``ticket``, which compares only the weights that A's mask keeps.
     workers : int
         Number of processes, which share the seeds; with more than one, each uses one thread, and a script must call
         this below ``if __name__ == "__main__":``.
@@ -493,7 +502,7 @@ def run(experiment, store, *, seeds, sparsities, methods=METHODS, matchings=MATC
     for value in methods:
         check_one_of("method", value, KNOWN_METHODS)
     for value in matchings:
-        check_one_of("matching", value, MATCHINGS)
+        check_one_of("matching", value, KNOWN_MATCHINGS)
     for value in sparsities:
         check_sparsity(value)
     check_work(seeds, workers)

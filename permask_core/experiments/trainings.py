@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from permask_core.experiments.stages import Settings, data, discard_damaged, train_stage
+from permask_core.sparse.dynamic import Rewiring
 from permask_core.training.batched import evaluate_batched, fit_batched
 from permask_core.training.loop import evaluate, fit
 from permask_core.training.recipe import Recipe
@@ -35,6 +36,7 @@ class Training(NamedTuple):
     result: Callable
     checkpoints: tuple[str, ...] = ()
     description: str = "training"
+    rewiring: Rewiring | None = None  # not in batched training
 
 
 def train(store, training):
@@ -45,7 +47,8 @@ def train(store, training):
     def compute(unfinished):
         model, masks = training.build()
         run = fit(model, task.train, training.recipe, seed=training.seed, masks=masks, processes=processes,
-                  checkpoints=training.checkpoints, resume=unfinished, description=training.description)
+                  checkpoints=training.checkpoints, resume=unfinished, description=training.description,
+                  rewiring=training.rewiring)
         return training.result(model, run, evaluate(model, task.test)._asdict())
 
     return train_stage(store, training.stage, compute, **training.parameters)

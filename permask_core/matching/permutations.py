@@ -57,6 +57,14 @@ def permute(groups, permutations, tensors):
     return moved
 
 
+def check_flat(groups):
+    """Raise ValueError if a group is nested in a unit of another one."""
+    for name, group in groups.items():
+        if group.within is not None:
+            raise ValueError(f"group {name!r} is within a unit of {group.within[0]!r}: expected groups without parts, "
+                             "as match_weights and match_activations support them")
+
+
 def permute_(groups, permutations, tensors):
     """:func:`permute` in place and without checks; parts are permuted before their unit moves."""
     for name in sorted(permutations, key=lambda name: -depth(groups, name)):

@@ -64,7 +64,7 @@ def match_weights(groups, source, target, *, seed=0, restarts=1, device=None):
     check_integer("restarts", restarts, 1)
     check_pair(source, target)
     check_groups(groups, source, whole=True)
-    weights, goal = _matched(groups, source, target, device)
+    weights, goal = matched(groups, source, target, device)
     generator = torch.Generator().manual_seed(int(seed))
 
     def starts():
@@ -72,11 +72,11 @@ def match_weights(groups, source, target, *, seed=0, restarts=1, device=None):
         for _ in range(restarts - 1):
             yield random_permutations(groups, seed=int(torch.randint(2**62, (), generator=generator)))
 
-    searches = (_coordinate_descent(groups, start, weights, goal, generator) for start in starts())
+    searches = (climb(groups, start, weights, goal, generator) for start in starts())
     return max(searches, key=lambda found: found.objective[-1])
 
 
-def _coordinate_descent(groups, permutations, source, target, generator):
+def climb(groups, permutations, source, target, generator):
     """Algorithm 1: improve the ``permutations``, one group after another, until the gain of a sweep is negligible."""
     moved, parts = {name: tensor.clone() for name, tensor in source.items()}, parts_of(groups)
     permute_(groups, permutations, moved)
@@ -141,7 +141,7 @@ def _shuffle(groups, generator):
     return [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
 
 
-def _matched(groups, source, target, device):
+def matched(groups, source, target, device=None):
     """Return the weights to match, in one precision and on one device: those in groups, except statistics and integers.
     Raise ValueError if there are none or one is not finite."""
     names = [name for name in sorted(_tensors(groups, groups)) if is_continuous(source[name])
@@ -154,7 +154,8 @@ def _matched(groups, source, target, device):
     double = any(as_real(state[name]).dtype == torch.float64 for state in (source, target) for name in names)
     device = device or next((source[name].device for name in names), None)
     dtype = torch.float64 if double else torch.float32
-    return ({name: as_real(state[name].detach()).to(device, dtype) for name in names} for state in (source, target))
+    return tuple({name: as_real(state[name].detach()).to(device, dtype) for name in names}
+                 for state in (source, target))
 
 
 def as_real(tensor):

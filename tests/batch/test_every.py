@@ -1,7 +1,8 @@
 """Every notebook as a job, as small as it runs, with the widgets of a live notebook, which the book never draws.
 
-A kernel would import everything again for each of them; tests/batch/test_snakefile.py runs a few jobs in kernels, and
-`make test-long` the grid of all notebooks.
+A kernel would import everything again for each of them, and drawing takes half of the time:
+tests/batch/test_snakefile.py runs a few jobs in kernels, `make test-long` the grid of all notebooks, and the book draws
+every figure.
 """
 
 import json
@@ -23,7 +24,8 @@ def store(tmp_path_factory):
 @pytest.mark.parametrize("job", JOBS.values(), ids=lambda job: job.notebook)
 def test_a_job_leaves_its_results(job, store, tmp_path):
     folder = tmp_path / "output"
-    run(job.notebook, {**job.parameters, "runs": str(store), "output": str(folder)}, tmp_path, display="live")
+    parameters = {**job.parameters, "runs": str(store), "output": str(folder)}
+    run(job.notebook, parameters, tmp_path, display="live", draw=False)
     found = json.loads((folder / "results.json").read_text())
     assert found.keys() >= {"commit", "device", "versions", "settings", "runs"}  # what batch/job.py reads
-    assert found["runs"] and (folder / "results.svg").read_text().rstrip().endswith("</svg>")
+    assert found["runs"] and (folder / "results.svg").is_file()

@@ -24,7 +24,7 @@ from permask_core.experiments.permuted_masks import (
     train_dense,
     train_sparse,
 )
-from permask_core.masks import layer_sparsity, sparsity
+from permask_core.masks import apply_masks, layer_sparsity, sparsity
 from permask_core.matching import match_activations, match_weights, permute
 from permask_core.models import build_model
 from permask_core.runs.files import save_tensors
@@ -160,6 +160,9 @@ def test_matching_is_that_of_the_epoch_asked_for(finished):
     for experiment, epoch in ((TINY, 2), (early, 1)):
         groups = permuted_masks.groups(experiment)
         assert same(match_dense(experiment, store, 0, "weights")[0], match_weights(groups, a[epoch], b[epoch], seed=0))
+        kept = apply_masks(a[epoch], find_ticket(experiment, store, 0, 0.75).masks)
+        of_ticket = match_dense(experiment, store, 0, "ticket", 0.75)[0]
+        assert same(of_ticket, match_weights(groups, kept, b[epoch], seed=0))
         nets = build_network(experiment, a[epoch]), build_network(experiment, b[epoch])
         assert same(match_dense(experiment, store, 0, "activations")[0], match_activations(groups, *nets, [x]))
 
@@ -314,6 +317,7 @@ def test_errors_come_before_any_training(store, change, message):
     (lambda store: train_sparse(FAN_IN, store, 0, 0.5, "random", condensed=True), "the method 'random': expected"),
     (lambda store: find_ticket(TINY, store, 0, 1.0), "sparsity is 1.0"),
     (lambda store: match_dense(TINY, store, 0, "names"), "unknown matching 'names'"),
+    (lambda store: match_dense(TINY, store, 0, "ticket"), "sparsity is None"),
     (lambda store: train_dense(TINY, store, 0, "c"), "which is 'c'"),
 ])
 def test_errors_of_a_single_stage_come_before_any_training(store, stage, message):

@@ -144,3 +144,23 @@ def test_what_cannot_be_aligned_is_named(lively):
             (lambda: align(a, a, x, groups={"g": Group(5, (Entry("fc1.weight", 0),))}), "group 'g' has 5 units")):
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
+
+
+@pytest.mark.parametrize("by", ["weights", "activations"])
+def test_with_masks_only_kept_weights_are_compared(lively, by):
+    a, b = (lively("resnet8", SHAPE, 10, seed=seed) for seed in (0, 1))
+    masks, pruned = magnitude_masks(prunable_weights(a), 0.9), lively("resnet8", SHAPE, 10, seed=0)
+    apply_masks(pruned, masks)
+    result, groups = align(a, b, [images()], by, masks=masks), permutation_groups(a, images(2))
+    expected = (match_weights(groups, pruned.state_dict(), b.state_dict()) if by == "weights"
+                else match_activations(groups, pruned, b, [images()]))
+    assert same(result.permutations, expected)
+    assert not same(result.permutations, align(a, b, [images()], by).permutations)
+    moved = permute(groups, result.permutations, a.state_dict())  # of the whole A
+    assert all(torch.equal(parameter, moved[name]) for name, parameter in result.model.named_parameters())
+
+
+def test_masks_that_do_not_fit_are_refused_before_tracing(planted):
+    a, b, _, _ = planted
+    with pytest.raises(ValueError, match="^masks has 'conv9.weight'"):
+        align(a, b, images(2), masks={"conv9.weight": torch.ones(1, dtype=torch.bool)}, groups={})

@@ -98,6 +98,20 @@ def measured_weights_or_activations():
     return _read("weights_or_activations")
 
 
+def measured_tournament():
+    """The tournament of alignments.
+
+    Returns
+    -------
+    dict of str to dict
+        By part ("choice", "perceptron", ...; those that were run): ``command``, ``commit``, ``versions``, ``device``;
+        ``finalists`` of the choice, the best first; and ``rows`` as returned by
+        :func:`permask_core.experiments.tournament.run`, with ``network`` (the preset) and ``epochs_of_training`` (of
+        the dense networks).
+    """
+    return _by_file("tournament")
+
+
 def measured_extreme():
     """Output layers for 10,000 labels: static rows of fixed fan-in, SET and its variants, and dense layers.
 
@@ -245,7 +259,7 @@ def measured_fan_in_speed():
         ``quartiles_seconds`` and ``ratios`` (of medians, to the fan-in layer); in "shared by 8", a fan-in
         layer, eight neighbouring neurons have the same connections; some records also have 4 and 16.
     """
-    return _by_processor("fan_in_cpu")
+    return _by_file("fan_in_cpu")
 
 
 def measured_shared_inputs():
@@ -275,7 +289,7 @@ def measured_whole_networks():
         "torch CSR") ``median_seconds``, ``quartiles_seconds`` and ``ratios`` (of medians: how many times as fast as
         dense).
     """
-    return _by_processor("whole_networks")
+    return _by_file("whole_networks")
 
 
 def measured_grids():
@@ -339,7 +353,7 @@ def measured_claims():
     return _read("claims") if there else {"repetitions": {}, "pages": {}}
 
 
-def _by_processor(folder):
+def _by_file(folder):
     paths = sorted((Path(str(files(__package__))) / folder).glob("*.json"))
     return {path.stem: json.loads(path.read_text()) for path in paths}
 
