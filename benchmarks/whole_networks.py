@@ -149,11 +149,17 @@ def images(batch):
     return torch.randn(batch, 3, 224, 224)
 
 
+def vit():
+    model = torchvision.models.vit_b_16()
+    nn.init.normal_(model.heads.head.weight)  # torchvision's is 0, behind which no error could be seen
+    return model
+
+
 MLPS, BLOCKS = {"mlp"}, {"mlp", "qkv", "out"}
 NETWORKS = {  # a network, its inputs for a batch, and its replaced layers: parts of names, or sizes of the kernel
     "gpt2": (Decoder, None, {"MLPs": MLPS, "blocks": BLOCKS, "blocks and output": BLOCKS | {"head"}}),
     "bert": (Encoder, lambda batch: torch.randint(30522, (batch, 128)), {"MLPs": MLPS, "blocks": BLOCKS}),
-    "vit_b_16": (lambda: torchvision.models.vit_b_16(), images, {"MLPs": MLPS, "blocks": MLPS | {"self_attention"}}),
+    "vit_b_16": (vit, images, {"MLPs": MLPS, "blocks": MLPS | {"self_attention"}}),
     "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(), images, {"1x1": {1}}),
     "resnet50": (lambda: torchvision.models.resnet50(), images, {"1x1": {1}, "1x1 and 3x3": {1, 3}}),
 }

@@ -388,6 +388,23 @@ def test_a_compiled_network_is_compared_if_there_is_a_compiler(whole_networks, m
     assert made == [name]
 
 
+def test_a_network_that_is_wrong_or_whose_outputs_are_0_is_not_timed(whole_networks, monkeypatch):
+    model = whole_networks.NETWORKS["bert"][0]()
+
+    def compare():
+        whole_networks.compare("bert", 1, "MLPs", "forward", 0, 3, False)
+
+    real = whole_networks.with_csr
+    monkeypatch.setattr(whole_networks, "with_csr", lambda *given: nn.Sequential(real(*given), nn.Linear(64, 64)))
+    with pytest.raises(SystemExit, match="bert: the torch CSR network is off by 0"):
+        compare()
+    for block in model.blocks:
+        nn.init.zeros_(block["norm2"].weight)
+    monkeypatch.setitem(whole_networks.NETWORKS, "bert", (lambda: model, *whole_networks.NETWORKS["bert"][1:]))
+    with pytest.raises(SystemExit, match="off by nan"):
+        compare()
+
+
 def test_products_and_bytes_of_replaced_layers_are_counted(whole_networks):
     def networks(dense, mask):
         return nn.Sequential(dense), nn.Sequential(whole_networks.condense(dense, {"weight": mask}).model)
