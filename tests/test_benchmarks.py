@@ -396,7 +396,7 @@ def test_a_network_that_is_wrong_or_whose_outputs_are_0_is_not_timed(whole_netwo
 
     real = whole_networks.with_csr
     monkeypatch.setattr(whole_networks, "with_csr", lambda *given: nn.Sequential(real(*given), nn.Linear(64, 64)))
-    with pytest.raises(SystemExit, match="bert: the torch CSR network is off by 0"):
+    with pytest.raises(SystemExit, match="bert: the torch CSR network is off by [0-9]"):
         compare()
     for block in model.blocks:
         nn.init.zeros_(block["norm2"].weight)
