@@ -361,11 +361,12 @@ def main(argv=None):
     parser.add_argument("--result", type=Path, help="path of the JSON file")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
-    order = {name: place for place, name in enumerate(NETWORKS)}
+    order = [(name, part) for name, (*_, parts) in NETWORKS.items() for part in parts]
     compiler = not given.uncompiled and shutil.which("g++") is not None
     now, line = commit(), command("whole_networks", argv)
-    record = {"command": "", "commit": "", "processor": binding.get_host_cpu_name(), "device": device_name("cpu"),
-              "precision": "float32", "sparsity": SPARSITY, "versions": versions(), "rows": []}
+    record = {"command": command("whole_networks", []), "commit": "", "processor": binding.get_host_cpu_name(),
+              "device": device_name("cpu"), "precision": "float32", "sparsity": SPARSITY, "versions": versions(),
+              "rows": []}
     result = given.result or MEASURED / f"{record['processor']}.json"
     earlier = json.loads(result.read_text()) if result.exists() else record
     if all(earlier[name] == record[name] for name in ("device", "versions")):
@@ -377,9 +378,9 @@ def main(argv=None):
         row = compare(name, batch, replaced, step, given.seconds, given.tokens, compiler)
         row |= {"command": line, "commit": now}
         rest = [one for one in record["rows"] if key(one) != key(row)]
-        record["rows"] = sorted([*rest, row], key=lambda row: (row["step"], row["threads"], order[row["network"]]))
-        for about in ("command", "commit"):
-            record[about] = ", ".join(dict.fromkeys(row[about] for row in record["rows"]))
+        record["rows"] = sorted([*rest, row], key=lambda row: (row["step"], row["threads"], order.index(
+            (row["network"], row["replaced"])), row["batch"]))
+        record["commit"] = ", ".join(dict.fromkeys(row["commit"] for row in record["rows"]))
         print(f"{name}, {replaced}, batch {batch}, {step}: dense {1e3 * row['median_seconds']['dense']:.1f} ms, "
               f"{row['share_of_dense']:.0%} of it in the {row['layers']} layers, at most {row['bound']:.1f} x; "
               + ", ".join(f"{way} {ratio:.2f} x" for way, ratio in row["ratios"].items()), flush=True)
