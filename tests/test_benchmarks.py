@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from batch import grids, job
 from permask_core.data.attributes import attribute
@@ -312,26 +313,137 @@ def test_traced_networks(tmp_path, monkeypatch):
     assert record(script, tmp_path, *options)["rows"] == [bert, detector]
 
 
-def test_whole_networks(tmp_path, monkeypatch):
+@pytest.fixture
+def whole_networks(monkeypatch):
+    """The script with small networks, and without a compiler."""
     script = importlib.import_module("whole_networks")
-    small = {"gpt2": partial(script.Decoder, 50, 16, 64, 4, 2), "bert": partial(script.Encoder, 50, 16, 64, 4, 2)}
-    inputs = {"gpt2": None, "bert": lambda batch: torch.randint(50, (batch, 16))}
-    for name, build in small.items():
-        monkeypatch.setitem(script.NETWORKS, name, (build, inputs[name], script.NETWORKS[name][2]))
-        found = record(script, tmp_path, "--only", name, "--seconds", 0, "--tokens", 5)
+    networks, resnet = script.torchvision.models, script.torchvision.models.resnet
+    small = {"gpt2": (partial(script.Decoder, 50, 16, 64, 4, 2), None),
+             "bert": (partial(script.Encoder, 50, 16, 64, 4, 2), lambda batch: torch.randint(50, (batch, 16))),
+             "mobilenet_v2": (partial(networks.mobilenet_v2, width_mult=0.25), lambda b: torch.randn(b, 3, 32, 32)),
+             "resnet50": (partial(networks.ResNet, resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16),
+                          lambda batch: torch.randn(batch, 3, 32, 32))}
+    for name, given in small.items():
+        monkeypatch.setitem(script.NETWORKS, name, (*given, script.NETWORKS[name][2]))
+    monkeypatch.setattr(script.shutil, "which", lambda name: None)
+    script.compiled.cache_clear()
+    return script
+
+
+def test_whole_networks(whole_networks, tmp_path, monkeypatch):
+    script = whole_networks
+    for name in ("gpt2", "bert"):
+        (tmp_path / name).mkdir()
+        found = record(script, tmp_path / name, "--only", name, "--seconds", 0, "--tokens", 5, "--steps", "forward")
         layers = {"MLPs": 4, "blocks": 8, "blocks and output": 9}
         assert [(row["replaced"], row["batch"]) for row in found["rows"]] == [
             (part, batch) for part in script.NETWORKS[name][2] for batch in (1, 8)]
         for row in found["rows"]:
             assert row["layers"] == layers[row["replaced"]] and row["bound"] == 1 / (1 - row["share_of_dense"]) > 1
             assert row["ratios"].keys() == {"fan-in", "shared by 8", "torch CSR"}
-    # An interrupted run continues.
+            assert row["step"] == "forward" and row["threads"] == torch.get_num_threads()
+    # An interrupted run continues, and rows of another command are replaced or kept.
     path = tmp_path / "interrupted.json"
     path.write_text(json.dumps(found | {"rows": found["rows"][1:]}))
-    monkeypatch.setattr(script, "command", lambda *_: found["command"])
-    script.main(["--only", name, "--seconds", "0", "--result", str(path)])
-    rows = json.loads(path.read_text())["rows"]
-    assert rows[:-1] == found["rows"][1:] and rows[-1]["replaced"] == found["rows"][0]["replaced"]
+    before = found["rows"][0]["command"]
+    assert before != found["command"] == "python benchmarks/whole_networks.py"
+    monkeypatch.setattr(script, "command", lambda *_: before)
+    script.main(["--only", name, "--seconds", "0", "--steps", "forward", "--result", str(path)])
+    first, *rest = json.loads(path.read_text())["rows"]
+    assert rest == found["rows"][1:] and first["replaced"] == found["rows"][0]["replaced"]
+    monkeypatch.setattr(script, "command", lambda *_: "another")
+    script.main(["--only", name, "--seconds", "0", "--steps", "forward", "--batches", "1", "--result", str(path)])
+    again = json.loads(path.read_text())
+    assert {(row["batch"], row["command"]) for row in again["rows"]} == {(1, "another"), (8, before)}
+    assert len(again["rows"]) == 4
+
+
+def test_whole_convolutional_networks(whole_networks, tmp_path):
+    options = "--only", "mobilenet_v2", "resnet50", "--seconds", 0, "--batches", 2
+    found = record(whole_networks, tmp_path, *options)
+    rows = {(row["network"], row["replaced"], row["step"]): row for row in found["rows"]}
+    assert {key: row["layers"] for key, row in rows.items()} == {
+        ("mobilenet_v2", "1x1", "forward"): 34, ("resnet50", "1x1", "forward"): 12,
+        ("resnet50", "1x1 and 3x3", "forward"): 16, ("resnet50", "1x1 and 3x3", "training"): 16}
+    for (_, replaced, _), row in rows.items():
+        pointwise = {"torch CSR"} if replaced == "1x1" else set()
+        assert row["ratios"].keys() == {"fan-in", "dense, channels last"} | pointwise
+        for spent in row["seconds_by_kind"].values():
+            assert ("replaced convolutions 1x1" in spent) and ("replaced convolutions 3x3" in spent) == (not pointwise)
+            assert min(seconds for kind, seconds in spent.items() if kind != "rest") > 0
+        replaced = sum(seconds for kind, seconds in row["seconds_by_kind"]["dense"].items() if "replaced" in kind)
+        assert row["share_of_dense"] == pytest.approx(replaced / sum(row["seconds_by_kind"]["dense"].values()))
+        kept = row["counted"]["fan-in"]["products"] / row["counted"]["dense"]["products"]
+        assert 0.09 < kept < 0.14  # of small layers, fan-in is rounded
+    spent = rows["mobilenet_v2", "1x1", "forward"]["seconds_by_kind"]["dense"]
+    assert {"depthwise convolutions 3x3", "convolutions 3x3", "BatchNorm2d", "ReLU6"} <= spent.keys()
+
+
+@pytest.mark.parametrize("name, batch, step", [("gpt2", 1, "forward"), ("bert", 2, "training")])
+def test_a_compiled_network_is_compared_if_there_is_a_compiler(whole_networks, monkeypatch, name, batch, step):
+    """Here its graph is run by torch, which needs none. It is made once for all rows, whose weights it takes."""
+    made, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **given: made.append(name) or real(model, backend="eager"))
+    for replaced in ("MLPs", "blocks"):
+        row = whole_networks.compare(name, batch, replaced, step, 0, 3, True)
+        assert row["median_seconds"]["dense, compiled"] > 0 and row["layers"] == {"MLPs": 4, "blocks": 8}[replaced]
+    assert made == [name]
+
+
+def test_a_network_that_is_wrong_or_whose_outputs_are_0_is_not_timed(whole_networks, monkeypatch):
+    model = whole_networks.NETWORKS["bert"][0]()
+
+    def compare():
+        whole_networks.compare("bert", 1, "MLPs", "forward", 0, 3, False)
+
+    real = whole_networks.with_csr
+    monkeypatch.setattr(whole_networks, "with_csr", lambda *given: nn.Sequential(real(*given), nn.Linear(64, 64)))
+    with pytest.raises(SystemExit, match="bert: the torch CSR network is off by [0-9]"):
+        compare()
+    for block in model.blocks:
+        nn.init.zeros_(block["norm2"].weight)
+    monkeypatch.setitem(whole_networks.NETWORKS, "bert", (lambda: model, *whole_networks.NETWORKS["bert"][1:]))
+    with pytest.raises(SystemExit, match="off by nan"):
+        compare()
+
+
+def test_products_and_bytes_of_replaced_layers_are_counted(whole_networks):
+    def networks(dense, mask):
+        return nn.Sequential(dense), nn.Sequential(whole_networks.condense(dense, {"weight": mask}).model)
+
+    linear, conv = nn.Linear(6, 4), nn.Conv2d(6, 4, 3)
+    for dense, x, out, copies in ((linear, torch.randn(5, 6), 5 * 4, 1), (conv, torch.randn(5, 6, 4, 4), 5 * 4 * 4, 3)):
+        mask = torch.zeros_like(dense.weight, dtype=torch.bool)
+        mask.flatten(1)[:, :2] = True
+        found = whole_networks.count(*networks(dense, mask), ["0"], lambda model, x=x: model(x))
+        inputs, weights = dense.weight[0].numel(), dense.weight.numel()
+        assert found["dense"] == {"products": out * inputs, "bytes": 4 * (weights + x.numel() + out)}
+        assert found["fan-in"] == {"products": out * 2, "bytes": 8 * 4 * 2 + 4 * copies * (x.numel() + out)}
+
+
+def test_times_of_layers_in_training_include_their_backward_pass(whole_networks):
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            time.sleep(0.05)
+            return grad
+
+    class Sleeping(nn.Module):
+        def forward(self, x):
+            return Slow.apply(x)
+
+    model, x = nn.Sequential(nn.Linear(3, 3), Sleeping(), nn.ReLU()), torch.randn(2, 3)
+    listed = {"0": "replaced Linear", "1": "Sleeping", "2": "ReLU"}
+    assert whole_networks.kinds(model, ["0"]) == listed
+    whole, spent = whole_networks.time_by_kind(model, listed, lambda model: model(x).sum().backward(), True)
+    assert spent.keys() == {*listed.values()} and whole > spent["Sleeping"] > 0.05 > spent["replaced Linear"] > 0
+    with torch.no_grad():
+        _, forward = whole_networks.time_by_kind(model, listed, lambda model: model(x), False)
+    assert forward["Sleeping"] < 0.05
 
 
 def test_keys_and_values_that_are_kept_are_those_of_the_whole_sequence():

@@ -2,7 +2,7 @@
 
 The notebooks wrote the pictures and results to build/source/book/results. They are copied to book/readme, so that the
 README shows the results of a build, with the numbers of every run, the versions and the commit in the same folder.
-Times are those of benchmarks/fan_in_cpu.py. No number in the README's tables is typed by hand.
+Times are those of benchmarks/fan_in_cpu.py and whole_networks.py. No number in the README's tables is typed by hand.
 """
 
 import json
@@ -12,12 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from permask_core.data.measured import measured_fan_in_speed
+from permask_core.data.measured import measured_fan_in_speed, measured_whole_networks
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "book" / "readme"
 SECTIONS = {"images": "fashion_mnist", "results": "permuted_masks", "findings": "findings"}  # of the README
 SPARSITY, BATCHES = 0.9, (1, 8, 64, 256, 2048)
+NETWORKS = {("gpt2", "blocks and output"): "GPT-2", ("bert", "blocks"): "BERT", ("vit_b_16", "blocks"): "ViT-B/16",
+            ("resnet50", "1x1 and 3x3"): "ResNet50", ("mobilenet_v2", "1x1"): "MobileNetV2"}
+WAYS = {"fan-in": "fan-in", "shared by 8": "shared by 8", "torch CSR": "torch CSR",
+        "dense, compiled": "`torch.compile`", "dense, channels last": "channels last"}
 PEERS = (("forward", "dense"), ("forward", "torch CSR"), ("forward", "shared by 8"), ("both", "dense"))
 
 
@@ -55,6 +59,26 @@ def speed_table(records: dict) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{caption}\n"
 
 
+def networks_table(records: dict) -> str:
+    """Return a table of how many times as fast as dense whole networks are, by processor, from
+    benchmarks/whole_networks.py, for one thread and the most layers replaced."""
+    heads = ["processor", "network", "replaced", "step", "batch", "bound", *WAYS.values()]
+    lines, captions = [heads, ["---:"] * len(heads)], []
+    for processor, record in records.items():
+        for place, name in NETWORKS.items():
+            for row in record["rows"]:
+                if (row["network"], row["replaced"]) == place and row["threads"] == 1:
+                    ratios = [f"{row['ratios'][way]:.1f}" if way in row["ratios"] else "" for way in WAYS]
+                    lines.append([processor, name, row["replaced"], row["step"], str(row["batch"]),
+                                  f"{row['bound']:.1f}", *ratios])
+        captions.append(f"{processor}: {record['device']}, `python benchmarks/whole_networks.py`, commits "
+                        f"{record['commit']}, torch {record['versions']['torch']}.")
+    caption = ("Time of the dense network divided by that of others, 90 % sparsity in the replaced layers, one thread, "
+               "medians, float32. *Bound*: what would be gained if the replaced layers took no time. "
+               f"`torch.compile` and *channels last* are dense networks. {' '.join(captions)}")
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{caption}\n"
+
+
 def main() -> None:
     """Copy the results and rewrite the tables of the README."""
     built = ROOT / "build" / "source" / "book" / "results"
@@ -73,7 +97,8 @@ def main() -> None:
     text = readme.read_text(encoding="utf8")
     for mark, name in SECTIONS.items():
         text = with_table(text, mark, (KEPT / f"{name}.md").read_text("utf8"))
-    readme.write_text(with_table(text, "speed", speed_table(measured_fan_in_speed())), encoding="utf8")
+    text = with_table(text, "speed", speed_table(measured_fan_in_speed()))
+    readme.write_text(with_table(text, "networks", networks_table(measured_whole_networks())), encoding="utf8")
 
 
 if __name__ == "__main__":

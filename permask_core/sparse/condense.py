@@ -37,6 +37,10 @@ def condense(model, masks, example_input=None):
     ``F.linear(x, self.qkv.weight)``. Such reads are detected in the ``forward`` of the parent module and, with an
     example, while the model runs.
 
+    A depthwise convolution, with as many groups as input channels, is not replaced either. Its time is that of reading
+    and writing images rather than of products, and the forward pass of a fan-in layer takes longer. Other grouped
+    convolutions are replaced.
+
     Parameters
     ----------
     model : torch.nn.Module
@@ -126,6 +130,8 @@ def _fan_in_layer(module, kind, mask, uses):
         raise ValueError("its weight is shared with another layer")
     if mask.all():
         raise ValueError("its mask keeps every weight")
+    if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+        raise ValueError("it is a depthwise convolution, for which a fan-in layer is slower")
     if any(getattr(module, hooks) for hooks in HOOKS):
         raise ValueError("it has hooks, which would be lost")
     mask = mask.to(getattr(module, kind).device)

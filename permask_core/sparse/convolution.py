@@ -21,10 +21,11 @@ class FanInConv2d(FanInLayer):
     ``weight[channel].flatten()``, each a channel of its group and a position of the kernel, so ``in_features`` is
     in_channels / groups times the size of the kernel.
 
-    On a CPU the layer is computed by compiled loops over the connections, which save no time if groups have few
-    channels. Otherwise (on a GPU, without numba, and under ``torch.compile``) each call makes the dense weight, and
-    only the memory of the parameters, their gradients and the optimizer's state is saved. A 1x1 convolution without
-    groups is computed as a :class:`FanInLinear` over the channels there, except when compiled.
+    On a CPU the layer is computed by compiled loops over the connections. For a depthwise convolution, whose groups
+    have one channel each, they are slower than a dense layer, and :func:`~permask_core.sparse.condense` leaves it.
+    Otherwise (on a GPU, without numba, and under ``torch.compile``) each call makes the dense weight, and only the
+    memory of the parameters, their gradients and the optimizer's state is saved. A 1x1 convolution without groups is
+    computed as a :class:`FanInLinear` over the channels there, except when compiled.
 
     Parameters
     ----------

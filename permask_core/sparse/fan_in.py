@@ -58,9 +58,10 @@ class FanInLayer(nn.Module):
 
     Under ``torch.func`` (``vmap``, ``grad``, ...) and in programs from ``torch.export``, ``torch.onnx.export`` and
     ``torch.jit.trace``, the layer makes the dense weight in each call, which takes the memory and the time of a dense
-    layer. Elsewhere only first-order gradients are supported. On a CPU, float16 and bfloat16 are stored as they are,
-    and each call computes in float32. Not supported are gradients of ``torch.func`` within ``torch.compile``. On the
-    meta device nothing is drawn, and a layer needs a state after ``to_empty``.
+    layer. Such a program needs only operations of torch, or of ONNX, and its file stores the connections and not the
+    dense weight. Elsewhere only first-order gradients are supported. On a CPU, float16 and bfloat16 are stored as they
+    are, and each call computes in float32. Not supported are gradients of ``torch.func`` within ``torch.compile``. On
+    the meta device nothing is drawn, and a layer needs a state after ``to_empty``.
 
     Attributes
     ----------

@@ -88,17 +88,42 @@ def test_layers_with_even_rows_are_condensed_and_others_left(page):
 def test_what_the_page_on_whole_networks_says_holds_on_every_processor_measured():
     for record in measured_whole_networks().values():
         for row in record["rows"]:
-            where = row["network"], row["replaced"]
-            ratio = row["ratios"]["fan-in"]
-            assert "torch CSR" not in row["ratios"] or ratio > row["ratios"]["torch CSR"], where
-            if row["replaced"] == "MLPs":
+            where, ratios = (row["network"], row["replaced"]), row["ratios"]
+            ratio, training = ratios["fan-in"], row["step"] == "training"
+            if row["network"] == "mobilenet_v2":
+                assert ratio < 1 or row["batch"] > 1 and ratio < 1.1, where
+                assert ratios.get("dense, compiled", 2) > 1.7, where
+                continue
+            if row["network"] == "resnet50":
+                most = row["replaced"] == "1x1 and 3x3"
+                assert 1.4 < ratio < 1.6 and row["bound"] > 4.5 if most else 1 < ratio < 1.3, where
+                continue
+            assert "torch CSR" not in ratios or ratio > ratios["torch CSR"], where
+            assert row["network"] != "bert" or ratios.get("dense, compiled", 1) < 1.1
+            if training:
+                assert 1.5 < ratio < 2
+            elif row["replaced"] == "MLPs":
                 assert 1 < ratio < 2 and row["bound"] < 3, where
             elif where == ("gpt2", "blocks"):
                 assert 1.5 < ratio < 2.5
             else:  # all linear layers
                 assert 1.9 < ratio < 6.1, where
-        assert {row["network"] for row in record["rows"]} == {"gpt2", "bert", "vit_b_16"}
-        assert len(record["rows"]) == 14 and "dirty" not in record["commit"]
+        found = {(row["network"], row["step"]) for row in record["rows"]}
+        assert found == {*((name, "forward") for name in ("gpt2", "bert", "vit_b_16", "mobilenet_v2", "resnet50")),
+                         ("bert", "training"), ("resnet50", "training")}
+        assert "dirty" not in record["commit"]
+
+
+def test_why_mobilenet_gains_nothing():
+    """Its 1x1 convolutions take less than half of its time, and move more bytes with fan-in."""
+    for record in measured_whole_networks().values():
+        for row in record["rows"]:
+            if row["network"] == "mobilenet_v2":
+                dense, fan_in = row["counted"]["dense"], row["counted"]["fan-in"]
+                assert fan_in["products"] < 0.11 * dense["products"] and fan_in["bytes"] > 2 * dense["bytes"]
+                assert row["share_of_dense"] < 0.5
+                spent = row["seconds_by_kind"]
+                assert spent["fan-in"]["replaced convolutions 1x1"] > 0.8 * spent["dense"]["replaced convolutions 1x1"]
 
 
 def test_sharing_costs_more_in_sparser_networks_and_larger_groups():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from book.tools.readme import SECTIONS
-from permask_core.data.measured import measured_fan_in_speed
+from book.tools.readme import NETWORKS, SECTIONS, WAYS
+from permask_core.data.measured import measured_fan_in_speed, measured_whole_networks
 from tests.notebooks import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,3 +73,22 @@ def test_every_ratio_is_one_of_medians():
                         and (row["inputs"], row["outputs"], row["way"], row["batch"]) == (inputs, outputs, way, batch))
             assert abs(float(ratio) - medians[peer] / medians["fan-in"]) < 0.051
     assert all("dirty" not in one["commit"] and one["commit"] in section("speed") for one in records.values())
+
+
+def test_every_ratio_of_a_network_is_one_of_medians():
+    heads, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")]
+                        for line in section("networks").splitlines() if line.startswith("|")]
+    names, records = {shown: place for place, shown in NETWORKS.items()}, measured_whole_networks()
+    ways = dict(zip(heads[6:], WAYS))
+    rows = {(processor, row["network"], row["replaced"], row["step"], row["batch"]): row
+            for processor, record in records.items() for row in record["rows"] if row["threads"] == 1}
+    assert len(lines) == len([key for key in rows if key[1:3] in NETWORKS]) >= 10
+    for line in lines:
+        processor, network, replaced, step, batch, bound, *ratios = line
+        assert names[network][1] == replaced
+        row = rows[processor, names[network][0], replaced, step, int(batch)]
+        assert abs(float(bound) - row["bound"]) < 0.051
+        medians = row["median_seconds"]
+        assert {way for way, ratio in zip(ways.values(), ratios) if ratio} == medians.keys() - {"dense"}
+        for way, ratio in zip(ways.values(), ratios):
+            assert not ratio or abs(float(ratio) - medians["dense"] / medians[way]) < 0.051

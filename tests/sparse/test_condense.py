@@ -111,6 +111,8 @@ def test_vit_with_its_attention():
 
 NETWORKS = {"resnet18": lambda: torchvision.models.resnet18(num_classes=3),
             "resnet50": lambda: build_model("resnet50", (3, 32, 32), 3, width=0.125),
+            "resnext50": lambda: torchvision.models.ResNet(
+                torchvision.models.resnet.Bottleneck, [1, 1, 2, 1], num_classes=3, groups=8, width_per_group=2),
             "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=3, width_mult=0.35, dropout=0.0)}
 
 
@@ -137,24 +139,38 @@ def test_torchs_encoder(activation, part, example):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_convolution_of_a_network_is_replaced(name):
-    """Those of 7x7, 3x3 and 1x1, with strides, and by channel. Statistics of BatchNorm have been moved."""
+def test_every_convolution_of_a_network_is_replaced_unless_it_is_depthwise(name):
+    """Those of 7x7, 3x3 and 1x1, with strides and in groups. Statistics of BatchNorm have been moved."""
     torch.manual_seed(0)
     model, x = NETWORKS[name](), torch.randn(4, 3, 32, 32)
     model(x)
     masks = masks_of(model)
-    kinds = {(conv.kernel_size, conv.stride, conv.groups > 1) for conv in model.modules()
-             if isinstance(conv, nn.Conv2d)}
-    assert len(masks) > 20 and len(kinds) >= 4 and any(grouped for *_, grouped in kinds) == (name == "mobilenet_v2")
-    condensed = assert_condensed(model, masks, x)
-    assert sum(isinstance(layer, FanInConv2d) for layer in condensed.modules()) == len(masks) - 1  # one is linear
+    convolutions = {f"{name}.weight": one for name, one in model.named_modules() if isinstance(one, nn.Conv2d)}
+    left = [name for name, conv in convolutions.items() if 1 < conv.groups == conv.in_channels]
+    kinds = {(conv.kernel_size, conv.stride, conv.groups > 1) for conv in convolutions.values()}
+    assert len(masks) > 20 and len(kinds) >= 4 and len(left) == {"mobilenet_v2": 17}.get(name, 0)
+    assert any(grouped for *_, grouped in kinds) == (name in ("mobilenet_v2", "resnext50"))
+    condensed = assert_condensed(model, masks, x, left)
+    assert all("depthwise" in reason for reason in condense(model, masks).left.values())
+    replaced = masks.keys() - {*left}
+    assert sum(isinstance(layer, FanInConv2d) for layer in condensed.modules()) == len(replaced) - 1  # one is linear
     assert_trains_and_loads(model, masks, condensed, x)
     exact, masked = copy.deepcopy(condensed).double().eval(), apply_masks(copy.deepcopy(model), masks).double().eval()
     with torch.no_grad():
         masked.load_state_dict({**masked.state_dict(), **{
-            key: exact.get_submodule(key.removesuffix(".weight")).to_dense().weight if key in masks
+            key: exact.get_submodule(key.removesuffix(".weight")).to_dense().weight if key in replaced
             else exact.state_dict()[key] for key in masked.state_dict()}})  # after the step that training took
         torch.testing.assert_close(exact(x.double()), masked(x.double()), rtol=1e-10, atol=1e-10)
+
+
+def test_a_network_of_depthwise_convolutions_only_is_refused():
+    """Also with several filters for each channel. With one input channel a convolution has no groups."""
+    for channels, filters in ((4, 4), (4, 12)):
+        conv = nn.Conv2d(channels, filters, 3, groups=channels)
+        with pytest.raises(ValueError, match="no layer can be replaced: weight: it is a depthwise convolution"):
+            condense(conv, masks_of(conv, "weight"))
+    for conv in (nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=2)):
+        assert isinstance(condense(conv, masks_of(conv, "weight")).model, FanInConv2d)
 
 
 def test_a_model_that_is_one_layer():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
 from torch.nn import functional as F
 
-from permask_core.sparse import FanInConv2d, FanInLinear
+from permask_core.masks import apply_masks
+from permask_core.sparse import FanInAttention, FanInConv2d, FanInLinear, condense
+from permask_core.sparse.dynamic import constant_fan_in_masks
 
 X = torch.randn(3, 4, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([1, 2, 0])
@@ -173,3 +176,82 @@ def test_fake_tensors_have_shapes_and_gradients():
         y.sum().backward()
     assert y.shape == (3, 10) and model[4].values.grad.shape == (10, 7)
     assert not any(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in model.state_dict().values())
+
+
+# torch.onnx.export writes these as Constant, Cast, Unsqueeze, ScatterND, Reshape, Pad, Conv, Transpose, Gemm, Tanh and
+# Shape, and leaves out the assertion.
+IN_ONNX = {"full", "_to_copy", "unsqueeze", "index_put", "view", "constant_pad_nd", "convolution", "permute", "addmm",
+           "tanh", "sym_size", "_assert_tensor_metadata"}
+
+
+def test_an_exported_program_spreads_the_connections_by_operations_that_onnx_has():
+    """One operation for each layer puts the values into a weight of zeros."""
+    model = ablated().float().eval()
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(model, (X.float(),), dynamic_shapes=(batch,)).run_decompositions()
+    names = [str(node.target).split(".")[1] for node in program.graph.nodes if "aten." in str(node.target)]
+    assert names.count("index_put") == 3 and set(names) <= IN_ONNX, set(names) - IN_ONNX
+    torch.testing.assert_close(program.module()(X[:2].float()), dense(model)(X[:2].float()))
+
+
+TOKENS = torch.randn(3, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def encoders():
+    """Torch's transformer encoder under masks, and the same network with fan-in layers and attention."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(12, 2, 20, dropout=0.0, batch_first=True, dtype=torch.float64)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    masks = constant_fan_in_masks({name: w for name, w in model.named_parameters() if w.ndim == 2}, 0.3, seed=0)
+    found = condense(model, masks).model
+    assert sum(isinstance(module, FanInAttention) for module in found.modules()) == 2
+    return apply_masks(model, masks), found
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_encoder_takes_sentences_of_any_length(strict):
+    exact, model = encoders()
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    program = torch.export.export(model, (TOKENS,), dynamic_shapes=(sizes,), strict=strict)
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert all(name.startswith("aten.") or "sym" in name for name in names), names
+    for x in (TOKENS, TOKENS.repeat(2, 2, 1), TOKENS[:2, :3]):
+        torch.testing.assert_close(program.module()(x), exact(x))
+
+
+def test_an_encoder_compiled_as_a_whole():
+    torch.compiler.reset()
+    exact, model = encoders()
+    compiled, steps = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+    for call in (compiled, model):
+        y = call(TOKENS)
+        steps.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+    torch.testing.assert_close(*steps)
+    torch.testing.assert_close(steps[0][0], exact(TOKENS).detach())
+
+
+def test_vmap_over_sentences_and_their_gradients():
+    exact, model = encoders()
+    torch.testing.assert_close(vmap(model)(TOKENS[:, None])[:, 0], exact(TOKENS))
+
+    def squared(parameters, x):
+        return functional_call(model, parameters, (x[None],)).square().sum()
+
+    found = vmap(grad(squared), (None, 0))(parameters_of(model), TOKENS)
+    whole = torch.autograd.grad(model(TOKENS).square().sum(), list(model.parameters()))
+    for (name, _), gradient in zip(model.named_parameters(), whole):
+        torch.testing.assert_close(found[name].sum(0), gradient)
+
+
+def test_copies_of_an_encoder_and_its_shapes_on_the_meta_device():
+    exact, model = encoders()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(TOKENS), exact(TOKENS))
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+    empty = copy.deepcopy(model).to("meta")
+    y = empty(TOKENS.to("meta"))
+    assert y.is_meta and y.shape == TOKENS.shape
+    empty.load_state_dict(model.state_dict(), assign=True)
+    torch.testing.assert_close(empty(TOKENS), exact(TOKENS))

@@ -282,12 +282,15 @@ def measured_whole_networks():
     Returns
     -------
     dict of str to dict
-        By the compiler's name of the processor: ``command``, ``commit``, ``versions``, ``device``, ``threads``,
-        ``precision``, ``sparsity``; and ``rows``, a list of dict: ``network``, ``replaced`` (the kind of layers),
-        ``layers`` (their number), ``batch``, ``share_of_dense`` (the share of the dense network's time that is spent in
-        these layers), ``bound`` (of the gain: 1 / (1 - share)), and by way ("dense", "fan-in", "shared by 8",
-        "torch CSR") ``median_seconds``, ``quartiles_seconds`` and ``ratios`` (of medians: how many times as fast as
-        dense).
+        By the compiler's name of the processor: ``command`` (without options), ``commit`` (of all rows), ``versions``,
+        ``device``, ``precision``, ``sparsity``; and ``rows``, a list of dict: ``network``, ``replaced`` (the kind of
+        layers), ``layers`` (their number), ``batch``, ``step`` ("forward" or "training"), ``threads``, ``command``,
+        ``commit``, ``share_of_dense`` (the share of the dense network's time that is spent in these layers), ``bound``
+        (of the gain: 1 / (1 - share)), and by way ("dense", "fan-in", "shared by 8", "torch CSR", "dense, compiled",
+        "dense, channels last"; not all in each row) ``median_seconds``, ``quartiles_seconds`` and ``ratios`` (of
+        medians: how many times as fast as dense). Some rows have ``seconds_by_kind``, the time that the dense and the
+        fan-in network spend in each kind of layers, and ``counted``, multiplications and least bytes of the replaced
+        layers.
     """
     return _by_file("whole_networks")
 
