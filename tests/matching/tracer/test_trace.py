@@ -26,6 +26,7 @@ from permask_core.matching import (
     function_change,
     permutation_groups,
 )
+from permask_core.matching.tracer import trace
 from permask_core.models import build_model
 from tests.hypotheses import examples
 
@@ -141,6 +142,27 @@ def shuffle_unit(s, x):
 def residual(s, x):
     h = s.stem(x)
     return s.head(h + s.scale * s.b(s.a(h).relu()))
+
+
+def added_in_place(s, h):
+    first = h
+    h += s.c(h).relu()
+    first.mul_(first.sigmoid())
+    return h
+
+
+def halved_in_place(s, h):
+    halves = h.view(-1, 2, 3)
+    halves[:, 0].mul_(2)
+    halves += halves.flip(1)
+    return h
+
+
+def overwritten(s, x):
+    h = s.a(x)
+    before = s.d(h.relu())
+    h.copy_(s.c(x))
+    return s.b(before.relu() + h.tanh())
 
 
 def recurrent(s, x):
@@ -334,6 +356,14 @@ FOLLOWED = {
         h: F.hardswish(h) + F.mish(h) + F.logsigmoid(h) + F.rrelu(h) + F.threshold(h, .1, .2) + h.clamp(-1, 1))),
     "where and fill": ("a:6", lambda: between(lambda s, h: torch.where(h > 0, h, h * h).masked_fill(h < -1, .3))),
     "in place": ("a:6", lambda: between(lambda s, h: h.relu_().add_(1).mul_(h.sigmoid()))),
+    "in place under two names": ("a:6", lambda: between(added_in_place, c=Linear(6, 6))),
+    "in place on a view": ("a:3", lambda: between(halved_in_place)),
+    "in place on a part": ("a:3 a#2:3", lambda: between(lambda s, h: (h.chunk(2, 1)[0].mul_(3), h)[1])),
+    "in place after a reader": ("a:6 d:6", lambda: (Net(overwritten, a=Linear(8, 6), b=Linear(6, 3), c=Linear(8, 6),
+        d=Linear(6, 6)), vectors())),
+    "in place, a constant": ("a:6", lambda: between(lambda s, h: torch.zeros(24, 6).add_(h).relu_())),
+    "in place, an input": ("a:6", lambda: (Net(lambda s, x: s.b(s.a(x).relu() + x.add_(1).sum()), a=Linear(8, 6),
+        b=Linear(6, 3)), vectors())),
     "statistics over units": ("a:6", lambda: between(lambda s, h: h / h.std(1, keepdim=True) + h.mean() - h.logsumexp(1,
         keepdim=True) + F.normalize(h, dim=1) - h.max(1, keepdim=True)[0])),
     "dropout": ("a:6", lambda: between(lambda s, h: F.dropout(h.relu(), .5, s.training))),
@@ -387,6 +417,16 @@ FOLLOWED = {
         3)), vectors())),
     "random": ("a:6", lambda: between(lambda s, h: (h + torch.rand(len(h), 1)).relu())),
 }
+
+
+def test_readers_of_changed_memory_read_the_change():
+    model = Net(lambda s, x: (h := s.a(x), h.relu_(), h + 1)[2], a=Linear(8, 6))
+    graph = torch.export.export(model, (vectors(),), strict=False).graph
+    layer, changed, reader = (node for node in graph.nodes if node.op == "call_function")
+    reader.args = (layer, *reader.args[1:])
+    trace._replace(graph, trace._out_of_place(graph))
+    assert changed.target == torch.ops.aten.relu.default and changed.args == (layer,)
+    assert reader.args == (changed, 1)
 
 
 def two_layers(operation):
