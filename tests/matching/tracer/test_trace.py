@@ -1216,6 +1216,15 @@ def test_any_chain_keeps_its_function(model, seed):
     x = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(seed))
     groups = permutation_groups(model, x)
     assert check_function(groups, model, x, seed=seed) < 1e-9
+    assert_each_weight_counts(groups, model, x)
+
+
+def assert_each_weight_counts(groups, model, x):
+    """Without the first entry of any group, which gives its name, a permutation changes the function."""
+    copy, permutations = draw_weights(model), derangements(groups)
+    for name, group in groups.items():
+        part = {**groups, name: group._replace(entries=group.entries[1:])}
+        assert function_change(part, {name: permutations[name]}, copy, x.double()) > 1e-9, name
 
 
 # Operations on three blocks of four units, h [batch, 3, 4], and the network's input x.
@@ -1244,10 +1253,24 @@ BLOCKS = {
     "an index": lambda s, h, x: h[:, [0, 2, 1]],
     "gather": lambda s, h, x: h.gather(1, torch.tensor([2, 2, 0])[None, :, None].expand(len(h), 3, 4)),
     "added": lambda s, h, x: h.index_add(1, torch.tensor([0, 1]), h[:, 1:]),
+    "a shared part": lambda s, h, x: torch.cat([h[:, :, :2], s.pair(x)[:, None].expand(-1, 3, -1)], 2),
+    "numbers in all": lambda s, h, x: torch.cat([torch.tensor([1., 2.]).expand(len(h), 3, 2).to(h), h[:, :, 2:]], 2),
+    "changed in place": lambda s, h, x: h.mul_(h.sigmoid()).add_(s.other(x)[:, None]),
+    "a view in place": lambda s, h, x: (h[:, 1].mul_(2), h)[1],
+    "a transposed layer": lambda s, h, x: F.conv_transpose1d(h.mT, s.wide[:, :, None], groups=2).mT,
+    "attention": lambda s, h, x: F.scaled_dot_product_attention(h, s.inner(h), h),
+    "embedded": lambda s, h, x: h * F.embedding((x[:, :3] > 0).long(), s.table),
+    "interpolated": lambda s, h, x: F.interpolate(h.mT, size=3, mode="nearest").mT.contiguous(),
+    "a filter": lambda s, h, x: F.conv1d(F.pad(h, (1, 1)), s.kernel),
+    "the best": lambda s, h, x: h.topk(2, 1)[0].sum(1, keepdim=True) + h,
+    "distances": lambda s, h, x: torch.cdist(h, s.points) @ s.points,
     "cast": lambda s, h, x: h.float().type_as(h),
     "where": lambda s, h, x: torch.where(torch.arange(4) < 2, h, h.cos()),
     "pairs": lambda s, h, x: torch.view_as_real(torch.view_as_complex(h.reshape(-1, 6, 2)) ** 2),
 }
+
+
+IDLE = {"a product", "a shared part", "numbers in all", "padded", "padded blocks"}  # discard units, or add some up
 
 
 @examples(1 / 2)
@@ -1259,8 +1282,11 @@ def test_any_operations_on_blocks_keep_the_function(names, seed):
             h = BLOCKS[name](s, h.view(-1, 3, 4), x).reshape(-1, 12)
         return s.b(h.tanh())
 
-    model = Net(forward, a=Linear(8, 12), b=Linear(12, 3), other=Linear(8, 4), inner=Linear(4, 4),
-                cell=nn.GRUCell(4, 4), scale=parameter(3, 1), shift=parameter(4))
+    model = Net(forward, a=Linear(8, 12), b=Linear(12, 3), other=Linear(8, 4), inner=Linear(4, 4), pair=Linear(8, 2),
+                cell=nn.GRUCell(4, 4), scale=parameter(3, 1), shift=parameter(4), wide=parameter(4, 2),
+                table=parameter(2, 4), kernel=parameter(3, 3, 3), points=parameter(5, 4))
     x = torch.randn(7, 8, generator=torch.Generator().manual_seed(seed))
     groups = permutation_groups(model, x)
     assert check_function(groups, model, x, seed=seed) < 1e-9
+    if not IDLE.intersection(names):
+        assert_each_weight_counts(groups, model, x)
