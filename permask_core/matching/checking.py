@@ -147,7 +147,9 @@ def _outputs(model, state, example_input, outputs):
         twin = copied(model, share=True)
         try:
             with float64() if precise else contextlib.nullcontext():
-                given = pytree.tree_map(_widened, example_input) if precise else example_input
+                given = pytree.tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value,
+                                        example_input)  # the network may change it
+                given = pytree.tree_map(_widened, given) if precise else given
                 result = torch.func.functional_call(twin, state, *arguments(given))
         except Exception as error:  # the network is the user's code, which may raise anything
             raise ValueError(f"{type(model).__name__} cannot be tested: {type(error).__name__}: {shortened(error)}: "

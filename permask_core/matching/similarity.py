@@ -56,15 +56,17 @@ class Similarities:
         """Update for the given steps, {group: permutation}; return the names of the groups whose similarity has
         changed."""
         for name, order in steps.items():
-            if name in self.kept:
-                self.kept[name] = self.kept[name].index_select(1, order.to(self.kept[name].device))
             units = (order != torch.arange(len(order))).nonzero()[:, 0]
+            if name in self.kept:
+                kept = self.kept[name]
+                columns = kept.index_select(1, order[units].to(kept.device))
+                kept.index_copy_(1, units.to(kept.device), columns)
             origins = order.argsort()[units]  # the new positions of what was at these units
             for entry, other, at in self.shares[name]:
                 if other in self.kept:
                     now, before = (_slice(self.moved, entry, chosen) for chosen in (units, origins))
                     target = _slice(self.target, entry, units)
-                    self.kept[other] += units_at(target, at) @ units_at(now - before, at).T
+                    self.kept[other].addmm_(units_at(target, at), units_at(now - before, at).T)
             for other in self.others[name]:
                 self.kept.pop(other, None)
         return {share.other for name in steps for share in self.shares[name]}.union(*map(self.others.get, steps))
@@ -78,7 +80,9 @@ def units_at(tensor, entry):
 
 def all_units_at(tensor, entries):
     """Return the weights at the entries of several groups of one kind, [groups * units, all other axes]."""
-    if len(entries) == 1 or any(entry.rows or entry.positions is None for entry in entries):
+    if len(entries) == 1:
+        return units_at(tensor, entries[0])
+    if any(entry.rows or entry.positions is None for entry in entries):
         return torch.cat([units_at(tensor, entry) for entry in entries])
     return units_at(tensor, entries[0]._replace(positions=torch.cat([entry.positions for entry in entries])))
 

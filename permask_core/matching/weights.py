@@ -116,7 +116,7 @@ def _similarity(groups, target, moved):
     total = next(iter(moved.values())).new_zeros(n, n)
     for entries in zip(*(group.entries for group in groups)):
         if (name := entries[0].tensor) in moved:
-            total += all_units_at(target[name], entries) @ all_units_at(moved[name], entries).T
+            total.addmm_(all_units_at(target[name], entries), all_units_at(moved[name], entries).T)
     return total
 
 

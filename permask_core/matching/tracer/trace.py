@@ -100,11 +100,14 @@ def _exported(model, args, kwargs):
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
-            unknown = {node.target for node in program.graph.nodes if _computes(node) and not _has_rule(node.target)}
+            replaced = _out_of_place(program.graph)
+            unknown = {node.target for node in program.graph.nodes if _computes(node)
+                       and not _has_rule(replaced.get(node, node.target))}
             if not unknown:
+                _replace(program.graph, replaced)
                 return program
-            # Replaces in-place operations, and those that PyTorch composes of others, such as the alias multiply; takes
-            # half of the time of tracing.
+            # Replaces in-place operations on views, and those that PyTorch composes of others, such as the alias
+            # multiply; takes half of the time of tracing.
             known = torch.export.default_decompositions()
             return program.run_decompositions({target: known[target] for target in unknown if target in known})
     except Exception as error:  # tracing runs user code, which may raise anything
@@ -119,6 +122,50 @@ def _exported(model, args, kwargs):
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         logging.disable(silent)
+
+
+def _out_of_place(graph):
+    """Return, for the in-place operations on memory that has no views and is no input, the same operations that return
+    a new tensor, {node: operation}."""
+    owners = defaultdict(list)  # nodes by the memory of their results
+    for node in graph.nodes:
+        for memory in set(map(_storage, pytree.tree_leaves(node.meta.get("val")))) - {None}:
+            owners[memory].append(node)
+    found = {}
+    for first, *others in owners.values():
+        targets = {node: _functional(node, first) for node in others}
+        if others and first.op == "call_function" and isinstance(first.meta["val"], torch.Tensor) and all(
+                targets.values()):
+            found |= targets
+    return found
+
+
+def _functional(node, first):
+    """Return the operation without its change of ``self``, a tensor of the shape of the node ``first``; or None."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not re.fullmatch(r"aten::[a-z]\w*_", schema.name) or node.kwargs.get("out") is not None or [
+            argument.name for argument in schema.arguments if argument.is_write] != ["self"] or not isinstance(
+            node.args[0], torch.fx.Node) or node.args[0].meta["val"].shape != first.meta["val"].shape:
+        return None
+    return getattr(getattr(torch.ops.aten, _name(node.target)[:-1], None), node.target._overloadname, None)
+
+
+def _replace(graph, targets):
+    """Replace in-place operations by ``targets``, {node: operation}, and what reads the memory after one by a reader of
+    its result."""
+    latest = {}
+    for node in graph.nodes:
+        node.args, node.kwargs = (torch.fx.map_arg(given, lambda n: latest.get(_storage(n.meta.get("val")), n))
+                                  for given in (node.args, node.kwargs))
+        if node in targets:
+            node.target = targets[node]
+            latest[_storage(node.meta["val"])] = node
+
+
+def _storage(value):
+    """Return a key for the memory of a tensor, which is the same for its views; None for all other values."""
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return value.untyped_storage()._cdata if dense else None
 
 
 def _packs(error):

@@ -303,6 +303,10 @@ class Algebra:
         values = [value for value in values if 0 not in value.shape]
         axis %= len(values[0].shape)
         shape = [sum(value.shape[axis] for value in values) if a == axis else n for a, n in enumerate(values[0].shape)]
+        spans = [set().union(*(b.axes for b in value.bundles if axis in b.axes)) for value in values]
+        whole = set().union(*spans)
+        values = [self.ordered(value, [axis]) if span and span < whole and value.uniform >= whole - span else value
+                  for value, span in zip(values, spans)]  # units that all blocks share
         axes = _axes_along(values, axis)
         if axes is None:  # they cannot be concatenated
             values = [self.ordered(value, [axis]) for value in values]
@@ -354,9 +358,12 @@ def _axes_along(values, axis):
 
 
 def _bundle_along(value, axes):
-    """Return a value's bundle along these axes; if it has none, a bundle of ``UNIFORM`` or ``INERT``."""
+    """Return a value's bundle along these axes; if it has none, a bundle of ``UNIFORM``, with a tag for each index
+    along inert axes, or of ``INERT`` if all are inert."""
     shape = [value.shape[a] for a in axes]
-    blank = Bundle(axes, np.full(shape, INERT if value.inert & set(axes) else UNIFORM), np.zeros(shape, np.int64))
+    inert = [n if a in value.inert else 1 for a, n in zip(axes, shape)]
+    numbers = np.broadcast_to(np.arange(math.prod(inert)).reshape(inert), shape)
+    blank = Bundle(axes, np.full(shape, INERT if value.inert >= set(axes) else UNIFORM), numbers)
     return next((bundle for bundle in value.bundles if bundle.axes == axes), blank)
 
 

@@ -43,12 +43,20 @@ def of_timm(name, side, evaluated=False, **sizes):
 # A layer has a multilayer perceptron, heads, and in each head the dimensions of queries and keys, and those of values.
 # Rotary embeddings fix the order of the former; queries that share keys and values are not exchanged.
 ROTARY, PLAIN = 20 + 2 + 2 * 4, 20 + 4 + 4 * (4 + 4)
+# Latent attention has the dimensions of two latent vectors and, in each head, those of queries and keys without
+# rotation and those of values. All heads share the rotated part of the keys, whose order is fixed.
+LATENT = {**GROUPED, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 4,
+          "qk_nope_head_dim": 6, "v_head_dim": 5, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+          "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 7, "n_shared_experts": 1}
+DEEPSEEK = 16 + 2 * (12 + 8 + 4 + 4 * (6 + 5)) + 20 + 7 + 7
 NETWORKS = {
     "llama": (16 + 2 * ROTARY, lambda: of_transformers("LlamaForCausalLM", **GROUPED)),
     "mistral": (16 + 2 * ROTARY, lambda: of_transformers("MistralForCausalLM", **GROUPED, sliding_window=4)),
     "qwen3": (16 + 2 * ROTARY, lambda: of_transformers("Qwen3ForCausalLM", **GROUPED, head_dim=4)),
     "gemma2": (16 + 2 * ROTARY, lambda: of_transformers("Gemma2ForCausalLM", **GROUPED, head_dim=4)),
     "mixtral": (16 + 2 * ROTARY, lambda: of_transformers("MixtralForCausalLM", **GROUPED, num_local_experts=4)),
+    "deepseek v2": (DEEPSEEK, lambda: of_transformers("DeepseekV2ForCausalLM", **LATENT)),
+    "deepseek v3": (DEEPSEEK, lambda: of_transformers("DeepseekV3ForCausalLM", **LATENT)),
     "gpt2": (16 + 2 * PLAIN, lambda: of_transformers(
         "GPT2LMHeadModel", vocab_size=31, n_embd=16, n_layer=2, n_head=4, n_inner=20, n_positions=32, bos_token_id=1,
         eos_token_id=2)),

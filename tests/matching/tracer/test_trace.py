@@ -26,6 +26,7 @@ from permask_core.matching import (
     function_change,
     permutation_groups,
 )
+from permask_core.matching.tracer import trace
 from permask_core.models import build_model
 from tests.hypotheses import examples
 
@@ -141,6 +142,27 @@ def shuffle_unit(s, x):
 def residual(s, x):
     h = s.stem(x)
     return s.head(h + s.scale * s.b(s.a(h).relu()))
+
+
+def added_in_place(s, h):
+    first = h
+    h += s.c(h).relu()
+    first.mul_(first.sigmoid())
+    return h
+
+
+def halved_in_place(s, h):
+    halves = h.view(-1, 2, 3)
+    halves[:, 0].mul_(2)
+    halves += halves.flip(1)
+    return h
+
+
+def overwritten(s, x):
+    h = s.a(x)
+    before = s.d(h.relu())
+    h.copy_(s.c(x))
+    return s.b(before.relu() + h.tanh())
 
 
 def recurrent(s, x):
@@ -334,6 +356,14 @@ FOLLOWED = {
         h: F.hardswish(h) + F.mish(h) + F.logsigmoid(h) + F.rrelu(h) + F.threshold(h, .1, .2) + h.clamp(-1, 1))),
     "where and fill": ("a:6", lambda: between(lambda s, h: torch.where(h > 0, h, h * h).masked_fill(h < -1, .3))),
     "in place": ("a:6", lambda: between(lambda s, h: h.relu_().add_(1).mul_(h.sigmoid()))),
+    "in place under two names": ("a:6", lambda: between(added_in_place, c=Linear(6, 6))),
+    "in place on a view": ("a:3", lambda: between(halved_in_place)),
+    "in place on a part": ("a:3 a#2:3", lambda: between(lambda s, h: (h.chunk(2, 1)[0].mul_(3), h)[1])),
+    "in place after a reader": ("a:6 d:6", lambda: (Net(overwritten, a=Linear(8, 6), b=Linear(6, 3), c=Linear(8, 6),
+        d=Linear(6, 6)), vectors())),
+    "in place, a constant": ("a:6", lambda: between(lambda s, h: torch.zeros(24, 6).add_(h).relu_())),
+    "in place, an input": ("a:6", lambda: (Net(lambda s, x: s.b(s.a(x).relu() + x.add_(1).sum()), a=Linear(8, 6),
+        b=Linear(6, 3)), vectors())),
     "statistics over units": ("a:6", lambda: between(lambda s, h: h / h.std(1, keepdim=True) + h.mean() - h.logsumexp(1,
         keepdim=True) + F.normalize(h, dim=1) - h.max(1, keepdim=True)[0])),
     "dropout": ("a:6", lambda: between(lambda s, h: F.dropout(h.relu(), .5, s.training))),
@@ -387,6 +417,16 @@ FOLLOWED = {
         3)), vectors())),
     "random": ("a:6", lambda: between(lambda s, h: (h + torch.rand(len(h), 1)).relu())),
 }
+
+
+def test_readers_of_changed_memory_read_the_change():
+    model = Net(lambda s, x: (h := s.a(x), h.relu_(), h + 1)[2], a=Linear(8, 6))
+    graph = torch.export.export(model, (vectors(),), strict=False).graph
+    layer, changed, reader = (node for node in graph.nodes if node.op == "call_function")
+    reader.args = (layer, *reader.args[1:])
+    trace._replace(graph, trace._out_of_place(graph))
+    assert changed.target == torch.ops.aten.relu.default and changed.args == (layer,)
+    assert reader.args == (changed, 1)
 
 
 def two_layers(operation):
@@ -1178,6 +1218,14 @@ def test_any_chain_keeps_its_function(model, seed):
     assert check_function(groups, model, x, seed=seed) < 1e-9
 
 
+def assert_each_weight_counts(groups, model, x):
+    """Without the first entry of any group, which gives its name, a permutation changes the function."""
+    copy, permutations = draw_weights(model), derangements(groups)
+    for name, group in groups.items():
+        part = {**groups, name: group._replace(entries=group.entries[1:])}
+        assert function_change(part, {name: permutations[name]}, copy, x.double()) > 1e-9, name
+
+
 # Operations on three blocks of four units, h [batch, 3, 4], and the network's input x.
 BLOCKS = {
     "times inputs": lambda s, h, x: h * x[:, :3, None],
@@ -1204,10 +1252,24 @@ BLOCKS = {
     "an index": lambda s, h, x: h[:, [0, 2, 1]],
     "gather": lambda s, h, x: h.gather(1, torch.tensor([2, 2, 0])[None, :, None].expand(len(h), 3, 4)),
     "added": lambda s, h, x: h.index_add(1, torch.tensor([0, 1]), h[:, 1:]),
+    "a shared part": lambda s, h, x: torch.cat([h[:, :, :2], s.pair(x)[:, None].expand(-1, 3, -1)], 2),
+    "numbers in all": lambda s, h, x: torch.cat([torch.tensor([1., 2.]).expand(len(h), 3, 2).to(h), h[:, :, 2:]], 2),
+    "changed in place": lambda s, h, x: h.mul_(h.sigmoid()).add_(s.other(x)[:, None]),
+    "a view in place": lambda s, h, x: (h[:, 1].mul_(2), h)[1],
+    "a transposed layer": lambda s, h, x: F.conv_transpose1d(h.mT, s.wide[:, :, None], groups=2).mT,
+    "attention": lambda s, h, x: F.scaled_dot_product_attention(h, s.inner(h), h),
+    "embedded": lambda s, h, x: h * F.embedding((x[:, :3] > 0).long(), s.table),
+    "interpolated": lambda s, h, x: F.interpolate(h.mT, size=3, mode="nearest").mT.contiguous(),
+    "a filter": lambda s, h, x: F.conv1d(F.pad(h, (1, 1)), s.kernel),
+    "the best": lambda s, h, x: h.topk(2, 1)[0].sum(1, keepdim=True) + h,
+    "distances": lambda s, h, x: torch.cdist(h, s.points) @ s.points,
     "cast": lambda s, h, x: h.float().type_as(h),
     "where": lambda s, h, x: torch.where(torch.arange(4) < 2, h, h.cos()),
     "pairs": lambda s, h, x: torch.view_as_real(torch.view_as_complex(h.reshape(-1, 6, 2)) ** 2),
 }
+
+
+IDLE = {"a product", "a shared part", "numbers in all", "padded", "padded blocks"}  # discard units, or add some up
 
 
 @examples(1 / 2)
@@ -1219,8 +1281,11 @@ def test_any_operations_on_blocks_keep_the_function(names, seed):
             h = BLOCKS[name](s, h.view(-1, 3, 4), x).reshape(-1, 12)
         return s.b(h.tanh())
 
-    model = Net(forward, a=Linear(8, 12), b=Linear(12, 3), other=Linear(8, 4), inner=Linear(4, 4),
-                cell=nn.GRUCell(4, 4), scale=parameter(3, 1), shift=parameter(4))
+    model = Net(forward, a=Linear(8, 12), b=Linear(12, 3), other=Linear(8, 4), inner=Linear(4, 4), pair=Linear(8, 2),
+                cell=nn.GRUCell(4, 4), scale=parameter(3, 1), shift=parameter(4), wide=parameter(4, 2),
+                table=parameter(2, 4), kernel=parameter(3, 3, 3), points=parameter(5, 4))
     x = torch.randn(7, 8, generator=torch.Generator().manual_seed(seed))
     groups = permutation_groups(model, x)
     assert check_function(groups, model, x, seed=seed) < 1e-9
+    if not IDLE.intersection(names):
+        assert_each_weight_counts(groups, model, x)
