@@ -145,7 +145,7 @@ def _functional(node, first):
     schema = getattr(node.target, "_schema", None)
     if schema is None or not re.fullmatch(r"aten::[a-z]\w*_", schema.name) or node.kwargs.get("out") is not None or [
             argument.name for argument in schema.arguments if argument.is_write] != ["self"] or not isinstance(
-            node.args[0], torch.fx.Node) or node.args[0].meta["val"].shape != first.meta["val"].shape:
+            node.args[0], torch.fx.Node) or _shape(node.args[0]) != _shape(first):
         return None
     return getattr(getattr(torch.ops.aten, _name(node.target)[:-1], None), node.target._overloadname, None)
 
@@ -160,6 +160,10 @@ def _replace(graph, targets):
         if node in targets:
             node.target = targets[node]
             latest[_storage(node.meta["val"])] = node
+
+
+def _shape(node):
+    return getattr(node.meta.get("val"), "shape", None)
 
 
 def _storage(value):
