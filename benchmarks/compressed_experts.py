@@ -29,7 +29,7 @@ WITHOUT = ("frequency", "ean", "reap", "reap_sum", "hc_smoe")  # methods that ar
 
 
 def correlations(chosen, store, seeds):
-    """Return a row for each seed, block and criterion: the rank correlation with the true errors of removing experts."""
+    """Return a row for each seed, block and criterion: the rank correlation with the errors of removing experts."""
     for seed in seeds:
         model, statistics, _ = compressed_experts.measure_network(chosen, store, seed)
         errors = compressed_experts.removal_errors(model, statistics)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from permask_core.data import DATASETS, check_options
+from permask_core.data import check_options
 from permask_core.data.skills import IGNORED, SKILLS
 from permask_core.experiments.stages import Settings, change, data, run_jobs, train_stage
 from permask_core.experts import (
@@ -54,8 +54,9 @@ class Experiment(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_names(dataset=[name for name in DATASETS if name == "skills"], model=["moe"],
-                         left_out=[None, *SKILLS])
+        self.check_names(dataset=["skills"], model=["moe"])
+        if self.left_out is not None:
+            self.check_names(left_out=SKILLS)
         check_options(self.dataset, self.options)
         check_model_options(self.model, self.model_options)
         check_integer("calibration", self.calibration, 1)
