@@ -48,7 +48,7 @@ def test_the_loss_falls_and_the_store_has_the_network(store, measured):
 
 
 class Oracle(torch.nn.Module):
-    """Predicts the labels, but for given sequences the wrong last digit."""
+    """Predicts the labels, with a wrong last digit in given sequences."""
 
     def __init__(self, split, wrong):
         super().__init__()
