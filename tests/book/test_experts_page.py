@@ -62,6 +62,8 @@ def test_aligned_merges_are_above_naive_ones_and_below_the_sum_form(page):
         assert half(page, method, "activations").mean() > half(page, method, "weights").mean()
         for kept in (8, 4):
             assert page["match"]("reap_sum", kept).mean() > page["match"](method, kept, "activations").mean()
+        lead = {by: half(page, "reap").mean() - half(page, method, by).mean() for by in (None, "activations")}
+        assert lead[None] > 5 and abs(lead["activations"]) < 5
 
 
 def test_frequency_loses_the_rarest_skill_in_some_seed_and_the_mean_hides_it(page):
