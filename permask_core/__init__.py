@@ -5,7 +5,7 @@ The packages by level, lowest first (a module imports only from its own package 
 0. ``runs``, ``models``
 1. ``masks``, ``data``
 2. ``pruning``, ``matching``, ``sparse``
-3. ``training``
+3. ``training``, ``experts``
 4. ``evaluation``
 5. ``experiments``, ``display``
 

@@ -112,6 +112,16 @@ def test_what_follows_the_colour():
     assert benchmark.shortcut(test, torch.tensor([0, 1, 0, 2, 2, 1])) == pytest.approx(2 / 3)
 
 
+def test_compressed_experts(tmp_path):
+    found = record("compressed_experts", tmp_path, "--quick", "--seeds", 1, "--runs", tmp_path / "runs")
+    whole = [row for row in found["rows"] if row["left_out"] is None]
+    variants = {(row["method"], row["matching"]) for row in whole}
+    assert len(variants) == 1 + 1 + 6 + 3 * 3 and len(whole) == 1 + 3 * 16 and len(found["rows"]) == len(whole) + 2 * 5
+    assert {row["kept"] for row in whole} == {8, 6, 4, 2} and found["experts"] == 8
+    assert len(found["correlations"]) == 6 and all(-1 <= row["spearman"] <= 1 for row in found["correlations"])
+    assert (tmp_path / "runs" / "mixture of experts").is_dir()
+
+
 def test_price_of_alignment(tmp_path):
     found = record("price_of_alignment", tmp_path, "--quick", "--seeds", 1, "--runs", tmp_path / "runs")
     recipe = ("matching", "matched_at", "matched_images", "matched_layers")

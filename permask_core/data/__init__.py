@@ -26,7 +26,7 @@ class Dataset(NamedTuple):
 DATASETS = {"digits": "digits", "trifeature": "trifeature", "mnist": "mnist", "fashion_mnist": "mnist",
             "kmnist": "mnist", "emnist": "mnist", "cifar10": "cifar", "cifar100": "cifar", "imagenet": "imagenet",
             "svhn": "svhn", "tiny_imagenet": "tiny_imagenet", "celeba": "celeba", "hatexplain": "hatexplain",
-            "python_source": "python_source"}
+            "python_source": "python_source", "skills": "skills"}
 
 
 def load_dataset(name, **options):
@@ -36,7 +36,7 @@ def load_dataset(name, **options):
     ----------
     name : str
         "digits", "trifeature", "mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "imagenet", "svhn",
-        "tiny_imagenet", "celeba", "hatexplain" or "python_source".
+        "tiny_imagenet", "celeba", "hatexplain", "python_source" or "skills".
     **options
         Options of the data set: see the function of that name below.
 

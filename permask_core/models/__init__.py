@@ -14,8 +14,8 @@ MODELS = {
     "densenet121": "densenet", "densenet121_cifar": "densenet", "densenet169": "densenet",
     "densenet169_cifar": "densenet",
     "vit_b_16": "transformer", "vit": "transformer", "tiny_vit_5m": "transformer",
-    "bert": "language", "distilbert": "language", "gpt": "gpt"}
-OF_TEXTS = ("bert", "distilbert", "gpt")
+    "bert": "language", "distilbert": "language", "gpt": "gpt", "moe": "moe"}
+OF_TEXTS = ("bert", "distilbert", "gpt", "moe")
 
 __all__ = ["MODELS", "build_model", "check_model_options", "device_of", "evaluation_mode", "module_of"]
 
@@ -34,17 +34,19 @@ def build_model(name, input_shape, classes, *, seed=0, **options):
     ----------
     name : str
         One of mlp, lenet5, vgg11, resnet8, resnet20, resnet56, resnet18, resnet18_cifar, resnet50, densenet121,
-        densenet121_cifar, densenet169, densenet169_cifar, vit_b_16, vit, tiny_vit_5m, bert, distilbert, gpt.
+        densenet121_cifar, densenet169, densenet169_cifar, vit_b_16, vit, tiny_vit_5m, bert, distilbert, gpt, moe.
     input_shape : tuple of int
-        Shape of one input: (channels, height, width) of an image; (length,) of a text for bert, distilbert and gpt.
+        Shape of one input: (channels, height, width) of an image; (length,) of a text for bert, distilbert, gpt
+        and moe.
     classes : int
         Number of outputs.
     seed : int
         Seed of the initialisation. The global random state does not change.
     **options
         Options of the network: ``width`` (a factor on all hidden widths, or on the number of heads in vit_b_16, vit,
-        tiny_vit_5m and gpt; not in bert and distilbert), ``depth`` (mlp), ``batch_norm`` (vgg11), ``shortcut``
-        (resnet8, resnet20, resnet56), ``source``, ``pretrained`` and ``download`` (bert, distilbert).
+        tiny_vit_5m, gpt and moe; not in bert and distilbert), ``depth`` (mlp), ``batch_norm`` (vgg11), ``shortcut``
+        (resnet8, resnet20, resnet56), ``source``, ``pretrained`` and ``download`` (bert, distilbert), ``layers``,
+        ``experts``, ``top_k``, ``units`` and ``gated`` (moe).
 
     Returns
     -------

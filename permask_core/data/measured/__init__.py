@@ -172,6 +172,20 @@ def measured_structured_tickets():
     return _read("structured_tickets")
 
 
+def measured_compressed_experts():
+    """Pruned and merged experts of a small mixture, on a language in which every answer can be checked.
+
+    Returns
+    -------
+    dict
+        ``command``, ``commit``, ``versions``, ``device``, ``settings``, ``experts`` (of each block before); ``rows`` as
+        :func:`permask_core.experiments.compressed_experts.run` returns them; and ``correlations``, a list of dict:
+        ``seed``, ``block``, ``criterion``, ``spearman`` (with the true error of removing an expert), and ``unreached``
+        (experts of the block without calibration tokens).
+    """
+    return _read("compressed_experts")
+
+
 def measured_traced_networks():
     """The permutation groups of networks of torchvision, timm and transformers, and of U-Nets as in diffusers.
 
