@@ -66,9 +66,14 @@ def _repeat(net, shape, self_, repeats=None, dims=None):
 def _repeat_interleave(net, shape, self_=None, repeats=None, dim=None, **_):
     if self_ is None or dim is None or not isinstance(repeats, int):
         raise NoRule
-    value = net.value(self_)
-    before, after = value.shape[:dim % len(shape) + 1], value.shape[dim % len(shape) + 1:]
-    return net.view(net.pointwise([*before, repeats, *after], net.view(value, [*before, 1, *after])), shape)
+    return _interleaved(net, net.value(self_), repeats, dim)
+
+
+def _interleaved(net, value, repeats, dim):
+    dim %= len(value.shape)
+    before, (n, *after) = value.shape[:dim], value.shape[dim:]
+    repeated = net.pointwise([*before, n, repeats, *after], net.view(value, [*before, n, 1, *after]))
+    return net.view(repeated, [*before, n * repeats, *after])
 
 
 def _select(net, shape, self_, dim, index):
@@ -234,6 +239,13 @@ def _embedding(net, shape, weight, indices, **_):
     return _index(net, shape, weight, [indices])
 
 
+def _embedding_bag(net, shape, weight, indices, per_sample_weights=None, **_):
+    """Sums of rows of the weight are as rows."""
+    if per_sample_weights is not None:
+        net.fix([net.value(per_sample_weights)], net.why_ordered())
+    return [_index(net, net.node.meta["val"][0].shape, weight, [indices]), None, None, None]
+
+
 def _cell(net, x, states, weights):
     """The states of a recurrent layer after a step with input ``x`` [batch, inputs]: an elementwise function of the
     gates, of which each unit has its own, and of the states."""
@@ -379,8 +391,10 @@ def _linear(net, shape, input, weight, bias=None):
 
 def _attention(net, shape, query, key, value, attn_mask=None, is_causal=False, enable_gqa=False, **_):
     q, k, v = (net.value(node) for node in (query, key, value))
-    if enable_gqa or not len(q.shape) == len(k.shape) == len(v.shape):
+    if not len(q.shape) == len(k.shape) == len(v.shape):
         raise NoRule
+    if enable_gqa:  # heads of keys and values that several heads of queries use
+        k, v = (_interleaved(net, x, q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     batch = list(range(len(shape) - 2))
     scores = net.contract([[*batch, "l", "e"], [*batch, "s", "e"]], [*batch, "l", "s"], [q, k])
     if attn_mask is not None:
@@ -439,6 +453,13 @@ def _pool(dims, several=False):
         return (value, value) if several else value
 
     return rule
+
+
+def _grid_sample(net, shape, input, grid, **_):
+    dims = len(shape) - 2
+    places = net.reduce(net.ordered(net.value(grid), [-1]), [-1])  # the numbers of a place are its coordinates
+    places = places.placed([0, *range(2, dims + 2)], [shape[0], 1, *shape[2:]])
+    return net.pointwise(shape, net.spatial(net.value(input), dims, shape), places)
 
 
 def _batch_norm(net, shape, input, weight=None, bias=None, running_mean=None, running_var=None, **_):
@@ -590,6 +611,7 @@ RULES = {
     **dict.fromkeys(("sort", "argsort", "topk", "cummax", "cummin"), _sort),
     **dict.fromkeys(("argmax", "argmin"), _position),
     "index": _index, "index_select": _index_select, "embedding": _embedding,
+    **dict.fromkeys(("_embedding_bag", "_embedding_bag_forward_only"), _embedding_bag),
     **dict.fromkeys(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like",
                      "full_like", "empty_like", "new_empty", "scalar_tensor", "zero", "fill"), _uniform), "copy": _copy,
     **dict.fromkeys(("sum", "mean", "amax", "amin", "var", "std", "var_mean", "prod", "logsumexp", "norm", "any", "all",
@@ -606,6 +628,7 @@ RULES = {
     **{f"max_pool{d}d_with_indices": _pool(d, True) for d in (1, 2, 3)},
     **{f"upsample_{kind}": _pool(d) for d, kinds in {1: ("nearest1d", "linear1d"), 2: (
         "nearest2d", "bilinear2d", "bicubic2d"), 3: ("nearest3d", "trilinear3d")}.items() for kind in kinds},
+    "grid_sampler_2d": _grid_sample, "grid_sampler_3d": _grid_sample,
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit",
                      "native_batch_norm"), _batch_norm),
     "instance_norm": _instance_norm, "layer_norm": _layer_norm, "native_layer_norm": _layer_norm,

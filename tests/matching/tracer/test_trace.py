@@ -787,6 +787,25 @@ FOLLOWED |= {
         c=Linear(8, 6)), vectors())),
     "cosines": ("a:6", lambda: (Net(lambda s, x: F.cosine_similarity(s.a(x)[:, None], s.c(x).cos()[None], dim=2),
         a=Linear(8, 6), c=Linear(8, 6)), vectors())),
+    "places in an image": ("a:5 h:7", lambda: (Net(lambda s, x: s.b(F.grid_sample(
+        s.a(x).relu(), s.g(s.h(x).relu()).movedim(1, -1).tanh(), align_corners=False)), a=Conv(3, 5, 1),
+        h=Conv(3, 7, 1), g=Conv(7, 2, 1), b=Conv(5, 3, 1)), images())),
+    "places in a volume": ("a:5", lambda: (Net(lambda s, x: s.b(F.grid_sample(
+        s.a(x).relu(), x[:, :3].movedim(1, -1).sin(), align_corners=True)), a=nn.Conv3d(3, 5, 1),
+        b=nn.Conv3d(5, 3, 1)), images(3, 4, 4, 4))),
+    **{f"bags of words, {mode}": ("e:6", lambda mode=mode: (Net(
+        lambda s, x: s.b(s.e(x).relu()), e=nn.EmbeddingBag(10, 6, mode=mode), b=Linear(6, 3)),
+        torch.randint(0, 10, (4, 5)))) for mode in ("mean", "sum", "max")},
+    "weights of a bag": ("e:6", lambda: (Net(lambda s, x: s.b(F.embedding_bag(x, s.e.weight, mode="sum",
+        per_sample_weights=s.w(x)[..., 0].sigmoid())), e=nn.Embedding(10, 6), w=nn.Embedding(10, 1), b=Linear(6, 3)),
+        torch.randint(0, 10, (4, 5)))),
+    "units as weights of a bag": ("e:5", lambda: (Net(lambda s, x: s.b(F.embedding_bag(
+        torch.arange(6).repeat(len(x), 1), s.e.weight, mode="sum", per_sample_weights=s.a(x).relu())), a=Linear(8, 6),
+        e=nn.Embedding(6, 5), b=Linear(5, 3)), vectors())),
+    "keys for several queries": ("q/0:3 q:2 q/1:3 q/0#2:3 q/1#2:3", lambda: (Net(lambda s, x: s.o(
+        F.scaled_dot_product_attention(*(layer(x).unflatten(-1, (-1, 3)).transpose(1, 2) for layer in (s.q, s.k, s.v)),
+                                       enable_gqa=True).transpose(1, 2).flatten(2)),
+        q=Linear(8, 12), k=Linear(8, 6, bias=False), v=Linear(8, 6), o=Linear(12, 3)), tokens())),
     "summed to a size": ("a:6", lambda: between(lambda s, h: h.relu().view(-1, 3, 6).sum_to_size(1, 3, 6))),
     "summed to fewer axes": ("a:6", lambda: between(lambda s, h: h.cos().view(-1, 3, 6).sum_to_size(3, 6))),
     "grouped experts": ("e:8 w:8 v:8", lambda: (Net(grouped_experts, e=Linear(8, 8), g=Linear(8, 3),
