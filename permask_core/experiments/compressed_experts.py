@@ -162,7 +162,7 @@ def compress(model, statistics, method, keep, *, matching=None, seed=0):
     statistics : dict of str to permask_core.experts.Statistics
         With what merging needs.
     method : str
-        "random"; a criterion of :data:`permask_core.experts.CRITERIA`, to prune by; or a merge: "hc_smoe" and "m_smoe",
+        "random"; a criterion of ``permask_core.experts.CRITERIA``, to prune by; or a merge: "hc_smoe" and "m_smoe",
         weighted by frequency with the router kept, or "ream", weighted by REAP's score with the leader's rows.
     keep : int
         Experts of each block, or clusters (for m_smoe the mean number).

@@ -105,7 +105,7 @@ def gradients(case, seed, epoch):
 
 
 def saliencies(case, seed, epoch):
-    """Return |weight times gradient| (Lee et al., "SNIP", ICLR 2019)."""
+    """Return the absolute values of weight times gradient (Lee et al., "SNIP", ICLR 2019)."""
     state = case.state(seed, epoch)
     return {name: (state[name] * gradient).abs() for name, gradient in gradients(case, seed, epoch).items()}
 

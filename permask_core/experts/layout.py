@@ -66,7 +66,7 @@ class Block(NamedTuple):
 
     @property
     def scalable(self):
-        """Whether units may be rescaled: see :class:`Layout`."""
+        """Whether the :class:`Layout` and the block allow units to be rescaled."""
         return self.layout.scalable and hasattr(self.experts, "gate_up_proj")
 
 

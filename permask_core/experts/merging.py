@@ -228,7 +228,7 @@ def mixture_error(gates, outputs, mixture):
     """Return the mean squared error of replacing experts by one fixed mixture of their outputs.
 
     The sum of g_j f_j becomes G sum of a_j f_j, with G the sum of the g_j. For two experts with r = g_i / G, it is the
-    mean of w (r - a_i)^2 with w = G^2 |f_i - f_j|^2.
+    mean of ``w (r - a_i)^2`` with ``w = G^2 |f_i - f_j|^2``.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", ICLR 2026: section 4. With g_j(x)
 the weight that multiplies the output f_j(x) of expert j in the forward pass, and X_j the tokens routed to j, REAP's
-score is the mean over X_j of g_j(x) |f_j(x)|. The weights and the choices are read where the block passes them to its
+score is the mean over X_j of ``g_j(x) |f_j(x)|``. The weights and the choices are read where the block passes them to its
 experts. So they are those that the block uses, whether a softmax over all logits, one over the chosen ones, or sigmoids
 with a scale.
 """
@@ -25,7 +25,7 @@ class Statistics(NamedTuple):
     """What calibration measured in one block with E experts; sums over the tokens routed to each, float64 [E].
 
     ``tokens`` is the number of tokens without padding, ``counts`` the number routed to each expert, ``gates`` the sum
-    of their weights g, ``norms`` that of the norms of the outputs |f|, and ``contributions`` that of g |f|.
+    of their weights g, ``norms`` that of the norms of the outputs f, and ``contributions`` that of ``g |f|``.
 
     Only with ``merging``: ``outputs``, the mean output of each expert over all tokens, [E, hidden], and ``logits``, the
     inner products of the router's logits of each two experts over all tokens, [E, E]. Only with ``keep``: the first
@@ -191,7 +191,7 @@ def saliency(statistics, criterion):
         From :func:`calibrate`.
     criterion : str
         "frequency" (number of tokens), "router_weight" (sum of g), "ean" (sum of the norms of outputs) and "ean_mean"
-        (their mean), "reap" (mean of g |f|), or "reap_sum" (its sum). An expert without tokens has the score 0.
+        (their mean), "reap" (mean of ``g |f|``), or "reap_sum" (its sum). An expert without tokens has the score 0.
 
     Returns
     -------
