@@ -2,9 +2,9 @@
 
 Lasby et al., "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", ICLR 2026: section 4. With g_j(x)
 the weight that multiplies the output f_j(x) of expert j in the forward pass, and X_j the tokens routed to j, REAP's
-score is the mean over X_j of ``g_j(x) |f_j(x)|``. The weights and the choices are read where the block passes them to its
-experts. So they are those that the block uses, whether a softmax over all logits, one over the chosen ones, or sigmoids
-with a scale.
+score is the mean over X_j of ``g_j(x) |f_j(x)|``. The weights and the choices are read where the block passes them to
+its experts. So they are those that the block uses, whether a softmax over all logits, one over the chosen ones, or
+sigmoids with a scale.
 """
 
 import warnings
