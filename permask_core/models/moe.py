@@ -147,7 +147,9 @@ class SwiGLU(Experts):
         self.gate_up_proj = nn.Parameter(torch.empty(sizes.experts, 2 * sizes.units, token))
         self.down_proj = nn.Parameter(torch.empty(sizes.experts, token, sizes.units))
 
-    act_fn = staticmethod(F.silu)
+    @staticmethod
+    def act_fn(x):
+        return F.silu(x)
 
     def expert(self, j, x):
         gate, up = F.linear(x, self.gate_up_proj[j]).chunk(2, -1)
@@ -165,7 +167,9 @@ class Gelu(Experts):
         self.down_proj = nn.Parameter(torch.empty(sizes.experts, token, sizes.units))
         self.down_proj_bias = nn.Parameter(torch.zeros(sizes.experts, token))
 
-    act_fn = staticmethod(F.gelu)
+    @staticmethod
+    def act_fn(x):
+        return F.gelu(x)
 
     def expert(self, j, x):
         return F.linear(self.act_fn(F.linear(x, self.up_proj[j], self.up_proj_bias[j])), self.down_proj[j],

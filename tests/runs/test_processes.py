@@ -4,6 +4,7 @@ Processes take seconds to start, so torchrun starts two of them once: they run t
 leaves what each process got.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -266,9 +267,12 @@ def test_processes_that_fit_starts_are_torchruns_killed_and_resumed_in_a_noteboo
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen([sys.executable, __file__, tmp_path], env=ENVIRONMENT, stdout=subprocess.PIPE,
                           preexec_fn=heard) as running:
-        while not path.exists() or load_tensors(path)[1]["done"] < 3:
+        done = 0
+        while done < 3:
             assert running.poll() is None
             time.sleep(0.005)
+            with contextlib.suppress(FileNotFoundError, ValueError):  # it may be replaced while it is read
+                done = load_tensors(path)[1]["done"]
         running.send_signal(signal.SIGKILL)
         running.communicate(timeout=60)  # until the processes that it started are gone, too
     assert 3 <= load_tensors(path)[1]["done"] < 360
