@@ -1,12 +1,14 @@
 """The tournament of alignments: a choice among all candidates, then the finalists on other networks.
 
-The rules were fixed before the first run. All candidates are tried on block 0 (seeds 0 to 3) of three networks at 97 %.
-The five candidates that close the largest mean share of the gap between the naive mask and B's own ticket are the
-finalists; controls and oracles are not candidates for this. The finalists, the two plain matchings, the controls and
-the oracles are then run on other blocks, at other sparsities and widths, and on real images. Results are written to
-permask_core/data/measured/tournament, one file for each part. An interrupted run continues from its stored stages. Run
-it with `python benchmarks/tournament.py choice`, and then with the other parts; an AMD Zen 3 needs about half an hour
-of one core for the choice, the same for the perceptrons, and two hours for each of the other parts.
+Candidates were added, and their settings chosen, on the block of the choice. The rules of the final were fixed before
+it ran; some widths and sparsities were then left out for time, before any of its results was read. All candidates are
+tried on block 0 (seeds 0 to 3) of three networks at 97 %. The five candidates that close the largest mean share of the
+gap between the naive mask and B's own ticket are the finalists; controls and oracles are not candidates for this. The
+finalists, the two plain matchings, the controls and the oracles are then run on other blocks, at other sparsities and
+widths, and on real images. Results are written to permask_core/data/measured/tournament, one file for each part. An
+interrupted run continues from its stored stages. Run it with `python benchmarks/tournament.py choice`, and then with
+the other parts; an AMD Zen 3 needs about half an hour of one core for the choice, the same for the perceptrons, and two
+hours for each of the other parts.
 """
 
 import argparse

@@ -224,7 +224,7 @@ def vote(case, kind):
 
 
 def product_with_b(case):
-    """Return the mask of the largest products of A's moved magnitudes, under its mask, and B's."""
+    """Return the mask of the largest products of A's moved magnitudes and B's."""
     found, a, b = case.pair(case.end)
     there = permute(found, match_weights(found, a, b), magnitudes(a))
     return keep_largest(case, {name: one * b[name].abs() for name, one in there.items()})

@@ -133,8 +133,7 @@ def run_expert(block, j, x):
 
 def expert_tensors(block, j):
     """Return the weights of one expert by name, as for linear layers: ``gate.weight`` and ``up.weight`` [units,
-    hidden],
-    ``down.weight`` [hidden, units], and biases if there are any.
+    hidden], ``down.weight`` [hidden, units], and biases if there are any.
 
     The tensors are views of the model's: what is written to them in place is written to the model.
 

@@ -84,7 +84,7 @@ def merge_experts(model, clusters, weights, *, matching=None, statistics=None, r
     if router == "kept":
         return merged
     return select_experts(merged, {name: torch.tensor(sorted(found)) for name, found in leaders.items()},
-    layouts=layouts)
+                          layouts=layouts)
 
 
 def leader_of(cluster, weights):
@@ -139,8 +139,7 @@ def clusters_by_outputs(statistics, keep):
 
 def clusters_by_logits(statistics, keep):
     """Return the groups of M-SMoE: the most frequent experts of all blocks lead, and each other expert joins the leader
-    of
-    its block whose router logits are the most similar.
+    of its block whose router logits are the most similar.
 
     Parameters
     ----------
@@ -305,8 +304,7 @@ def mixture_weights(model, statistics, clusters, *, layouts=LAYOUTS):
 
 def gates_and_outputs(block, found, experts):
     """Return the weights [tokens, experts] and outputs [tokens, experts, hidden] of some experts for the kept tokens to
-    which
-    at least one of them is routed."""
+    which at least one of them is routed."""
     gates = torch.stack([((found.chosen == j) * found.weights.double()).sum(1) for j in experts], 1)
     used = gates.sum(1) > 0
     with torch.no_grad():

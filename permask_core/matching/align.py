@@ -49,7 +49,7 @@ def align(model_a, model_b, batches_or_example, by="weights", *, masks=None, gro
     masks : Masks, optional
         Masks of A, if A is moved for their sake. Then only the weights that they keep are compared, because the
         permutation has to be right only where the mask has connections; by activations, those of A under the masks.
-        ``notebooks/better_alignment`` measures the gain.
+        ``notebooks/better_alignment`` measures the gain of perceptrons.
     groups : dict of str to Group, optional
         The permutation groups; by default those that :func:`permutation_groups` finds.
     seed, restarts : int
