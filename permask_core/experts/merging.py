@@ -165,7 +165,7 @@ def clusters_by_logits(statistics, keep):
     leaders = {name: [j] for name, j in first.items()}
     for _, i, j in others[:(keep - 1) * len(statistics)]:
         leaders[[*statistics][i]].append(j)
-    return {name: join(leaders[name], cosines(found.logits)) for name, found in statistics.items()}
+    return {name: join_leaders(leaders[name], cosines(found.logits)) for name, found in statistics.items()}
 
 
 def clusters_by_score(model, statistics, scores, keep, *, layouts=LAYOUTS):
@@ -190,7 +190,7 @@ def clusters_by_score(model, statistics, scores, keep, *, layouts=LAYOUTS):
     for name, block in moe_blocks(model, layouts).items():
         found = _for_merging(statistics)[name]
         similarity = (cosines(found.outputs @ found.outputs.T) + cosines(found.logits)) / 2
-        clusters[name] = join(best_experts(name, block, scores[name], keep).tolist(), similarity)
+        clusters[name] = join_leaders(best_experts(name, block, scores[name], keep).tolist(), similarity)
     return clusters
 
 
@@ -208,12 +208,12 @@ def cosines(products):
     return (products / torch.outer(norms, norms)).nan_to_num(0.0, 0.0, 0.0)
 
 
-def join(leaders, similarity):
+def join_leaders(leaders, similarity):
     """Return a cluster for each leader: every other expert joins the leader that is the most similar to it.
 
     Examples
     --------
-    >>> join([0, 2], torch.tensor([[1.0, 0.2, 0.0], [0.2, 1.0, 0.9], [0.0, 0.9, 1.0]]))
+    >>> join_leaders([0, 2], torch.tensor([[1.0, 0.2, 0.0], [0.2, 1.0, 0.9], [0.0, 0.9, 1.0]]))
     [[0], [2, 1]]
     """
     clusters = {j: [j] for j in leaders}
