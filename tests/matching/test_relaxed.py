@@ -158,19 +158,24 @@ def test_the_mask_is_moved_to_where_the_network_works(n):
     assert len(found.objective) == 200 and found.objective[-1] > found.objective[0]
 
 
-def test_it_never_returns_anything_worse_than_its_start():
-    model, groups, masks, order = pairing(5)
-    wrong = [(torch.eye(5), torch.arange(5))]
+@pytest.mark.parametrize("seed", range(20))
+def test_it_never_returns_anything_worse_than_its_start(seed):
+    """Random networks and masks, and one step that is too large, from the best of all permutations."""
+    torch.manual_seed(seed)
+    model, groups, _, _ = pairing(4)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    masks = {name: torch.rand(4, 4) < 0.4 for name in ("0.weight", "2.weight")}
+    x, y = torch.randn(20, 4), torch.randint(4, (20,))
 
-    def loss(one):
-        moved = permute(groups, one, masks)
-        hidden = (model[0].weight * moved["0.weight"]).relu()
-        return nn.functional.cross_entropy((hidden.T @ (model[2].weight * moved["2.weight"]).T), torch.arange(5))
+    def loss(order):
+        moved = permute(groups, {"units": torch.as_tensor(order)}, masks)
+        hidden = (x @ (model[0].weight * moved["0.weight"]).T).relu()
+        return nn.functional.cross_entropy(hidden @ (model[2].weight * moved["2.weight"]).T, y).item()
 
-    for start in (order, order.flip(0)):
-        found = match_loss(groups, masks, model, wrong, start={"units": start}, lr=100.0)
-        assert loss(found) <= loss({"units": start})
-    assert torch.equal(match_loss(groups, masks, model, wrong, start={"units": order}, lr=100.0)["units"], order)
+    best = torch.tensor(min(itertools.permutations(range(4)), key=loss))
+    found = match_loss(groups, masks, model, [(x, y)] * 3, start={"units": best}, lr=1.0)
+    assert loss(found["units"]) <= loss(best) + 1e-6
 
 
 def test_the_same_call_gives_the_same_result():
